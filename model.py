@@ -19,8 +19,8 @@ References. PU: Pangu Ultra, arXiv:2504.07866 (the dense sister model: norms and
 arXiv:2505.21411 (balance loss, experts chosen equally from groups). DS: DeepSeek-V3, arXiv:2412.19437 (latent attention,
 router bias, group-limited choice, multi-token prediction).
 """
+import hashlib
 import math
-import zlib
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -234,3 +234,1033 @@ def flops_per_token(config, seq_len):
     matmul += n_moe * part["moe_active"] + (1 + depths) * c.vocab_size * c.hidden_size + depths * 2 * c.hidden_size**2
     scores = 3 * seq_len * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)   # 2 FLOPs x 1/2 causal x 3 passes
     return 6 * matmul + n_layers * scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators: a plain body that explains, and a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's)
+
+FUSED = True              # False: every operator takes its plain body; tests compare the two
+LOGIT_ELEMENTS = 2**24    # float32 logits that cross_entropy holds at a time (64 MiB), but at least 512 rows of them
+
+
+def backend(x):
+    """The body an operator takes for x: 'plain', or the fused branch of its device: 'cpu', 'cuda' or 'npu'."""
+    return x.device.type if FUSED else "plain"
+
+
+def at_least_float32(dtype):
+    """Norms, softmax, rotary position, router and loss compute in float32 or better; float64 stays float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x, weight, eps):
+    """weight * (x / rms(x) in float32, cast back): x (..., C), weight (C,)."""
+    if backend(x) == "npu":
+        return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
+    if backend(x) == "cuda":
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    if backend(x) == "plain":
+        x32 = x.to(at_least_float32(x.dtype))
+        return weight.to(x.dtype) * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return RMSNorm.apply(x, weight, eps)
+
+
+class RMSNorm(torch.autograd.Function):
+    """The plain body with its backward written out: half the passes over memory of autograd's, which a CPU feels."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x32 = x.to(at_least_float32(x.dtype))
+        scale = (torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_() / x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)                          # scale (..., 1)
+        return (x32 * scale).to(x.dtype).mul_(weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale                                               # float32 or better
+        grad_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_normed = grad * weight.to(normed.dtype)
+        mean = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_x = grad_normed.sub_(normed.mul_(mean)).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def swiglu(gate_up, row_weights=None):
+    """silu(gate) * up, times a weight per row: gate_up (..., 2I) with gate first, row_weights (M,) -> (..., I)."""
+    if backend(gate_up) == "npu":
+        hidden = torch.ops.npu.npu_swiglu(gate_up, -1)
+    elif backend(gate_up) == "plain":
+        gate, up = gate_up.chunk(2, -1)
+        hidden = F.silu(gate) * up
+    else:
+        return SwiGLU.apply(gate_up, row_weights)
+    return hidden if row_weights is None else hidden * row_weights.unsqueeze(-1)
+
+
+class SwiGLU(torch.autograd.Function):
+    """Keeps its inputs alone; autograd would keep silu(gate) and the unweighted product too."""
+
+    @staticmethod
+    def forward(ctx, gate_up, row_weights):
+        ctx.save_for_backward(gate_up, row_weights)
+        gate, up = gate_up.chunk(2, -1)
+        hidden = F.silu(gate).mul_(up)
+        return hidden if row_weights is None else hidden.mul_(row_weights.unsqueeze(-1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate_up, row_weights = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        silu = F.silu(gate)
+        grad_weights = None
+        if row_weights is not None:
+            grad_weights = (grad * silu).mul_(up).sum(-1, dtype=at_least_float32(grad.dtype)).to(row_weights.dtype)
+            grad = grad * row_weights.unsqueeze(-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
+        torch.mul(grad, silu, out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return grad_gate_up, grad_weights
+
+
+def rope(x, cos, sin):
+    """Turn interleaved pairs (x0, x1), (x2, x3), ... by their angles: x (B,T,H,D), cos and sin (B or 1, T, 1, D/2)."""
+    if backend(x) == "npu" and cos.size(0) == 1:                          # the fused operator takes no batch of angles
+        cos, sin = (t.repeat_interleave(2, -1).to(x.dtype) for t in (cos, sin))
+        return torch.ops.npu.npu_rotary_mul(x.contiguous(), cos, sin, "interleave")
+    even, odd = x[..., 0::2], x[..., 1::2]                                # float32 angles: the products are float32
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+def attention(q, k, v, scale, mask=None):
+    """Softmax attention: q, k (B,T,H,Dqk), v (B,T,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,T), True = attend."""
+    kind = backend(q)
+    if kind == "npu":
+        return npu_attention(q, k, v, scale, mask)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))                      # (B,H,T,D)
+    if kind == "plain":
+        causal = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+        scores = (q @ k.transpose(-1, -2)).to(at_least_float32(q.dtype)) * scale
+        scores = scores.masked_fill(~(causal if mask is None else mask), -math.inf)
+        return (scores.softmax(-1).to(q.dtype) @ v).transpose(1, 2)
+    width = v.size(-1)
+    # flash kernels want v as wide as q; cuDNN's on Hopper and later does not
+    if kind == "cpu" or torch.cuda.get_device_capability(q.device) < (9, 0):
+        v = F.pad(v, (0, q.size(-1) - width))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out[..., :width].transpose(1, 2)
+
+
+def npu_attention(q, k, v, scale, mask):
+    """npu_fusion_attention: its masks say True for what is left out, mode 2 wants a 2048 x 2048 triangle, 1 a full mask."""
+    if mask is None:
+        left_out, mode = torch.ones(2048, 2048, dtype=torch.bool, device=q.device).triu(1), 2
+    else:
+        left_out, mode = ~mask, 1
+    return torch.ops.npu.npu_fusion_attention(q, k, v, q.size(2), "BSND", atten_mask=left_out, scale=scale,
+                                              sparse_mode=mode)[0]
+
+
+class WeightGradStore:
+    """Weight gradients put off until popped, so that their matmuls can hide an exchange. One path: weight.grad += compute()."""
+
+    def __init__(self):
+        self.pending = []
+
+    def __len__(self):
+        return len(self.pending)
+
+    def put(self, weight, compute):
+        self.pending.append((weight, compute))
+
+    @torch.no_grad()
+    def pop(self, count=None):
+        """Compute the oldest `count` gradients, by default all."""
+        count = len(self.pending) if count is None else count
+        now, self.pending = self.pending[:count], self.pending[count:]
+        for weight, compute in now:
+            grad = compute()
+            weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+
+
+def linear(x, weight, store=None):
+    """x (..., in) @ weight (out, in)^T in x's dtype; master weights may be wider."""
+    if store is None:
+        return F.linear(x, weight.to(x.dtype))
+    return DeferredLinear.apply(x, weight, store)
+
+
+class DeferredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, store):
+        ctx.save_for_backward(x, weight)
+        ctx.store = store
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        ctx.store.put(weight, lambda: (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype))
+        return grad @ weight.to(grad.dtype), None, None
+
+
+def grouped_matmul(x, weight, counts, store=None):
+    """Each expert's rows by its own matrix: x (M, in) sorted by expert, weight (E, out, in), counts (E,) -> (M, out).
+
+    counts sum to M and stay on the device. With a store the weight gradient is put there.
+    """
+    return GroupedMatmul.apply(x, weight, counts, store)
+
+
+class GroupedMatmul(torch.autograd.Function):
+    """Our own: torch_npu's grouped matmul has no backward, and deferring weight gradients needs the two halves apart."""
+
+    @staticmethod
+    def forward(ctx, x, weight, counts, store):
+        ctx.save_for_backward(x, weight, counts)
+        ctx.store = store
+        return rows_by_experts(x, weight.to(x.dtype).transpose(1, 2), counts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, counts = ctx.saved_tensors
+        grad = grad.contiguous()                                          # an expanded gradient has strides grouped_mm refuses
+
+        def weight_grad():
+            return outer_by_experts(grad, x, counts).to(weight.dtype)
+
+        grad_x = rows_by_experts(grad, weight.to(grad.dtype), counts) if ctx.needs_input_grad[0] else None
+        if ctx.store is not None:
+            ctx.store.put(weight, weight_grad)
+            return grad_x, None, None, None
+        return grad_x, weight_grad() if ctx.needs_input_grad[1] else None, None, None
+
+
+def takes_grouped_mm(dtype, *sizes):
+    """torch's grouped_mm has no float64, wants rows of whole 16-byte words, and at least one of them."""
+    return dtype in (torch.float32, torch.bfloat16) and all(n > 0 and n * dtype.itemsize % 16 == 0 for n in sizes)
+
+
+def rows_by_experts(x, matrices, counts):
+    """x (M, in), matrices (E, in, out) -> (M, out)."""
+    kind = backend(x)
+    if kind == "npu":
+        return npu_grouped_matmul(x, matrices, counts, group_type=0)
+    if kind != "plain" and len(x) > 0 and takes_grouped_mm(x.dtype, x.size(1), matrices.size(2)):
+        return F.grouped_mm(x, matrices, offs=counts.cumsum(0, dtype=torch.int32))
+    pieces = zip(x.split(counts.tolist()), matrices.unbind())
+    return torch.cat([rows @ matrix for rows, matrix in pieces])
+
+
+def outer_by_experts(grad, x, counts):
+    """Each expert's grad^T x: grad (M, out), x (M, in) -> (E, out, in)."""
+    kind = backend(x)
+    if kind == "npu":
+        return npu_grouped_matmul(grad.t(), x, counts, group_type=2)
+    if kind != "plain" and len(x) > 0 and takes_grouped_mm(x.dtype, grad.size(1), x.size(1)):
+        return F.grouped_mm(grad.t(), x, offs=counts.cumsum(0, dtype=torch.int32))
+    sizes = counts.tolist()
+    return torch.stack([g.t() @ rows for g, rows in zip(grad.split(sizes), x.split(sizes))])
+
+
+def npu_grouped_matmul(a, b, counts, group_type):
+    """group_type 0: rows of a are grouped, 2: the summed dimension is. Ends of groups, since one count alone is refused."""
+    ends = counts.cumsum(0, dtype=torch.int64)
+    return torch.ops.npu.npu_grouped_matmul([a], [b], group_list=ends, split_item=3, group_type=group_type,
+                                            group_list_type=0)[0]
+
+
+def permute(x, ids):
+    """Copy every token to its experts, sorted by expert: x (N,C), ids (N,K) -> rows (N*K,C), slot (N,K), a copy's row.
+
+        ids = [[1, 0], [1, 2]]  ->  rows = [x0, x0, x1, x1]  slot = [[1, 0], [2, 3]]
+    """
+    if backend(x) == "npu":
+        rows, slot = torch.ops.npu.npu_moe_token_permute(x, ids.to(torch.int32))
+        return rows, slot.view_as(ids)
+    slot = sorted_slots(ids)
+    return gather_rows(x, slot, slot.numel()), slot
+
+
+def unpermute(rows, slot):
+    """Sum of each token's rows: rows (M,C), slot (N,K) -> (N,C). A slot of M is a copy that was dropped."""
+    if backend(rows) == "npu" and len(rows) == slot.numel():              # the fused operator knows no dropped copies
+        ones = torch.ones(slot.shape, dtype=rows.dtype, device=rows.device)
+        return torch.ops.npu.npu_moe_token_unpermute(rows, slot.flatten(), probs=ones)
+    return SumRows.apply(rows, slot)
+
+
+def gather_rows(x, slot, n_rows):
+    """Copy tokens to the rows that slot (N,K) names: x (N,C) -> (n_rows,C). Rows that no slot names are zero."""
+    return GatherRows.apply(x, slot, n_rows)
+
+
+def sorted_slots(ids):
+    """Row of every copy once copies are sorted by expert, tokens in order within one: ids (N,K) -> (N,K)."""
+    order = torch.argsort(ids.flatten(), stable=True)                     # (N*K,) copy that goes to each row
+    slot = torch.empty_like(order)
+    slot[order] = torch.arange(len(order), device=ids.device)
+    return slot.view_as(ids)
+
+
+def copy_to_slots(x, slot, n_rows):
+    if n_rows == slot.numel():
+        token = torch.empty(n_rows, dtype=slot.dtype, device=x.device)    # (M,) token of each row
+    else:                                                                 # padding rows and dropped copies: see one zero token
+        token = slot.new_full((n_rows + 1,), len(x))
+        x = torch.cat((x, x.new_zeros(1, x.size(1))))
+    copies = torch.arange(len(slot), device=x.device).unsqueeze(1).expand_as(slot)
+    token[slot.flatten()] = copies.flatten()
+    return x.index_select(0, token[:n_rows])
+
+
+def sum_of_slots(rows, slot):
+    if len(rows) != slot.numel():                                         # dropped copies read one zero row past the end
+        rows = torch.cat((rows, rows.new_zeros(1, rows.size(1))))
+    if backend(rows) in ("plain", "npu"):
+        return rows[slot].sum(1)
+    return F.embedding_bag(slot, rows, mode="sum")                        # the same without (N,K,C) in memory
+
+
+class GatherRows(torch.autograd.Function):
+    """The backward of a copy is the sum of the copies: autograd's own, an accumulating index_put, is many times slower."""
+
+    @staticmethod
+    def forward(ctx, x, slot, n_rows):
+        ctx.save_for_backward(slot)
+        return copy_to_slots(x, slot, n_rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_of_slots(grad, *ctx.saved_tensors), None, None
+
+
+class SumRows(torch.autograd.Function):
+    """GatherRows the other way round."""
+
+    @staticmethod
+    def forward(ctx, rows, slot):
+        ctx.save_for_backward(slot)
+        ctx.n_rows = len(rows)
+        return sum_of_slots(rows, slot)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return copy_to_slots(grad, *ctx.saved_tensors, ctx.n_rows), None
+
+
+def cross_entropy(h, weight, targets):
+    """Summed loss of the head's logits: h (N,C), weight (V,C), targets (N,) with -100 ignored -> scalar, float32 or better."""
+    if backend(h) == "plain":
+        logits = F.linear(h, weight.to(h.dtype)).to(at_least_float32(h.dtype))
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return HeadCrossEntropy.apply(h, weight, targets)
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Head and loss together, a chunk of rows at a time, so that all (N,V) logits never stand in memory.
+
+    The gradient of a chunk is made while its logits are at hand, for a summed loss; backward only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets):
+        dtype = at_least_float32(h.dtype)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        w = weight.to(h.dtype)
+        loss = torch.zeros((), dtype=dtype, device=h.device)
+        grad_h = torch.empty_like(h) if needs_grad else None
+        grad_w = torch.zeros(weight.shape, dtype=dtype, device=h.device) if needs_grad else None
+        step = max(512, LOGIT_ELEMENTS // len(weight))
+        for start in range(0, len(h), step):
+            rows, kept = h[start:start + step], targets[start:start + step] != -100
+            label = targets[start:start + step].where(kept, 0).unsqueeze(1)
+            logits = (rows @ w.t()).to(dtype)                             # (step, V)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            loss += ((log_sum - logits.gather(1, label)).squeeze(1) * kept).sum()
+            if needs_grad:
+                grad = logits.sub_(log_sum).exp_()                        # softmax, in place of the logits
+                grad.scatter_add_(1, label, grad.new_full(label.shape, -1.0))
+                grad = grad.mul_(kept.unsqueeze(1)).to(h.dtype)
+                grad_h[start:start + step] = grad @ w
+                grad_w += grad.t() @ rows
+        ctx.save_for_backward(grad_h, grad_w)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad.to(grad_h.dtype), (grad_w * grad).to(ctx.weight_dtype), None
+
+
+class AddGradient(torch.autograd.Function):
+    """The identity on x that also sends `scale` back into `loss`: how a balance loss gets its gradient where, as on a
+    pipeline's earlier stages, no loss is in reach."""
+
+    @staticmethod
+    def forward(ctx, x, loss, scale):
+        ctx.scale = scale
+        ctx.like = loss
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.full_like(ctx.like, ctx.scale), None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary position
+
+
+def rope_table(config, positions, dtype):
+    """cos and sin of every position's angles: positions (B or 1, T) -> two of (B or 1, T, 1, D/2), float32 or better.
+
+    With YaRN (arXiv:2309.00071), slow pairs, which turn less than beta_slow times over the original length, are
+    stretched by `factor`; fast ones, above beta_fast turns, are kept; those between are mixed.
+    """
+    c, dtype = config, at_least_float32(dtype)
+    pairs = torch.arange(0, c.qk_rope_head_dim, 2, dtype=dtype, device=positions.device)
+    frequency = 1.0 / c.rope_theta ** (pairs / c.qk_rope_head_dim)        # (D/2,) radians a token
+    scale = 1.0
+    if c.rope_scaling is not None:
+        s = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0, **c.rope_scaling}
+        low, high = (pair_of_turns(c, s, s[name]) for name in ("beta_fast", "beta_slow"))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), c.qk_rope_head_dim - 1)
+        stretched = ((pairs / 2 - low) / max(high - low, 0.001)).clamp(0, 1)   # 0: kept, 1: stretched
+        frequency = frequency * (1 - stretched) + frequency / s["factor"] * stretched
+        scale = yarn_mscale(s["factor"], s["mscale"]) / yarn_mscale(s["factor"], s["mscale_all_dim"])
+    angle = positions.to(dtype)[..., None, None] * frequency              # (B, T, 1, D/2)
+    return angle.cos() * scale, angle.sin() * scale
+
+
+def pair_of_turns(config, scaling, turns):
+    """Index of the pair that turns that often over the original length; real, and any."""
+    length = scaling["original_max_position_embeddings"]
+    return config.qk_rope_head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+
+def yarn_mscale(factor, mscale):
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def softmax_scale(config):
+    """1 / sqrt(Dqk), under YaRN times the square of its mscale (DeepSeek-V3's code)."""
+    scale = config.qk_head_dim ** -0.5
+    if config.rope_scaling is not None and config.rope_scaling.get("mscale_all_dim"):
+        scale *= yarn_mscale(config.rope_scaling["factor"], config.rope_scaling["mscale_all_dim"]) ** 2
+    return scale
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+class Linear(nn.Module):
+    """No bias; computes in the input's dtype, so weights may be float32 masters under bfloat16 activations."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.store = None                                                 # a WeightGradStore, when gradients are deferred
+
+    def forward(self, x):
+        return linear(x, self.weight, self.store)
+
+
+class Norm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention: queries, and keys with values, pass through narrow latents (DS section 2.1.1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        heads, dim = c.num_attention_heads, c.hidden_size
+        self.q_a_proj = Linear(dim, c.q_lora_rank)
+        self.q_a_layernorm = Norm(c.q_lora_rank, c.latent_norm_eps)
+        self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(dim, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_layernorm = Norm(c.kv_lora_rank, c.latent_norm_eps)
+        self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = Linear(heads * c.v_head_dim, dim)
+        self.nope, self.rope, self.v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.scale = softmax_scale(c)
+
+    def forward(self, x, angles, mask):
+        B, T, _ = x.shape
+        # heads are counted from the weight by view(-1): tensor parallelism gives a rank a part of them
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(B, T, -1, self.nope + self.rope)
+        q_nope, q_rope = q.split((self.nope, self.rope), -1)              # (B,T,H,*)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.kv_a_layernorm.weight.numel(), self.rope), -1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(B, T, -1, self.nope + self.v)
+        k_nope, v = kv.split((self.nope, self.v), -1)                     # (B,T,H,*)
+        k_rope = rope(k_rope.unsqueeze(2), *angles).expand(-1, -1, k_nope.size(2), -1)   # one rope key for all heads
+        q = torch.cat((q_nope, rope(q_rope, *angles)), -1)                # (B,T,H,Dqk)
+        k = torch.cat((k_nope, k_rope), -1)                               # (B,T,H,Dqk)
+        return self.o_proj(attention(q, k, v, self.scale, mask).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU. Also the shared expert, and, with MoE's three calls, the MLP of a dense layer."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.gate_proj = Linear(width, inner)
+        self.up_proj = Linear(width, inner)
+        self.down_proj = Linear(inner, width)
+
+    def forward(self, x):
+        return self.down_proj(swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), -1)))
+
+    def dispatch(self, x, forced_ids=None):
+        return x
+
+    def compute(self, x):
+        return self(x)
+
+    def combine(self, y):
+        return y
+
+
+class Router(nn.Module):
+    """Scores in float32, choice of K experts, and the balance loss. Its weight and bias stay float32 under any cast."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
+        if c.router_bias:
+            self.register_buffer("e_score_correction_bias", torch.empty(c.n_routed_experts))
+        self.average_counts = lambda counts: counts                       # parallel.py: the mean over a group's ranks
+        self.aux_scale = 1.0                                              # share of the global batch in one forward
+        self.aux_loss = None                                              # of the last forward, detached
+        self.load = None                                                  # (E,) copies sent since last asked, in training
+
+    def _apply(self, fn, recurse=True):
+        """Moves with the model, but a cast to less than float32 passes it by: rounded scores choose other experts."""
+        def keep_wide(t):
+            moved = fn(t)
+            return moved if moved.dtype.itemsize >= 4 else t.to(moved.device)
+        return super()._apply(keep_wide, recurse)
+
+    def forward(self, x, forced_ids=None):
+        """x (B,T,C) -> ids (N,K) int64, weights (N,K) float32 or better."""
+        flat = x.flatten(0, 1).to(at_least_float32(x.dtype))              # (N,C)
+        logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
+        scores = logits.sigmoid() if self.c.scoring_func == "sigmoid" else logits.softmax(-1)
+        ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
+        weights = scores.gather(1, ids)
+        if self.c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.c.routed_scaling_factor
+        return ids, self.balance(x.size(0), ids, weights, logits, scores)
+
+    def choose(self, scores):
+        """The K best experts of each token, under the rule of groups: scores (N,E) -> ids (N,K)."""
+        c, n = self.c, len(scores)
+        if c.router_bias:
+            scores = scores + self.e_score_correction_bias.to(scores.dtype)
+        if c.n_group == 1:
+            return scores.topk(c.num_experts_per_tok, sorted=False).indices
+        groups = scores.view(n, c.n_group, -1)                            # (N, groups, E/groups)
+        if c.group_choice == "equal":
+            ids = groups.topk(c.num_experts_per_tok // c.n_group, sorted=False).indices
+            first = torch.arange(c.n_group, device=ids.device) * groups.size(-1)
+            return (ids + first.view(1, -1, 1)).flatten(1)
+        best = groups.topk(min(2, groups.size(-1))).values.sum(-1)        # (N, groups), DS: sum of a group's best two
+        kept = best.topk(c.topk_group, sorted=False).indices
+        left_out = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
+        masked = groups.masked_fill(left_out.unsqueeze(-1), -math.inf)    # not 0: biased scores can be negative
+        return masked.flatten(1).topk(c.num_experts_per_tok, sorted=False).indices
+
+    def balance(self, n_sequences, ids, weights, logits, scores):
+        """Balance loss alpha * sum_i f_i p_i, a mean over groups of sequences (PP eq. 4-6); weights carry its gradient.
+
+        f_i: share of the group's copies that expert i got, times E; from counts, without gradient. p_i: mean score.
+        """
+        c, E = self.c, self.c.n_routed_experts
+        G = n_sequences // self.group_size(n_sequences)
+        tokens = len(ids) // G                                            # of a group, held here
+        group = torch.arange(G, device=ids.device).repeat_interleave(tokens * ids.size(1))
+        counts = torch.zeros(G * E, dtype=torch.int64, device=ids.device)
+        counts.scatter_add_(0, group * E + ids.flatten(), torch.ones_like(group))
+        counts = counts.view(G, E)
+        if self.training:
+            load = counts.sum(0)
+            self.load = load if self.load is None else self.load + load
+        if c.balance == "none" or c.aux_loss_alpha == 0:
+            self.aux_loss = scores.new_zeros(())
+            return weights
+        f = self.average_counts(counts.to(scores.dtype)) * (E / (tokens * ids.size(1)))    # (G,E)
+        if c.aux_scores == "normalized":
+            scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        elif c.aux_scores == "softmax":
+            scores = logits.softmax(-1)
+        p = scores.view(G, tokens, E).mean(1)                             # (G,E)
+        aux_loss = c.aux_loss_alpha * (f * p).sum(-1).mean()
+        self.aux_loss = aux_loss.detach() * self.aux_scale
+        return AddGradient.apply(weights, aux_loss, self.aux_scale)
+
+    def group_size(self, n_sequences):
+        """Sequences of a balance group that are held here; a larger group is the matter of average_counts."""
+        if self.c.balance == "sequence":
+            return 1
+        if self.c.balance == "micro_batch" or self.c.balance_group == 0:
+            return n_sequences
+        size = min(self.c.balance_group, n_sequences)
+        if n_sequences % size:
+            raise ValueError(f"balance_group={size} does not divide the {n_sequences} sequences of a micro-batch: use one "
+                             f"of {divisors(n_sequences)}")
+        return size
+
+
+class Experts(nn.Module):
+    """Routed experts, stacked: gate and up in one grouped matmul, never a loop."""
+
+    def __init__(self, c):
+        super().__init__()
+        E, C, I = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, C))        # gate first
+        self.down_proj = nn.Parameter(torch.empty(E, C, I))
+        self.weight_before_down = c.expert_weight == "before_down"
+        self.first_expert = 0                                             # global number of the first one held here
+        self.store = None                                                 # a WeightGradStore, when gradients are deferred
+
+    def forward(self, rows, counts, row_weights):
+        """rows (M,C) sorted by expert, counts (E,), row_weights (M,) -> (M,C), weighted.
+
+        Weighting the expert-wide hidden activation costs less than the model-wide output and keeps no output for backward.
+        """
+        gate_up = grouped_matmul(rows, self.gate_up_proj, counts, self.store)                # (M,2I)
+        hidden = swiglu(gate_up, row_weights if self.weight_before_down else None)           # (M,I)
+        out = grouped_matmul(hidden, self.down_proj, counts, self.store)                     # (M,C)
+        return out if self.weight_before_down else out * row_weights.unsqueeze(-1)
+
+
+class LocalDispatcher:
+    """Brings tokens to experts and sums what comes back, on one device. No Module: parallel.py derives its exchanges.
+
+    With capacity_factor > 0 an expert takes ceil(capacity_factor * N * K / E) copies, those of the highest routing weight,
+    and always computes that many rows, padded with zeros; the rest are dropped and counted.
+    """
+
+    def __init__(self, c):
+        self.n_experts, self.capacity_factor = c.n_routed_experts, c.capacity_factor
+        self.dropped = None                                               # copies dropped since last asked
+
+    def dispatch(self, x, ids, weights):
+        """x (N,C), ids (N,K), weights (N,K) -> rows (M,C) sorted by expert, row_weights (M,), counts (E,), ctx."""
+        if self.capacity_factor > 0:
+            capacity = math.ceil(self.capacity_factor * ids.numel() / self.n_experts)
+            slot = self.slots_with_capacity(ids, weights, capacity)
+            rows = gather_rows(x, slot, self.n_experts * capacity)
+            counts = torch.full((self.n_experts,), capacity, device=x.device)
+        else:
+            rows, slot = permute(x, ids)
+            counts = count_ids(ids, self.n_experts)
+        row_weights = weights.new_zeros(len(rows) + 1).scatter(0, slot.flatten().long(), weights.flatten())
+        return rows, row_weights[:len(rows)].to(x.dtype), counts, slot
+
+    def slots_with_capacity(self, ids, weights, capacity):
+        """Row of each copy, E * capacity for a dropped one: (N,K)."""
+        flat = ids.flatten()
+        by_weight = torch.argsort(weights.detach().flatten(), descending=True, stable=True)
+        order = by_weight[torch.argsort(flat[by_weight], stable=True)]    # by expert, then by falling weight
+        counts = count_ids(ids, self.n_experts)
+        first = counts.cumsum(0) - counts                                 # (E,) where an expert's copies begin
+        expert = flat[order]
+        rank = torch.arange(len(order), device=ids.device) - first[expert]
+        row = torch.where(rank < capacity, expert * capacity + rank, self.n_experts * capacity)
+        slot = torch.empty_like(flat).scatter_(0, order, row)
+        dropped = (rank >= capacity).sum()
+        self.dropped = dropped if self.dropped is None else self.dropped + dropped
+        return slot.view_as(ids)
+
+    def wait(self, rows, row_weights, ctx):
+        """Where an exchange in flight ends; nothing is in flight on one device."""
+        return rows, row_weights
+
+    def combine(self, rows, ctx):
+        """Unweighted sum of each token's rows: (M,C) -> (N,C)."""
+        return unpermute(rows, ctx)
+
+
+def count_ids(ids, n_experts):
+    """Copies for each expert, without bincount, which would make the host wait: ids (N,K) -> (E,) int64."""
+    counts = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
+
+
+class MoE(nn.Module):
+    """Routed experts beside a shared one (none with n_shared_experts=0), ungated."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate = Router(c)
+        self.experts = Experts(c)
+        shared = c.n_shared_experts * c.moe_intermediate_size
+        self.shared_experts = MLP(c.hidden_size, shared) if shared else None
+        self.dispatcher = LocalDispatcher(c)
+
+    def dispatch(self, x, forced_ids=None):
+        """Choose experts and send rows off: x (B,T,C)."""
+        ids, weights = self.gate(x, forced_ids)
+        return x, ids, *self.dispatcher.dispatch(x.flatten(0, 1), ids, weights)
+
+    def compute(self, sent):
+        """The shared expert while rows travel, then the routed ones."""
+        x, ids, rows, row_weights, counts, ctx = sent
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        rows, row_weights = self.dispatcher.wait(rows, row_weights, ctx)
+        return self.experts(rows, counts, row_weights), shared, x.shape, ctx
+
+    def combine(self, done):
+        rows, shared, shape, ctx = done
+        routed = self.dispatcher.combine(rows, ctx).view(shape)
+        return routed if shared is None else routed + shared
+
+
+class Block(nn.Module):
+    """One layer, as four calls that another micro-batch's can be put between.
+
+        x = x + post_attention_layernorm(attention(input_layernorm(x)))
+        x = x + post_mlp_layernorm(mlp(pre_mlp_layernorm(x)))           # norm=pre: without the two post norms
+    """
+
+    def __init__(self, c, index):
+        super().__init__()
+        self.index = index                                                # global number of the layer
+        self.is_moe = index >= c.first_k_dense_replace
+        sandwich = c.norm != "pre"
+        self.input_layernorm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = Norm(c.hidden_size, c.rms_norm_eps) if sandwich else nn.Identity()
+        self.pre_mlp_layernorm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MoE(c) if self.is_moe else MLP(c.hidden_size, c.intermediate_size)
+        self.post_mlp_layernorm = Norm(c.hidden_size, c.rms_norm_eps) if sandwich else nn.Identity()
+
+    def forward(self, x, angles, mask=None, routing=None):
+        x = self.attend(x, angles, mask)
+        return self.combine(x, self.compute(self.dispatch(x, routing)))
+
+    def attend(self, x, angles, mask=None):
+        return x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), angles, mask))
+
+    def dispatch(self, x, routing=None):
+        """routing: None, or a dict of layer -> ids (B,T,K) in which a missing layer is noted and a present one is forced."""
+        if not self.is_moe or routing is None:
+            return self.mlp.dispatch(self.pre_mlp_layernorm(x))
+        sent = self.mlp.dispatch(self.pre_mlp_layernorm(x), routing.get(self.index))
+        routing[self.index] = sent[1].view(*x.shape[:2], -1)
+        return sent
+
+    def compute(self, sent):
+        return self.mlp.compute(sent)
+
+    def combine(self, x, done):
+        return x + self.post_mlp_layernorm(self.mlp.combine(done))
+
+
+class MTPLayer(Block):
+    """One more depth of prediction: this depth's hidden state joined with the embedding of the token it will see next."""
+
+    def __init__(self, c, index):
+        super().__init__(c, index)
+        self.hidden_first = c.mtp_concat == "hidden_first"
+        self.enorm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.hnorm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.eh_proj = Linear(2 * c.hidden_size, c.hidden_size)
+        self.shared_head = nn.ModuleDict({"norm": Norm(c.hidden_size, c.rms_norm_eps)})
+
+    def join(self, embedded, h):
+        parts = (self.enorm(embedded), self.hnorm(h))                     # two of (B,T,C)
+        return self.eh_proj(torch.cat(parts[::-1] if self.hidden_first else parts, -1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass
+class Output:
+    """Losses are shares of the global batch: summed over micro-batches and ranks they are its means."""
+    loss: torch.Tensor | None = None          # next-token cross-entropy, nats a token
+    mtp_loss: torch.Tensor | None = None      # mean over depths of theirs, before mtp_loss_weight
+    aux_loss: torch.Tensor | None = None      # balance loss, sum over layers, alpha included
+    total_loss: torch.Tensor | None = None    # what to call backward on; aux_loss adds its value here, its gradient by itself
+    logits: torch.Tensor | None = None        # (B,T,V)
+    mtp_logits: list | None = None            # one (B,T,V) a depth
+
+
+class Model(nn.Module):
+    """The whole model, or, with parts set to None, a pipeline stage of it. Memory is not filled before init_weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        n_layers, depths = c.num_hidden_layers, c.num_nextn_predict_layers
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, _weight=torch.empty(c.vocab_size, c.hidden_size))
+        self.layers = nn.ModuleDict({str(i): Block(c, i) for i in range(n_layers)})
+        self.layers.update({str(i): MTPLayer(c, i) for i in range(n_layers, n_layers + depths)})
+        self.norm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size)
+        self.compute_dtype = None                                         # None: the embedding's own
+
+    def forward(self, ids, *, targets=None, labels=None, positions=None, doc_ids=None, next_ids=None, routing=None,
+                return_logits=False, loss_tokens=None):
+        """ids (B,T), or a hidden state (B,T,C) on a stage without embedding -> Output, or the hidden state without a head.
+
+        targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored. labels (B,T): the unshifted ids, shifted here.
+        positions (B,T), default 0..T-1. doc_ids (B,T): attention stays inside equal numbers. next_ids (B, MTP, T): token
+        i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,): target
+        tokens of the whole global batch per depth, by default of this call. Logits only without targets or on request.
+        """
+        if labels is not None:
+            targets = shifted(labels, range(1, 2 + self.config.num_nextn_predict_layers), -100)
+        x = ids if self.embed_tokens is None else self.embed(ids)         # (B,T,C)
+        if positions is None:
+            positions = torch.arange(x.size(1), device=x.device).unsqueeze(0)
+        angles = rope_table(self.config, positions, x.dtype)
+        mask = document_mask(doc_ids)
+        for block in self.blocks(MTPLayer, False):
+            x = block(x, angles, mask, routing)
+        if self.norm is None:
+            return x
+        hiddens = [self.norm(x), *self.predict_ahead(x, ids, targets, next_ids, angles, mask, routing)]
+        return self.output(hiddens, targets, loss_tokens, return_logits or targets is None)
+
+    def embed(self, ids):
+        """ids (B,T) -> (B,T,C) in the compute dtype. The one error worth catching here is made by a wrong tokenizer."""
+        x = self.embed_tokens(ids)
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
+
+    def blocks(self, kind=Block, wanted=True):
+        return [block for block in self.layers.values() if isinstance(block, kind) == wanted]
+
+    def routers(self):
+        return [block.mlp.gate for block in self.layers.values() if block.is_moe]
+
+    def predict_ahead(self, x, ids, targets, next_ids, angles, mask, routing):
+        """Hidden states of depths 1, 2, ... before the head, each made from the one before: x (B,T,C) -> list of such."""
+        layers = self.blocks(MTPLayer)
+        if layers and next_ids is None:
+            next_ids = shifted(ids, range(1, 1 + len(layers)), 0)
+            if targets is not None:                                       # knows the tokens past the end
+                known = targets[:, :len(layers)]
+                next_ids = torch.where(known >= 0, known, next_ids)
+        h = x if self.config.mtp_hidden == "pre_norm" else self.norm(x)
+        hiddens = []
+        for depth, layer in enumerate(layers):
+            h = layer(layer.join(self.embed(next_ids[:, depth]), h), angles, mask, routing)
+            normed = layer.shared_head["norm"](h)
+            hiddens.append(normed)
+            h = h if self.config.mtp_hidden == "pre_norm" else normed
+        return hiddens
+
+    @property
+    def head_weight(self):
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def output(self, hiddens, targets, loss_tokens, want_logits):
+        """hiddens: one (B,T,C) a depth."""
+        out = Output()
+        if want_logits:
+            out.logits, *out.mtp_logits = [linear(h, self.head_weight) for h in hiddens]
+        if targets is None:
+            return out
+        if loss_tokens is None:
+            loss_tokens = (targets != -100).sum((0, 2)).clamp(min=1)      # (1+MTP,)
+        losses = [cross_entropy(h.flatten(0, 1), self.head_weight, targets[:, d].flatten()) / loss_tokens[d]
+                  for d, h in enumerate(hiddens)]
+        out.loss = losses[0]
+        out.mtp_loss = sum(losses[1:]) / max(1, len(losses) - 1) + torch.zeros_like(losses[0])
+        out.aux_loss = sum((router.aux_loss for router in self.routers()), torch.zeros_like(losses[0]))
+        out.total_loss = out.loss + self.config.mtp_loss_weight * out.mtp_loss + out.aux_loss
+        return out
+
+    # what a trainer asks of the routers
+
+    @property
+    def aux_scale(self):
+        """Share of the global batch that one forward sees; the balance loss and its gradient are multiplied by it."""
+        return self.routers()[0].aux_scale if self.routers() else 1.0
+
+    @aux_scale.setter
+    def aux_scale(self, share):
+        for router in self.routers():
+            router.aux_scale = share
+
+    def pop_stats(self):
+        """What training forwards counted since last asked: loads (MoE layers, E), and copies dropped; stays on the device."""
+        moes = [block.mlp for block in self.layers.values() if block.is_moe]
+        none = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=next(self.parameters()).device)
+        loads = [none if moe.gate.load is None else moe.gate.load for moe in moes]
+        dropped = sum((moe.dispatcher.dropped for moe in moes if moe.dispatcher.dropped is not None), none[0])
+        for moe in moes:
+            moe.gate.load = moe.dispatcher.dropped = None
+        return dict(loads=torch.stack(loads) if loads else none.view(1, -1)[:0], dropped=dropped)
+
+    @torch.no_grad()
+    def update_router_bias(self, loads):
+        """Raise the bias of experts that got less than the mean, lower the others': loads (MoE layers, E) of one step."""
+        for router, load in zip(self.routers(), loads.float()):
+            if self.config.router_bias:
+                router.e_score_correction_bias += self.config.bias_update_speed * (load.mean() - load).sign()
+
+    @torch.no_grad()
+    def init_weights(self, seed=0):
+        """Fill every tensor, also after to_empty; see initial_scale for the table."""
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            first = self.get_submodule(name.rpartition(".")[0]).first_expert if ".experts." in name else 0
+            fill_initial(tensor, self.config, name, seed, first)
+
+
+def shifted(ids, distances, fill):
+    """ids (B,T) moved left by each distance, ends filled: (B, len(distances), T)."""
+    T = ids.size(1)
+    return torch.stack([F.pad(ids, (0, d), value=fill)[:, d:d + T] for d in distances], 1)
+
+
+def document_mask(doc_ids):
+    """doc_ids (B,T) -> (B,1,T,T), True where i may see j: same document and not later. None stays None (causal alone)."""
+    if doc_ids is None:
+        return None
+    same = doc_ids.unsqueeze(2) == doc_ids.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Initialisation
+
+
+def initial_scale(config, name):
+    """(kind, scale) of a tensor's start, kind 'constant' or 'normal'; L layers, d = hidden_size.
+
+        tensor                                          init=tiny (PU 2.2)       init=small (PU's baseline)
+        embed_tokens                                    normal 0.5               normal sqrt(2/5d)
+        lm_head, router, eh_proj, q_a, q_b, kv_a, kv_b,
+        gate and up projections                         normal sqrt(1/2dL)       normal sqrt(2/5d)
+        o_proj, down projections (into the residual)    normal sqrt(1/2dL)       normal sqrt(2/5dL)
+        e_score_correction_bias                         constant 0               constant 0
+        norms, but with norm=dssn:                      constant 1               constant 1
+        post_attention_layernorm                        constant c_attn/sqrt(L)  constant c_attn/sqrt(L)
+        post_mlp_layernorm                              constant c_mlp/sqrt(L)   constant c_mlp/sqrt(L)
+    """
+    c, L = config, config.num_hidden_layers
+    if name.endswith("e_score_correction_bias"):
+        return "constant", 0.0
+    if "norm" in name.split(".")[-2]:
+        post = {"post_attention_layernorm": c.dssn_c_attn, "post_mlp_layernorm": c.dssn_c_mlp}.get(name.split(".")[-2])
+        return "constant", post / math.sqrt(L) if c.norm == "dssn" and post else 1.0
+    if c.init == "tiny":
+        return "normal", 0.5 if "embed_tokens" in name else math.sqrt(1 / (2 * c.hidden_size * L))
+    into_residual = "o_proj" in name or "down_proj" in name
+    return "normal", math.sqrt(2 / (5 * c.hidden_size * (L if into_residual else 1)))
+
+
+def fill_initial(tensor, config, name, seed, first_expert=0):
+    """Fill one tensor in place. A stacked tensor is seeded expert by expert, from the global number of its first one.
+
+    Each tensor has a seed of its own, so the same numbers come out however the model is cut, one tensor at a time.
+    """
+    kind, scale = initial_scale(config, name)
+    if kind == "constant":
+        tensor.fill_(scale)
+        return
+    slices = enumerate(tensor, first_expert) if ".experts." in name else [(-1, tensor)]
+    for expert, part in slices:
+        digest = hashlib.blake2b(f"{seed} {name} {expert}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        part.copy_(torch.randn(part.shape, generator=generator) * scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other people's names, and text
+
+
+def hf_views(model):
+    """(published name, view of our tensor) for every tensor, experts one by one; both load_hf and to_hf walk over it.
+
+    Name trap: with norm=pre, DeepSeek's post_attention_layernorm is the norm before the MLP.
+    """
+    for name, tensor in model.state_dict().items():
+        if model.config.norm == "pre":
+            name = name.replace("pre_mlp_layernorm", "post_attention_layernorm")
+        name = name if name.startswith("lm_head") else f"model.{name}"
+        if ".experts." not in name:
+            yield name, tensor
+            continue
+        prefix, stacked = name.rsplit(".", 1)
+        first = model.get_submodule(prefix.removeprefix("model.")).first_expert
+        for expert, matrix in enumerate(tensor, first):
+            if stacked == "down_proj":
+                yield f"{prefix}.{expert}.down_proj.weight", matrix
+            else:
+                for part, half in zip(("gate_proj", "up_proj"), matrix.chunk(2)):
+                    yield f"{prefix}.{expert}.{part}.weight", half
+
+
+def to_hf(model):
+    """Tensors under their published names; views of the model's own memory."""
+    return dict(hf_views(model))
+
+
+@torch.no_grad()
+def load_hf(model, tensors):
+    """Fill the model from a dict of published names; ValueError for a missing tensor or a wrong shape.
+
+    What the model has no place for is left out only in MTP layers, whose files may repeat embedding and head.
+    """
+    wanted = to_hf(model)
+    missing = sorted(set(wanted) - set(tensors))
+    unknown = sorted(name for name in set(tensors) - set(wanted) if not is_mtp_name(name, model.config))
+    if missing or unknown:
+        raise ValueError(f"{len(missing)} tensors are missing (first: {missing[:1]}), {len(unknown)} have no place (first: "
+                         f"{unknown[:1]}): is this checkpoint of the same shape as the Config?")
+    for name, own in wanted.items():
+        if own.shape != tensors[name].shape:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)} in the checkpoint and {tuple(own.shape)} in the model")
+        own.copy_(tensors[name])
+
+
+def is_mtp_name(name, config):
+    parts = name.split(".")
+    return parts[:2] == ["model", "layers"] and int(parts[2]) >= config.num_hidden_layers
+
+
+@torch.no_grad()
+def generate(model, ids, new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0):
+    """Continue ids (1,T) by new_tokens, without a cache -> (1, T + new_tokens). temperature 0: the likeliest token.
+
+    top_k: the k likeliest tokens only (0: all). top_p: the fewest tokens that hold this much probability.
+    """
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    for _ in range(new_tokens):
+        window = ids[:, -model.config.max_position_embeddings:]
+        logits = model(window).logits[:, -1].float()                      # (1,V)
+        ids = torch.cat((ids, sample(logits, temperature, top_k, top_p, generator)), 1)
+    model.train(was_training)
+    return ids
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """logits (B,V) -> (B,1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, order = logits.div(temperature).sort(descending=True)
+    if top_k:
+        logits[:, top_k:] = -math.inf
+    before = logits.softmax(-1).cumsum(-1) - logits.softmax(-1)           # probability of all likelier tokens
+    probabilities = logits.masked_fill(before >= top_p, -math.inf).softmax(-1)
+    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
