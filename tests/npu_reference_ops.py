@@ -149,7 +149,7 @@ def npu_grouped_matmul(x, weight, group_list, split_item, group_type, group_list
           ' bool sync=False, str softmax_layout="", Tensor? sink=None, Tensor? dropout_mask=None, int seed=0,'
           ' int offset=0) -> (Tensor, Tensor, Tensor, Tensor, int, int, int)')
 def npu_fusion_attention(query, key, value, head_num, input_layout, atten_mask, scale, sparse_mode):
-    """query, key (B,S,N,D), value (B,S,N,Dv). atten_mask: True means masked OUT; without it sparse_mode does nothing."""
+    """query, key (B,S,N,D), value (B,S,N,Dv). atten_mask: True is masked OUT; without it sparse_mode does nothing."""
     assert input_layout == "BSND" and query.size(2) == head_num <= 256, f"{input_layout}, {query.shape}, {head_num}"
     assert query.dtype == key.dtype == value.dtype, f"{query.dtype}, {key.dtype}, {value.dtype}"
     assert query.size(-1) == key.size(-1) >= value.size(-1), f"documented: Dq = Dk >= Dv, {query.shape}, {value.shape}"

@@ -21,8 +21,9 @@ POINTERS = {"aclCreateDataBuffer", "aclCreateTensorDesc", "aclopCreateAttr", "ac
 HARMLESS = {"MsprofGetHashId", "MsprofRegisterCallback", "MsprofReportAdditionalInfo", "MsprofReportApi",
             "MsprofReportCompactInfo", "MsprofSysCycleTime", "aclAppLog", "aclopDestroyAttr", "aclDestroyTensorDesc",
             "aclDestroyDataBuffer", "aclInit", "aclFinalize", "aclrtResetDevice", "aclrtRecordEvent",
-            "aclrtStreamWaitEvent", "aclrtDestroyEvent", "aclrtSynchronizeEvent", "aclrtResetEvent", "aclrtDestroyStream",
-            "aclrtSynchronizeStream", "aclrtSetCurrentContext", "aclmdlInitDump", "aclmdlFinalizeDump"}
+            "aclrtStreamWaitEvent", "aclrtDestroyEvent", "aclrtSynchronizeEvent", "aclrtResetEvent",
+            "aclrtDestroyStream", "aclrtSynchronizeStream", "aclrtSetCurrentContext", "aclmdlInitDump",
+            "aclmdlFinalizeDump"}
 
 # one device, number 0, with any number of streams and events
 DEVICE = {
