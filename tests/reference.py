@@ -250,7 +250,7 @@ def forward(config, tensors, ids, targets=None, next_ids=None, positions=None, d
     tokens = (targets != -100).sum((0, 2)) if loss_tokens is None else loss_tokens
     losses = [cross_entropy(logits, targets[:, d]) / tokens[d] for d, logits in enumerate(found.logits)]
     found.loss = losses[0]
-    found.mtp_loss = sum(losses[1:]) / max(len(losses) - 1, 1)
+    found.mtp_loss = sum(losses[1:], torch.zeros_like(losses[0])) / max(len(losses) - 1, 1)
     found.aux_loss = found.aux_loss * aux_scale
     found.total_loss = found.loss + c.mtp_loss_weight * found.mtp_loss + found.aux_loss
     return found
