@@ -16,8 +16,8 @@ Legend of dimensions: B batch, T sequence, C model width, H heads, D head width,
 E experts, M rows sent to experts, I expert width, V vocabulary, G balance groups.
 
 References. PU: Pangu Ultra, arXiv:2504.07866 (the dense sister model: norms and initialisation). PP: Pangu Pro MoE,
-arXiv:2505.21411 (balance loss, experts chosen equally from groups). DS: DeepSeek-V3, arXiv:2412.19437 (latent attention,
-router bias, group-limited choice, multi-token prediction).
+arXiv:2505.21411 (balance loss, experts chosen equally from groups). DS: DeepSeek-V3, arXiv:2412.19437 (latent
+attention, router bias, group-limited choice, multi-token prediction).
 """
 import hashlib
 import math
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Config:
-    """A model's shape, in the spelling of DeepSeek-style configs. Checked when made; every refusal says what would fit."""
+    """A model's shape, in the spelling of DeepSeek-style configs. Checked when made."""
     vocab_size: int = 2048
     hidden_size: int = 192
     num_hidden_layers: int = 4
@@ -60,7 +60,7 @@ class Config:
     n_group: int = 1                          # groups of experts
     topk_group: int = 1                       # groups a token may choose from (group_choice=limited)
     group_choice: str = "limited"             # limited: topk_group of n_group (DS) | equal: K/n_group from each (PP)
-    router_bias: bool = False                 # added to scores for the choice alone, moved by load and not by a loss (DS)
+    router_bias: bool = False                 # added to scores for the choice alone; moved by load, not by a loss (DS)
     bias_update_speed: float = 0.001
     capacity_factor: float = 0.0              # 0: dropless; else an expert takes capacity_factor * N * K / E rows
     expert_weight: str = "before_down"        # the routing weight multiplies before_down (expert-wide) | after_down
@@ -98,6 +98,9 @@ CHOICES = dict(
     init=("tiny", "small"))
 
 
+YARN_KEYS = {"type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+
+
 def divisors(n, limit=8):
     """Divisors of n, for messages that say what would fit; the largest `limit` of them."""
     return [d for d in range(1, n + 1) if n % d == 0][-limit:]
@@ -111,53 +114,42 @@ def check_config(c):
 
     for name, allowed in CHOICES.items():
         require(getattr(c, name) in allowed, f"{name}={getattr(c, name)!r}: use one of {', '.join(allowed)}")
-    may_be_zero = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "balance_group"}
+    may_be_zero = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "balance_group",
+                   "capacity_factor", "aux_loss_alpha", "mtp_loss_weight", "bias_update_speed"}
     for field in fields(c):
-        if field.type in (int, "int"):
-            least = 0 if field.name in may_be_zero else 1
-            value = getattr(c, field.name)
-            require(isinstance(value, int) and value >= least, f"{field.name}={value!r}: a whole number of at least {least}")
-    for name in ("rope_theta", "routed_scaling_factor", "rms_norm_eps", "latent_norm_eps"):
-        require(getattr(c, name) > 0, f"{name}={getattr(c, name)}: must be above 0")
-    for name in ("capacity_factor", "aux_loss_alpha", "mtp_loss_weight", "bias_update_speed"):
-        require(getattr(c, name) >= 0, f"{name}={getattr(c, name)}: must not be negative")
+        value, zero = getattr(c, field.name), field.name in may_be_zero
+        if field.type in (int, float):
+            kind, known = ("whole number", int) if field.type is int else ("number", (int, float))
+            require(isinstance(value, known) and (value > 0 or zero and value == 0),
+                    f"{field.name}={value!r}: use a {kind} {'of at least' if zero else 'above'} 0")
 
     experts, k, groups = c.n_routed_experts, c.num_experts_per_tok, c.n_group
+    reach = c.topk_group * experts // groups if c.group_choice == "limited" else experts
     require(c.first_k_dense_replace <= c.num_hidden_layers,
-            f"first_k_dense_replace={c.first_k_dense_replace} above num_hidden_layers={c.num_hidden_layers}: "
-            f"use 0 to {c.num_hidden_layers}")
+            f"first_k_dense_replace={c.first_k_dense_replace}: use 0 to num_hidden_layers={c.num_hidden_layers}")
     require(k <= experts, f"num_experts_per_tok={k} above n_routed_experts={experts}: use 1 to {experts}")
-    require(experts % groups == 0,
-            f"n_group={groups} does not divide n_routed_experts={experts}: use one of {divisors(experts)}")
-    if c.group_choice == "equal":
-        require(k % groups == 0, f"n_group={groups} does not divide num_experts_per_tok={k}, which group_choice=equal "
-                                 f"needs: use one of {[d for d in divisors(k) if experts % d == 0]}")
-    else:
-        require(c.topk_group <= groups, f"topk_group={c.topk_group} above n_group={groups}: use 1 to {groups}")
-        require(k <= c.topk_group * experts // groups,
-                f"num_experts_per_tok={k} above the {c.topk_group * experts // groups} experts of topk_group="
-                f"{c.topk_group} groups: raise topk_group to {math.ceil(k * groups / experts)} or lower num_experts_per_tok")
+    require(experts % groups == 0, f"n_group={groups} does not divide n_routed_experts={experts}: use one of "
+                                   f"{divisors(experts)}")
+    require(c.group_choice == "limited" or k % groups == 0,
+            f"n_group={groups} does not divide num_experts_per_tok={k}, which group_choice=equal needs: use one of "
+            f"{[d for d in divisors(k) if experts % d == 0]}")
+    require(c.topk_group <= groups, f"topk_group={c.topk_group} above n_group={groups}: use 1 to {groups}")
+    require(k <= reach, f"num_experts_per_tok={k} above the {reach} experts of topk_group={c.topk_group} groups: use "
+                        f"topk_group={math.ceil(k * groups / experts)} or num_experts_per_tok up to {reach}")
     require(c.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim={c.qk_rope_head_dim} is odd, rotary position turns pairs: use {c.qk_rope_head_dim + 1}")
     require(c.v_head_dim <= c.qk_head_dim,
-            f"v_head_dim={c.v_head_dim} above qk_nope_head_dim + qk_rope_head_dim={c.qk_head_dim}, which fused attention "
-            f"does not take: use at most {c.qk_head_dim}")
-    if c.rope_scaling is not None:
-        check_rope_scaling(c.rope_scaling, require)
-
-
-def check_rope_scaling(scaling, require):
-    known = {"type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-    require(isinstance(scaling, dict) and scaling.get("type") == "yarn",
-            f"rope_scaling={scaling!r}: use null, or an object with type=yarn")
-    unknown = set(scaling) - known
-    require(not unknown, f"rope_scaling has unknown keys {sorted(unknown)}: use {sorted(known)}")
+            f"v_head_dim={c.v_head_dim} above the query's width, fused attention refuses that: up to {c.qk_head_dim}")
+    scaling = c.rope_scaling or dict(type="yarn", factor=1.0, original_max_position_embeddings=1)
+    unknown = sorted(set(scaling) - YARN_KEYS)
+    require(scaling.get("type") == "yarn" and not unknown,
+            f"rope_scaling={scaling}: use null, or an object with type=yarn and keys of {sorted(YARN_KEYS)}")
     for name in ("factor", "original_max_position_embeddings"):
         require(scaling.get(name, 0) >= 1, f"rope_scaling needs {name} of at least 1")
 
 
 def _fixed(vocab, sequence, hidden, layers, dense, heads, ranks, dims, experts, width, top_k, **rest):
-    """A preset written as one row: hidden, layers, dense FFN, heads, (q, kv) rank, (nope, rope, v) dims, experts."""
+    """A preset written as one row; ranks are (q, kv), dims (nope, rope, v)."""
     return Config(vocab_size=vocab, max_position_embeddings=sequence, hidden_size=hidden, num_hidden_layers=layers,
                   intermediate_size=dense, num_attention_heads=heads, q_lora_rank=ranks[0], kv_lora_rank=ranks[1],
                   qk_nope_head_dim=dims[0], qk_rope_head_dim=dims[1], v_head_dim=dims[2], n_routed_experts=experts,
@@ -175,9 +167,9 @@ PRESETS = {
     # exactly the published tensors
     "pangu-ultra-moe-718b": _PANGU,
     "deepseek-v3-671b": replace(
-        _PANGU, vocab_size=129280, max_position_embeddings=163840, hidden_size=7168, rope_theta=10000.0, rms_norm_eps=1e-6,
-        rope_scaling=dict(type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
-                          mscale=1.0, mscale_all_dim=1.0),
+        _PANGU, vocab_size=129280, max_position_embeddings=163840, hidden_size=7168, rope_theta=1e4, rms_norm_eps=1e-6,
+        rope_scaling=dict(type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0,
+                          beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
         n_group=8, topk_group=4, router_bias=True, norm="pre", init="small", balance="sequence", aux_loss_alpha=0.0001),
     # fixed sizes, for comparisons with other implementations
     "cpu-small": _fixed(4096, 256, 256, 8, 640, 4, (96, 64), (32, 16, 32), 16, 128, 4),
@@ -192,7 +184,7 @@ PRESETS = {
 
 
 def layer_params(c):
-    """Parameters of one layer's parts: dict of attention, norms, dense, moe, moe_active (routed ones per token only)."""
+    """Parameters of one layer's parts: attention, norms, dense, moe, moe_active (of the routed experts K only)."""
     heads, width = c.num_attention_heads, c.hidden_size
     attention = width * c.q_lora_rank + c.q_lora_rank * heads * c.qk_head_dim + c.q_lora_rank
     attention += width * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
@@ -223,7 +215,7 @@ def count_params(config):
 def flops_per_token(config, seq_len):
     """Model FLOPs of training on one token: 6 x active matmul parameters, head and MTP included, + causal attention.
 
-    The head counts once per depth of prediction. Causal attention counts half of the scores; recomputation never counts.
+    The head counts once per depth of prediction, causal attention half of the scores, recomputation never.
     """
     c, part = config, layer_params(config)
     depths = c.num_nextn_predict_layers
@@ -353,7 +345,7 @@ def attention(q, k, v, scale, mask=None):
 
 
 def npu_attention(q, k, v, scale, mask):
-    """npu_fusion_attention: its masks say True for what is left out, mode 2 wants a 2048 x 2048 triangle, 1 a full mask."""
+    """Its masks say True for what is left out; mode 2, causal, wants a 2048 x 2048 triangle, mode 1 a full mask."""
     if mask is None:
         left_out, mode = torch.ones(2048, 2048, dtype=torch.bool, device=q.device).triu(1), 2
     else:
@@ -363,7 +355,7 @@ def npu_attention(q, k, v, scale, mask):
 
 
 class WeightGradStore:
-    """Weight gradients put off until popped, so that their matmuls can hide an exchange. One path: weight.grad += compute()."""
+    """Weight gradients put off until popped, so that their matmuls can hide an exchange."""
 
     def __init__(self):
         self.pending = []
@@ -384,14 +376,9 @@ class WeightGradStore:
             weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
 
 
-def linear(x, weight, store=None):
-    """x (..., in) @ weight (out, in)^T in x's dtype; master weights may be wider."""
-    if store is None:
-        return F.linear(x, weight.to(x.dtype))
-    return DeferredLinear.apply(x, weight, store)
-
-
 class DeferredLinear(torch.autograd.Function):
+    """x (..., in) @ weight (out, in)^T, the weight gradient put in a store."""
+
     @staticmethod
     def forward(ctx, x, weight, store):
         ctx.save_for_backward(x, weight)
@@ -414,61 +401,44 @@ def grouped_matmul(x, weight, counts, store=None):
 
 
 class GroupedMatmul(torch.autograd.Function):
-    """Our own: torch_npu's grouped matmul has no backward, and deferring weight gradients needs the two halves apart."""
+    """torch_npu's grouped matmul has no backward, and deferring weight gradients needs the two halves apart."""
 
     @staticmethod
     def forward(ctx, x, weight, counts, store):
         ctx.save_for_backward(x, weight, counts)
         ctx.store = store
-        return rows_by_experts(x, weight.to(x.dtype).transpose(1, 2), counts)
+        return matmul_by_expert(x, weight.to(x.dtype).transpose(1, 2), counts)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, counts = ctx.saved_tensors
-        grad = grad.contiguous()                                          # an expanded gradient has strides grouped_mm refuses
+        grad = grad.contiguous()                                          # grouped_mm refuses strides of 0
 
         def weight_grad():
-            return outer_by_experts(grad, x, counts).to(weight.dtype)
+            return matmul_by_expert(grad.t(), x, counts).to(weight.dtype)
 
-        grad_x = rows_by_experts(grad, weight.to(grad.dtype), counts) if ctx.needs_input_grad[0] else None
+        grad_x = matmul_by_expert(grad, weight.to(grad.dtype), counts) if ctx.needs_input_grad[0] else None
         if ctx.store is not None:
             ctx.store.put(weight, weight_grad)
             return grad_x, None, None, None
         return grad_x, weight_grad() if ctx.needs_input_grad[1] else None, None, None
 
 
-def takes_grouped_mm(dtype, *sizes):
-    """torch's grouped_mm has no float64, wants rows of whole 16-byte words, and at least one of them."""
-    return dtype in (torch.float32, torch.bfloat16) and all(n > 0 and n * dtype.itemsize % 16 == 0 for n in sizes)
-
-
-def rows_by_experts(x, matrices, counts):
-    """x (M, in), matrices (E, in, out) -> (M, out)."""
-    kind = backend(x)
-    if kind == "npu":
-        return npu_grouped_matmul(x, matrices, counts, group_type=0)
-    if kind != "plain" and len(x) > 0 and takes_grouped_mm(x.dtype, x.size(1), matrices.size(2)):
-        return F.grouped_mm(x, matrices, offs=counts.cumsum(0, dtype=torch.int32))
-    pieces = zip(x.split(counts.tolist()), matrices.unbind())
-    return torch.cat([rows @ matrix for rows, matrix in pieces])
-
-
-def outer_by_experts(grad, x, counts):
-    """Each expert's grad^T x: grad (M, out), x (M, in) -> (E, out, in)."""
-    kind = backend(x)
-    if kind == "npu":
-        return npu_grouped_matmul(grad.t(), x, counts, group_type=2)
-    if kind != "plain" and len(x) > 0 and takes_grouped_mm(x.dtype, grad.size(1), x.size(1)):
-        return F.grouped_mm(grad.t(), x, offs=counts.cumsum(0, dtype=torch.int32))
+def matmul_by_expert(a, b, counts):
+    """Rows a (M,n) by matrices b (E,n,m) -> (M,m); or columns a (n,M) by rows b (M,m), expert by expert -> (E,n,m)."""
+    by_rows = b.dim() == 3
+    if backend(a) == "npu":                                               # refuses one count alone, so: ends of groups
+        ends = counts.cumsum(0, dtype=torch.int64)
+        return torch.ops.npu.npu_grouped_matmul([a], [b], group_list=ends, group_list_type=0, split_item=3,
+                                                group_type=0 if by_rows else 2)[0]
+    # torch's own has no float64, wants rows of whole 16-byte words, and at least one of them
+    aligned = all(n * a.element_size() % 16 == 0 for n in (a.size(1) if by_rows else a.size(0), b.size(-1)))
+    if backend(a) != "plain" and a.dtype != torch.float64 and aligned and a.numel() > 0:
+        return F.grouped_mm(a, b, offs=counts.cumsum(0, dtype=torch.int32))
     sizes = counts.tolist()
-    return torch.stack([g.t() @ rows for g, rows in zip(grad.split(sizes), x.split(sizes))])
-
-
-def npu_grouped_matmul(a, b, counts, group_type):
-    """group_type 0: rows of a are grouped, 2: the summed dimension is. Ends of groups, since one count alone is refused."""
-    ends = counts.cumsum(0, dtype=torch.int64)
-    return torch.ops.npu.npu_grouped_matmul([a], [b], group_list=ends, split_item=3, group_type=group_type,
-                                            group_list_type=0)[0]
+    if by_rows:
+        return torch.cat([rows @ matrix for rows, matrix in zip(a.split(sizes), b.unbind())])
+    return torch.stack([columns @ rows for columns, rows in zip(a.split(sizes, 1), b.split(sizes))])
 
 
 def permute(x, ids):
@@ -480,43 +450,34 @@ def permute(x, ids):
         rows, slot = torch.ops.npu.npu_moe_token_permute(x, ids.to(torch.int32))
         return rows, slot.view_as(ids)
     slot = sorted_slots(ids)
-    return gather_rows(x, slot, slot.numel()), slot
+    return GatherRows.apply(x, slot, slot.numel(), False), slot
 
 
-def unpermute(rows, slot):
-    """Sum of each token's rows: rows (M,C), slot (N,K) -> (N,C). A slot of M is a copy that was dropped."""
-    if backend(rows) == "npu" and len(rows) == slot.numel():              # the fused operator knows no dropped copies
+def unpermute(rows, slot, padded=False):
+    """Sum of each token's rows: rows (M,C), slot (N,K) -> (N,C). Padded: a slot of M is a copy that was dropped."""
+    if backend(rows) == "npu" and not padded:                             # the fused operator knows no dropped copies
         ones = torch.ones(slot.shape, dtype=rows.dtype, device=rows.device)
         return torch.ops.npu.npu_moe_token_unpermute(rows, slot.flatten(), probs=ones)
-    return SumRows.apply(rows, slot)
-
-
-def gather_rows(x, slot, n_rows):
-    """Copy tokens to the rows that slot (N,K) names: x (N,C) -> (n_rows,C). Rows that no slot names are zero."""
-    return GatherRows.apply(x, slot, n_rows)
+    return SumRows.apply(rows, slot, padded)
 
 
 def sorted_slots(ids):
     """Row of every copy once copies are sorted by expert, tokens in order within one: ids (N,K) -> (N,K)."""
     order = torch.argsort(ids.flatten(), stable=True)                     # (N*K,) copy that goes to each row
-    slot = torch.empty_like(order)
-    slot[order] = torch.arange(len(order), device=ids.device)
-    return slot.view_as(ids)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device)).view_as(ids)
 
 
-def copy_to_slots(x, slot, n_rows):
-    if n_rows == slot.numel():
-        token = torch.empty(n_rows, dtype=slot.dtype, device=x.device)    # (M,) token of each row
-    else:                                                                 # padding rows and dropped copies: see one zero token
-        token = slot.new_full((n_rows + 1,), len(x))
+def copy_to_slots(x, slot, n_rows, padded):
+    token = slot.new_full((n_rows + padded,), len(x))                     # of each row; padding rows: one past the end
+    copies = torch.arange(len(slot), dtype=slot.dtype, device=x.device).unsqueeze(1).expand_as(slot)
+    token.scatter_(0, slot.flatten(), copies.flatten())
+    if padded:
         x = torch.cat((x, x.new_zeros(1, x.size(1))))
-    copies = torch.arange(len(slot), device=x.device).unsqueeze(1).expand_as(slot)
-    token[slot.flatten()] = copies.flatten()
     return x.index_select(0, token[:n_rows])
 
 
-def sum_of_slots(rows, slot):
-    if len(rows) != slot.numel():                                         # dropped copies read one zero row past the end
+def sum_of_slots(rows, slot, padded):
+    if padded:                                                            # dropped copies read a zero row past the end
         rows = torch.cat((rows, rows.new_zeros(1, rows.size(1))))
     if backend(rows) in ("plain", "npu"):
         return rows[slot].sum(1)
@@ -524,34 +485,38 @@ def sum_of_slots(rows, slot):
 
 
 class GatherRows(torch.autograd.Function):
-    """The backward of a copy is the sum of the copies: autograd's own, an accumulating index_put, is many times slower."""
+    """Copy tokens to the rows that slot (N,K) names, zeros to the others: x (N,C) -> (n_rows,C).
+
+    Its backward is SumRows' forward; autograd's own, an accumulating index_put, is many times slower.
+    """
 
     @staticmethod
-    def forward(ctx, x, slot, n_rows):
+    def forward(ctx, x, slot, n_rows, padded):
         ctx.save_for_backward(slot)
-        return copy_to_slots(x, slot, n_rows)
+        ctx.padded = padded
+        return copy_to_slots(x, slot, n_rows, padded)
 
     @staticmethod
     def backward(ctx, grad):
-        return sum_of_slots(grad, *ctx.saved_tensors), None, None
+        return sum_of_slots(grad, *ctx.saved_tensors, ctx.padded), None, None, None
 
 
 class SumRows(torch.autograd.Function):
-    """GatherRows the other way round."""
+    """Its backward is GatherRows' forward."""
 
     @staticmethod
-    def forward(ctx, rows, slot):
+    def forward(ctx, rows, slot, padded):
         ctx.save_for_backward(slot)
-        ctx.n_rows = len(rows)
-        return sum_of_slots(rows, slot)
+        ctx.shape = len(rows), padded
+        return sum_of_slots(rows, slot, padded)
 
     @staticmethod
     def backward(ctx, grad):
-        return copy_to_slots(grad, *ctx.saved_tensors, ctx.n_rows), None
+        return copy_to_slots(grad, *ctx.saved_tensors, *ctx.shape), None, None
 
 
 def cross_entropy(h, weight, targets):
-    """Summed loss of the head's logits: h (N,C), weight (V,C), targets (N,) with -100 ignored -> scalar, float32 or better."""
+    """Summed loss of the head's logits: h (N,C), weight (V,C), targets (N,), -100 ignored -> float32 or better."""
     if backend(h) == "plain":
         logits = F.linear(h, weight.to(h.dtype)).to(at_least_float32(h.dtype))
         return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
@@ -663,10 +628,12 @@ class Linear(nn.Module):
     def __init__(self, n_in, n_out):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
-        self.store = None                                                 # a WeightGradStore, when gradients are deferred
+        self.store = None                                                 # a WeightGradStore: gradients are deferred
 
     def forward(self, x):
-        return linear(x, self.weight, self.store)
+        if self.store is not None:
+            return DeferredLinear.apply(x, self.weight, self.store)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Norm(nn.Module):
@@ -743,7 +710,7 @@ class Router(nn.Module):
         self.average_counts = lambda counts: counts                       # parallel.py: the mean over a group's ranks
         self.aux_scale = 1.0                                              # share of the global batch in one forward
         self.aux_loss = None                                              # of the last forward, detached
-        self.load = None                                                  # (E,) copies sent since last asked, in training
+        self.load = 0                                                     # (E,) copies sent since last asked
 
     def _apply(self, fn, recurse=True):
         """Moves with the model, but a cast to less than float32 passes it by: rounded scores choose other experts."""
@@ -795,8 +762,7 @@ class Router(nn.Module):
         counts.scatter_add_(0, group * E + ids.flatten(), torch.ones_like(group))
         counts = counts.view(G, E)
         if self.training:
-            load = counts.sum(0)
-            self.load = load if self.load is None else self.load + load
+            self.load = self.load + counts.sum(0)
         if c.balance == "none" or c.aux_loss_alpha == 0:
             self.aux_loss = scores.new_zeros(())
             return weights
@@ -818,8 +784,8 @@ class Router(nn.Module):
             return n_sequences
         size = min(self.c.balance_group, n_sequences)
         if n_sequences % size:
-            raise ValueError(f"balance_group={size} does not divide the {n_sequences} sequences of a micro-batch: use one "
-                             f"of {divisors(n_sequences)}")
+            raise ValueError(f"balance_group={size} does not divide the {n_sequences} sequences of a micro-batch: "
+                             f"use one of {divisors(n_sequences)}")
         return size
 
 
@@ -833,12 +799,12 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, C, I))
         self.weight_before_down = c.expert_weight == "before_down"
         self.first_expert = 0                                             # global number of the first one held here
-        self.store = None                                                 # a WeightGradStore, when gradients are deferred
+        self.store = None                                                 # a WeightGradStore: gradients are deferred
 
     def forward(self, rows, counts, row_weights):
         """rows (M,C) sorted by expert, counts (E,), row_weights (M,) -> (M,C), weighted.
 
-        Weighting the expert-wide hidden activation costs less than the model-wide output and keeps no output for backward.
+        Weighting the expert-wide activation costs less than the model-wide output, and keeps no output for backward.
         """
         gate_up = grouped_matmul(rows, self.gate_up_proj, counts, self.store)                # (M,2I)
         hidden = swiglu(gate_up, row_weights if self.weight_before_down else None)           # (M,I)
@@ -849,20 +815,20 @@ class Experts(nn.Module):
 class LocalDispatcher:
     """Brings tokens to experts and sums what comes back, on one device. No Module: parallel.py derives its exchanges.
 
-    With capacity_factor > 0 an expert takes ceil(capacity_factor * N * K / E) copies, those of the highest routing weight,
-    and always computes that many rows, padded with zeros; the rest are dropped and counted.
+    With capacity_factor > 0 an expert takes ceil(capacity_factor * N * K / E) copies, those of the highest routing
+    weight, and always computes that many rows, padded with zeros; the rest are dropped and counted.
     """
 
     def __init__(self, c):
         self.n_experts, self.capacity_factor = c.n_routed_experts, c.capacity_factor
-        self.dropped = None                                               # copies dropped since last asked
+        self.dropped = 0                                                  # copies dropped by the last dispatch
 
     def dispatch(self, x, ids, weights):
         """x (N,C), ids (N,K), weights (N,K) -> rows (M,C) sorted by expert, row_weights (M,), counts (E,), ctx."""
         if self.capacity_factor > 0:
             capacity = math.ceil(self.capacity_factor * ids.numel() / self.n_experts)
             slot = self.slots_with_capacity(ids, weights, capacity)
-            rows = gather_rows(x, slot, self.n_experts * capacity)
+            rows = GatherRows.apply(x, slot, self.n_experts * capacity, True)
             counts = torch.full((self.n_experts,), capacity, device=x.device)
         else:
             rows, slot = permute(x, ids)
@@ -881,8 +847,7 @@ class LocalDispatcher:
         rank = torch.arange(len(order), device=ids.device) - first[expert]
         row = torch.where(rank < capacity, expert * capacity + rank, self.n_experts * capacity)
         slot = torch.empty_like(flat).scatter_(0, order, row)
-        dropped = (rank >= capacity).sum()
-        self.dropped = dropped if self.dropped is None else self.dropped + dropped
+        self.dropped = (rank >= capacity).sum()
         return slot.view_as(ids)
 
     def wait(self, rows, row_weights, ctx):
@@ -891,7 +856,7 @@ class LocalDispatcher:
 
     def combine(self, rows, ctx):
         """Unweighted sum of each token's rows: (M,C) -> (N,C)."""
-        return unpermute(rows, ctx)
+        return unpermute(rows, ctx, padded=self.capacity_factor > 0)
 
 
 def count_ids(ids, n_experts):
@@ -910,11 +875,15 @@ class MoE(nn.Module):
         shared = c.n_shared_experts * c.moe_intermediate_size
         self.shared_experts = MLP(c.hidden_size, shared) if shared else None
         self.dispatcher = LocalDispatcher(c)
+        self.dropped = 0                                                  # copies dropped since last asked
 
     def dispatch(self, x, forced_ids=None):
         """Choose experts and send rows off: x (B,T,C)."""
         ids, weights = self.gate(x, forced_ids)
-        return x, ids, *self.dispatcher.dispatch(x.flatten(0, 1), ids, weights)
+        sent = self.dispatcher.dispatch(x.flatten(0, 1), ids, weights)
+        if self.training:
+            self.dropped = self.dropped + self.dispatcher.dropped
+        return x, ids, *sent
 
     def compute(self, sent):
         """The shared expert while rows travel, then the routed ones."""
@@ -956,7 +925,7 @@ class Block(nn.Module):
         return x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), angles, mask))
 
     def dispatch(self, x, routing=None):
-        """routing: None, or a dict of layer -> ids (B,T,K) in which a missing layer is noted and a present one is forced."""
+        """routing: None, or a dict of layer -> ids (B,T,K): a layer that is there is forced, any other is noted."""
         if not self.is_moe or routing is None:
             return self.mlp.dispatch(self.pre_mlp_layernorm(x))
         sent = self.mlp.dispatch(self.pre_mlp_layernorm(x), routing.get(self.index))
@@ -971,7 +940,7 @@ class Block(nn.Module):
 
 
 class MTPLayer(Block):
-    """One more depth of prediction: this depth's hidden state joined with the embedding of the token it will see next."""
+    """One more depth of prediction: the hidden state joined with the embedding of the next token (DS section 2.2)."""
 
     def __init__(self, c, index):
         super().__init__(c, index)
@@ -996,7 +965,7 @@ class Output:
     loss: torch.Tensor | None = None          # next-token cross-entropy, nats a token
     mtp_loss: torch.Tensor | None = None      # mean over depths of theirs, before mtp_loss_weight
     aux_loss: torch.Tensor | None = None      # balance loss, sum over layers, alpha included
-    total_loss: torch.Tensor | None = None    # what to call backward on; aux_loss adds its value here, its gradient by itself
+    total_loss: torch.Tensor | None = None    # for backward; aux_loss adds its value here, its gradient by itself
     logits: torch.Tensor | None = None        # (B,T,V)
     mtp_logits: list | None = None            # one (B,T,V) a depth
 
@@ -1017,15 +986,18 @@ class Model(nn.Module):
 
     def forward(self, ids, *, targets=None, labels=None, positions=None, doc_ids=None, next_ids=None, routing=None,
                 return_logits=False, loss_tokens=None):
-        """ids (B,T), or a hidden state (B,T,C) on a stage without embedding -> Output, or the hidden state without a head.
+        """ids (B,T), or without embedding a hidden state (B,T,C) -> Output, or without last norm the hidden state.
 
-        targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored. labels (B,T): the unshifted ids, shifted here.
-        positions (B,T), default 0..T-1. doc_ids (B,T): attention stays inside equal numbers. next_ids (B, MTP, T): token
-        i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,): target
-        tokens of the whole global batch per depth, by default of this call. Logits only without targets or on request.
+        targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored. labels (B,T): unshifted ids, shifted here.
+        positions (B,T), default 0..T-1. doc_ids (B,T): attention stays inside equal numbers. next_ids (B, MTP, T):
+        token i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,):
+        target tokens of the global batch per depth, by default of this call. Logits without targets or on request.
         """
         if labels is not None:
             targets = shifted(labels, range(1, 2 + self.config.num_nextn_predict_layers), -100)
+        if ids.size(1) > self.config.max_position_embeddings:
+            raise ValueError(f"sequence of {ids.size(1)} tokens above max_position_embeddings="
+                             f"{self.config.max_position_embeddings}: shorten the one or raise the other")
         x = ids if self.embed_tokens is None else self.embed(ids)         # (B,T,C)
         if positions is None:
             positions = torch.arange(x.size(1), device=x.device).unsqueeze(0)
@@ -1039,7 +1011,6 @@ class Model(nn.Module):
         return self.output(hiddens, targets, loss_tokens, return_logits or targets is None)
 
     def embed(self, ids):
-        """ids (B,T) -> (B,T,C) in the compute dtype. The one error worth catching here is made by a wrong tokenizer."""
         x = self.embed_tokens(ids)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
@@ -1050,7 +1021,7 @@ class Model(nn.Module):
         return [block.mlp.gate for block in self.layers.values() if block.is_moe]
 
     def predict_ahead(self, x, ids, targets, next_ids, angles, mask, routing):
-        """Hidden states of depths 1, 2, ... before the head, each made from the one before: x (B,T,C) -> list of such."""
+        """x (B,T,C) -> hidden states of depths 1, 2, ... before the head, each made from the one before."""
         layers = self.blocks(MTPLayer)
         if layers and next_ids is None:
             next_ids = shifted(ids, range(1, 1 + len(layers)), 0)
@@ -1066,20 +1037,17 @@ class Model(nn.Module):
             h = h if self.config.mtp_hidden == "pre_norm" else normed
         return hiddens
 
-    @property
-    def head_weight(self):
-        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-
     def output(self, hiddens, targets, loss_tokens, want_logits):
         """hiddens: one (B,T,C) a depth."""
         out = Output()
+        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if want_logits:
-            out.logits, *out.mtp_logits = [linear(h, self.head_weight) for h in hiddens]
+            out.logits, *out.mtp_logits = [F.linear(h, head.to(h.dtype)) for h in hiddens]
         if targets is None:
             return out
         if loss_tokens is None:
             loss_tokens = (targets != -100).sum((0, 2)).clamp(min=1)      # (1+MTP,)
-        losses = [cross_entropy(h.flatten(0, 1), self.head_weight, targets[:, d].flatten()) / loss_tokens[d]
+        losses = [cross_entropy(h.flatten(0, 1), head, targets[:, d].flatten()) / loss_tokens[d]
                   for d, h in enumerate(hiddens)]
         out.loss = losses[0]
         out.mtp_loss = sum(losses[1:]) / max(1, len(losses) - 1) + torch.zeros_like(losses[0])
@@ -1100,18 +1068,18 @@ class Model(nn.Module):
             router.aux_scale = share
 
     def pop_stats(self):
-        """What training forwards counted since last asked: loads (MoE layers, E), and copies dropped; stays on the device."""
+        """Counted by training forwards since last asked, on the device: loads (MoE layers, E); copies dropped, and in all."""
         moes = [block.mlp for block in self.layers.values() if block.is_moe]
         none = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=next(self.parameters()).device)
-        loads = [none if moe.gate.load is None else moe.gate.load for moe in moes]
-        dropped = sum((moe.dispatcher.dropped for moe in moes if moe.dispatcher.dropped is not None), none[0])
+        loads = torch.stack([none + moe.gate.load for moe in moes]) if moes else none.view(1, -1)[:0]
+        dropped = none[0] + sum(moe.dropped for moe in moes)
         for moe in moes:
-            moe.gate.load = moe.dispatcher.dropped = None
-        return dict(loads=torch.stack(loads) if loads else none.view(1, -1)[:0], dropped=dropped)
+            moe.gate.load = moe.dropped = 0
+        return dict(loads=loads, dropped=dropped, rows=loads.sum())
 
     @torch.no_grad()
     def update_router_bias(self, loads):
-        """Raise the bias of experts that got less than the mean, lower the others': loads (MoE layers, E) of one step."""
+        """Raise the bias of experts below the mean load, lower the others': loads (MoE layers, E) of one step."""
         for router, load in zip(self.routers(), loads.float()):
             if self.config.router_bias:
                 router.e_score_correction_bias += self.config.bias_update_speed * (load.mean() - load).sign()
@@ -1119,7 +1087,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed=0):
         """Fill every tensor, also after to_empty; see initial_scale for the table."""
-        for name, tensor in self.state_dict(keep_vars=True).items():
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             first = self.get_submodule(name.rpartition(".")[0]).first_expert if ".experts." in name else 0
             fill_initial(tensor, self.config, name, seed, first)
 
@@ -1131,7 +1099,7 @@ def shifted(ids, distances, fill):
 
 
 def document_mask(doc_ids):
-    """doc_ids (B,T) -> (B,1,T,T), True where i may see j: same document and not later. None stays None (causal alone)."""
+    """doc_ids (B,T) -> (B,1,T,T), True where i may see j: same document, not later. None stays None: causal alone."""
     if doc_ids is None:
         return None
     same = doc_ids.unsqueeze(2) == doc_ids.unsqueeze(1)
@@ -1224,11 +1192,11 @@ def load_hf(model, tensors):
     missing = sorted(set(wanted) - set(tensors))
     unknown = sorted(name for name in set(tensors) - set(wanted) if not is_mtp_name(name, model.config))
     if missing or unknown:
-        raise ValueError(f"{len(missing)} tensors are missing (first: {missing[:1]}), {len(unknown)} have no place (first: "
-                         f"{unknown[:1]}): is this checkpoint of the same shape as the Config?")
+        raise ValueError(f"{len(missing)} tensors are missing (first: {missing[:1]}), {len(unknown)} have no place "
+                         f"(first: {unknown[:1]}): is this checkpoint of the same shape as the Config?")
     for name, own in wanted.items():
         if own.shape != tensors[name].shape:
-            raise ValueError(f"{name} is {tuple(tensors[name].shape)} in the checkpoint and {tuple(own.shape)} in the model")
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, in the model {tuple(own.shape)}")
         own.copy_(tensors[name])
 
 
