@@ -5,14 +5,11 @@ This shows the calls: names, types, conventions of masks, slots and counts, and 
 grouped matmul. Nothing of this project ever ran on an NPU; npu_fake.py checks the rest that needs no hardware.
 """
 from dataclasses import replace
-from pathlib import Path
-import sys
 
 import pytest
 import torch
 
 import model
-sys.path.append(str(Path(__file__).parent))
 import npu_reference_ops
 
 LIBRARY = npu_reference_ops.install()
