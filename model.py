@@ -140,12 +140,12 @@ def check_config(c):
             f"qk_rope_head_dim={c.qk_rope_head_dim} is odd, rotary position turns pairs: use {c.qk_rope_head_dim + 1}")
     require(c.v_head_dim <= c.qk_head_dim,
             f"v_head_dim={c.v_head_dim} above the query's width, fused attention refuses that: up to {c.qk_head_dim}")
-    scaling = c.rope_scaling or dict(type="yarn", factor=1.0, original_max_position_embeddings=1)
-    unknown = sorted(set(scaling) - YARN_KEYS)
-    require(scaling.get("type") == "yarn" and not unknown,
-            f"rope_scaling={scaling}: use null, or an object with type=yarn and keys of {sorted(YARN_KEYS)}")
-    for name in ("factor", "original_max_position_embeddings"):
-        require(scaling.get(name, 0) >= 1, f"rope_scaling needs {name} of at least 1")
+    if c.rope_scaling is not None:
+        scaling, needed = c.rope_scaling, ("factor", "original_max_position_embeddings")
+        right = isinstance(scaling, dict) and scaling.get("type") == "yarn" and set(scaling) <= YARN_KEYS
+        right = right and all(isinstance(scaling.get(name), (int, float)) and scaling[name] >= 1 for name in needed)
+        require(right, f"rope_scaling={scaling!r}: use null, or an object with type=yarn, {' and '.join(needed)} of at least "
+                       f"1, and no keys but {sorted(YARN_KEYS)}")
 
 
 def _fixed(vocab, sequence, hidden, layers, dense, heads, ranks, dims, experts, width, top_k, **rest):
@@ -271,7 +271,7 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         normed = x * scale                                               # float32 or better
-        grad_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
         grad_normed = grad * weight.to(normed.dtype)
         mean = (grad_normed * normed).mean(-1, keepdim=True)
         grad_x = grad_normed.sub_(normed.mul_(mean)).mul_(scale)
@@ -465,6 +465,12 @@ def sorted_slots(ids):
     """Row of every copy once copies are sorted by expert, tokens in order within one: ids (N,K) -> (N,K)."""
     order = torch.argsort(ids.flatten(), stable=True)                     # (N*K,) copy that goes to each row
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device)).view_as(ids)
+
+
+def count_ids(ids, n_experts):
+    """Copies for each expert, without bincount, which would make the host wait: ids (N,K) -> (E,) int64."""
+    counts = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
 
 
 def copy_to_slots(x, slot, n_rows, padded):
@@ -757,10 +763,8 @@ class Router(nn.Module):
         c, E = self.c, self.c.n_routed_experts
         G = n_sequences // self.group_size(n_sequences)
         tokens = len(ids) // G                                            # of a group, held here
-        group = torch.arange(G, device=ids.device).repeat_interleave(tokens * ids.size(1))
-        counts = torch.zeros(G * E, dtype=torch.int64, device=ids.device)
-        counts.scatter_add_(0, group * E + ids.flatten(), torch.ones_like(group))
-        counts = counts.view(G, E)
+        first = torch.arange(G, device=ids.device).unsqueeze(1) * E       # group by group in one count
+        counts = count_ids(ids.view(G, -1) + first, G * E).view(G, E)
         if self.training:
             self.load = self.load + counts.sum(0)
         if c.balance == "none" or c.aux_loss_alpha == 0:
@@ -778,15 +782,12 @@ class Router(nn.Module):
 
     def group_size(self, n_sequences):
         """Sequences of a balance group that are held here; a larger group is the matter of average_counts."""
-        if self.c.balance == "sequence":
-            return 1
-        if self.c.balance == "micro_batch" or self.c.balance_group == 0:
-            return n_sequences
-        size = min(self.c.balance_group, n_sequences)
-        if n_sequences % size:
+        sizes = dict(none=n_sequences, sequence=1, micro_batch=n_sequences)
+        size = sizes.get(self.c.balance, self.c.balance_group or n_sequences) if self.training else n_sequences
+        if size < n_sequences and n_sequences % size:
             raise ValueError(f"balance_group={size} does not divide the {n_sequences} sequences of a micro-batch: "
                              f"use one of {divisors(n_sequences)}")
-        return size
+        return min(size, n_sequences)
 
 
 class Experts(nn.Module):
@@ -857,12 +858,6 @@ class LocalDispatcher:
     def combine(self, rows, ctx):
         """Unweighted sum of each token's rows: (M,C) -> (N,C)."""
         return unpermute(rows, ctx, padded=self.capacity_factor > 0)
-
-
-def count_ids(ids, n_experts):
-    """Copies for each expert, without bincount, which would make the host wait: ids (N,K) -> (E,) int64."""
-    counts = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
-    return counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
 
 
 class MoE(nn.Module):
@@ -1068,7 +1063,7 @@ class Model(nn.Module):
             router.aux_scale = share
 
     def pop_stats(self):
-        """Counted by training forwards since last asked, on the device: loads (MoE layers, E); copies dropped, and in all."""
+        """Counted by training forwards since last asked, on the device: loads (MoE layers, E), copies dropped, of all rows."""
         moes = [block.mlp for block in self.layers.values() if block.is_moe]
         none = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=next(self.parameters()).device)
         loads = torch.stack([none + moe.gate.load for moe in moes]) if moes else none.view(1, -1)[:0]
