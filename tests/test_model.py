@@ -65,22 +65,22 @@ WRONG = [
     (dict(num_experts_per_tok=9), "num_experts_per_tok=9 n_routed_experts=8 1 to 8"),
     (dict(n_group=3), "n_group=3 n_routed_experts=8 [1, 2, 4, 8]"),
     (dict(n_group=4, topk_group=5), "topk_group=5 n_group=4 1 to 4"),
-    (dict(n_group=4, topk_group=1, num_experts_per_tok=4), "num_experts_per_tok=4 topk_group to 2"),
+    (dict(n_group=4, topk_group=1, num_experts_per_tok=4), "num_experts_per_tok=4 topk_group=2 up to 2"),
     (dict(n_group=4, group_choice="equal", num_experts_per_tok=2), "n_group=4 num_experts_per_tok=2 [1, 2]"),
-    (dict(first_k_dense_replace=5), "first_k_dense_replace=5 num_hidden_layers=3 0 to 3"),
+    (dict(first_k_dense_replace=5), "first_k_dense_replace=5 0 to num_hidden_layers=3"),
     (dict(qk_rope_head_dim=5), "qk_rope_head_dim=5 6"),
-    (dict(v_head_dim=20), "v_head_dim=20 at most 12"),
-    (dict(hidden_size=0), "hidden_size=0 at least 1"),
+    (dict(v_head_dim=20), "v_head_dim=20 up to 12"),
+    (dict(hidden_size=0), "hidden_size=0 above 0"),
     (dict(num_attention_heads=2.5), "num_attention_heads=2.5 whole number"),
     (dict(num_nextn_predict_layers=-1), "num_nextn_predict_layers=-1 at least 0"),
     (dict(norm="post"), "norm='post' dssn, sandwich, pre"),
     (dict(balance="global"), "balance='global' sequence, micro_batch, ep_group, dp_group"),
     (dict(scoring_func="relu"), "scoring_func='relu' sigmoid, softmax"),
-    (dict(capacity_factor=-1.0), "capacity_factor=-1.0 negative"),
+    (dict(capacity_factor=-1.0), "capacity_factor=-1.0 at least 0"),
     (dict(rope_theta=0.0), "rope_theta=0.0 above 0"),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_scaling type=yarn"),
     (dict(rope_scaling=dict(type="yarn", factor=2.0)), "rope_scaling original_max_position_embeddings"),
-    (dict(rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings=8, beta=1)), "unknown beta"),
+    (dict(rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings=8, beta=1)), "'beta': beta_fast beta_slow"),
 ]
 
 
@@ -461,7 +461,7 @@ def test_the_balance_loss_of_perfect_balance_is_alpha_in_every_layer():
     config = replace(SMALL, n_routed_experts=4, num_experts_per_tok=4)
     ids, targets, next_ids = batch(config)
     out = build(config)(ids, targets=targets, next_ids=next_ids)
-    assert float(out.aux_loss) == pytest.approx(3 * config.aux_loss_alpha, rel=1e-12)
+    assert out.aux_loss.item() == pytest.approx(3 * config.aux_loss_alpha, rel=1e-12)
 
 
 def test_labels_are_targets_shifted_inside():
@@ -473,9 +473,32 @@ def test_labels_are_targets_shifted_inside():
         targets[:, d, :5 - d] = ids[:, 1 + d:]
     expected = R.forward(config, R.double_copy(model.state_dict()), ids, targets, targets[:, :-1].clamp(min=0))
     out = model(ids, labels=ids)
-    assert float(out.loss) == pytest.approx(float(expected.loss), rel=EXACT)
-    assert float(out.mtp_loss) == pytest.approx(float(expected.mtp_loss), rel=EXACT)
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=EXACT)
+    assert out.mtp_loss.item() == pytest.approx(expected.mtp_loss.item(), rel=EXACT)
     assert out.logits is None and out.mtp_logits is None
+
+
+def test_next_ids_come_from_the_targets_by_default():
+    """Targets know the tokens past the end of the sequence; a next token at every place is needed even without a target."""
+    model = build(replace(SMALL, num_nextn_predict_layers=2))
+    ids, targets, next_ids = batch(model.config, ignored=0)
+    given = model(ids, targets=targets, next_ids=next_ids)
+    assert torch.equal(model(ids, targets=targets).total_loss, given.total_loss)
+    targets[1, :, 2:4] = -100
+    next_ids[1, 0, 2:4] = ids[1, 3:5]
+    next_ids[1, 1, 2:4] = ids[1, 4:6]
+    given = model(ids, targets=targets, next_ids=next_ids)
+    assert torch.equal(model(ids, targets=targets).total_loss, given.total_loss)
+
+
+def test_a_batch_without_any_target_has_loss_zero_and_finite_gradients():
+    model = build(replace(SMALL, balance="none"))
+    ids, targets, next_ids = batch(SMALL)
+    out = model(ids, targets=targets.fill_(-100), next_ids=next_ids)
+    out.total_loss.backward()
+    assert out.total_loss.item() == 0
+    for name, grad in gradients(model).items():
+        assert not grad.any(), name                       # NaN would count as any
 
 
 def test_forced_routing_repeats_a_forward():
@@ -535,18 +558,31 @@ FAST = replace(SMALL, hidden_size=32, moe_intermediate_size=16, qk_nope_head_dim
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("config", [FAST, replace(FAST, capacity_factor=0.7)], ids=["dropless", "drop"])
-def test_fused_and_plain_agree_in_the_whole_model(config, dtype, training):
-    """Both with the experts that float64 chose: near scores may swap places in low precision."""
+@pytest.mark.parametrize("config", [FAST, replace(FAST, capacity_factor=0.7),
+                                    replace(FAST, hidden_size=23, moe_intermediate_size=7, v_head_dim=5)],
+                         ids=["dropless", "drop", "odd widths"])
+def test_fused_and_plain_equal_float64_in_float32(config, training):
+    """With the experts that float64 chose: near scores may swap places in lower precision."""
     routing = {}
     right = outcome(config, torch.float64, False, training, routing)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.08}[dtype]
     for fused in (True, False):
-        ours = outcome(config, dtype, fused, training, routing)
+        ours = outcome(config, torch.float32, fused, training, routing)
         for name, expected in right.items():
-            if expected is not None and not (config.capacity_factor and dtype == torch.bfloat16 and "." in name):
-                assert_close(ours[name], expected, f"{name}, fused={fused}", tolerance)
+            if expected is not None:
+                assert_close(ours[name], expected, f"{name}, fused={fused}", 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_fused_is_as_near_to_float64_as_plain_in_bfloat16(training):
+    """The plain body is off by up to 10 % of the largest value in some gradients (rounded weights alone do half of it)."""
+    routing = {}
+    right = outcome(FAST, torch.float64, False, training, routing)
+    fused = outcome(FAST, torch.bfloat16, True, training, routing)
+    plain = outcome(FAST, torch.bfloat16, False, training, routing)
+    for name, expected in right.items():
+        if expected is not None:
+            allowed = min(0.15, 0.02 + 1.5 * distance(plain[name], expected))
+            assert_close(fused[name], expected, name, allowed)
 
 
 def test_evaluation_gives_what_training_gives():
@@ -564,7 +600,7 @@ def test_compute_dtype_leaves_master_weights_and_gradients_in_float32():
     ours = outcome(FAST, torch.float32, True, True, routing, compute_dtype=torch.bfloat16)
     assert ours["logits"].dtype == torch.bfloat16
     for name, expected in right.items():
-        assert_close(ours[name], expected, name, 0.08)
+        assert_close(ours[name], expected, name, 0.15)
         assert "logits" in name or ours[name].dtype == torch.float32, name
 
 
@@ -701,8 +737,8 @@ def test_router_bias_moves_against_the_load():
     assert not any("e_score_correction_bias" in name for name in model.state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_deferred_weight_gradients_equal_immediate_ones(dtype):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+def test_deferred_weight_gradients_equal_immediate_ones(dtype, tolerance):
     """Nothing reaches the stored weights in backward; popping computes what backward would have, and adds it up."""
     ids, targets, next_ids = batch(FAST)
     right, deferred = build(FAST, dtype), build(FAST, dtype)
@@ -720,7 +756,7 @@ def test_deferred_weight_gradients_equal_immediate_ones(dtype):
     while len(store):
         store.pop()
     for name, expected in gradients(right).items():
-        assert_close(gradients(deferred)[name], expected, name, 1e-12 if dtype == torch.float64 else 1e-6)
+        assert_close(gradients(deferred)[name], expected, name, tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -893,9 +929,18 @@ def test_generate_keeps_to_top_k_and_top_p():
     assert torch.equal(drawn, M.generate(model, prompt, 40, top_p=0.4, seed=1))
 
 
+def test_generate_goes_on_past_the_positions():
+    """Beyond max_position_embeddings the model sees the newest tokens only."""
+    model, prompt = build(SMALL, torch.float32), torch.arange(60).unsqueeze(0)
+    drawn = M.generate(model, prompt, 8, temperature=0)
+    assert drawn.shape == (1, 68)
+    assert drawn[0, -1] == model(drawn[:, -65:-1]).logits[0, -1].argmax()
+
+
 def test_generate_draws_by_probability():
     """1,000 first tokens against the model's probabilities at temperature 2, within 5 standard errors."""
-    model, prompt = build(replace(SMALL, vocab_size=4, num_nextn_predict_layers=0), torch.float32), torch.tensor([[3, 1]])
+    config = replace(SMALL, vocab_size=4, num_hidden_layers=1, num_nextn_predict_layers=0)
+    model, prompt = build(config, torch.float32), torch.tensor([[3, 1]])
     expected = (model(prompt).logits[0, -1] / 2).softmax(-1)
     drawn = torch.tensor([M.generate(model, prompt, 1, temperature=2.0, seed=seed)[0, -1] for seed in range(1000)])
     shares = drawn.bincount(minlength=4) / 1000
