@@ -144,8 +144,8 @@ def check_config(c):
         scaling, needed = c.rope_scaling, ("factor", "original_max_position_embeddings")
         right = isinstance(scaling, dict) and scaling.get("type") == "yarn" and set(scaling) <= YARN_KEYS
         right = right and all(isinstance(scaling.get(name), (int, float)) and scaling[name] >= 1 for name in needed)
-        require(right, f"rope_scaling={scaling!r}: use null, or an object with type=yarn, {' and '.join(needed)} of at least "
-                       f"1, and no keys but {sorted(YARN_KEYS)}")
+        require(right, f"rope_scaling={scaling!r}: use null, or an object with type=yarn, {' and '.join(needed)} of at "
+                       f"least 1, and no keys but {sorted(YARN_KEYS)}")
 
 
 def _fixed(vocab, sequence, hidden, layers, dense, heads, ranks, dims, experts, width, top_k, **rest):
@@ -328,8 +328,11 @@ def rope(x, cos, sin):
 def attention(q, k, v, scale, mask=None):
     """Softmax attention: q, k (B,T,H,Dqk), v (B,T,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,T), True = attend."""
     kind = backend(q)
-    if kind == "npu":
-        return npu_attention(q, k, v, scale, mask)
+    if kind == "npu":                                                     # its masks say True for what is left out
+        triangle = torch.ones(2048, 2048, dtype=torch.bool, device=q.device).triu(1)    # what causal mode 2 asks for
+        left_out, mode = (triangle, 2) if mask is None else (~mask, 1)
+        return torch.ops.npu.npu_fusion_attention(q, k, v, q.size(2), "BSND", atten_mask=left_out, scale=scale,
+                                                  sparse_mode=mode)[0]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))                      # (B,H,T,D)
     if kind == "plain":
         causal = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
@@ -342,16 +345,6 @@ def attention(q, k, v, scale, mask=None):
         v = F.pad(v, (0, q.size(-1) - width))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :width].transpose(1, 2)
-
-
-def npu_attention(q, k, v, scale, mask):
-    """Its masks say True for what is left out; mode 2, causal, wants a 2048 x 2048 triangle, mode 1 a full mask."""
-    if mask is None:
-        left_out, mode = torch.ones(2048, 2048, dtype=torch.bool, device=q.device).triu(1), 2
-    else:
-        left_out, mode = ~mask, 1
-    return torch.ops.npu.npu_fusion_attention(q, k, v, q.size(2), "BSND", atten_mask=left_out, scale=scale,
-                                              sparse_mode=mode)[0]
 
 
 class WeightGradStore:
@@ -597,31 +590,19 @@ def rope_table(config, positions, dtype):
     scale = 1.0
     if c.rope_scaling is not None:
         s = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0, **c.rope_scaling}
-        low, high = (pair_of_turns(c, s, s[name]) for name in ("beta_fast", "beta_slow"))
+        # the pair, a real number, that turns so often over the original length
+        low, high = (c.qk_rope_head_dim * math.log(s["original_max_position_embeddings"] / (turns * 2 * math.pi))
+                     / (2 * math.log(c.rope_theta)) for turns in (s["beta_fast"], s["beta_slow"]))
         low, high = max(math.floor(low), 0), min(math.ceil(high), c.qk_rope_head_dim - 1)
         stretched = ((pairs / 2 - low) / max(high - low, 0.001)).clamp(0, 1)   # 0: kept, 1: stretched
         frequency = frequency * (1 - stretched) + frequency / s["factor"] * stretched
-        scale = yarn_mscale(s["factor"], s["mscale"]) / yarn_mscale(s["factor"], s["mscale_all_dim"])
+        scale = yarn_mscale(s, "mscale") / yarn_mscale(s, "mscale_all_dim")
     angle = positions.to(dtype)[..., None, None] * frequency              # (B, T, 1, D/2)
     return angle.cos() * scale, angle.sin() * scale
 
 
-def pair_of_turns(config, scaling, turns):
-    """Index of the pair that turns that often over the original length; real, and any."""
-    length = scaling["original_max_position_embeddings"]
-    return config.qk_rope_head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-
-def yarn_mscale(factor, mscale):
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def softmax_scale(config):
-    """1 / sqrt(Dqk), under YaRN times the square of its mscale (DeepSeek-V3's code)."""
-    scale = config.qk_head_dim ** -0.5
-    if config.rope_scaling is not None and config.rope_scaling.get("mscale_all_dim"):
-        scale *= yarn_mscale(config.rope_scaling["factor"], config.rope_scaling["mscale_all_dim"]) ** 2
-    return scale
+def yarn_mscale(scaling, name):
+    return 0.1 * scaling.get(name, 0.0) * math.log(scaling["factor"]) + 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -666,7 +647,9 @@ class Attention(nn.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(heads * c.v_head_dim, dim)
         self.nope, self.rope, self.v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-        self.scale = softmax_scale(c)
+        self.scale = c.qk_head_dim ** -0.5
+        if c.rope_scaling is not None:                                    # as in DeepSeek-V3's code
+            self.scale *= yarn_mscale(c.rope_scaling, "mscale_all_dim") ** 2
 
     def forward(self, x, angles, mask):
         B, T, _ = x.shape
@@ -998,8 +981,9 @@ class Model(nn.Module):
             positions = torch.arange(x.size(1), device=x.device).unsqueeze(0)
         angles = rope_table(self.config, positions, x.dtype)
         mask = document_mask(doc_ids)
-        for block in self.blocks(MTPLayer, False):
-            x = block(x, angles, mask, routing)
+        for block in self.layers.values():
+            if not isinstance(block, MTPLayer):
+                x = block(x, angles, mask, routing)
         if self.norm is None:
             return x
         hiddens = [self.norm(x), *self.predict_ahead(x, ids, targets, next_ids, angles, mask, routing)]
@@ -1009,15 +993,12 @@ class Model(nn.Module):
         x = self.embed_tokens(ids)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def blocks(self, kind=Block, wanted=True):
-        return [block for block in self.layers.values() if isinstance(block, kind) == wanted]
-
     def routers(self):
         return [block.mlp.gate for block in self.layers.values() if block.is_moe]
 
     def predict_ahead(self, x, ids, targets, next_ids, angles, mask, routing):
         """x (B,T,C) -> hidden states of depths 1, 2, ... before the head, each made from the one before."""
-        layers = self.blocks(MTPLayer)
+        layers = [layer for layer in self.layers.values() if isinstance(layer, MTPLayer)]
         if layers and next_ids is None:
             next_ids = shifted(ids, range(1, 1 + len(layers)), 0)
             if targets is not None:                                       # knows the tokens past the end
@@ -1063,7 +1044,7 @@ class Model(nn.Module):
             router.aux_scale = share
 
     def pop_stats(self):
-        """Counted by training forwards since last asked, on the device: loads (MoE layers, E), copies dropped, of all rows."""
+        """Counted in training since last asked, on the device: loads (MoE layers, E), copies dropped, copies in all."""
         moes = [block.mlp for block in self.layers.values() if block.is_moe]
         none = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=next(self.parameters()).device)
         loads = torch.stack([none + moe.gate.load for moe in moes]) if moes else none.view(1, -1)[:0]
@@ -1173,7 +1154,7 @@ def hf_views(model):
 
 
 def to_hf(model):
-    """Tensors under their published names; views of the model's own memory."""
+    """Tensors under their published names, experts one by one; views of the model's own memory."""
     return dict(hf_views(model))
 
 
@@ -1185,7 +1166,8 @@ def load_hf(model, tensors):
     """
     wanted = to_hf(model)
     missing = sorted(set(wanted) - set(tensors))
-    unknown = sorted(name for name in set(tensors) - set(wanted) if not is_mtp_name(name, model.config))
+    mtp = tuple(f"model.layers.{model.config.num_hidden_layers + depth}." for depth in range(100))
+    unknown = sorted(name for name in set(tensors) - set(wanted) if not name.startswith(mtp))
     if missing or unknown:
         raise ValueError(f"{len(missing)} tensors are missing (first: {missing[:1]}), {len(unknown)} have no place "
                          f"(first: {unknown[:1]}): is this checkpoint of the same shape as the Config?")
@@ -1193,11 +1175,6 @@ def load_hf(model, tensors):
         if own.shape != tensors[name].shape:
             raise ValueError(f"{name} is {tuple(tensors[name].shape)}, in the model {tuple(own.shape)}")
         own.copy_(tensors[name])
-
-
-def is_mtp_name(name, config):
-    parts = name.split(".")
-    return parts[:2] == ["model", "layers"] and int(parts[2]) >= config.num_hidden_layers
 
 
 @torch.no_grad()
