@@ -1,13 +1,13 @@
 """
 The model a second time, from its formulas alone: float64, plain loops, plain autograd, no speed.
 
-It shares Config with model.py and nothing else, so that a mistake must be made twice to go unseen. Tensors come as a dict
-under the published names (experts stacked). Every token is routed by a Python sort, every expert is called token by
+It shares Config with model.py and nothing else, so that a mistake must be made twice to go unseen. Tensors come as a
+dict under the model's own names (experts stacked). Every token is routed by a Python sort, every expert is called token by
 token, every auxiliary loss is an ordinary term of the sum: what model.py does by sorting rows, by autograd functions of
 its own and in blocks stands here in the shortest form.
 
-Dimensions as in model.py: B batch, T sequence, C model width, H heads, D head width, N tokens (B*T), K experts per token,
-E experts, V vocabulary.
+Dimensions as in model.py: B batch, T sequence, C model width, H heads, D head width, N tokens (B*T), K experts per
+token, E experts, V vocabulary.
 """
 import math
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ def double_copy(tensors):
 
 
 def fill_random(tensors, seed):
-    """Values that show mistakes: matrices that keep the size of what they are given, gains around 1, a small router bias."""
+    """Values that show mistakes: matrices that keep the size of their input, gains around 1, a small router bias."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in tensors.items():
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
@@ -139,7 +139,7 @@ def route(config, w, x):
 
 
 def kept_copies(config, ids, weights):
-    """(token, k) pairs that an expert takes. With a capacity: those of the largest weight, at equal weight the first."""
+    """(token, k) pairs that an expert takes. With a capacity: the largest weights, at equal weight the first."""
     N, K = ids.shape
     copies = [(n, k) for n in range(N) for k in range(K)]
     if config.capacity_factor == 0:
@@ -217,7 +217,8 @@ def cross_entropy(logits, targets):
     return -(picked * (targets != -100)).sum()
 
 
-def forward(config, tensors, ids, targets=None, next_ids=None, positions=None, doc_ids=None, loss_tokens=None, aux_scale=1.0):
+def forward(config, tensors, ids, targets=None, next_ids=None, positions=None, doc_ids=None, loss_tokens=None,
+            aux_scale=1.0):
     """ids (B,T), targets (B,1+MTP,T), next_ids (B,MTP,T) -> losses, logits (one (B,T,V) per depth), what was routed.
 
     Depth d of the MTP layers reads the stream of the depth before it beside the embedding of token i+1+d and predicts

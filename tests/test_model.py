@@ -1,5 +1,5 @@
 """
-Tests of model.py, in its order: Config, counts, operators, the whole against reference.py, properties, weights, behaviour.
+Tests of model.py: Config, counts, operators, the whole against reference.py, properties, weights, behaviour.
 
 Exact comparisons run in float64; operators and the fast path also in float32 and bfloat16.
 """
@@ -31,7 +31,7 @@ def build(config, dtype=torch.float64, seed=0):
 
 
 def batch(config, B=4, T=6, seed=0, ignored=5):
-    """ids (B,T), targets (B,1+MTP,T) of which some are ignored, next_ids (B,MTP,T): cut from longer random sequences."""
+    """ids (B,T), targets (B,1+MTP,T) some of them ignored, next_ids (B,MTP,T), cut from longer sequences."""
     generator = torch.Generator().manual_seed(seed)
     depths = 1 + config.num_nextn_predict_layers
     tokens = torch.randint(config.vocab_size, (B, T + depths), generator=generator)
@@ -42,7 +42,7 @@ def batch(config, B=4, T=6, seed=0, ignored=5):
 
 
 def distance(ours, expected):
-    """Largest difference, relative to the largest expected value (to 1e-3 where that is less: some gradients are zero)."""
+    """Largest difference, relative to the largest expected value; to 1e-3 if that is less, as some gradients are zero."""
     ours, expected = ours.double(), expected.double()
     return ((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
 
@@ -80,7 +80,8 @@ WRONG = [
     (dict(rope_theta=0.0), "rope_theta=0.0 above 0"),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_scaling type=yarn"),
     (dict(rope_scaling=dict(type="yarn", factor=2.0)), "rope_scaling original_max_position_embeddings"),
-    (dict(rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings=8, beta=1)), "'beta': beta_fast beta_slow"),
+    (dict(rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings=8, beta=1)),
+     "'beta': beta_fast beta_slow"),
 ]
 
 
@@ -223,6 +224,7 @@ def reference_there_and_back(x):
 
 
 CAUSAL = torch.ones(5, 5).tril().bool()
+QUERY_KEY_VALUE = [random_tensor(2, 5, 3, 16), random_tensor(2, 5, 3, 16, seed=1), random_tensor(2, 5, 3, 8)]
 OPERATORS = {
     # name: (ours, formula, inputs that get a gradient)
     "rms_norm": (lambda x, w: M.rms_norm(x, w, 1e-5), lambda x, w: R.rms_norm(x, w, 1e-5),
@@ -234,10 +236,10 @@ OPERATORS = {
     "rope": (products_of_rotated(lambda x: M.rope(x, ROPE_ANGLES.cos().to(x.dtype), ROPE_ANGLES.sin().to(x.dtype))),
              products_of_rotated(reference_rope), [random_tensor(2, 5, 3, 8), random_tensor(2, 5, 3, 8, seed=1)]),
     "attention": (lambda q, k, v: M.attention(q, k, v, 0.3), reference_attention(CAUSAL),
-                  [random_tensor(2, 5, 3, 16), random_tensor(2, 5, 3, 16, seed=1), random_tensor(2, 5, 3, 8)]),
+                  QUERY_KEY_VALUE),
     "attention in documents": (lambda q, k, v: M.attention(q, k, v, 0.3, mask=DOCUMENT_MASK),
                                reference_attention(DOCUMENT_MASK),
-                               [random_tensor(2, 5, 3, 16), random_tensor(2, 5, 3, 16, seed=1), random_tensor(2, 5, 3, 8)]),
+                               QUERY_KEY_VALUE),
     "grouped_matmul": (lambda x, w: M.grouped_matmul(x, w, COUNTS), reference_grouped_matmul,
                        [random_tensor(11, 16), random_tensor(4, 24, 16)]),
     "permute and unpermute": (there_and_back, reference_there_and_back, [random_tensor(5, 16)]),
@@ -379,7 +381,8 @@ def check_routing(config, model, routing, right):
     dropped = 0
     for (layer, ids), expected, kept, loads in zip(sorted(routing.items()), right.ids, right.kept, stats["loads"]):
         assert torch.equal(ids.flatten(0, -2).sort(-1).values, expected.sort(-1).values), f"experts of layer {layer}"
-        assert torch.equal(loads, expected.flatten().bincount(minlength=config.n_routed_experts)), f"loads of layer {layer}"
+        counts = expected.flatten().bincount(minlength=config.n_routed_experts)
+        assert torch.equal(loads, counts), f"loads of layer {layer}"
         dropped += expected.numel() - len(kept)
     assert int(stats["dropped"]) == dropped
     assert int(stats["rows"]) == sum(ids.numel() for ids in right.ids)
@@ -479,7 +482,7 @@ def test_labels_are_targets_shifted_inside():
 
 
 def test_next_ids_come_from_the_targets_by_default():
-    """Targets know the tokens past the end of the sequence; a next token at every place is needed even without a target."""
+    """Targets know the tokens past the end of the sequence; where they are ignored, ids tell the next token."""
     model = build(replace(SMALL, num_nextn_predict_layers=2))
     ids, targets, next_ids = batch(model.config, ignored=0)
     given = model(ids, targets=targets, next_ids=next_ids)
@@ -524,7 +527,7 @@ def test_packed_documents_equal_documents_alone():
 
 
 def test_stages_equal_the_whole():
-    """A stage is the model minus the rest: without a head it gives hidden states, without an embedding it takes them."""
+    """A stage is the model minus the rest: without a head it gives hidden states, without embedding it takes them."""
     whole = build(SMALL)
     ids, _, _ = batch(SMALL)
     first, last = copy.deepcopy(whole), copy.deepcopy(whole)
@@ -574,7 +577,7 @@ def test_fused_and_plain_equal_float64_in_float32(config, training):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_fused_is_as_near_to_float64_as_plain_in_bfloat16(training):
-    """The plain body is off by up to 10 % of the largest value in some gradients (rounded weights alone do half of it)."""
+    """The plain body itself is off by up to 10 % of the largest value in some gradients."""
     routing = {}
     right = outcome(FAST, torch.float64, False, training, routing)
     fused = outcome(FAST, torch.bfloat16, True, training, routing)
@@ -680,7 +683,7 @@ def test_dispatch_counts_every_copy_once(capacity_factor):
 
 
 def test_capacity_keeps_the_largest_weights_and_the_first_of_equals():
-    """6 tokens choose expert 0 of 2, which takes ceil(0.5 * 6 / 2) = 2: token 3 with the most weight, then 1 before 4."""
+    """6 tokens choose expert 0 of 2, which takes ceil(0.5 * 6 / 2) = 2: token 3 with most weight, then 1 before 4."""
     dispatcher = M.LocalDispatcher(replace(SMALL, n_routed_experts=2, num_experts_per_tok=1, capacity_factor=0.5))
     weights = torch.tensor([[0.1], [0.5], [0.2], [0.9], [0.5], [0.3]])
     x = torch.arange(6.0).unsqueeze(1)
@@ -700,7 +703,8 @@ def test_permute_and_unpermute_are_each_others_backward():
         assert_close(torch.autograd.grad(rows, x, g)[0], M.unpermute(g, slot), "backward of permute")
         y = g.clone().requires_grad_()
         back = torch.randn(N, C, dtype=torch.float64)
-        assert_close(torch.autograd.grad(M.unpermute(y, slot), y, back)[0], M.permute(back, ids)[0], "backward of unpermute")
+        grad = torch.autograd.grad(M.unpermute(y, slot), y, back)[0]
+        assert_close(grad, M.permute(back, ids)[0], "backward of unpermute")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,7 +728,7 @@ def test_stats_add_up_over_forwards_until_they_are_popped():
 
 
 def test_router_bias_moves_against_the_load():
-    """DeepSeek-V3's rule: by bias_update_speed up for less than the mean load, down for more, not at all at the mean."""
+    """DeepSeek-V3's rule: bias_update_speed up for less than the mean load, down for more, nothing at the mean."""
     config = replace(SMALL, n_routed_experts=4, router_bias=True, bias_update_speed=0.125)
     model = build(config)
     before = [router.e_score_correction_bias.clone() for router in model.routers()]
@@ -737,7 +741,8 @@ def test_router_bias_moves_against_the_load():
     assert not any("e_score_correction_bias" in name for name in model.state_dict())
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)],
+                         ids=str)
 def test_deferred_weight_gradients_equal_immediate_ones(dtype, tolerance):
     """Nothing reaches the stored weights in backward; popping computes what backward would have, and adds it up."""
     ids, targets, next_ids = batch(FAST)
@@ -867,10 +872,12 @@ def test_names_and_shapes_of_the_released_checkpoint():
     expected = {
         "model.embed_tokens.weight": (153600, 7680), "model.norm.weight": (7680,), "lm_head.weight": (153600, 7680),
         "model.layers.0.mlp.gate_proj.weight": (18432, 7680), "model.layers.0.mlp.down_proj.weight": (7680, 18432),
-        "model.layers.3.self_attn.q_a_proj.weight": (1536, 7680), "model.layers.3.self_attn.q_a_layernorm.weight": (1536,),
+        "model.layers.3.self_attn.q_a_proj.weight": (1536, 7680),
+        "model.layers.3.self_attn.q_a_layernorm.weight": (1536,),
         "model.layers.3.self_attn.q_b_proj.weight": (24576, 1536),
         "model.layers.3.self_attn.kv_a_proj_with_mqa.weight": (576, 7680),
-        "model.layers.3.self_attn.kv_a_layernorm.weight": (512,), "model.layers.3.self_attn.kv_b_proj.weight": (32768, 512),
+        "model.layers.3.self_attn.kv_a_layernorm.weight": (512,),
+        "model.layers.3.self_attn.kv_b_proj.weight": (32768, 512),
         "model.layers.3.self_attn.o_proj.weight": (7680, 16384), "model.layers.3.input_layernorm.weight": (7680,),
         "model.layers.3.post_attention_layernorm.weight": (7680,), "model.layers.3.pre_mlp_layernorm.weight": (7680,),
         "model.layers.3.post_mlp_layernorm.weight": (7680,), "model.layers.3.mlp.gate.weight": (256, 7680),

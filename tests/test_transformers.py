@@ -1,8 +1,8 @@
 """
 Our model beside transformers' DeepseekV3, in fp32: the plain layout, and the sandwich layout with MTP by a subclass.
 
-An expert that no token chose has a gradient of zeros on both sides (experts are stacked in one tensor here and there), so
-AdamW decays it alike. Skipped where transformers is not installed; it is no dependency of the project.
+An expert that no token chose has a gradient of zeros on both sides (experts are stacked in one tensor here and there),
+so AdamW decays it alike. Skipped where transformers is not installed; it is no dependency of the project.
 """
 import copy
 from dataclasses import asdict
@@ -13,7 +13,7 @@ import torch
 from model import Config, Model, load_hf, to_hf
 from reference import fill_random
 
-pytest.importorskip("transformers", reason="needs transformers>=5, against which the model is compared: pip install transformers")
+pytest.importorskip("transformers", reason="compares with transformers>=5: pip install transformers")
 
 SIZES = dict(
     vocab_size=97, hidden_size=48, num_hidden_layers=3, intermediate_size=80, num_attention_heads=3, q_lora_rank=24,
@@ -52,7 +52,8 @@ def transformers_config(config):
     if config.rope_scaling:
         rope = {**rope, **config.rope_scaling, "rope_type": "yarn"}
         rope.pop("type")
-    theirs = DeepseekV3Config(**same, num_key_value_heads=config.num_attention_heads, rope_parameters=rope, use_cache=False)
+    theirs = DeepseekV3Config(**same, num_key_value_heads=config.num_attention_heads, rope_parameters=rope,
+                              use_cache=False)
     theirs._attn_implementation = "eager"
     theirs._experts_implementation = "eager"
     return theirs
@@ -94,7 +95,8 @@ def build_twins(config, monkeypatch):
     theirs = {("main", name): t for name, t in model.state_dict(keep_vars=True).items()}
     if mtp is not None:
         shared = ("embed_tokens", "shared_head")
-        theirs |= {("mtp", name): t for name, t in mtp.state_dict(keep_vars=True).items() if not name.startswith(shared)}
+        own = {name: t for name, t in mtp.state_dict(keep_vars=True).items() if not name.startswith(shared)}
+        theirs |= {("mtp", name): t for name, t in own.items()}
     pairs = []
     for name, tensor in ours.state_dict(keep_vars=True).items():
         twin = theirs.pop(their_name(config, name))
