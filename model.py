@@ -237,7 +237,8 @@ LOGIT_ELEMENTS = 2**24    # float32 logits that cross_entropy holds at a time (6
 
 def backend(x):
     """The body an operator takes for x: 'plain', or the fused branch of its device: 'cpu', 'cuda' or 'npu'."""
-    return x.device.type if FUSED else "plain"
+    kind = x.device.type
+    return kind if FUSED and kind in ("cpu", "cuda", "npu") else "plain"
 
 
 def at_least_float32(dtype):
