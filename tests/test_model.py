@@ -42,7 +42,7 @@ def batch(config, B=4, T=6, seed=0, ignored=5):
 
 
 def distance(ours, expected):
-    """Largest difference, relative to the largest expected value; to 1e-3 if that is less, as some gradients are zero."""
+    """Largest difference, relative to the largest expected value; to 1e-3 if that is less: some gradients are 0."""
     ours, expected = ours.double(), expected.double()
     return ((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
 
