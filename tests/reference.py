@@ -3,8 +3,8 @@ The model a second time, from its formulas alone: float64, plain loops, plain au
 
 It shares Config with model.py and nothing else, so that a mistake must be made twice to go unseen. Tensors come as a
 dict under the model's own names (experts stacked). Every token is routed by a Python sort, every expert is called
-token by token, every auxiliary loss is an ordinary term of the sum: what model.py does by sorting rows, by autograd functions of
-its own and in blocks stands here in the shortest form.
+token by token, every auxiliary loss is an ordinary term of the sum: what model.py does by sorting rows, by autograd
+functions of its own and in blocks stands here in the shortest form.
 
 Dimensions as in model.py: B batch, T sequence, C model width, H heads, D head width, N tokens (B*T), K experts per
 token, E experts, V vocabulary.
