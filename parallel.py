@@ -1,0 +1,699 @@
+"""
+What touches devices and files: which device a run uses, and checkpoints that hold everything a run needs to go on.
+
+sim.py plans, parallel.py executes. One device is a group of size one.
+
+A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written under
+the name `step_N.tmp`; when it is complete, a list of its files with sizes and checksums is added and the folder renamed.
+So a folder without `.tmp` is whole, or it was damaged later, which the list shows.
+"""
+import json
+import math
+import os
+import resource
+import shutil
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from model import GatherRows, LocalDispatcher, MTPLayer, count_ids, fill_initial, permute, sorted_slots, unpermute
+from sim import balance_group, check_plan
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device
+
+
+def pick_device(name="auto"):
+    """torch.device by name (cpu | cuda | npu), or for auto the accelerator that is there, else the CPU."""
+    if name == "npu" or (name == "auto" and not torch.cuda.is_available()):
+        try:
+            import torch_npu  # noqa: F401  (registers the device; installed on Ascend machines only)
+        except ImportError:
+            if name == "npu":
+                raise ValueError("--device npu: torch_npu is not installed; see the Ascend lines of requirements.txt") from None
+    if name == "auto":
+        name = next((kind for kind in ("npu", "cuda") if hasattr(torch, kind) and getattr(torch, kind).is_available()), "cpu")
+    if name not in ("cpu", "cuda", "npu"):
+        raise ValueError(f"--device {name}: use auto, cpu, cuda or npu")
+    if name != "cpu" and not getattr(torch, name).is_available():
+        raise ValueError(f"--device {name}: none found here; use --device cpu")
+    return torch.device(name)
+
+
+def auto_precision(device):
+    """A static rule: bf16 (float32 master weights) on accelerators, float32 on the CPU."""
+    return "fp32" if device.type == "cpu" else "bf16"
+
+
+def peak_memory(device):
+    """Most bytes held so far: of the device, or of the process on the CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return getattr(torch, device.type).max_memory_allocated()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# World: the processes that torchrun started, or this one alone
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_world(device, timeout):
+    """Meet the other processes of torchrun; a process alone meets nobody. timeout: seconds until a missing rank is an error."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}" if device.type != "cpu"
+                                else "gloo", timeout=timedelta(seconds=timeout))
+
+
+def all_sum(x):
+    """x summed over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grid: who shares what
+
+TIERS = ("inner", "outer")                 # within a node, between nodes
+gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)         # torch 2.13 renamed them
+scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+class Traffic:
+    """Bytes that this rank sent to others, and calls, by (way, tier); way: forward | backward. sim.exchange_bytes predicts them."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.bytes = {(way, tier): 0 for way in ("forward", "backward") for tier in TIERS}
+        self.calls = dict(self.bytes)
+
+    def add(self, way, tiers, sizes):
+        """sizes[i]: bytes for member i of a group, tiers[i]: inner, outer, or None for this rank itself."""
+        for tier in set(tiers) - {None}:
+            self.calls[way, tier] += 1
+            self.bytes[way, tier] += sum(size for size, where in zip(sizes, tiers) if where == tier)
+
+
+class Group:
+    """Ranks that exchange with each other. Every collective is started, not awaited: it returns (out, work)."""
+
+    def __init__(self, group, node_size, traffic):
+        self.group, self.traffic = group, traffic
+        self.size, self.rank = group.size(), group.rank()
+        members = dist.get_process_group_ranks(group)
+        nodes = [member // node_size for member in members]
+        self.tiers = [TIERS[node != nodes[self.rank]] for node in nodes]
+        self.tiers[self.rank] = None
+
+    def all_to_all(self, x, way, send=None, recv=None):
+        """x (sum(send), ...) -> (sum(recv), ...); send[i] rows go to member i. Without sizes: equal parts."""
+        out = torch.empty_like(x) if recv is None else x.new_empty(sum(recv), *x.shape[1:])
+        rows = [len(x) // self.size] * self.size if send is None else send
+        self.count(x, way, rows)
+        return out, dist.all_to_all_single(out, x.contiguous(), recv, send, group=self.group, async_op=True)
+
+    def all_gather(self, x, way):
+        """x (N, ...) -> (size * N, ...), in order of members."""
+        self.count(x, way, [len(x)] * self.size)
+        out = x.new_empty(self.size * len(x), *x.shape[1:])
+        return out, gather_single(out, x.contiguous(), group=self.group, async_op=True)
+
+    def reduce_scatter(self, x, way):
+        """x (size * N, ...) -> (N, ...): sums over members, each gets its part."""
+        self.count(x, way, [len(x) // self.size] * self.size)
+        out = x.new_empty(len(x) // self.size, *x.shape[1:])
+        return out, scatter_single(out, x.contiguous(), group=self.group, async_op=True)
+
+    def count(self, x, way, rows):
+        row_bytes = x[:1].numel() * x.element_size() if len(x) else 0
+        self.traffic.add(way, self.tiers, [n * row_bytes for n in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives in flight, with autograd
+
+
+class Flight:
+    """One collective on its way, and its mirror image in backward. Between start and finish other work can run: in forward
+    what is called in between, in backward what autograd reaches in between, which is the same in reverse.
+
+        rows = flight.start(x); shared = shared_experts(h); rows = flight.finish(rows)
+    """
+
+    def __init__(self, forward, backward):
+        self.forward, self.backward = forward, backward                   # (tensor, way) -> (out, work)
+
+    def start(self, x):
+        """The result's tensor, not yet to be read."""
+        return Start.apply(x, self)
+
+    def finish(self, out):
+        return Finish.apply(out, self)
+
+    def whole(self, x):
+        return self.finish(self.start(x))
+
+
+class Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, flight):
+        ctx.flight = flight
+        out, flight.work = flight.forward(x, "forward")
+        return out
+
+    @staticmethod
+    def backward(ctx, _):
+        ctx.flight.work.wait()                                            # begun by Finish.backward
+        return ctx.flight.grad, None
+
+
+class Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, flight):
+        ctx.flight = flight
+        flight.work.wait()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        flight = ctx.flight
+        flight.grad, flight.work = flight.backward(grad, "backward")
+        return grad, None                                                 # of the right shape; Start.backward returns the true one
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dispatchers: tokens to the ranks that hold their experts, and back
+#
+# flat           one all-to-all of copies over all ranks of the expert group
+# hierarchical   the paper's: every node gets every token, by an all-gather between ranks of equal place in their nodes;
+#                then an all-to-all of copies inside the node; back by an all-to-all and a reduce-scatter of partial sums
+# dedup          as hierarchical, but a token goes to a node once if an expert there wants it, and not at all otherwise
+#
+# Weights travel with the tokens and are applied by the experts, so the slow hop carries sums of weighted rows alone. Each
+# dispatch makes the host wait once, in host_sizes. The shared expert runs while the first hop is under way.
+
+
+def host_sizes(*sizes):
+    """The one host synchronisation of a dispatch: split sizes (int tensors, 1-d) -> lists. Fake-tensor runs replace it."""
+    whole = torch.cat(sizes).tolist()
+    return [[whole.pop(0) for _ in part] for part in sizes]
+
+
+class Route:
+    """How the copies of one dispatch travel over the last hop: sizes by member, and the places they start from and arrive at."""
+
+    def __init__(self, leaving, arriving, send, recv):
+        self.send, self.recv = send, recv                                 # rows to and from each member
+        self.arriving = arriving                                          # (members, local experts): copies from each
+        local = torch.arange(arriving.size(1), device=arriving.device).repeat(len(arriving))
+        self.expert = local.repeat_interleave(arriving.flatten(), output_size=sum(recv))    # (M,) of each arriving row
+
+
+class FlatDispatcher(LocalDispatcher):
+    """Copies go straight to the rank of their expert: one all-to-all there, one back."""
+
+    def __init__(self, config, group):
+        super().__init__(config)
+        self.group = group                                                # of the hop that sorts by expert
+        self.n_reached = config.n_routed_experts                          # experts on its ranks
+
+    def dispatch(self, x, ids, weights):
+        ids = self.within_capacity(ids, weights)
+        leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
+        route = Route(leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
+        return *self.depart(x, ids, weights.to(x.dtype), route), arriving.sum(0), route
+
+    def within_capacity(self, ids, weights):
+        """A copy above capacity gets an expert that does not exist, and travels nowhere."""
+        if self.capacity_factor == 0:
+            return ids
+        capacity = math.ceil(self.capacity_factor * ids.numel() / self.n_experts)
+        slot = self.slots_with_capacity(ids, weights, capacity)
+        return torch.where(slot < self.n_experts * capacity, ids, self.n_experts)
+
+    def exchange_counts(self, counts):
+        """counts (experts reached,) of copies here -> leaving, arriving (members, local experts of the receiver)."""
+        leaving = counts.view(self.group.size, -1)
+        arriving, work = self.group.all_to_all(leaving, "forward")
+        work.wait()
+        return leaving, arriving
+
+    def depart(self, x, ids, weights, route):
+        """Start the last hop. ids (N,K) count from the first expert reached; n_reached: no copy to send."""
+        n_rows = sum(route.send)
+        route.slot = sorted_slots(ids).clamp(max=n_rows)
+        rows = GatherRows.apply(x, route.slot, n_rows, n_rows < ids.numel())
+        row_weights = weights.new_zeros(n_rows + 1).scatter(0, route.slot.flatten(), weights.flatten())[:n_rows]
+        route.flights = [self.flight(route.send, route.recv) for _ in range(2)]
+        return [flight.start(t) for flight, t in zip(route.flights, (rows, row_weights))]
+
+    def flight(self, send, recv, group=None):
+        group = self.group if group is None else group
+        return Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
+
+    def wait(self, rows, row_weights, route):
+        """Rows arrive sorted by (sender, expert) and leave here sorted by expert."""
+        rows, row_weights = [flight.finish(t) for flight, t in zip(route.flights, (rows, row_weights))]
+        rows, route.order = permute(rows, route.expert.unsqueeze(1))
+        return rows, torch.zeros_like(row_weights).scatter(0, route.order.flatten().long(), row_weights)
+
+    def combine(self, rows, route):
+        rows = unpermute(rows, route.order)
+        rows = self.flight(route.recv, route.send).whole(rows)
+        return unpermute(rows, route.slot, padded=len(rows) < route.slot.numel())
+
+
+class HierarchicalDispatcher(FlatDispatcher):
+    """Slow hop first and whole: an all-gather between nodes; then copies for this node's experts go to their ranks."""
+
+    def __init__(self, config, inner, outer):
+        super().__init__(config, inner)
+        self.outer = outer
+        self.n_reached = config.n_routed_experts // outer.size
+        self.first_reached = outer.rank * self.n_reached
+
+    def dispatch(self, x, ids, weights):
+        ids, work = self.outer.all_gather(self.within_capacity(ids, weights), "forward")    # (nodes * N, K)
+        work.wait()
+        ids = self.experts_here(ids)
+        leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
+        route = Route(leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
+        route.ids = ids
+        route.outer_flights = [Flight(self.outer.all_gather, self.outer.reduce_scatter) for _ in range(2)]
+        return *self.cross(x, weights.to(x.dtype), route), arriving.sum(0), route
+
+    def experts_here(self, ids):
+        """Numbers from the node's first expert; n_reached for an expert elsewhere."""
+        here = ids - self.first_reached
+        return torch.where((here >= 0) & (here < self.n_reached), here, self.n_reached)
+
+    def cross(self, x, weights, route):
+        return [flight.start(t) for flight, t in zip(route.outer_flights, (x, weights))]
+
+    def wait(self, tokens, weights, route):
+        tokens, weights = [flight.finish(t) for flight, t in zip(route.outer_flights, (tokens, weights))]
+        return super().wait(*self.depart(tokens, route.ids, weights, route), route)
+
+    def combine(self, rows, route):
+        partial_sums = super().combine(rows, route)                       # (nodes * N, C)
+        return Flight(self.outer.reduce_scatter, self.outer.all_gather).whole(partial_sums)
+
+
+class DedupDispatcher(HierarchicalDispatcher):
+    """The slow hop carries a token to the nodes that need it, and only to those."""
+
+    def dispatch(self, x, ids, weights):
+        nodes = self.outer.size
+        ids = self.within_capacity(ids, weights)
+        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N, nodes) 0 or 1
+        # one message a node: tokens that will come, and how many copies they hold for each of its experts
+        copies = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
+        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1), "forward")
+        work.wait()
+        leaving, arriving = self.exchange_counts(message[:, 1:].sum(0))
+        *outer_sizes, send, recv = host_sizes(wanted.sum(0), message[:, 0], leaving.sum(1), arriving.sum(1))
+        route = Route(leaving, arriving, send, recv)
+        self.choose_tokens(wanted, outer_sizes, route)
+        n_rows = sum(outer_sizes[0])
+        tokens, token_weights, token_ids = [GatherRows.apply(t, route.outer_slot, n_rows, True)
+                                            for t in (x, weights.to(x.dtype), ids)]
+        token_ids, work = self.outer.all_to_all(token_ids, "forward", *outer_sizes)
+        work.wait()
+        route.ids = self.experts_here(token_ids)
+        return *self.cross(tokens, token_weights, route), arriving.sum(0), route
+
+    def choose_tokens(self, wanted, outer_sizes, route):
+        """outer_slot (N, nodes): row of a token among those sent to a node; past the end if it does not go there."""
+        nodes = wanted.size(1)
+        numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
+        route.outer_slot = sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=sum(outer_sizes[0]))
+        route.outer_sizes = outer_sizes
+        route.outer_flights = [self.flight(*outer_sizes, self.outer) for _ in range(2)]
+
+    def combine(self, rows, route):
+        partial_sums = FlatDispatcher.combine(self, rows, route)          # (tokens that came, C)
+        back = self.flight(*route.outer_sizes[::-1], self.outer).whole(partial_sums)
+        return unpermute(back, route.outer_slot, padded=True)
+
+
+class Grid:
+    """The ranks of a run and their meshes; an object that is passed, never a global.
+
+        dense weights     (pp, replicate, shard, tp)     replicate * shard = dp * cp, tp innermost
+        expert weights    (pp, replicate, ep, shard)     the same ranks; ep contiguous: rank = (... shard * ep + place)
+        balance groups    (world / n, n)                 n consecutive ranks that share the counts of the balance loss
+        exchange          (world / ep, outer, inner)     inner: ranks of one node, outer: equal places of all nodes
+
+    Ranks that hold the same weights replicate them (zero=0) or cut them into shards (zero=1, 3).
+    """
+
+    def __init__(self, plan, n_balance=1, device_type="cpu"):
+        self.plan = plan
+        self.traffic = Traffic()
+        ranks = torch.arange(plan.world_size)
+
+        def mesh(names, of):
+            return DeviceMesh(device_type, of, mesh_dim_names=names)
+
+        def cut(n):
+            return (n, 1) if plan.zero == 0 else (1, n)                   # (replicate, shard)
+
+        self.dense = mesh(("pp", "replicate", "shard", "tp"), ranks.view(plan.pp, *cut(plan.dp * plan.cp), plan.tp))
+        by_ep = ranks.view(plan.pp, *cut(plan.edp), plan.ep)
+        self.expert = mesh(("pp", "replicate", "ep", "shard"), by_ep.transpose(2, 3))
+        self.balance = mesh(("groups", "balance"), ranks.view(-1, n_balance))
+        self.exchange = mesh(("groups", "outer", "inner"), ranks.view(-1, plan.ep // plan.inner, plan.inner))
+
+    def group(self, mesh, name):
+        return Group(mesh[name].get_group(), self.plan.node_size, self.traffic)
+
+    def dispatcher(self, config):
+        """What the plan says; without ranks to exchange with the local one, and flat where the group lies inside one node."""
+        plan = self.plan
+        if plan.ep == 1:
+            return LocalDispatcher(config)
+        if plan.dispatch == "flat" or plan.ep == plan.inner:
+            return FlatDispatcher(config, self.group(self.expert, "ep"))
+        kind = HierarchicalDispatcher if plan.dispatch == "hierarchical" else DedupDispatcher
+        return kind(config, self.group(self.exchange, "inner"), self.group(self.exchange, "outer"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parallelize: the one entry
+
+
+def parallelize(model, plan, device_type="cpu"):
+    """Turn a built model (filled, or on the meta device) into this rank's part of it, as the plan says. Returns its Grid.
+
+    ValueError for a plan that does not fit, or that asks for what is not run here. Then fill it: init_weights.
+    """
+    refuse_what_is_not_run(plan)
+    check_plan(model.config, plan, devices=world_size())
+    if world_size() == 1:
+        return None
+    n_balance = max(1, balance_group(model.config, plan) // plan.micro_batch) * plan.cp * plan.tp
+    grid = Grid(plan, n_balance, device_type)
+    for block in model.layers.values():
+        if block.is_moe:
+            keep_own_experts(block.mlp.experts, plan)
+            if n_balance > 1:
+                block.mlp.gate.average_counts = partial(mean_over, grid.balance["balance"].get_group())
+    if plan.dp * plan.cp > 1:
+        shard(model, grid)
+    dispatcher = grid.dispatcher(model.config)                            # last: a process group can be neither copied nor saved
+    for block in model.layers.values():
+        if block.is_moe:
+            block.mlp.dispatcher = dispatcher
+    return grid
+
+
+def refuse_what_is_not_run(plan):
+    for name in ("pp", "cp", "tp"):
+        if getattr(plan, name) > 1:
+            raise ValueError(f"{name}={getattr(plan, name)} is planned and timed by sim.py, but not run yet: use {name}=1")
+    for name, only in (("overlap", "none"), ("recompute", ()), ("swap", ()), ("balance_live", 0)):
+        if getattr(plan, name) != only:
+            raise ValueError(f"{name} is planned and timed by sim.py, but not run yet: leave it out")
+    if plan.precision not in ("fp32", "bf16", "fp64"):
+        raise ValueError(f"precision={plan.precision} is not run: use fp32 or bf16")
+
+
+def keep_own_experts(experts, plan):
+    """Drop all but this rank's experts: rank i of an expert group holds the i-th of ep equal parts."""
+    n_own = len(experts.gate_up_proj) // plan.ep
+    experts.first_expert = rank() % plan.ep * n_own
+    for name, weight in list(experts.named_parameters()):
+        own = weight.detach()[experts.first_expert:experts.first_expert + n_own].clone()
+        setattr(experts, name, torch.nn.Parameter(own))
+
+
+def mean_over(group, counts):
+    dist.all_reduce(counts, group=group)
+    return counts / group.size()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data parallelism: FSDP2, for zero 0, 1 and 3 alike
+
+
+def shard(model, grid):
+    """Wrap the model's parts, innermost first: a part's weights are gathered before it runs and its gradients summed after.
+
+    Experts live on a mesh of their own, since fewer ranks hold the same ones. The router keeps float32 whatever the rest
+    computes in. Embedding, last norm and head stay with the root, as they are used in more places than one. MTP's joining
+    layers are used before and after the block they belong to, so they are a part of their own.
+    """
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")   # nothing here is done in place
+    plan = grid.plan
+    dense, expert = grid.dense["replicate", "shard"], grid.expert["replicate", "shard"]
+    low = torch.bfloat16 if plan.precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
+    alone = set()                                                         # experts that no other rank holds
+
+    def wrap(part, mesh=dense, mp_policy=policy, free=plan.zero == 3, **placement):
+        fully_shard(part, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=free, ignored_params=alone, **placement)
+
+    for block in model.layers.values():
+        if block.is_moe:
+            if expert.size() == 1:
+                alone.update(block.mlp.experts.parameters())
+            else:
+                wrap(block.mlp.experts, expert, shard_placement_fn=partial(cut_inside_experts, plan))
+            wrap(block.mlp.gate, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        if isinstance(block, MTPLayer):
+            wrap([block.enorm, block.hnorm, block.eh_proj, block.shared_head["norm"]])
+        wrap(block)
+    wrap(model, free=False)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            # the loss is a sum over the global batch's tokens, so gradients are summed; and plain sums are all that gloo has
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def cut_inside_experts(plan, weight):
+    """The dimension that zero cuts: inside the matrices, for ranks may outnumber experts; FSDP wants it cut evenly."""
+    return Shard(next((dim for dim in (1, 2) if weight.size(dim) % plan.edp == 0), 0))
+
+
+def reduce_gradients(model, plan, last):
+    """Call before each micro-batch: gradients are summed over ranks after the last one; with zero=3, which has no room for
+    whole gradients, after each."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or plan.zero == 3)
+
+
+def local(tensor):
+    """This rank's part of a tensor that may be cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def init_weights(model, seed=0):
+    """model.init_weights for a model that may be cut: the same numbers under every plan, one whole tensor at a time."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+        first = model.get_submodule(name.rpartition(".")[0]).first_expert if ".experts." in name else 0
+        fill_initial(whole, model.config, name, seed, first)
+        if isinstance(tensor, DTensor):
+            whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(whole)
+
+
+def is_expert(name):
+    return ".experts." in name
+
+
+def copies(name, tensor, grid):
+    """How many ranks hold the same part of a tensor (of one pipeline stage)."""
+    plan = grid.plan
+    parts = plan.ep if is_expert(name) else 1
+    if isinstance(tensor, DTensor):
+        parts *= tensor.device_mesh["shard"].size()
+    return plan.dp * plan.cp * plan.tp // parts
+
+
+@torch.no_grad()
+def grad_norm(model, grid=None):
+    """Global norm of all gradients: each part counts once, however many ranks hold it. One all-reduce over all ranks."""
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm([local(p.grad) for _, p in named]))
+    if grid is None:
+        return norms.norm()
+    shares = norms.new_tensor([1 / copies(name, p, grid) for name, p in named])
+    return all_sum((norms.square() * shares).sum()).sqrt()
+
+
+def scale_gradients(model, factor):
+    torch._foreach_mul_([local(p.grad) for p in model.parameters() if p.grad is not None], factor)
+
+
+def param_groups(model):
+    """Parameters for an optimizer, experts apart, since fused and foreach steps refuse tensors of different meshes."""
+    named = list(model.named_parameters())
+    return [dict(params=[p for name, p in named if is_expert(name) == experts]) for experts in (False, True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+MANIFEST = "files.json"                    # of a complete checkpoint: {file: [bytes, crc32]}
+
+
+class DamagedCheckpoint(ValueError):
+    pass
+
+
+class SaveFailed(OSError):
+    pass
+
+
+def train_state(model, optimizer, progress):
+    """What a checkpoint holds, by names that do not depend on the plan. progress: dict of plain numbers."""
+    weights, moments = get_state_dict(model, optimizer)
+    return dict(model=weights, optimizer=moments, progress=dict(progress), random=torch.get_rng_state())
+
+
+def steps_in(folder):
+    """Steps of the complete checkpoints in a run's ckpt folder, ascending."""
+    names = [path.name for path in Path(folder).glob("step_*")]
+    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+
+class Saver:
+    """Writes checkpoints into folder while training goes on, at most one at a time, and keeps the last few.
+
+    SaveFailed tells of the disk's refusal at the next call of any method; what was complete stays complete.
+    """
+
+    def __init__(self, folder, keep):
+        self.folder, self.keep = Path(folder), keep
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.folder.glob("step_*.tmp"):
+            shutil.rmtree(unfinished)
+        self.pool = ThreadPoolExecutor(1)
+        self.pending = None
+
+    def save(self, step, state):
+        """Copies the state, then returns; the file is written behind."""
+        self.wait()
+        unfinished = self.folder / f"step_{step}.tmp"
+        future = dcp.async_save(state, checkpoint_id=unfinished, no_dist=True)
+        self.pending = self.pool.submit(self.complete, future, unfinished)
+
+    def complete(self, future, unfinished):
+        try:
+            future.result()
+            write_manifest(unfinished)
+        except (OSError, CheckpointException, RuntimeError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)                # gives its space back
+            raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({first_cause(error)})") from error
+        final = unfinished.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        sync_folder(self.folder)
+        for step in steps_in(self.folder)[:-self.keep]:
+            shutil.rmtree(self.folder / f"step_{step}")
+
+    def poll(self):
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self):
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+
+def first_cause(error):
+    """The operating system's words inside an error of DCP, which wraps those of each rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def checksum(path):
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def write_manifest(folder):
+    files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir())}
+    with open(folder / MANIFEST, "w") as file:
+        json.dump(files, file)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder):
+    """Makes a rename last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def check_files(folder):
+    """DamagedCheckpoint with the file's name, if one is missing or not as written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise DamagedCheckpoint(f"{folder} is damaged: its list {MANIFEST} is missing or cannot be read") from None
+    for name, (size, crc) in files.items():
+        path = folder / name
+        if not path.exists():
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
+        if path.stat().st_size != size:
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes")
+        if checksum(path) != crc:
+            raise DamagedCheckpoint(f"{folder} is damaged: the content of {name} is not what was written")
+
+
+def load_state(folder, state):
+    """Fills state (as of train_state, or a part of it) in place. ValueError if damaged or of another shape."""
+    check_files(Path(folder))
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    except CheckpointException as error:
+        raise ValueError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): give back "
+                         f"the config.json it was written with") from error
+
+
+def load_weights(folder, model):
+    """The model alone."""
+    load_state(folder, dict(model=model.state_dict()))
+
+
+def restore(folder, model, optimizer, progress):
+    """Model, optimizer, random state and progress as saved, all filled in place."""
+    state = train_state(model, optimizer, progress)
+    load_state(folder, state)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    torch.set_rng_state(state["random"])
+    progress.update(state["progress"])
