@@ -78,7 +78,9 @@ WRONG = [
     (dict(scoring_func="relu"), "scoring_func='relu' sigmoid, softmax"),
     (dict(capacity_factor=-1.0), "capacity_factor=-1.0 at least 0"),
     (dict(rope_theta=0.0), "rope_theta=0.0 above 0"),
+    (dict(rope_scaling="yarn"), "rope_scaling='yarn' null type=yarn"),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_scaling type=yarn"),
+    (dict(rope_scaling=dict(type="yarn", factor="4", original_max_position_embeddings=8)), "factor at least 1"),
     (dict(rope_scaling=dict(type="yarn", factor=2.0)), "rope_scaling original_max_position_embeddings"),
     (dict(rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings=8, beta=1)),
      "'beta': beta_fast beta_slow"),
@@ -298,13 +300,14 @@ def test_cross_entropy_never_holds_all_logits(monkeypatch):
 # The whole model against the reference, in float64
 
 
-YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=2.0, beta_slow=0.5, mscale=1.0,
+# with 8 rotary dimensions pairs 0 and 1 keep their frequency, pair 2 is blended, pair 3 is slowed down
+YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=1.8, beta_slow=0.5, mscale=1.0,
             mscale_all_dim=0.5)
 SETTINGS = {
     "as it stands": {},
     "sandwich": dict(norm="sandwich"),
     "pre-norm": dict(norm="pre"),
-    "yarn": dict(rope_scaling=YARN),
+    "yarn": dict(rope_scaling=YARN, qk_rope_head_dim=8),
     "yarn without mscales": dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=8)),
     "tied embeddings": dict(tie_word_embeddings=True),
     "eps of the latent norms": dict(latent_norm_eps=0.1),
@@ -421,6 +424,39 @@ def test_documents_positions_and_token_count(depths):
 
 def test_aux_scale_scales_value_and_gradient_of_the_balance_loss():
     check(SMALL, *batch(SMALL), aux_scale=0.25)
+
+
+def counts_of(model, router, ids, targets, next_ids):
+    """What `router` asks to be averaged in one forward."""
+    counts = []
+    router.average_counts = lambda mine: counts.append(mine) or mine
+    model(ids, targets=targets, next_ids=next_ids)
+    return counts[0]
+
+
+@pytest.mark.parametrize("balance", ["sequence", "dp_group"])
+def test_two_halves_of_a_batch_add_up_to_the_whole(balance):
+    """With the token count of both and a share of 1/2 each, losses and gradients are sums. A group of all 4 sequences
+    needs the counts of the other half: average_counts gives their mean."""
+    config = replace(SMALL, balance=balance, balance_group=4)
+    whole, halved = build(config), build(config)
+    ids, targets, next_ids = batch(config)
+    expected = whole(ids, targets=targets, next_ids=next_ids)
+    expected.total_loss.backward()
+    halves = [(ids[rows], targets[rows], next_ids[rows]) for rows in (slice(0, 2), slice(2, 4))]
+    if balance == "dp_group":
+        for router in halved.routers():
+            mean = sum(counts_of(halved, router, *half) for half in halves) / 2
+            router.average_counts = lambda mine, mean=mean: mean
+    halved.aux_scale = 0.5
+    tokens = (targets != -100).sum((0, 2))
+    outs = [halved(i, targets=t, next_ids=n, loss_tokens=tokens) for i, t, n in halves]
+    for out in outs:
+        out.total_loss.backward()
+    for name in ("loss", "mtp_loss", "aux_loss", "total_loss"):
+        assert_close(sum(getattr(out, name) for out in outs), getattr(expected, name), name)
+    for name, grad in gradients(halved).items():
+        assert_close(grad, gradients(whole)[name], f"gradient of {name}")
 
 
 def test_an_expert_without_tokens():
