@@ -371,19 +371,29 @@ class Grid:
     def __init__(self, plan, n_balance=1, device_type="cpu"):
         self.plan = plan
         self.traffic = Traffic()
+        self.groups = {}                                                  # members -> process group
         ranks = torch.arange(plan.world_size)
 
         def mesh(names, of):
-            return DeviceMesh(device_type, of, mesh_dim_names=names)
+            groups = [self.process_group(of, dim) for dim in range(of.ndim)]
+            return DeviceMesh.from_group(groups, device_type, of, mesh_dim_names=names)
 
         def cut(n):
             return (n, 1) if plan.zero == 0 else (1, n)                   # (replicate, shard)
 
         self.dense = mesh(("pp", "replicate", "shard", "tp"), ranks.view(plan.pp, *cut(plan.dp * plan.cp), plan.tp))
         by_ep = ranks.view(plan.pp, *cut(plan.edp), plan.ep)
-        self.expert = mesh(("pp", "replicate", "ep", "shard"), by_ep.transpose(2, 3))
+        self.expert = mesh(("pp", "replicate", "ep", "shard"), by_ep.transpose(2, 3).contiguous())
         self.balance = mesh(("groups", "balance"), ranks.view(-1, n_balance))
         self.exchange = mesh(("groups", "outer", "inner"), ranks.view(-1, plan.ep // plan.inner, plan.inner))
+
+    def process_group(self, ranks, dim):
+        """This rank's group along a dimension of a grid of ranks. One for each set of members: their buffers are large."""
+        lines = ranks.movedim(dim, -1).reshape(-1, ranks.size(dim)).tolist()
+        members = next(tuple(line) for line in lines if rank() in line)
+        if members not in self.groups:
+            self.groups[members] = dist.new_group(members, use_local_synchronization=True)
+        return self.groups[members]
 
     def group(self, mesh, name):
         return Group(mesh[name].get_group(), self.plan.node_size, self.traffic)

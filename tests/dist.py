@@ -5,15 +5,14 @@ Ranks on one machine for tests: processes forked once per world size, one thread
 
 The function is found by its name in its module, so it must be defined at the top level of one.
 """
-import atexit
 import multiprocessing
 import os
-import shutil
-import tempfile
+import socket
 import traceback
 from datetime import timedelta
 
 import torch
+import torch._dynamo  # noqa: F401  FSDP2 imports it when first used: once here instead of once on every rank
 import torch.distributed as torch_dist
 
 TIMEOUT = 100                              # seconds that one function may take
@@ -45,12 +44,13 @@ def answer_of(rank, pipe):
 
 def start(world_size):
     fork = multiprocessing.get_context("fork")
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     processes, pipes = [], []
     for rank in range(world_size):
         ours, theirs = fork.Pipe()
-        process = fork.Process(target=serve, args=(theirs, rank, world_size, f"{folder}/store"), daemon=True)
+        process = fork.Process(target=serve, args=(theirs, rank, world_size, port), daemon=True)
         process.start()
         processes.append(process)
         pipes.append(ours)
@@ -64,10 +64,10 @@ def stop(world_size):
         process.join()
 
 
-def serve(pipe, rank, world_size, store):
+def serve(pipe, rank, world_size, port):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch_dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
+    torch_dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size,
                                   timeout=timedelta(seconds=TIMEOUT / 2))
     while True:
         try:

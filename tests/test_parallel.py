@@ -1,0 +1,301 @@
+"""
+Tests of parallel.py: many processes equal one. Ranks are forked once per world size (dist.py) and talk through gloo.
+
+Exact comparisons run in float64: loss, every gradient, the global norm and every weight after one AdamW step.
+"""
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import dist
+import parallel
+from model import Config, Model, shifted
+from sim import Plan, exchange_bytes
+
+TINY = Config(
+    vocab_size=64, hidden_size=24, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2, q_lora_rank=8,
+    kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=64, n_routed_experts=8,
+    num_experts_per_tok=3, moe_intermediate_size=16, rope_theta=100.0, balance_group=4, aux_loss_alpha=0.3)
+PLAN = Plan(micro_batch=1, global_batch=8, seq_len=12, precision="fp64", zero=0)      # of one process
+DTYPES = dict(fp64=torch.float64, fp32=torch.float32, bf16=torch.float32)
+EXACT = 1e-9                               # float64, relative to a tensor's largest value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step, on one process or on many
+
+
+def build(config, plan, seed=5):
+    model = Model(config).to(DTYPES[plan.precision])
+    model.compute_dtype = torch.bfloat16 if plan.precision == "bf16" else None
+    grid = parallel.parallelize(model, plan)
+    parallel.init_weights(model, seed)
+    return model, grid
+
+
+def batch(config, plan):
+    """ids (B,T) and targets (B,1+MTP,T) of a whole global batch, some targets ignored."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocab_size, (plan.global_batch, plan.seq_len), generator=generator)
+    targets = shifted(tokens, range(1, 2 + config.num_nextn_predict_layers), -100)
+    targets[0, :, :5] = -100
+    return tokens, targets
+
+
+def forced_routing(config, plan, experts):
+    """Layer -> ids (B,T,K): every token of the global batch goes to the same few experts."""
+    first, last = config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers
+    ids = torch.tensor(experts).expand(plan.global_batch, plan.seq_len, -1)
+    return {layer: ids for layer in range(first, last)}
+
+
+def step(model, grid, plan, batch_plan, experts=None):
+    """Forward, backward, AdamW on this rank's share of the batch: total loss of all ranks, global norm, and the gradients."""
+    tokens, targets = batch(model.config, batch_plan)
+    forced = forced_routing(model.config, batch_plan, experts) if experts else {}
+    loss_tokens = (targets != -100).sum((0, 2)).to(DTYPES[plan.precision])
+    model.aux_scale = 1 / (plan.n_micro * plan.dp)
+    total = torch.zeros(())
+    for micro in range(plan.n_micro):
+        # one after the other over ranks, so that the sequences of a balance group are neighbours
+        start = (micro * plan.dp + parallel.rank() % plan.dp) * plan.micro_batch
+        mine = slice(start, start + plan.micro_batch)
+        routing = {layer: ids[mine] for layer, ids in forced.items()} or None
+        parallel.reduce_gradients(model, plan, last=micro == plan.n_micro - 1)
+        out = model(tokens[mine], targets=targets[mine], loss_tokens=loss_tokens, routing=routing)
+        out.total_loss.backward()
+        total = total + out.total_loss.detach()
+    norm = parallel.grad_norm(model, grid)
+    optimizer = torch.optim.AdamW(parallel.param_groups(model), lr=0.01)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    optimizer.step()
+    return parallel.all_sum(total), norm, grads, optimizer
+
+
+@lru_cache(None)
+def one_process(folder, config, plan, experts=None):
+    """File with what a step gives on one process: loss, norm, gradients, new weights."""
+    model, grid = build(config, plan)
+    loss, norm, grads, _ = step(model, grid, plan, plan, experts)
+    path = folder / f"{len(list(folder.iterdir()))}.pt"
+    torch.save((loss, norm, grads, dict(model.named_parameters())), path)
+    return path
+
+
+def part_of(whole, name, like, model):
+    """What this rank holds of a tensor of the whole model."""
+    if ".experts." in name:
+        first = model.get_submodule(name.rpartition(".")[0]).first_expert
+        whole = whole[first:first + len(like)]
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def relative_error(whole, name, got, model):
+    """Largest difference, over the largest value of the whole tensor."""
+    difference = (parallel.local(got) - part_of(whole, name, got, model)).abs()
+    return (difference.max() / whole.abs().max().clamp(min=1e-6)).item() if difference.numel() else 0.0
+
+
+def errors(path, model, loss, norm, grads):
+    """Errors of a rank against one_process's file: by name, for all that differs most."""
+    want_loss, want_norm, want_grads, want_weights = torch.load(path)
+    assert set(grads) == set(want_grads), "other parameters than on one process"
+    found = dict(loss=abs(loss / want_loss - 1).item(), norm=abs(norm / want_norm - 1).item())
+    for name, weight in model.named_parameters():
+        found["gradient of " + name] = relative_error(want_grads[name].detach(), name, grads[name], model)
+        found["step of " + name] = relative_error(want_weights[name].detach(), name, weight.detach(), model)
+    return found
+
+
+def check_step(path, config, plan, batch_plan, experts=None):
+    """On each rank: one step under the plan against one process; the worst error."""
+    model, grid = build(config, plan)
+    loss, norm, grads, _ = step(model, grid, plan, batch_plan, experts)
+    found = errors(path, model, loss, norm, grads)
+    return max(found.values()), max(found, key=found.get)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("one_process")
+
+
+def equals_one_process(folder, plan, config=TINY, experts=None, reference=PLAN, tolerance=EXACT):
+    path = one_process(folder, config, reference, experts)
+    for error, name in dist.run(plan.world_size, check_step, path, config, plan, reference, experts):
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every exchange and every zero equals one process
+
+WHOLE = replace(PLAN, micro_batch=8)                                      # one process, one micro-batch
+
+
+def plans():
+    """ep 1, 2, 4 on 4 ranks and 8 on 8; nodes such that ep=2 spans two of one rank, ep=4 two of two, ep=8 two of four.
+    Each ep meets each exchange and each zero in the fast tests; all three together in the slow ones."""
+    for ep in (1, 2, 4, 8):
+        for dispatch in ("flat", "hierarchical", "dedup")[:1 if ep == 1 else 3]:
+            for zero in (0, 1, 3):
+                dp = max(4, ep)
+                plan = replace(PLAN, dp=dp, ep=ep, dispatch=dispatch, zero=zero, node_size=max(1, ep // 2),
+                               micro_batch=8 // dp)
+                fast = ep == 1 or (dispatch, zero) in (("flat", 0), ("hierarchical", 3), ("dedup", 1))
+                yield pytest.param(plan, id=f"ep{ep}-{dispatch}-zero{zero}", marks=[] if fast else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("plan", list(plans()))
+def test_exchange_and_zero(folder, plan):
+    """MTP and balance loss over groups of 4 sequences included; 3 of 8 experts a token, so nodes repeat."""
+    equals_one_process(folder, plan, reference=WHOLE)
+
+
+TWO_NODES = replace(PLAN, dp=4, ep=4, node_size=2, zero=1, micro_batch=2)      # 2 nodes of 2 ranks, 2 experts a rank
+EXCHANGES = ("flat", "hierarchical", "dedup")
+
+
+@pytest.mark.parametrize("dispatch", EXCHANGES)
+@pytest.mark.parametrize("experts", [(0, 1, 0), (2, 5, 7), (6, 2, 3)], ids=str)
+def test_uneven_routing(folder, dispatch, experts):
+    """All tokens to the same few experts: ranks that get no token, empty experts, an expert twice, a node that is not needed."""
+    plan = replace(TWO_NODES, dispatch=dispatch)
+    equals_one_process(folder, plan, experts=experts, reference=WHOLE)
+
+
+@pytest.mark.parametrize("dispatch", EXCHANGES)
+def test_fast_path(folder, dispatch):
+    """float32, where experts run on torch's grouped matmul and the other fused bodies."""
+    plan = replace(TWO_NODES, dispatch=dispatch, precision="fp32")
+    equals_one_process(folder, plan, reference=replace(WHOLE, precision="fp32"), tolerance=2e-4)
+
+
+def check_bf16(path, plan, batch_plan):
+    model, grid = build(TINY, plan)
+    routers = [block.mlp.gate for block in model.layers.values() if block.is_moe]
+    seen = []
+    hooks = [router.register_forward_pre_hook(lambda part, _: seen.append(part.weight.dtype)) for router in routers]
+    loss, norm, grads, _ = step(model, grid, plan, batch_plan)
+    want_loss, want_norm, _, _ = torch.load(path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} == {parallel.local(g).dtype for g in grads.values()}
+    assert seen == [torch.float32] * len(routers), seen
+    return abs(loss / want_loss - 1).item(), abs(norm / want_norm - 1).item()
+
+
+@pytest.mark.parametrize("zero", (0, 3))
+def test_bf16(folder, zero):
+    """bfloat16 activations and gathered weights; masters, gradients and the router stay float32."""
+    plan = replace(TWO_NODES, dispatch="hierarchical", precision="bf16", zero=zero, ep=2, node_size=1)
+    path = one_process(folder, TINY, replace(WHOLE, precision="bf16"))
+    for loss, norm in dist.run(4, check_bf16, path, plan, WHOLE):
+        assert loss < 3e-3 and norm < 3e-2, (loss, norm)
+
+
+CASES = dict(
+    accumulation=(dict(balance_group=2), dict(micro_batch=1), replace(PLAN, micro_batch=2)),
+    accumulation_zero3=(dict(balance_group=2), dict(micro_batch=1, zero=3), replace(PLAN, micro_batch=2)),
+    accumulation_zero0=(dict(balance_group=2), dict(micro_batch=1, zero=0, ep=2), replace(PLAN, micro_batch=2)),
+    capacity=(dict(balance_group=1, capacity_factor=0.7), dict(micro_batch=1, dispatch="flat"), PLAN),
+    capacity_two_hops=(dict(balance_group=1, capacity_factor=1.0), dict(micro_batch=1, dispatch="dedup"), PLAN),
+    own_sequences=(dict(balance="sequence", balance_group=1), dict(), WHOLE),
+    all_sequences=(dict(balance="dp_group", balance_group=8), dict(ep=2), WHOLE),
+    router_bias_and_groups=(dict(router_bias=True, n_group=4, topk_group=2), dict(), WHOLE),
+    after_down=(dict(expert_weight="after_down", num_nextn_predict_layers=2), dict(), WHOLE),
+    tied_no_shared=(dict(tie_word_embeddings=True, n_shared_experts=0), dict(zero=3), WHOLE),
+    expert_dimension_cut=(dict(moe_intermediate_size=15, hidden_size=21), dict(ep=1, zero=3), WHOLE),
+    no_experts=(dict(first_k_dense_replace=2, num_nextn_predict_layers=0), dict(ep=1, zero=3), WHOLE),
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings(folder, case):
+    """Config, plan and the one process it must equal; where micro-batches matter, the process runs the same ones."""
+    config, plan, reference = CASES[case]
+    plan = replace(TWO_NODES, **{"dispatch": "hierarchical", **plan})
+    equals_one_process(folder, plan, config=replace(TINY, **config), reference=reference)
+
+
+def test_size_one(folder):
+    """The same code with groups of size one: a plan for one process needs no process group and changes nothing."""
+    model, grid = build(TINY, WHOLE)
+    assert grid is None
+    path = one_process(folder, TINY, WHOLE)
+    loss, norm, grads, _ = step(model, grid, WHOLE, WHOLE)
+    assert max(errors(path, model, loss, norm, grads).values()) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+def send_tokens(config, plan, ids):
+    """Bytes that this rank sends for one layer, forward and backward, with the ids (ranks, N, K) given."""
+    grid = parallel.Grid(plan)
+    dispatcher = grid.dispatcher(config)
+    x = torch.randn(ids.size(1), config.hidden_size, dtype=DTYPES[plan.precision], requires_grad=True)
+    weights = torch.rand(ids.shape[1:], requires_grad=True)
+    rows, row_weights, counts, ctx = dispatcher.dispatch(x, ids[parallel.rank()], weights)
+    rows, row_weights = dispatcher.wait(rows, row_weights, ctx)
+    assert len(rows) == counts.sum()
+    dispatcher.combine(rows * row_weights.unsqueeze(1), ctx).sum().backward()
+    return grid.traffic.bytes
+
+
+@pytest.mark.parametrize("dispatch", EXCHANGES)
+@pytest.mark.parametrize("ep,node_size", [(2, 2), (4, 1), (4, 2), (8, 2), (8, 4)])
+def test_bytes_are_those_that_sim_predicts(dispatch, ep, node_size):
+    generator = torch.Generator().manual_seed(ep)
+    config = replace(TINY, n_routed_experts=16, num_experts_per_tok=2)
+    plan = replace(PLAN, dp=ep, ep=ep, node_size=node_size, dispatch=dispatch, precision="fp32")
+    ids = torch.rand(ep, plan.seq_len, 16, generator=generator).topk(2).indices
+    want = exchange_bytes(config, plan, ids.tolist())
+    for rank, sent in enumerate(dist.run(ep, send_tokens, config, plan, ids)):
+        for (way, tier), n_bytes in sent.items():
+            assert n_bytes == want[way][tier][rank], (rank, way, tier)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start, refusals
+
+
+def check_start(plans):
+    """Every tensor's numbers under each plan, put together again, are those of model.init_weights; NaN would be left."""
+    whole = Model(TINY)
+    whole.init_weights(3)
+    want = whole.state_dict()
+    for plan in plans:
+        with torch.device("meta"):
+            model = Model(TINY)
+        parallel.parallelize(model, plan)
+        model.to_empty(device="cpu")
+        for tensor in model.state_dict().values():
+            parallel.local(tensor).fill_(float("nan"))
+        parallel.init_weights(model, 3)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(parallel.local(tensor), part_of(want[name], name, tensor, model)), name
+
+
+def test_same_start_under_every_plan():
+    """Built on the meta device, as large models are."""
+    plan = replace(PLAN, dp=4, node_size=2, precision="fp32")
+    dist.run(4, check_start, [replace(plan, ep=ep, zero=zero) for ep, zero in ((1, 0), (2, 3), (4, 1))])
+
+
+def refusal(plan):
+    with pytest.raises(ValueError) as caught:
+        parallel.parallelize(Model(TINY), plan)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("plan,words", [
+    (replace(PLAN, dp=4), "for 2 devices: use dp=2"), (replace(PLAN, dp=2, ep=4), "ep=4 does not divide"),
+    (replace(PLAN, dp=2, recompute=("act",)), "recompute"), (replace(PLAN, dp=2, precision="fp8"), "fp32 or bf16")])
+def test_refused_before_anybody_waits(plan, words):
+    """Every rank refuses by itself, in one line."""
+    for message in dist.run(2, refusal, plan):
+        assert words in message and "\n" not in message
