@@ -1,0 +1,569 @@
+"""sim.py against textbooks, against torch's pipelining runtime, and against model.py: what it plans is what happens."""
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.pipelining as pipelining
+import torch.multiprocessing
+from torch.distributed.pipelining import schedules
+from torch.utils.checkpoint import checkpoint
+
+import sim
+from model import PRESETS, Config, Model, count_params, flops_per_token, rope_table
+from sim import HARDWARE, Plan, check_plan, exchange_bytes, predict, schedule_table
+
+ROOT = Path(__file__).parent.parent
+TINY = Config()
+ASCEND = HARDWARE["ascend_910b_376"]
+PANGU = PRESETS["pangu-ultra-moe-718b"]
+SCHEDULES = ("1f1b", "interleaved", "paired", "zbv", "dualpipev")
+
+
+def pipeline(schedule, pp, n_micro, vpp=2):
+    return Plan(pp=pp, vpp=1 if schedule == "1f1b" else vpp, schedule=schedule, global_batch=n_micro)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules and the clock
+
+
+def bubble(plan, forward=1.0, inputs=1.0, weights=1.0):
+    """Seconds that the step is longer than one rank's work, stages being equal and links free."""
+    seconds = {"F": forward, "I": inputs, "W": weights, "B": inputs + weights, "FB": forward + inputs + weights}
+    spans = sim.play(plan, schedule_table(plan), lambda action: seconds[action.kind])
+    return max(row[-1][1] for row in spans) - plan.n_micro * plan.vpp * seconds["FB"]
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4, 8])
+def test_bubbles_are_the_textbooks(pp):
+    """F=1, B=2 per chunk: (p-1)(F+B) for 1F1B, the same per chunk, so 1/v of it, for interleaved and paired.
+
+    Zero bubble (F=I=W): only the first chunks' way down the ranks. DualPipeV: (p-1)(F&B + B - 3W), its authors' formula.
+    """
+    assert bubble(pipeline("1f1b", pp, 3 * pp)) == (pp - 1) * 3
+    for vpp in (1, 2, 3):
+        for n_micro in (pp, 2 * pp, 4 * pp):
+            assert bubble(pipeline("interleaved", pp, n_micro, vpp)) == (pp - 1) * 3
+            assert bubble(pipeline("paired", pp, n_micro, vpp)) == (pp - 1) * 3
+    assert bubble(pipeline("zbv", pp, 3 * pp)) == pp - 1
+    assert bubble(pipeline("dualpipev", pp, 3 * pp)) == (pp - 1) * (3 + 2 - 3)
+
+
+@pytest.mark.parametrize("weights", [0.5, 0.7, 1.5])
+def test_dualpipev_bubble_within_one_chunk_of_its_formula(weights):
+    """The published (p-1)(F&B + B - 3W) is an approximation where F, I and W differ: within |F - W| and a half chunk."""
+    forward, inputs, pp = 1.0, 2.0, 4
+    published = (pp - 1) * (forward + 2 * (inputs + weights) - 3 * weights)
+    measured = bubble(pipeline("dualpipev", pp, 16), forward, inputs, weights)
+    assert abs(measured - published) <= forward + 0.5
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3, 4, 8])
+def test_every_schedule_passes_the_checker(pp):
+    for schedule in SCHEDULES:
+        for n_micro in (2 * pp, 3 * pp, 4 * pp):
+            for vpp in (2, 3) if schedule in ("interleaved", "paired") else (2,):
+                plan = pipeline(schedule, pp, n_micro, vpp)
+                check_plan(replace(TINY, num_hidden_layers=64), plan)
+                in_flight = sim.check_table(plan, schedule_table(plan))
+                if schedule == "1f1b":
+                    assert in_flight == [pp - rank for rank in range(pp)]
+                if schedule == "zbv":
+                    assert max(in_flight) <= 2 * pp                    # chunks, half a stage each: 1F1B's memory
+                if schedule == "dualpipev":
+                    assert max(in_flight) <= 2 * pp + 1
+
+
+def test_paired_runs_one_more_warm_up_than_interleaved():
+    """Warm-ups (p - rank - 1) * 2 + (v - 1) * p + 1, then pairs alone, then backwards alone."""
+    plan = pipeline("paired", 4, 8)
+    for rank, actions in enumerate(schedule_table(plan)):
+        kinds = [action.kind for action in actions]
+        warm_up = (4 - rank - 1) * 2 + (2 - 1) * 4 + 1
+        assert kinds == ["F"] * warm_up + ["FB"] * (16 - warm_up) + ["B"] * warm_up
+
+
+def exchanged(row, *pairs):
+    row = list(row)
+    for i, j in pairs:
+        row[i], row[j] = row[j], row[i]
+    return row
+
+
+def split_backward(action):
+    return sim.Action("I", *action[1:3]) if action.kind == "B" else action
+
+
+# complaint of the checker -> a change that breaks the table of 2 ranks and 4 micro-batches (rank 1: F0 B0 F1 B1 ...)
+BROKEN = {
+    "before its F": lambda a, b: [a, exchanged(b, (0, 1))],
+    "7 forwards and backwards, not 8": lambda a, b: [a[:-1], b],
+    "twice": lambda a, b: [a + a[-1:], b],
+    "its stage lives on rank 1": lambda a, b: [b[:1] + a, b],
+    "order of receives": lambda a, b: [a, exchanged(b, (0, 2), (1, 3))],
+    "4 weight gradients are owed": lambda a, b: [[split_backward(action) for action in row] for row in (a, b)],
+}
+
+
+@pytest.mark.parametrize("complaint", BROKEN)
+def test_checker_refuses_broken_tables(complaint):
+    plan = pipeline("1f1b", 2, 4)
+    with pytest.raises(AssertionError, match=complaint):
+        sim.check_table(plan, BROKEN[complaint](*schedule_table(plan)))
+
+
+def test_checker_sees_ranks_that_wait_for_each_other():
+    plan = pipeline("interleaved", 2, 2)
+    late = [sim.Action("F", 2, m) for m in (0, 1)] + [sim.Action("F", 0, m) for m in (0, 1)]
+    backwards = [sim.Action("B", stage, m) for stage in (2, 0) for m in (0, 1)]
+    with pytest.raises(AssertionError, match="wait for each other"):
+        sim.play(plan, [late + backwards, schedule_table(plan)[1]], lambda action: 1.0)
+
+
+# -- torch's runtime, recorded
+
+
+def torch_schedule(name, stages, n_micro, loss):
+    kinds = {"1f1b": pipelining.Schedule1F1B, "interleaved": pipelining.ScheduleInterleaved1F1B,
+             "zbv": pipelining.ScheduleZBVZeroBubble, "dualpipev": pipelining.ScheduleDualPipeV}
+    if name != "paired":
+        return kinds[name](stages[0] if name == "1f1b" else stages, n_micro, loss_fn=loss)
+    runtime = schedules._PipelineScheduleRuntime(stages, n_micro, loss_fn=loss)
+    table = schedule_table(pipeline(name, dist.get_world_size(), n_micro))
+    actions = {rank: [schedules._Action.from_str(str(action)) for action in row] for rank, row in enumerate(table)}
+    runtime._prepare_schedule_with_comms(actions)
+    return runtime
+
+
+def record(stage, executed):
+    """Notes each call that computes, in the order in which the runtime makes them."""
+    forward, backward, weight = stage.forward_one_chunk, stage.backward_one_chunk, stage.backward_weight_one_chunk
+
+    def noted_forward(microbatch, *args, **kwargs):
+        executed.append(("F", stage.stage_index, microbatch))
+        return forward(microbatch, *args, **kwargs)
+
+    def noted_backward(microbatch, *args, full_backward=True, **kwargs):
+        executed.append(("B" if full_backward else "I", stage.stage_index, microbatch))
+        return backward(microbatch, *args, full_backward=full_backward, **kwargs)
+
+    def noted_weight(microbatch, *args, **kwargs):
+        executed.append(("W", stage.stage_index, microbatch))
+        return weight(microbatch, *args, **kwargs)
+
+    stage.forward_one_chunk, stage.backward_one_chunk, stage.backward_weight_one_chunk = noted_forward, noted_backward, noted_weight
+
+
+def run_rank(rank, world, store, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    for name in SCHEDULES:
+        n_micro, executed = 2 * world, []
+        plan = pipeline(name, world, n_micro)
+        stages = [pipelining.PipelineStage(torch.nn.Linear(4, 4), stage, plan.n_stages, torch.device("cpu"))
+                  for stage in plan.stages_of(rank)]
+        schedule = torch_schedule(name, stages, n_micro, lambda y, t: (y - t).square().mean())
+        for stage in stages:
+            record(stage, executed)
+        last = plan.n_stages - 1 in plan.stages_of(rank)
+        schedule.step(*[torch.randn(n_micro, 4)] * (rank == 0), **(dict(target=torch.randn(n_micro, 4), losses=[]) if last else {}))
+        results.put((rank, name, executed))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_tables_are_what_torchs_runtime_executes(world, tmp_path):
+    """Every forward, backward and half of one, in order, on each of 2 and 4 gloo ranks; `paired` is run from our table."""
+    context = torch.multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    ranks = [context.Process(target=run_rank, args=(rank, world, tmp_path / "store", results)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    executed = {}
+    for _ in range(world * len(SCHEDULES)):
+        rank, name, actions = results.get()
+        executed[rank, name] = actions
+    for process in ranks:
+        process.join()
+    for (rank, name), actions in executed.items():
+        table = schedule_table(pipeline(name, world, 2 * world))
+        assert actions == [part for action in table[rank] for part in action.parts()], f"{name}, rank {rank}"
+
+
+def test_overlap_hides_an_exchange_as_long_as_the_compute():
+    """One MoE layer, forward of one micro-batch with backward of another. Each compute part 1 s, exchanges 1 s a way.
+
+    Compute is attend, experts (F), experts, their weights, attend (B): 5 s. Four exchanges of 1 s. In pairs only the very
+    first wait, of combine's backward against attend F, is not free: all four are hidden. One after the other: none is.
+    """
+    layer = sim.LayerTime.__new__(sim.LayerTime)
+    compute = {("attend", "F"): 1.0, ("experts", "F"): 1.0, ("experts", "I"): 1.0, ("experts", "W"): 1.0, ("attend", "I"): 1.0}
+    layer.__dict__.update(name="", compute=compute, collectives={}, recompute=0.0, exchange_again=False, swap=0.0,
+                          exchange={"F": dict(inner=0.0, outer=1.0), "B": dict(inner=0.0, outer=1.0)}, weights=("inner", 0.0))
+    action = sim.Action("FB", 0, 1, (0, 0))
+    end, parts, exchange = sim.account(sim.play_action(Plan(ep=2, overlap="adaptive"), [[layer]], action))
+    assert (end, exchange) == (5.0, 4.0)
+    assert parts == {"attend": 2.0, "experts": 3.0, "exchange": 0.0, "collectives": 0.0}
+    end, parts, exchange = sim.account(sim.play_action(Plan(ep=2), [[layer]], action))
+    assert (end, exchange, parts["exchange"]) == (9.0, 4.0, 4.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts against model.py
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_parameters_and_flops_add_up_to_the_models(preset):
+    """Parameters of every stage against the tensors of the model on the meta device, FLOPs against model.flops_per_token."""
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        model = Model(config)
+    plan = Plan(pp=2, vpp=2, global_batch=4)
+    for layers, works in zip(sim.stage_layers(config, plan), sim.stage_works(sim.as_shape(config), plan)):
+        counted = [sum(work.params.values()) for label, work in works if not label]
+        assert counted == [sum(p.numel() for p in model.layers[str(i)].parameters()) for i in layers]
+    counted = sum(sum(work.params.values()) for _, work in sim.stage_works(sim.as_shape(config), Plan())[0])
+    assert counted == sum(p.numel() for p in model.parameters())
+    assert counted == count_params(config)["total"] + count_params(config)["mtp"]
+    for seq_len in (256, 4096):
+        assert math.isclose(sim.model_flops(sim.as_shape(config), seq_len), flops_per_token(config, seq_len), rel_tol=1e-12)
+
+
+VARIANTS = {
+    "default": {},
+    "pre": dict(norm="pre", router_bias=True, n_group=4, topk_group=2, balance="sequence"),
+    "raw": dict(aux_scores="raw", n_shared_experts=2, balance_group=1),
+    "no balance": dict(balance="none"),
+    "capacity": dict(capacity_factor=1.5, balance="micro_batch"),
+}
+
+
+def storages(model, call):
+    """Bytes of each distinct storage, parameters and `call`'s own inputs apart, that autograd keeps for backward."""
+    held, outside = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    return sorted(size for address, size in held.items() if address not in outside), result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_tensors_are_those_that_hooks_see(variant, dtype):
+    """Layer by layer, every distinct storage: the list of sizes, not the sum alone."""
+    config = replace(TINY, **VARIANTS[variant])
+    model = Model(config)
+    model.init_weights(0)
+    model.to(dtype)
+    B, T = 2, 24
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[dtype]
+    plan = Plan(micro_batch=B, seq_len=T, precision=precision)
+    shape = replace(sim.as_shape(config), value_padded=True)               # torch's CPU kernel pads
+    cos, sin = rope_table(config, torch.arange(T).unsqueeze(0), dtype)
+    table = {t.untyped_storage().nbytes() for t in (cos, sin)}
+    for index, kind in ((0, "dense"), (1, "moe")):
+        x = torch.randn(B, T, config.hidden_size, dtype=dtype, requires_grad=True)
+        seen, _ = storages(model, lambda: model.layers[str(index)](x, (cos, sin)))
+        for size in table:                                                 # angles belong to the forward, not to a layer
+            seen.remove(size), seen.remove(size)
+        counted = sorted(size for size in sim.layer_work(shape, plan, kind).saved.values() if size)
+        assert seen == counted, f"{kind}: seen {sum(seen)}, counted {sum(counted)}"
+
+
+def test_saved_tensors_of_a_whole_model():
+    """Embedding, layers, multi-token prediction, head and loss together, within 0.1 %: a few scalars are not listed."""
+    model = Model(TINY)
+    model.init_weights(0)
+    B, T = 2, 64
+    ids = torch.randint(0, TINY.vocab_size, (B, T + 2))
+    targets = torch.stack([ids[:, 1:T + 1], ids[:, 2:]], 1)
+    seen, _ = storages(model, lambda: model(ids[:, :T], targets=targets))
+    plan = Plan(micro_batch=B, seq_len=T, precision="fp32")
+    works = sim.stage_works(replace(sim.as_shape(TINY), value_padded=True), plan)[0]
+    counted = sum(sum(work.saved.values()) for _, work in works)
+    assert abs(sum(seen) - counted) < 1e-3 * counted, f"seen {sum(seen)}, counted {counted}"
+
+
+def test_recomputing_a_layer_keeps_its_input_alone():
+    model = Model(TINY)
+    model.init_weights(0)
+    x = torch.randn(2, 24, TINY.hidden_size, requires_grad=True)
+    angles = rope_table(TINY, torch.arange(24).unsqueeze(0), x.dtype)
+    table = sum(t.untyped_storage().nbytes() for t in angles)
+    seen, _ = storages(model, lambda: checkpoint(model.layers["1"], x, angles, use_reentrant=False))
+    plan = Plan(micro_batch=2, seq_len=24, precision="fp32", recompute=("layer",))
+    kept, _ = sim.saved_bytes(sim.layer_work(replace(sim.as_shape(TINY), value_padded=True), plan, "moe"))
+    assert kept == 2 * 24 * TINY.hidden_size * 4
+    assert kept <= sum(seen) <= kept + table + 64
+
+
+def test_recompute_and_swap_choices_keep_less_and_less():
+    """Each item drops something, sets drop what their items drop, and what is dropped is computed again."""
+    shape = sim.as_shape(replace(TINY, expert_weight="after_down"))
+
+    def kept(recompute=(), swap=()):
+        return sim.saved_bytes(sim.layer_work(shape, Plan(recompute=recompute, swap=swap), "moe"))
+
+    whole = kept()[0]
+    saving = {item: whole - kept((item,))[0] for item in sim.RECOMPUTE}
+    assert all(size > 0 for size in saving.values())
+    assert all(saving["layer"] >= size for size in saving.values())
+    assert whole - kept(("act", "permute"))[0] == saving["act"] + saving["permute"]
+    for item in ("expert_out", "attn_out"):
+        on_device, away = kept(swap=(item,))
+        assert on_device + away == whole and away > 0
+    for item in sim.RECOMPUTE:
+        assert sim.recomputed(sim.layer_work(shape, Plan(recompute=(item,)), "moe"))[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The exchange
+
+
+def random_routing(config, plan, n_tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(plan.ep, n_tokens, config.n_routed_experts, generator=generator)
+    return scores.topk(config.num_experts_per_tok).indices.tolist()
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "hierarchical", "dedup"])
+def test_exchange_bytes_of_a_worked_example(dispatch):
+    """4 ranks, 2 nodes, 8 experts (2 a rank), one token each; C=192, bf16. Token of rank 0 goes to experts 1, 2, 4, 6.
+
+    Expert 1 is its own rank's, 2 on rank 1 (same node), 4 and 6 on ranks 2 and 3 (other node). All other tokens stay.
+    """
+    config = replace(TINY, num_experts_per_tok=4)
+    plan = Plan(dp=4, ep=4, node_size=2, dispatch=dispatch, global_batch=4)
+    stay = [[[2, 2, 3, 3]], [[4, 4, 5, 5]], [[6, 6, 7, 7]]]
+    sent = exchange_bytes(config, plan, [[[1, 2, 4, 6]], *stay])
+    row, weight, counts = 192 * 2, 2, 2 * 8
+    if dispatch == "flat":
+        assert sent["forward"]["inner"] == [counts + row + weight, counts + row, counts, counts]
+        assert sent["forward"]["outer"] == [2 * (counts + row + weight), 2 * counts, 2 * counts + row, 2 * counts + row]
+        assert sent["backward"]["outer"] == [2 * row, 0, row + weight, row + weight]
+        return
+    crossing = row + 4 * (weight + 8)
+    if dispatch == "hierarchical":
+        assert sent["forward"]["outer"] == [crossing + row] * 4
+        assert sent["backward"]["outer"] == [2 * row + 4 * weight] * 4
+    else:
+        assert sent["forward"]["outer"] == [8 + crossing, 8, 8 + row, 8]
+        assert sent["backward"]["outer"] == [row, 0, row + 4 * weight, 0]
+    # inside the nodes: rank 0 to 1 in its own, and in the other the copy for expert 6 from rank 2, where the token arrived
+    assert sent["forward"]["inner"] == [counts + row + weight, counts + row, counts + row + weight, counts + row]
+
+
+def test_exchange_bytes_are_conserved_and_expected():
+    """Rows out are rows back, so dispatch's forward is combine's backward; the uniform expectation is the mean over routings."""
+    config = replace(TINY, n_routed_experts=16, num_experts_per_tok=3)
+    for dispatch in ("flat", "hierarchical", "dedup"):
+        for ep, node_size in ((1, 1), (4, 2), (8, 4), (4, 4), (4, 1)):
+            plan = Plan(dp=ep, ep=ep, node_size=node_size, dispatch=dispatch, global_batch=ep, seq_len=64)
+            expected = exchange_bytes(config, plan)
+            assert all(len(set(sent)) == 1 for tiers in expected.values() for sent in tiers.values())
+            if ep == 1:
+                assert sum(sum(sent) for tiers in expected.values() for sent in tiers.values()) == 0
+            for way in ("forward", "backward"):
+                for tier in ("inner", "outer"):
+                    draws = [sum(exchange_bytes(config, plan, random_routing(config, plan, 64, seed))[way][tier]) / ep
+                             for seed in range(4)]
+                    assert math.isclose(sum(draws) / 4, expected[way][tier][0], rel_tol=0.04, abs_tol=1)
+
+
+def test_exchange_volumes_are_the_published_ones():
+    """Pangu's 32 ranks on 4 nodes, in units of T*H: flat sends 6 between nodes and 1.75 inside, hierarchical 3 and 7."""
+    unit = 2048 * 7680 * 2 * 2                             # T*H in bf16, dispatch and combine
+    for dispatch, outer, inner in (("flat", 6, 1.75), ("hierarchical", 3, 7), ("dedup", 2.71, 7)):
+        plan = Plan(dp=4, tp=8, sp=1, ep=32, micro_batch=2, global_batch=8, seq_len=8192, dispatch=dispatch)
+        sent = exchange_bytes(PANGU, plan)["forward"]
+        assert sent["outer"][0] / unit == pytest.approx(outer, rel=0.01)
+        assert sent["inner"][0] / unit == pytest.approx(inner, rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def random_plan(generator):
+    one = generator.choice
+    tp, dp, cp, pp = one((1, 2, 4)), one((1, 2, 4)), one((1, 2)), one((1, 2, 3, 4))
+    return Plan(pp=pp, dp=dp, cp=cp, tp=tp, sp=int(tp > 1), ep=one((1, 2, 4, 8)), vpp=one((1, 2)), node_size=one((1, 2, 4, 8)),
+                micro_batch=one((1, 2)), global_batch=one((4, 8, 16, 24, 32)), seq_len=one((64, 256)), zero=one((0, 1, 3)),
+                schedule=one(SCHEDULES), overlap=one(("none", "adaptive")), dispatch=one(("flat", "hierarchical", "dedup")),
+                recompute=tuple(generator.sample(sim.RECOMPUTE, generator.randrange(3))),
+                swap=tuple(generator.sample(sim.SWAP, generator.randrange(2))), precision=one(("bf16", "fp32")))
+
+
+def legal_plans(count, config=replace(TINY, num_hidden_layers=12)):
+    generator, plans = random.Random(0), []
+    while len(plans) < count:
+        plan = random_plan(generator)
+        try:
+            check_plan(config, plan, ASCEND)
+        except ValueError:
+            continue
+        plans.append(plan)
+    return config, plans
+
+
+def test_random_plans_keep_their_promises():
+    """Schedule valid, every layer on one stage, parts add up to the step, nothing negative, more bandwidth never slower."""
+    config, plans = legal_plans(60)
+    for plan in plans:
+        sim.check_table(plan, schedule_table(plan))
+        layers = [i for stage in sim.stage_layers(config, plan) for i in stage]
+        assert layers == list(range(config.num_hidden_layers + config.num_nextn_predict_layers))
+        result = predict(config, plan, ASCEND)
+        assert sum(result["breakdown"].values()) == pytest.approx(result["step_time_s"])
+        assert all(seconds >= -1e-12 for seconds in result["breakdown"].values()), result["breakdown"]
+        assert -1e-12 <= result["hidden_comm_fraction"] <= 1 and 0 < result["mfu"] < 1
+        for faster in (dict(inner_bandwidth=3e12), dict(outer_bandwidth=3e12), dict(bandwidth=1e13), dict(host_bandwidth=1e13)):
+            quick = predict(config, plan, replace(ASCEND, **faster))["step_time_s"]
+            assert quick <= result["step_time_s"] * (1 + 1e-12), f"{faster} slower under {plan}"
+        assert predict(config, plan, ASCEND, max_vio=0.5)["step_time_s"] >= result["step_time_s"]
+
+
+def test_size_one_of_every_axis_is_legal():
+    for name in ("pp", "dp", "cp", "tp", "ep", "vpp", "node_size", "micro_batch", "global_batch"):
+        assert getattr(Plan(), name) == 1 or name == "node_size"
+    for schedule in SCHEDULES:
+        for dispatch in ("flat", "hierarchical", "dedup"):
+            plan = replace(pipeline(schedule, 1, 2), dispatch=dispatch, node_size=1)
+            check_plan(TINY, plan, ASCEND, devices=1)
+            assert predict(TINY, plan, ASCEND)["step_time_s"] > 0
+
+
+@pytest.mark.parametrize("plan, words", [
+    (dict(tp=3), "tp=3 does not divide num_attention_heads=4: use one of [1, 2, 4]"),
+    (dict(tp=2), "use sp=1"),
+    (dict(ep=3, dp=3, global_batch=3), "ep=3 does not divide n_routed_experts=8: use one of [1, 2, 4, 8]"),
+    (dict(ep=4, dp=2, global_batch=2), "ep=4 does not divide dp*cp*tp=2: use one of [1, 2]"),
+    (dict(ep=4, dp=4, node_size=3, global_batch=4), "node_size=3 and ep=4"),
+    (dict(pp=9, global_batch=9), "use at most 5"),
+    (dict(pp=2, layer_split=(1, 2), global_batch=2), "needs pp*vpp=2 with 4"),
+    (dict(pp=3, layer_split=(2, 0, 2), global_batch=3), "at least one layer"),
+    (dict(pp=4), "use global_batch=4"),
+    (dict(dp=2, global_batch=3), "global_batch=3 is not a multiple of dp*micro_batch=2: use 2"),
+    (dict(vpp=2, schedule="1f1b"), "schedule=1f1b needs vpp=1"),
+    (dict(schedule="zbv", vpp=1), "schedule=zbv needs vpp=2"),
+    (dict(schedule="1f1b", overlap="adaptive"), "use paired or dualpipev"),
+    (dict(pp=2, vpp=2, global_batch=5, schedule="interleaved"), "use global_batch=4"),
+    (dict(dispatch="ring"), "use one of flat, hierarchical, dedup"),
+    (dict(recompute=("mlp",)), "recompute=mlp: use any of"),
+    (dict(seq_len=4096), "use at most that"),
+    (dict(cp=2, dp=1, seq_len=1022), "seq_len=1022 is not a multiple of 4"),
+    (dict(dp=0), "dp=0: must be at least 1"),
+    (dict(node_size=16), "use at most that"),
+    (dict(dp=2, global_batch=2), "pp*dp*cp*tp=1*2*1*1=2 for 1 devices: use dp=1"),
+])
+def test_refusals_name_the_numbers_and_what_would_fit(plan, words):
+    with pytest.raises(ValueError) as refusal:
+        check_plan(TINY, Plan(**plan), ASCEND, devices=None if "dp*cp*tp=1*2" not in words else 1)
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_balance_groups_follow_the_plan():
+    """ep_group: sequences on the data ranks that share experts; a tensor group shares one sequence, so counts once."""
+    plan = Plan(dp=8, tp=2, sp=1, ep=8, micro_batch=2, global_batch=16)
+    assert sim.balance_group(TINY, plan) == 2 * 4
+    assert sim.balance_group(replace(TINY, balance="dp_group"), plan) == 2 * 8
+    assert sim.balance_group(replace(TINY, balance="micro_batch"), plan) == 2
+    assert sim.balance_group(replace(TINY, balance="sequence"), plan) == 1
+    with pytest.raises(ValueError, match="balance_group=3"):
+        check_plan(replace(TINY, balance_group=3), plan)
+
+
+def test_layers_are_split_evenly_or_as_told():
+    plan = Plan(pp=2, vpp=2, global_batch=4, layer_split=(3, 4, 4, 1))
+    assert [len(stage) for stage in sim.stage_layers(replace(TINY, num_hidden_layers=12), plan)] == [3, 4, 4, 2]
+    stages = sim.stage_layers(PANGU, Plan(pp=16, vpp=2, global_batch=32, seq_len=8192))
+    assert {len(stage) for stage in stages[:-2]} == {2}    # a head and MTP as heavy as some layers lighten the last ones
+    assert all(stages) and sum(map(len, stages)) == 62
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def command(*args):
+    return subprocess.run([sys.executable, ROOT / "sim.py", *map(str, args)], capture_output=True, text=True)
+
+
+def test_predict_prints_one_json_object():
+    done = command("predict", "--model", "tiny", "--hardware", "h200_sxm", "--devices", 4, "--plan",
+                   "pp=2,dp=2,ep=2,vpp=2,global_batch=8,overlap=adaptive,recompute=act+norm", "--load", "max_vio=0.2", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "tflops_per_device", "mem_gib", "fits", "why_not",
+            "bubble", "exposed_comm_s", "hidden_comm_fraction", "breakdown", "memory_by_stage", "bytes_by_tier",
+            "plan"} <= set(result)
+    assert result["plan"]["schedule"] == "paired" and len(result["memory_by_stage"]) == 2
+
+
+@pytest.mark.parametrize("args, words", [
+    (("predict", "--plan", "tpp=2"), "unknown plan key 'tpp'"), (("predict", "--plan", "tp=two"), "write a value of type int"),
+    (("predict", "--model", "none"), "use a JSON file or one of"), (("predict", "--hardware", "none"), "use a JSON file or one of"),
+    (("predict", "--devices", "5"), "for 5 devices"), (("predict", "--load", "5"), "max_vio=X")])
+def test_what_a_user_mistypes_is_refused(args, words):
+    with pytest.raises(ValueError) as refusal:
+        sim.main(list(args))
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_refusal_is_one_line_and_exit_2():
+    done = command("predict", "--plan", "tpp=2")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_the_paper_beside_the_simulation(capsys):
+    """python sim.py: both published runs in every bin and length, the parts of a step, memory of 16 pipeline ranks."""
+    sim.main([])
+    printed = capsys.readouterr().out
+    for words in ("1.46e+06", "6.1e+05", "30.0%", "18.9%", "published", "simulated", "nothing here was run on an NPU", "<- peak",
+                  "bubble", "exchange"):
+        assert words in printed, words
+    optimised = [line for line in printed.splitlines() if line.startswith("optimised")]
+    assert len(optimised) == 6
+
+
+def test_trace_has_the_format_of_chrome_traces(tmp_path):
+    """Every event complete (X) or metadata (M) with its keys; per stream no two tasks at once; the last one ends the pipeline."""
+    out, png = tmp_path / "trace.json", tmp_path / "pipeline.png"
+    plan = "pp=2,dp=2,ep=2,vpp=2,global_batch=8,overlap=adaptive"
+    sim.main(["trace", "--model", "tiny", "--plan", plan, "--out", str(out), "--png", str(png)])
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    trace = json.loads(out.read_text())
+    lanes = {}
+    for event in trace["traceEvents"]:
+        assert event["ph"] in ("X", "M") and isinstance(event["pid"], int) and isinstance(event["tid"], int)
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "thread_name") and isinstance(event["args"]["name"], str)
+        else:
+            assert event["dur"] >= 0 and event["ts"] >= 0 and isinstance(event["name"], str)
+            lanes.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+    for spans in lanes.values():
+        spans.sort()
+        assert all(first[1] <= second[0] + 1e-3 for first, second in zip(spans, spans[1:]))
+    run = sim.Simulation(TINY, sim.parse_plan(plan), ASCEND)
+    assert max(end for spans in lanes.values() for _, end in spans) == pytest.approx(
+        1e6 * max(row[-1][1] for row in run.spans))
+
+
+def test_search_is_not_beaten_by_a_plan_it_considered():
+    found, refused = sim.search_plans(TINY, ASCEND, 4, 16, 256)
+    assert found and refused
+    assert [r["step_time_s"] for r in found] == sorted(r["step_time_s"] for r in found)
+    plan = Plan(dp=4, ep=4, global_batch=16, seq_len=256)
+    assert found[0]["step_time_s"] <= predict(TINY, plan, ASCEND)["step_time_s"]
