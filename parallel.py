@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from model import GatherRows, LocalDispatcher, MTPLayer, count_ids, fill_initial, permute, sorted_slots, unpermute
 from sim import balance_group, check_plan
@@ -386,6 +386,7 @@ class Grid:
         self.expert = mesh(("pp", "replicate", "ep", "shard"), by_ep.transpose(2, 3).contiguous())
         self.balance = mesh(("groups", "balance"), ranks.view(-1, n_balance))
         self.exchange = mesh(("groups", "outer", "inner"), ranks.view(-1, plan.ep // plan.inner, plan.inner))
+        self.files = dist.new_group(backend="gloo")                       # for checkpoints, which are written beside the training
 
     def process_group(self, ranks, dim):
         """This rank's group along a dimension of a grid of ranks. One for each set of members: their buffers are large."""
@@ -571,8 +572,8 @@ def param_groups(model):
 MANIFEST = "files.json"                    # of a complete checkpoint: {file: [bytes, crc32]}
 
 
-class DamagedCheckpoint(ValueError):
-    pass
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or of another shape."""
 
 
 class SaveFailed(OSError):
@@ -583,6 +584,27 @@ def train_state(model, optimizer, progress):
     """What a checkpoint holds, by names that do not depend on the plan. progress: dict of plain numbers."""
     weights, moments = get_state_dict(model, optimizer)
     return dict(model=weights, optimizer=moments, progress=dict(progress), random=torch.get_rng_state())
+
+
+def whole_experts(state, grid):
+    """The state with every expert tensor (local experts, ...) as this rank's part of all experts, (E, ...), in the same memory.
+
+    So a file knows whole tensors alone, and another plan can read it.
+    """
+    if grid is None:
+        return state
+    return {key: part_of_whole(part, grid, key) if key in ("model", "optimizer") else part for key, part in state.items()}
+
+
+def part_of_whole(tree, grid, name):
+    if isinstance(tree, dict):
+        return {key: part_of_whole(value, grid, f"{name}.{key}") for key, value in tree.items()}
+    if not is_expert(name) or tree.dim() != 3:
+        return tree
+    cut = tree.placements[-1] if isinstance(tree, DTensor) else Shard(0)
+    shape = torch.Size((grid.plan.ep * tree.size(0), *tree.shape[1:]))
+    return DTensor.from_local(local(tree), grid.expert["replicate", "ep", "shard"], (Replicate(), Shard(0), cut),
+                              run_check=False, shape=shape, stride=(shape[1] * shape[2], shape[2], 1))
 
 
 def steps_in(folder):
@@ -597,11 +619,12 @@ class Saver:
     SaveFailed tells of the disk's refusal at the next call of any method; what was complete stays complete.
     """
 
-    def __init__(self, folder, keep):
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder, keep, grid=None):
+        self.folder, self.keep, self.grid = Path(folder), keep, grid
         self.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.folder.glob("step_*.tmp"):
-            shutil.rmtree(unfinished)
+        if rank() == 0:
+            for unfinished in self.folder.glob("step_*.tmp"):
+                shutil.rmtree(unfinished)
         self.pool = ThreadPoolExecutor(1)
         self.pending = None
 
@@ -609,16 +632,34 @@ class Saver:
         """Copies the state, then returns; the file is written behind."""
         self.wait()
         unfinished = self.folder / f"step_{step}.tmp"
-        future = dcp.async_save(state, checkpoint_id=unfinished, no_dist=True)
+        future = dcp.async_save(whole_experts(state, self.grid), checkpoint_id=unfinished, **files_group(self.grid))
         self.pending = self.pool.submit(self.complete, future, unfinished)
 
     def complete(self, future, unfinished):
+        error = None
         try:
             future.result()
-            write_manifest(unfinished)
-        except (OSError, CheckpointException, RuntimeError) as error:
+            if rank() == 0:
+                write_manifest(unfinished)
+        except (OSError, CheckpointException, RuntimeError) as caught:
+            error = caught
+        if self.of_all_ranks(error is not None):
             shutil.rmtree(unfinished, ignore_errors=True)                # gives its space back
-            raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({first_cause(error)})") from error
+            cause = first_cause(error) if error else "on another rank"
+            raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({cause})") from error
+        if rank() == 0:
+            self.publish(unfinished)
+        self.of_all_ranks(False)                                         # nobody reads it before it has its name
+
+    def of_all_ranks(self, failed):
+        """Whether any rank failed; nobody goes on before all have said so."""
+        if self.grid is None:
+            return failed
+        failed = torch.tensor(int(failed))
+        dist.all_reduce(failed, group=self.grid.files)
+        return failed.item() > 0
+
+    def publish(self, unfinished):
         final = unfinished.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
@@ -670,28 +711,33 @@ def sync_folder(folder):
 
 
 def check_files(folder):
-    """DamagedCheckpoint with the file's name, if one is missing or not as written."""
+    """CheckpointError with the file's name, if one is missing or not as written."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
-        raise DamagedCheckpoint(f"{folder} is damaged: its list {MANIFEST} is missing or cannot be read") from None
+        raise CheckpointError(f"{folder} is damaged: its list {MANIFEST} is missing or cannot be read") from None
     for name, (size, crc) in files.items():
         path = folder / name
         if not path.exists():
-            raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
+            raise CheckpointError(f"{folder} is damaged: {name} is missing")
         if path.stat().st_size != size:
-            raise DamagedCheckpoint(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes")
+            raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes")
         if checksum(path) != crc:
-            raise DamagedCheckpoint(f"{folder} is damaged: the content of {name} is not what was written")
+            raise CheckpointError(f"{folder} is damaged: the content of {name} is not what was written")
 
 
-def load_state(folder, state):
-    """Fills state (as of train_state, or a part of it) in place. ValueError if damaged or of another shape."""
-    check_files(Path(folder))
+def files_group(grid):
+    """DCP's arguments: it talks over a group of its own, as it does so from a thread while training goes on."""
+    return dict(no_dist=True) if grid is None else dict(process_group=grid.files)
+
+
+def load_state(folder, state, grid=None):
+    """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it. ValueError if damaged or of another
+    shape. Without a grid a rank reads by itself."""
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        dcp.load(whole_experts(state, grid), checkpoint_id=folder, **files_group(grid))
     except CheckpointException as error:
-        raise ValueError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): give back "
+        raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): give back "
                          f"the config.json it was written with") from error
 
 
@@ -700,10 +746,10 @@ def load_weights(folder, model):
     load_state(folder, dict(model=model.state_dict()))
 
 
-def restore(folder, model, optimizer, progress):
+def restore(folder, model, optimizer, progress, grid=None):
     """Model, optimizer, random state and progress as saved, all filled in place."""
     state = train_state(model, optimizer, progress)
-    load_state(folder, state)
+    load_state(folder, state, grid)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["random"])
     progress.update(state["progress"])

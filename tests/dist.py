@@ -69,6 +69,7 @@ def serve(pipe, rank, world_size, port):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch_dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size,
                                   timeout=timedelta(seconds=TIMEOUT / 2))
+    torch_dist.new_group = made_once(torch_dist.new_group)
     while True:
         try:
             function, args = pipe.recv()
@@ -78,3 +79,15 @@ def serve(pipe, rank, world_size, port):
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def made_once(new_group):
+    """Grids of many plans share their groups: to connect ranks takes longer than most tests."""
+    groups = {}
+
+    def get(ranks=None, **options):
+        key = ranks, *options.items()
+        if key not in groups:
+            groups[key] = new_group(ranks, **options)
+        return groups[key]
+    return get

@@ -48,11 +48,11 @@ def batch(config, plan):
 def forced_routing(config, plan, experts):
     """Layer -> ids (B,T,K): every token of the global batch goes to the same few experts."""
     first, last = config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers
-    ids = torch.tensor(experts).expand(plan.global_batch, plan.seq_len, -1)
+    ids = torch.tensor(experts).repeat(plan.global_batch, plan.seq_len, 1)
     return {layer: ids for layer in range(first, last)}
 
 
-def step(model, grid, plan, batch_plan, experts=None):
+def step(model, grid, plan, batch_plan, experts=None, optimizer=None):
     """Forward, backward, AdamW on this rank's share of the batch: total loss of all ranks, global norm, and the gradients."""
     tokens, targets = batch(model.config, batch_plan)
     forced = forced_routing(model.config, batch_plan, experts) if experts else {}
@@ -69,7 +69,7 @@ def step(model, grid, plan, batch_plan, experts=None):
         out.total_loss.backward()
         total = total + out.total_loss.detach()
     norm = parallel.grad_norm(model, grid)
-    optimizer = torch.optim.AdamW(parallel.param_groups(model), lr=0.01)
+    optimizer = optimizer or torch.optim.AdamW(parallel.param_groups(model), lr=0.01)
     grads = {name: p.grad for name, p in model.named_parameters()}
     optimizer.step()
     return parallel.all_sum(total), norm, grads, optimizer
@@ -118,6 +118,11 @@ def check_step(path, config, plan, batch_plan, experts=None):
     loss, norm, grads, _ = step(model, grid, plan, batch_plan, experts)
     found = errors(path, model, loss, norm, grads)
     return max(found.values()), max(found, key=found.get)
+
+
+def on_ranks(plan, function, *args):
+    """Results of all ranks; a plan for one process runs here."""
+    return dist.run(plan.world_size, function, *args) if plan.world_size > 1 else [function(*args)]
 
 
 @pytest.fixture(scope="session")
@@ -293,9 +298,58 @@ def refusal(plan):
 
 
 @pytest.mark.parametrize("plan,words", [
-    (replace(PLAN, dp=4), "for 2 devices: use dp=2"), (replace(PLAN, dp=2, ep=4), "ep=4 does not divide"),
+    (replace(PLAN, dp=4), "for 2 devices: use dp=2"), (replace(PLAN, dp=2, ep=4, micro_batch=2), "ep=4 does not divide"),
     (replace(PLAN, dp=2, recompute=("act",)), "recompute"), (replace(PLAN, dp=2, precision="fp8"), "fp32 or bf16")])
 def test_refused_before_anybody_waits(plan, words):
     """Every rank refuses by itself, in one line."""
     for message in dist.run(2, refusal, plan):
         assert words in message and "\n" not in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints under other plans
+
+
+def save_after_step(folder, plan):
+    model, grid = build(TINY, plan)
+    *_, optimizer = step(model, grid, plan, WHOLE)
+    saver = parallel.Saver(folder, 2, grid)
+    saver.save(1, parallel.train_state(model, optimizer, dict(step=1)))
+    optimizer.zero_grad()
+    step(model, grid, plan, WHOLE)                                        # goes on while the file is written
+    saver.wait()
+
+
+def check_resumed_step(folder, path, plan):
+    """The second step after loading, against the second step of one process; worst error, progress."""
+    model, grid = build(TINY, plan, seed=6)
+    optimizer = torch.optim.AdamW(parallel.param_groups(model), lr=0.01)
+    progress = dict(step=0)
+    parallel.restore(folder / "step_1", model, optimizer, progress, grid)
+    loss, norm, grads, _ = step(model, grid, plan, WHOLE, optimizer=optimizer)
+    return max(errors(path, model, loss, norm, grads).values()), progress["step"]
+
+
+def two_steps(folder):
+    """File with the second step of one process."""
+    model, _ = build(TINY, WHOLE)
+    *_, optimizer = step(model, None, WHOLE, WHOLE)
+    optimizer.zero_grad()
+    loss, norm, grads, _ = step(model, None, WHOLE, WHOLE, optimizer=optimizer)
+    torch.save((loss, norm, grads, dict(model.named_parameters())), folder / "two_steps.pt")
+    return folder / "two_steps.pt"
+
+
+WRITERS = dict(one=WHOLE, ep4=replace(TWO_NODES, dispatch="dedup"), zero3=replace(TWO_NODES, ep=1, zero=3),
+               ep2_zero0=replace(TWO_NODES, ep=2, zero=0))
+READERS = (WHOLE, replace(PLAN, dp=2, ep=2, micro_batch=4, zero=3), replace(TWO_NODES, ep=2, zero=3), TWO_NODES)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_checkpoints_move_between_plans(tmp_path, writer):
+    """Written by 1 or 4 ranks, read by 1, 2 and 4 under other plans: the next step is one process's."""
+    path, plan = two_steps(tmp_path), WRITERS[writer]
+    on_ranks(plan, save_after_step, tmp_path / "ckpt", plan)
+    for reader in READERS:
+        for error, step_number in on_ranks(reader, check_resumed_step, tmp_path / "ckpt", path, reader):
+            assert error <= EXACT and step_number == 1, (reader, error)
