@@ -15,9 +15,9 @@ schedules; the clock; memory; predict; search; the command.
 
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
-Modelled: operators as a roofline with a start-up cost, collectives by tier and topology, four streams a device (compute,
-links inside the node, between nodes, to the host), unequal stages, replicas all alike. Not modelled: contention between
-replicas, host-bound stretches, allocator fragmentation, and any efficiency that depends on a matmul's shape.
+Modelled: operators as a roofline with a start-up cost, collectives by tier and topology, four streams of a device
+(compute, links inside the node, between nodes, to the host), unequal stages; replicas are alike. Not modelled: contention
+between replicas, host-bound stretches, fragmentation, and any efficiency that depends on a matmul's shape.
 """
 import argparse
 import json
@@ -511,7 +511,9 @@ def _experts(work):
     if c.norm_topk_prob:
         work.saved.update({"weights": own * k * wide, "weights.sum": own * wide})
     if c.balance != "none" and c.aux_loss_alpha:
-        work.saved["balance"] = _groups(c, plan) * experts * wide          # load of each group's experts
+        size = {"sequence": 1, "micro_batch": plan.micro_batch}.get(c.balance, c.balance_group or plan.micro_batch)
+        groups = plan.micro_batch // min(size, plan.micro_batch)           # of the balance loss
+        work.saved["balance"] = groups * experts * wide    # load of each group's experts
         work.saved["balance.sum"] = own * wide if c.aux_scores == "normalized" else 0
     work.vector("attend", "permute", (own + rows) * width)
     if c.n_shared_experts:
@@ -528,12 +530,6 @@ def _experts(work):
         work.keep("expert_out", rows * width)
         work.vector("experts", "expert.weight", 2 * rows * width)
     work.vector("combine", "unpermute", (rows + 2 * own) * width)
-
-
-def _groups(c, plan):
-    """Groups of the balance loss that one micro-batch holds whole; at least the one it is part of."""
-    size = {"sequence": 1, "micro_batch": plan.micro_batch}.get(c.balance, c.balance_group or plan.micro_batch)
-    return plan.micro_batch // min(size, plan.micro_batch)
 
 
 def _join(work):
@@ -748,6 +744,20 @@ def op_seconds(op, plan, hardware):
     return busy + start, busy * (2.5 if op.kind == "attention" else 1.5) + start, 0.0
 
 
+def weight_groups(plan):
+    """Who holds the same weights: (kind of parameters, axis, ranks)."""
+    return ("dense", "dp", plan.dp * plan.cp), ("expert", "edp", plan.edp)
+
+
+def weights_seconds(plan, hardware, params, size):
+    """Seconds to gather weights of `size` bytes each from the ranks that hold a part, or to scatter their gradients."""
+    seconds = 0.0
+    for kind, axis, ranks in weight_groups(plan):
+        sent = (ranks - 1) / ranks * params[kind] * size
+        seconds += collective_seconds(hardware, tier_of(plan, axis), ranks, sent)
+    return seconds
+
+
 class LayerTime:
     """Seconds of one layer, embedding or head on one rank. max_vio: the busiest expert's load over the mean, less one."""
 
@@ -770,7 +780,9 @@ class LayerTime:
         if any(op.name == "router" for op in work.ops):
             self._time_exchange(work, hardware, 1 + max_vio)
         self.swap = saved_bytes(work)[1] / hardware.host_bandwidth
-        self.weights = tier_of(plan, "dp"), self._gather_weights(work, hardware) if plan.zero == 3 else 0.0
+        # zero=3: the layer's weights are gathered in forward and in backward
+        gather = weights_seconds(plan, hardware, work.params, work.element) if plan.zero == 3 else 0.0
+        self.weights = tier_of(plan, "dp"), gather
 
     def _time_exchange(self, work, hardware, factor):
         plan, sent = work.plan, exchange_bytes(work.shape, work.plan)
@@ -779,19 +791,6 @@ class LayerTime:
             for tier in ranks:                             # dispatch and combine take half of the bytes each
                 half = factor * sent[way][tier][0] / 2
                 self.exchange[one][tier] = collective_seconds(hardware, tier, ranks[tier], half)
-
-    def _gather_weights(self, work, hardware):
-        """zero=3: seconds to gather a layer's weights, or to scatter its gradients."""
-        plan, seconds = work.plan, 0.0
-        for kind, axis, ranks in weight_groups(plan):
-            sent = (ranks - 1) / ranks * work.params[kind] * work.element
-            seconds += collective_seconds(hardware, tier_of(plan, axis), ranks, sent)
-        return seconds
-
-
-def weight_groups(plan):
-    """Who holds the same weights: (kind of parameters, axis, ranks)."""
-    return ("dense", "dp", plan.dp * plan.cp), ("expert", "edp", plan.edp)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -969,14 +968,12 @@ def schedule_table(plan):
     """list (pp) of lists of Action, in the order in which each rank runs them."""
     pp, n, table = plan.pp, plan.n_micro, []
     for rank in range(pp):
-        if plan.schedule == "1f1b":
-            words = _one_forward_one_backward(pp, rank, n)
-        elif plan.schedule == "zbv":
+        if plan.schedule == "zbv":
             words = _zbv(pp, rank, max(n, 2 * pp - 1))
         elif plan.schedule == "dualpipev":
             words = _dualpipev(pp, rank, n)
         else:
-            words = _interleaved(pp, plan.vpp, rank, n, plan.schedule == "paired")
+            words = _one_forward_one_backward(pp, plan.vpp, rank, n, plan.schedule)
         table.append(_number(words, plan.stages_of(rank), n))
     return table
 
@@ -985,26 +982,23 @@ def schedule_table(plan):
 # that chunk 0 still owes, W the oldest of all. Which micro-batch is meant follows from counting.
 
 
-def _phases(*phases):
-    return [word for times, words in phases for word in words.split() * times]
-
-
-def _one_forward_one_backward(pp, rank, n):
-    warm_up = min(n, pp - 1 - rank)
-    return _phases((warm_up, "F0"), (n - warm_up, "F0 B0"), (warm_up, "B0"))
-
-
-def _interleaved(pp, vpp, rank, n, paired):
-    """Chunks take turns of about pp micro-batches (arXiv:2104.04473, section 2.2).
+def _one_forward_one_backward(pp, vpp, rank, n, schedule):
+    """1f1b; interleaved, in which chunks take turns of about pp micro-batches (arXiv:2104.04473, section 2.2); paired.
 
     paired: one more warm-up, so that each steady step holds a forward and a backward that do not wait for each other.
     """
-    turn = n // max(1, n // pp)
+    turn, hops = n // max(1, n // pp), pp - 1 - rank
     forward = [f"F{i // turn % vpp}" for i in range(n * vpp)]
     backward = [f"B{vpp - 1 - i // turn % vpp}" for i in range(n * vpp)]
-    warm_up = min(n * vpp, 2 * (pp - 1 - rank) + (vpp - 1) * turn + (1 if paired else 0))
-    steady = [f"{f}+{b}" if paired else f"{f} {b}" for f, b in zip(forward[warm_up:], backward)]
+    warm_up = {"1f1b": hops, "interleaved": 2 * hops, "paired": 2 * hops + 1}[schedule] + (vpp - 1) * turn
+    warm_up = min(n * vpp, warm_up)
+    join = "+" if schedule == "paired" else " "
+    steady = [f + join + b for f, b in zip(forward[warm_up:], backward)]
     return " ".join(forward[:warm_up] + steady + backward[n * vpp - warm_up:]).split()
+
+
+def _phases(*phases):
+    return [word for times, words in phases for word in words.split() * times]
 
 
 def _zbv(pp, rank, n):
@@ -1149,19 +1143,18 @@ class Simulation:
             self.played[key] = streams, account(streams)
         return self.played[key]
 
-    def params(self, rank, kind):
-        return sum(work.params[kind] for stage in self.plan.stages_of(rank) for _, work in self.works[stage])
+    def params(self, rank):
+        """Parameters that a pipeline rank holds: dict of dense and expert."""
+        works = [work for stage in self.plan.stages_of(rank) for _, work in self.works[stage]]
+        return {kind: sum(work.params[kind] for work in works) for kind in ("dense", "expert")}
 
     def after_pipeline(self, rank):
         """(seconds of reducing gradients and gathering weights, seconds of the optimizer) on a pipeline rank."""
-        plan, hardware, e = self.plan, self.hardware, BYTES_OF[self.plan.precision]
-        sync = params = 0.0
-        for kind, axis, ranks in weight_groups(plan):
-            held = self.params(rank, kind)
-            # float32 gradients; then new weights, or for zero=0 the second half of an all-reduce. zero=3: see LayerTime
-            for size in () if plan.zero == 3 else (4, e if plan.zero else 4):
-                sync += collective_seconds(hardware, tier_of(plan, axis), ranks, (ranks - 1) / ranks * held * size)
-            params += held / (ranks if plan.zero else 1)
+        plan, hardware, e, held = self.plan, self.hardware, BYTES_OF[self.plan.precision], self.params(rank)
+        params = sum(held[kind] / (ranks if plan.zero else 1) for kind, _, ranks in weight_groups(plan))
+        # float32 gradients; then new weights, or for zero=0 the second half of an all-reduce. zero=3: in LayerTime
+        sizes = () if plan.zero == 3 else (4, e if plan.zero else 4)
+        sync = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
         moved = params * (7 * 4 + e)                       # read gradient, master, two moments; write three and the weight
         swapped = 2 * 12 * params / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0
         return sync, max(swapped, moved / (hardware.bandwidth * hardware.memory_efficiency))
@@ -1199,10 +1192,9 @@ class Simulation:
         """Bytes of a pipeline rank at its peak, by part."""
         plan, e = self.plan, BYTES_OF[self.plan.precision]
         works = [work for stage in plan.stages_of(rank) for _, work in self.works[stage]]
-        whole = sharded = 0.0
-        for kind, _, ranks in weight_groups(plan):
-            whole += self.params(rank, kind)
-            sharded += self.params(rank, kind) / (ranks if plan.zero else 1)
+        held = self.params(rank)
+        whole = sum(held.values())
+        sharded = sum(held[kind] / (ranks if plan.zero else 1) for kind, _, ranks in weight_groups(plan))
         kept = sharded if plan.zero == 3 else whole
         # float32 masters and two moments; whole float32 weights are their own masters
         states = 0 if "optimizer" in plan.swap else sharded * 12 - (sharded * 4 if e >= 4 and sharded == whole else 0)
