@@ -11,6 +11,7 @@ import torch
 
 import model
 import npu_reference_ops
+import smoke
 
 LIBRARY = npu_reference_ops.install()
 
@@ -167,3 +168,10 @@ def test_reference_kernels_refuse_what_the_real_ones_do(branch):
     with pytest.raises(AssertionError, match="length 1"):
         grouped = dict(group_list=torch.tensor([2]), split_item=3, group_type=0, group_list_type=1)
         npu.npu_grouped_matmul([torch.ones(2, 8)], [torch.ones(1, 8, 4)], **grouped)
+
+
+def test_device_report(monkeypatch, capsys):
+    """smoke.py, the first thing to run on a real device, on these branches and kernels: nothing beyond its limit."""
+    monkeypatch.setattr(model, "backend", lambda x: "npu" if model.FUSED else "plain")
+    for dtype in smoke.LIMITS:
+        assert smoke.check_operators(torch.device("cpu"), dtype, 64) == 0, capsys.readouterr().out
