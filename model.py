@@ -96,8 +96,6 @@ CHOICES = dict(
     balance=("none", "sequence", "micro_batch", "ep_group", "dp_group"), aux_scores=("normalized", "softmax", "raw"),
     mtp_hidden=("pre_norm", "post_norm"), mtp_concat=("embed_first", "hidden_first"), norm=("dssn", "sandwich", "pre"),
     init=("tiny", "small"))
-
-
 YARN_KEYS = {"type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 
 
@@ -171,7 +169,7 @@ PRESETS = {
         rope_scaling=dict(type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0,
                           beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
         n_group=8, topk_group=4, router_bias=True, norm="pre", init="small", balance="sequence", aux_loss_alpha=0.0001),
-    # fixed sizes, for comparisons with other implementations
+    # fixed sizes, for comparisons
     "cpu-small": _fixed(4096, 256, 256, 8, 640, 4, (96, 64), (32, 16, 32), 16, 128, 4),
     "cpu-fine": _fixed(4096, 256, 256, 8, 576, 4, (96, 64), (32, 16, 32), 64, 64, 8),
     "one-gpu": _fixed(32768, 4096, 2048, 12, 9216, 16, (768, 512), (128, 64, 128), 64, 1024, 8),
@@ -271,12 +269,11 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale                                               # float32 or better
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad_normed = grad * weight.to(normed.dtype)
-        mean = (grad_normed * normed).mean(-1, keepdim=True)
-        grad_x = grad_normed.sub_(normed.mul_(mean)).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        normed, gain = x * scale, weight.to(scale.dtype)                  # float32 or better
+        product = grad * normed
+        mean = (product @ gain / x.size(-1)).unsqueeze(-1)
+        grad_x = (grad * gain).addcmul_(normed, mean, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
 def swiglu(gate_up, row_weights=None):
@@ -305,15 +302,16 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         gate_up, row_weights = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
-        silu = F.silu(gate)
-        grad_weights = None
-        if row_weights is not None:
-            grad_weights = (grad * silu).mul_(up).sum(-1, dtype=at_least_float32(grad.dtype)).to(row_weights.dtype)
-            grad = grad * row_weights.unsqueeze(-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-        torch.mul(grad, silu, out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        scale = 1.0 if row_weights is None else row_weights.unsqueeze(-1)
+        part = F.silu(gate).mul_(grad)                                    # one buffer: memory passes are the cost
+        torch.mul(part, scale, out=grad_up)
+        grad_weights = None
+        if row_weights is not None:
+            grad_weights = part.mul_(up).sum(-1, dtype=at_least_float32(grad.dtype)).to(row_weights.dtype)
+        torch.mul(grad, up, out=part).mul_(scale)
+        torch.ops.aten.silu_backward.grad_input(part, gate, grad_input=grad_gate)
         return grad_gate_up, grad_weights
 
 
@@ -450,7 +448,7 @@ def permute(x, ids):
 def unpermute(rows, slot, padded=False):
     """Sum of each token's rows: rows (M,C), slot (N,K) -> (N,C). Padded: a slot of M is a copy that was dropped."""
     if backend(rows) == "npu" and not padded:                             # the fused operator knows no dropped copies
-        ones = torch.ones(slot.shape, dtype=rows.dtype, device=rows.device)
+        ones = torch.ones_like(slot, dtype=rows.dtype)
         return torch.ops.npu.npu_moe_token_unpermute(rows, slot.flatten(), probs=ones)
     return SumRows.apply(rows, slot, padded)
 
@@ -518,7 +516,7 @@ class SumRows(torch.autograd.Function):
 def cross_entropy(h, weight, targets):
     """Summed loss of the head's logits: h (N,C), weight (V,C), targets (N,), -100 ignored -> float32 or better."""
     if backend(h) == "plain":
-        logits = F.linear(h, weight.to(h.dtype)).to(at_least_float32(h.dtype))
+        logits = (h @ weight.to(h.dtype).t()).to(at_least_float32(h.dtype))
         return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return HeadCrossEntropy.apply(h, weight, targets)
 
@@ -539,35 +537,33 @@ class HeadCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros(weight.shape, dtype=dtype, device=h.device) if needs_grad else None
         step = max(512, LOGIT_ELEMENTS // len(weight))
         for start in range(0, len(h), step):
-            rows, kept = h[start:start + step], targets[start:start + step] != -100
-            label = targets[start:start + step].where(kept, 0).unsqueeze(1)
+            rows, label = h[start:start + step], targets[start:start + step].unsqueeze(1)
+            kept = (label != -100).to(dtype)                              # (step, 1), 0 for what is ignored
+            label = label.clamp(min=0)
             logits = (rows @ w.t()).to(dtype)                             # (step, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += ((log_sum - logits.gather(1, label)).squeeze(1) * kept).sum()
-            if needs_grad:
-                grad = logits.sub_(log_sum).exp_()                        # softmax, in place of the logits
-                grad.scatter_add_(1, label, grad.new_full(label.shape, -1.0))
-                grad = grad.mul_(kept.unsqueeze(1)).to(h.dtype)
+            logits -= logits.amax(-1, keepdim=True)
+            chosen = logits.gather(1, label)
+            total = logits.exp_().sum(-1, keepdim=True)
+            loss += ((total.log() - chosen) * kept).sum()
+            if needs_grad:                                                # softmax, less 1 at the label, in place
+                grad = logits.mul_(kept / total).scatter_add_(1, label, -kept).to(h.dtype)
                 grad_h[start:start + step] = grad @ w
                 grad_w += grad.t() @ rows
         ctx.save_for_backward(grad_h, grad_w)
-        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad.to(grad_h.dtype), (grad_w * grad).to(ctx.weight_dtype), None
+        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None        # autograd casts to the weight's own dtype
 
 
 class AddGradient(torch.autograd.Function):
-    """The identity on x that also sends `scale` back into `loss`: how a balance loss gets its gradient where, as on a
-    pipeline's earlier stages, no loss is in reach."""
+    """The identity on x that also sends `scale` back into `loss`: so a balance loss needs no way to the final loss."""
 
     @staticmethod
     def forward(ctx, x, loss, scale):
-        ctx.scale = scale
-        ctx.like = loss
+        ctx.like, ctx.scale = loss, scale
         return x.view_as(x)
 
     @staticmethod
@@ -731,8 +727,7 @@ class Router(nn.Module):
         groups = scores.view(n, c.n_group, -1)                            # (N, groups, E/groups)
         if c.group_choice == "equal":
             ids = groups.topk(c.num_experts_per_tok // c.n_group, sorted=False).indices
-            first = torch.arange(c.n_group, device=ids.device) * groups.size(-1)
-            return (ids + first.view(1, -1, 1)).flatten(1)
+            return (ids + torch.arange(0, scores.size(1), groups.size(-1), device=ids.device).unsqueeze(1)).flatten(1)
         best = groups.topk(min(2, groups.size(-1))).values.sum(-1)        # (N, groups), DS: sum of a group's best two
         kept = best.topk(c.topk_group, sorted=False).indices
         left_out = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
@@ -1079,8 +1074,7 @@ def document_mask(doc_ids):
     """doc_ids (B,T) -> (B,1,T,T), True where i may see j: same document, not later. None stays None: causal alone."""
     if doc_ids is None:
         return None
-    same = doc_ids.unsqueeze(2) == doc_ids.unsqueeze(1)
-    return same.tril().unsqueeze(1)
+    return (doc_ids.unsqueeze(2) == doc_ids.unsqueeze(1)).tril().unsqueeze(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1188,8 +1182,7 @@ def generate(model, ids, new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0
     model.eval()
     generator = torch.Generator(ids.device).manual_seed(seed)
     for _ in range(new_tokens):
-        window = ids[:, -model.config.max_position_embeddings:]
-        logits = model(window).logits[:, -1].float()                      # (1,V)
+        logits = model(ids[:, -model.config.max_position_embeddings:]).logits[:, -1].float()    # (1,V)
         ids = torch.cat((ids, sample(logits, temperature, top_k, top_p, generator)), 1)
     model.train(was_training)
     return ids
@@ -1199,7 +1192,7 @@ def sample(logits, temperature, top_k, top_p, generator):
     """logits (B,V) -> (B,1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits, order = logits.div(temperature).sort(descending=True)
+    logits, order = logits.div(temperature).sort(descending=True)         # likeliest first
     if top_k:
         logits[:, top_k:] = -math.inf
     before = logits.softmax(-1).cumsum(-1) - logits.softmax(-1)           # probability of all likelier tokens
