@@ -16,8 +16,8 @@ schedules; the clock; memory; predict; search; the command.
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
 Modelled: operators as a roofline with a start-up cost, collectives by tier and topology, four streams of a device
-(compute, links inside the node, between nodes, to the host), unequal stages; replicas are alike. Not modelled: contention
-between replicas, host-bound stretches, fragmentation, and any efficiency that depends on a matmul's shape.
+(compute, links inside the node, between nodes, to the host), unequal stages; replicas are alike. Not modelled:
+contention between replicas, host-bound stretches, fragmentation, an efficiency that depends on a matmul's shape.
 """
 import argparse
 import json
@@ -206,8 +206,8 @@ def check_grid(plan, hardware, devices):
     if hardware is not None:
         require(node <= hardware.node_size,
                 f"node_size={node}: {hardware.name} has nodes of {hardware.node_size}, use at most that")
-        require(plan.precision in hardware.peak, f"precision={plan.precision}: the peak of {hardware.name} is known for "
-                                                 f"{', '.join(hardware.peak)}, use one of these")
+        require(plan.precision in hardware.peak, f"precision={plan.precision}: {hardware.name} has no peak for it, "
+                                                 f"use one of {', '.join(hardware.peak)}")
 
 
 def check_batch(config, plan):
@@ -216,8 +216,8 @@ def check_batch(config, plan):
                                              f"{shared}: use {max(1, plan.global_batch // shared) * shared}")
     size = balance_group(config, plan)
     fitting = sorted({*divisors(own), *(own * d for d in divisors(plan.dp))})
-    require(size in fitting, f"balance_group={size} sequences does not divide micro_batch*dp={own}*{plan.dp} into whole "
-                             f"micro-batches: use one of {fitting[:16]}")
+    require(size in fitting, f"balance_group={size} sequences does not divide micro_batch*dp={own}*{plan.dp} into "
+                             f"whole micro-batches: use one of {fitting[:16]}")
 
 
 def balance_group(config, plan):
@@ -296,7 +296,7 @@ def exchange_bytes(config, plan, ids=None):
 
 
 def _copies(config, plan, ids):
-    """copies[source][destination] on the hop that sorts by expert; behind an outer hop the source has forwarded them."""
+    """copies[source][destination] on the hop that sorts by expert; after an outer hop the source is a forwarder."""
     ranks, k = range(plan.ep), config.num_experts_per_tok
     if ids is None:
         # flat: N tokens' copies over all ranks; two hops: the copies for this node of all nodes' N tokens
@@ -368,12 +368,14 @@ class Work:
         self.params = {"dense": 0, "expert": 0}            # held by this rank; only edp ranks hold the same experts
         self.sent = {}                                     # (axis, part) -> bytes sent in that group, forward
 
-    def matmul(self, part, name, m, k, n, experts=0):
-        """(m, k) by (k, n); experts: so many matrices, which share the m rows."""
+    def matmul(self, part, name, m, k, n, keep=None, experts=0):
+        """(m, k) by (k, n), whose input is kept under the name `keep`; experts: so many matrices share the m rows."""
         matrices = max(1, experts)
         moved = self.element * (m * k + matrices * k * n + m * n)
         self.ops.append(Op(part, name, "grouped" if experts else "matmul", 2 * m * k * n, moved))
         self.params["expert" if experts else "dense"] += matrices * k * n
+        if keep:
+            self.keep(keep, m * k)
 
     def vector(self, part, name, elements):
         """An operator that only moves memory: elements read and written."""
@@ -431,19 +433,17 @@ def _latent_attention(work):
     c, plan = work.shape, work.plan
     own, tokens, heads = plan.tokens, plan.gathered_tokens, c.num_attention_heads // plan.tp
     qk, latent = c.qk_nope_head_dim + c.qk_rope_head_dim, c.kv_lora_rank + c.qk_rope_head_dim
-    work.keep("attn_in", own * c.hidden_size)
-    work.matmul("attend", "q_a_proj", own, c.hidden_size, c.q_lora_rank)
+    work.matmul("attend", "q_a_proj", own, c.hidden_size, c.q_lora_rank, keep="attn_in")
     work.norm("attend", "q_a_layernorm", own, c.q_lora_rank)
-    work.matmul("attend", "kv_a_proj_with_mqa", own, c.hidden_size, latent)
+    work.matmul("attend", "kv_a_proj_with_mqa", own, c.hidden_size, latent)    # the same input
     work.norm("attend", "kv_a_layernorm", own, c.kv_lora_rank)
     work.keep("kv_a_layernorm", own * latent)              # its input is a slice, which keeps the whole tensor
     if plan.sp:
         work.gather("tp", "attend", own, c.q_lora_rank + latent)
     work.gather("cp", "attend", tokens, latent)
-    work.matmul("attend", "q_b_proj", tokens, c.q_lora_rank, heads * qk)
-    work.matmul("attend", "kv_b_proj", tokens, c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
-    work.keep("q_latent", tokens * c.q_lora_rank)
-    work.keep("kv_latent", tokens * c.kv_lora_rank)
+    work.matmul("attend", "q_b_proj", tokens, c.q_lora_rank, heads * qk, keep="q_latent")
+    up = heads * (c.qk_nope_head_dim + c.v_head_dim)
+    work.matmul("attend", "kv_b_proj", tokens, c.kv_lora_rank, up, keep="kv_latent")
     work.vector("attend", "rope", 4 * tokens * heads * qk)                 # queries and keys, read and written
     _core_attention(work, heads, heads, qk, c.v_head_dim)
     work.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
@@ -453,9 +453,8 @@ def _plain_attention(work):
     c, plan = work.shape, work.plan
     tokens, heads = plan.gathered_tokens, c.num_attention_heads // plan.tp
     kv_heads = max(1, (c.num_key_value_heads or c.num_attention_heads) // plan.tp)
-    work.keep("attn_in", tokens * c.hidden_size)
     work.gather_stream("attend")
-    work.matmul("attend", "qkv_proj", tokens, c.hidden_size, (heads + 2 * kv_heads) * c.head_dim)
+    work.matmul("attend", "qkv_proj", tokens, c.hidden_size, (heads + 2 * kv_heads) * c.head_dim, keep="attn_in")
     work.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
     work.vector("attend", "rope", 2 * tokens * (heads + kv_heads) * c.head_dim)
     _core_attention(work, heads, kv_heads, c.head_dim, c.head_dim)
@@ -480,8 +479,7 @@ def _core_attention(work, heads, kv_heads, qk, v):
     if padded != v:
         work.keep("attn_padded", tokens * heads * padded)
     work.ops.append(Op("attend", "attention", "attention", flops, moved * work.element))
-    work.keep("attn_out", tokens * heads * v)
-    work.matmul("attend", "o_proj", tokens, heads * v, c.hidden_size)
+    work.matmul("attend", "o_proj", tokens, heads * v, c.hidden_size, keep="attn_out")
 
 
 def _mlp(work, part, name, inner):
@@ -489,12 +487,10 @@ def _mlp(work, part, name, inner):
     c, plan = work.shape, work.plan
     tokens, inner, into = plan.gathered_tokens, inner // plan.tp, 2 if c.gated_mlp else 1
     work.gather_stream(part)
-    work.matmul(part, name + ".gate_up", tokens, c.hidden_size, into * inner)
+    work.matmul(part, name + ".gate_up", tokens, c.hidden_size, into * inner, keep="mlp_in")
     work.vector(part, name + ".act", (into + 1) * tokens * inner)
-    work.matmul(part, name + ".down", tokens, inner, c.hidden_size)
-    work.keep("mlp_in", tokens * c.hidden_size)
     work.keep(name + "_gate_up", into * tokens * inner)
-    work.keep(name + "_hidden", tokens * inner)
+    work.matmul(part, name + ".down", tokens, inner, c.hidden_size, keep=name + "_hidden")
 
 
 def _experts(work):
@@ -502,10 +498,9 @@ def _experts(work):
     c, plan, wide = work.shape, work.plan, work.wide       # router and losses are computed in float32 or better
     own, k, width, inner = plan.tokens, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size
     rows, into, experts = math.ceil(own * k * (c.capacity_factor or 1)), 2 if c.gated_mlp else 1, c.n_routed_experts
-    work.keep("mlp_in", own * width)
+    work.matmul("attend", "router", own, width, experts, keep="mlp_in")
     if wide > work.element:
-        work.saved["router_in"] = own * width * wide
-    work.matmul("attend", "router", own, width, experts)
+        work.saved["router_in"] = own * width * wide       # cast
     work.vector("attend", "choose", 6 * own * experts * wide / work.element)
     work.saved.update(scores=own * experts * wide, ids=own * k * 8, slot=own * k * 8)
     if c.norm_topk_prob:
@@ -518,12 +513,10 @@ def _experts(work):
     work.vector("attend", "permute", (own + rows) * width)
     if c.n_shared_experts:
         _mlp(work, "shared", "shared", c.n_shared_experts * inner)
-    work.matmul("experts", "expert.gate_up", rows, width, into * inner, experts // plan.ep)
+    work.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=experts // plan.ep)
     work.vector("experts", "expert.act", (into + 1) * rows * inner)
-    work.matmul("experts", "expert.down", rows, inner, width, experts // plan.ep)
-    work.keep("rows", rows * width)
     work.keep("expert_gate_up", into * rows * inner)
-    work.keep("expert_hidden", rows * inner)
+    work.matmul("experts", "expert.down", rows, inner, width, keep="expert_hidden", experts=experts // plan.ep)
     work.keep("row_weights", rows + (wide == work.element))                # a cast drops the spare last one
     work.saved["counts"] = experts // plan.ep * 8
     if c.expert_weight == "after_down":
@@ -538,8 +531,7 @@ def _join(work):
         work.norm("attend", name, own, c.hidden_size)
     if c.mtp_hidden == "pre_norm":
         del work.saved["hnorm"]                            # the same tensor as the input of the last norm before
-    work.matmul("attend", "eh_proj", own, 2 * c.hidden_size, c.hidden_size)
-    work.keep("eh_in", 2 * own * c.hidden_size)
+    work.matmul("attend", "eh_proj", own, 2 * c.hidden_size, c.hidden_size, keep="eh_in")
 
 
 @lru_cache(maxsize=4096)
@@ -575,7 +567,8 @@ def embedding_work(shape, plan):
 def stage_layers(config, plan):
     """list (pp*vpp) of lists of layer numbers. The embedding is on the first stage, head and MTP layers on the last."""
     layers, first = [], 0
-    for n in plan.layer_split or _even_split(as_shape(config), plan.n_stages, plan.seq_len):
+    beside_last = next(stages for stages in map(plan.stages_of, range(plan.pp)) if plan.n_stages - 1 in stages)
+    for n in plan.layer_split or _even_split(as_shape(config), plan.n_stages, plan.seq_len, tuple(beside_last)):
         layers.append(list(range(first, first + n)))
         first += n
     layers[-1] += range(first, first + config.num_nextn_predict_layers)
@@ -583,17 +576,22 @@ def stage_layers(config, plan):
 
 
 @lru_cache(maxsize=None)
-def _even_split(shape, n_stages, seq_len):
-    """Hidden layers per stage. Each stage in turn takes an even share of the FLOPs that are left, head and MTP included.
+def _even_split(shape, n_stages, seq_len, beside_last):
+    """Hidden layers per stage: each in turn takes an even share of the FLOPs that are left, head and MTP included.
 
-    A rule of shape and length alone, so that every device cuts alike. Only the last stage may get no hidden layer.
+    Where head and MTP are more than a share, the other stages of their rank, in beside_last, take less. A rule of
+    shape, length and schedule alone, so that every device cuts alike. Only the last stage may get no hidden layer.
     """
     layers = shape.num_hidden_layers
     cost = [_flops(work) for work in all_works(shape, Plan(seq_len=seq_len))]
     tail, split, first = sum(cost[layers:]), [], 0
-    for stages_left in range(n_stages, 1, -1):
-        share = (sum(cost[first:layers]) + tail) / stages_left
-        end, most = first + 1, layers - (stages_left - 2)  # one layer is left for each stage between this and the last
+    for stage in range(n_stages - 1):
+        left = sum(cost[first:layers])
+        share = (left + tail) / (n_stages - stage)
+        if tail > share:                                   # the last stage is full without a layer
+            share = left / (n_stages - stage - 1)
+            share -= (tail - share) / (len(beside_last) - 1) if stage in beside_last else 0.0
+        end, most = first + 1, layers - (n_stages - stage - 2)             # a layer is left for each but the last
         while end < most and sum(cost[first:end]) + cost[end] / 2 <= share:
             end += 1
         split.append(end - first)
@@ -618,7 +616,8 @@ def model_flops(shape, seq_len):
 
 def stage_works(shape, plan):
     """list (pp*vpp) of lists of (name, Work) in the order of forward; name: embedding, head, or "" for a layer."""
-    stages = [[("", layer_work(shape, plan, layer_kind(shape, i))) for i in layers] for layers in stage_layers(shape, plan)]
+    stages = [[("", layer_work(shape, plan, layer_kind(shape, i))) for i in layers]
+              for layers in stage_layers(shape, plan)]
     stages[0].insert(0, ("embedding", embedding_work(shape, plan)))
     if shape.num_nextn_predict_layers and plan.pp > 1:     # a copy of the embedding feeds the MTP layers
         stages[-1].insert(-shape.num_nextn_predict_layers, ("embedding", embedding_work(shape, plan)))
@@ -629,7 +628,7 @@ def stage_works(shape, plan):
 # ---------------------------------------------------------------------------------------------------------------------
 # Recompute and swap
 
-# item -> (saved tensors that go, operators that run again); `layer` keeps the layer's input alone and runs all of it again
+# item -> (saved tensors that go, operators that run again); `layer` keeps its input alone and runs all of it again
 RECOMPUTES = {
     "norm": (("attn_in", "mlp_in", "q_latent", "kv_latent"),
              ("input_layernorm", "pre_mlp_layernorm", "q_a_layernorm", "kv_a_layernorm")),
@@ -670,9 +669,9 @@ def saved_bytes(work):
 class Hardware:
     """One device, its node and its network. Bandwidths are of one direction and one device.
 
-    Sources. Ascend 910B: Ascend/msmodeling, tensor_cast/device.py (its efficiencies and static costs are marked there as
-    not calibrated); node of 8 and RoCE: arXiv:2504.07866, section 5. H200: NVIDIA's data sheet, 400 Gb/s of network a GPU
-    as usual for the generation; efficiencies and static costs assumed as the 910B's. Assumed for all: bytes that the
+    Sources. Ascend 910B: Ascend/msmodeling, tensor_cast/device.py, which marks its efficiencies and static costs as not
+    calibrated; node of 8 and RoCE: arXiv:2504.07866, section 5. H200: NVIDIA's data sheet, 400 Gb/s of network a GPU as
+    usual for the generation; efficiencies and static costs assumed as the 910B's. Assumed for all: bytes that the
     framework keeps, and PCIe 4.0 or 5.0 x16 to the host (32 or 64 GB/s, nominal).
     """
     name: str
@@ -759,7 +758,7 @@ def weights_seconds(plan, hardware, params, size):
 
 
 class LayerTime:
-    """Seconds of one layer, embedding or head on one rank. max_vio: the busiest expert's load over the mean, less one."""
+    """Seconds of one layer, embedding or head on one rank. max_vio: the busiest expert's load over the mean, - 1."""
 
     def __init__(self, name, work, hardware, max_vio):
         plan, self.name = work.plan, name
@@ -770,7 +769,9 @@ class LayerTime:
                 self.compute[op.part, one] = self.compute.get((op.part, one), 0.0) + factor * seconds
         again = recomputed(work)[1]
         self.recompute = sum(op_seconds(op, plan, hardware)[0] for op in again)
-        self.exchange_again = any(op.name == "permute" for op in again)    # rows must travel again
+        # dropped rows travel again: before anything is recomputed from them, or else for the weight gradients alone
+        names = {op.name for op in again}
+        self.rows_again = "" if "permute" not in names else "first" if "expert.gate_up" in names else "for weights"
         self.collectives = {}                              # part -> list of (axis, tier, seconds) of one pass
         for (axis, part), sent in work.sent.items():
             tier = tier_of(plan, axis)
@@ -836,10 +837,12 @@ class Streams:
         return max(after, self.run("weights", *layer.weights))
 
     def open_backward(self, layer, after):
-        """What comes before a layer's backward: (swapped tensors and weights are here, and what was dropped is again)."""
+        """Times before a layer's backward: (weights and swapped tensors are here, dropped ones computed again)."""
         ready = max(self.weights(layer, after), self.run("swap", "host", layer.swap))
-        again = self.exchange(layer, "F", "out", ready) if layer.exchange_again else ready
-        return ready, self.run("recompute", "compute", layer.recompute, again)
+        return ready, self.run("recompute", "compute", layer.recompute, self.rows_again(layer, "first", ready))
+
+    def rows_again(self, layer, when, after):
+        return self.exchange(layer, "F", "out", after) if layer.rows_again == when else after
 
 
 def forward_layer(streams, layer, ready):
@@ -857,10 +860,11 @@ def backward_layer(streams, layer, ready, which, defer):
     here, again = streams.open_backward(layer, ready)
     arrived = streams.exchange(layer, "B", "out", streams.compute(layer, "combine", "I", here))
     streams.compute(layer, "shared", which, again)
-    computed = streams.compute(layer, "experts", "I" if defer else which, max(arrived, again))
+    rows = streams.rows_again(layer, "for weights", here) if which == "B" else here
+    computed = streams.compute(layer, "experts", "I" if defer else which, max(arrived, again, 0 if defer else rows))
     returned = streams.exchange(layer, "B", "back", computed)
     if defer and which == "B":
-        streams.compute(layer, "experts", "W", computed)
+        streams.compute(layer, "experts", "W", max(computed, rows))
     return streams.compute(layer, "attend", which, returned)
 
 
@@ -874,9 +878,10 @@ def pair_layer(streams, f, b, ready_f, ready_b):
     attended_f = streams.compute(f, "attend", "F", streams.weights(f, ready_f))
     streams.compute(b, "shared", "B", again_b)
     arrived_f = streams.exchange(f, "F", "out", attended_f)
+    rows_b = streams.rows_again(b, "for weights", here_b)
     computed_b = streams.compute(b, "experts", "I", max(arrived_b, again_b))
     returned_b = streams.exchange(b, "B", "back", computed_b)
-    streams.compute(b, "experts", "W", computed_b)
+    streams.compute(b, "experts", "W", max(computed_b, rows_b))
     streams.compute(f, "shared", "F", attended_f)
     computed_f = streams.compute(f, "experts", "F", arrived_f)
     streams.run("swap", "host", f.swap, computed_f)
@@ -893,8 +898,10 @@ def play_action(plan, stages, action):
         for layer in layers:
             ready = forward_layer(streams, layer, ready)
     elif action.kind == "W":
-        for layer, part in product(layers, ("attend", "shared", "experts")):
-            streams.compute(layer, part, "W", 0.0)
+        for layer in layers:
+            rows = streams.rows_again(layer, "for weights", 0.0)
+            for part in ("attend", "shared", "experts"):
+                streams.compute(layer, part, "W", rows if part == "experts" else 0.0)
     elif action.kind in "BI":
         for layer in reversed(layers):
             ready = backward_layer(streams, layer, ready, action.kind, adaptive)
@@ -914,7 +921,7 @@ def play_action(plan, stages, action):
 def account(streams):
     """(seconds of an action, {part: seconds} that add up to them, seconds of exchange on either link).
 
-    Parts are computation by name; `exchange`, in which nothing is computed while rows travel; `collectives`, other waits.
+    Parts: computation by name; `exchange`, while rows travel and nothing is computed; `collectives`, all other waits.
     """
     end, parts = max(streams.free.values()), {}
     computing = [task for task in streams.tasks if task[1] == "compute"]
@@ -1010,7 +1017,7 @@ def _zbv(pp, rank, n):
 
 
 def _dualpipev(pp, rank, n):
-    """DualPipe cut in half (github.com/deepseek-ai/DualPipe): pairs in the steady state, split backwards at both ends."""
+    """DualPipe cut in half (github.com/deepseek-ai/DualPipe): steady pairs, with split backwards at both ends."""
     left, main, half, odd = pp - rank - 1, n - 2 * pp + rank + 1, (rank + 1) // 2, rank % 2
     # on the last rank the first pair's backward is of the forward just before it: these two run one after the other
     first = 1 if left == 0 else 0
@@ -1020,7 +1027,7 @@ def _dualpipev(pp, rank, n):
 
 
 def _number(words, stages, n):
-    """Words to actions: micro-batches counted by chunk and kind. Those past n, which a short run leaves out, are dropped."""
+    """Words to actions: micro-batches counted by chunk and kind; those past n, which a short run lacks, are dropped."""
     count, owed, actions = {}, [], []
 
     def next_of(word):
@@ -1042,7 +1049,7 @@ def _number(words, stages, n):
 
 
 def check_table(plan, table):
-    """AssertionError if a table is no right schedule. Returns the most micro-batches (per chunk) in flight on each rank."""
+    """AssertionError if a table is no right schedule. Returns each rank's most micro-batches (per chunk) in flight."""
     home = {stage: rank for rank in range(plan.pp) for stage in plan.stages_of(rank)}
     in_flight, sent, received = [], {}, {}
     for rank, actions in enumerate(table):
@@ -1104,7 +1111,7 @@ def play(plan, table, duration, link=0.0):
 
 
 def draw_text(spans, columns=120):
-    """A played table as text, a line per rank: forwards are digits, backwards letters, both of micro-batches; = a pair."""
+    """A played table as text, a line per rank: micro-batches are digits forward, letters backward, = in pairs."""
     scale, lines = columns / max(row[-1][1] for row in spans), []
     for row in spans:
         line = [" "] * columns
@@ -1125,11 +1132,12 @@ class Simulation:
     """One step of a plan, played: what predict reports and trace draws."""
 
     def __init__(self, config, plan, hardware, max_vio=0.0):
-        self.shape, self.plan, self.hardware = replace(as_shape(config), value_padded=hardware.value_padded), plan, hardware
+        self.plan, self.hardware = plan, hardware
+        self.shape = replace(as_shape(config), value_padded=hardware.value_padded)
         self.works = stage_works(self.shape, plan)
         once = {work: LayerTime(name, work, hardware, max_vio) for name, work in set(chain(*self.works))}
         self.times = [[once[work] for _, work in stage] for stage in self.works]
-        self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]     # one stage sends the next
+        self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
         link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
         self.played = {}                                   # action without micro-batches -> (Streams, account of them)
         self.table = schedule_table(plan)
@@ -1155,7 +1163,7 @@ class Simulation:
         # float32 gradients; then new weights, or for zero=0 the second half of an all-reduce. zero=3: in LayerTime
         sizes = () if plan.zero == 3 else (4, e if plan.zero else 4)
         sync = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
-        moved = params * (7 * 4 + e)                       # read gradient, master, two moments; write three and the weight
+        moved = params * (7 * 4 + e)                       # read gradient, master, moments; write three and weight
         swapped = 2 * 12 * params / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0
         return sync, max(swapped, moved / (hardware.bandwidth * hardware.memory_efficiency))
 
@@ -1206,7 +1214,7 @@ class Simulation:
 
     def _activations(self, rank):
         """Most bytes that micro-batches in flight keep; a backward for inputs alone frees nothing yet."""
-        kept = {stage: sum(saved_bytes(work)[0] for _, work in self.works[stage]) for stage in self.plan.stages_of(rank)}
+        kept = [sum(saved_bytes(work)[0] for _, work in stage) for stage in self.works]
         live = peak = 0
         for kind, stage, _ in (part for action in self.table[rank] for part in action.parts()):
             live += {"F": 1, "I": 0, "B": -1, "W": -1}[kind] * kept[stage]
@@ -1230,8 +1238,9 @@ def predict(config, plan, hardware, max_vio=0.0):
     rate = plan.global_batch * plan.seq_len / step / plan.world_size
     flops, fits, why_not = rate * model_flops(run.shape, plan.seq_len), needed <= hardware.memory, ""
     if not fits:
+        most = max(memory[peak], key=memory[peak].get)
         why_not = (f"pipeline rank {peak} needs {needed / 2**30:.1f} of {hardware.memory / 2**30:.1f} GiB, most of it "
-                   f"{max(memory[peak], key=memory[peak].get)}: use more recompute, pp, tp or zero=3, or a smaller micro_batch")
+                   f"{most}: use more recompute, pp, tp or zero=3, or a smaller micro_batch")
     return dict(
         step_time_s=step, tokens_per_s=rate * plan.world_size, tokens_per_s_per_device=rate,
         mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12,
@@ -1247,13 +1256,15 @@ def write_trace(run, path):
     threads, events = ["schedule", "compute", "inner", "outer", "host"], []
     for rank, row in enumerate(run.spans):
         events.append(dict(ph="M", name="process_name", pid=rank, tid=0, args={"name": f"pipeline rank {rank}"}))
-        events += [dict(ph="M", name="thread_name", pid=rank, tid=i, args={"name": name}) for i, name in enumerate(threads)]
+        for i, name in enumerate(threads):
+            events.append(dict(ph="M", name="thread_name", pid=rank, tid=i, args={"name": name}))
         for start, end, action in row:
-            for name, stream, first, last in [(str(action), "schedule", 0.0, end - start), *run.action(action)[0].tasks]:
+            whole = str(action), "schedule", 0.0, end - start
+            for name, stream, first, last in (whole, *run.action(action)[0].tasks):
                 events.append(dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream),
                                    ts=1e6 * (start + first), dur=1e6 * (last - first)))
     with open(path, "w") as file:
-        json.dump(dict(traceEvents=events, displayTimeUnit="ms"), file)
+        file.write(json.dumps(dict(traceEvents=events, displayTimeUnit="ms")))
 
 
 def draw_png(run, path):
@@ -1263,15 +1274,18 @@ def draw_png(run, path):
     from matplotlib import pyplot
     plan, colours = run.plan, {"F": "tab:blue", "B": "tab:orange", "I": "tab:orange", "W": "tab:green"}
     figure, axes = pyplot.subplots(figsize=(16, 1.2 + 0.4 * plan.pp))
+    bars = {}                                              # (bottom, height, kind, chunk) -> spans of one colour
     for rank, row in enumerate(run.spans):
         for start, end, action in row:
             height = 0.9 / len(action.parts())
             for i, (kind, stage, _) in enumerate(action.parts()):
-                shade = (1 + plan.stages_of(rank).index(stage)) / plan.vpp
-                axes.broken_barh([(start, end - start)], (rank - 0.45 + i * height, height), facecolor=colours[kind],
-                                 alpha=0.4 + 0.6 * shade, edgecolor="white", linewidth=0.3)
+                key = rank - 0.45 + i * height, height, kind, plan.stages_of(rank).index(stage)
+                bars.setdefault(key, []).append((start, end - start))
+    for (bottom, height, kind, chunk), spans in bars.items():
+        shade = 0.4 + 0.6 * (1 + chunk) / plan.vpp
+        axes.broken_barh(spans, (bottom, height), facecolor=colours[kind], alpha=shade, edgecolor="white", lw=0.3)
     axes.set(xlabel="seconds, simulated", ylabel="pipeline rank", ylim=(plan.pp - 0.5, -0.5),
-             title=f"{plan.schedule}, {plan.n_micro} micro-batches: forward blue, backward orange, weight gradients green")
+             title=f"{plan.schedule}, {plan.n_micro} micro-batches: forward blue, backward orange, weights green")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -1282,7 +1296,7 @@ def draw_png(run, path):
 
 
 def candidate_plans(config, hardware, devices, global_batch, seq_len):
-    """Plans to try: powers of two on every axis, two exchanges, with and without overlap, three sets of recomputation."""
+    """Plans to try: powers of two on each axis, two exchanges, overlap or not, three sets of recomputation."""
     sizes, node = [2**i for i in range(9) if 2**i <= devices], hardware.node_size
     experts = sizes if has_experts(config) else [1]
     for tp, pp, ep, vpp, micro_batch in product(sizes, sizes, experts, (1, 2), (1, 2, 4)):
@@ -1290,9 +1304,9 @@ def candidate_plans(config, hardware, devices, global_batch, seq_len):
             continue
         for dispatch, overlap, recompute in product(("flat", "hierarchical"), ("none", "adaptive"), RECOMPUTE_SETS):
             if dispatch == "flat" or ep > node:            # inside one node both are the same exchange
-                yield Plan(pp=pp, dp=devices // (tp * pp), tp=tp, sp=int(tp > 1), ep=ep, vpp=vpp, micro_batch=micro_batch,
-                           global_batch=global_batch, seq_len=seq_len, dispatch=dispatch, overlap=overlap,
-                           recompute=recompute, node_size=node)
+                yield Plan(pp=pp, dp=devices // (tp * pp), tp=tp, sp=int(tp > 1), ep=ep, vpp=vpp, node_size=node,
+                           micro_batch=micro_batch, global_batch=global_batch, seq_len=seq_len, dispatch=dispatch,
+                           overlap=overlap, recompute=recompute)
 
 
 RECOMPUTE_SETS = ((), ("norm", "mla_up", "act", "permute"), ("layer",))
@@ -1318,8 +1332,8 @@ def search_plans(config, hardware, devices, global_batch, seq_len):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-# The published runs (arXiv:2505.04519; "6K" and "4K" devices read as 6,144 and 4,096). Not published, so assumed: batch,
-# recomputation, and all of the baseline's plan.
+# The published runs (arXiv:2505.04519; "6K" and "4K" devices read as 6,144 and 4,096). Not published, so assumed here:
+# batch, recomputation of norms beside MLA, permutation and activation, and all of the baseline's plan.
 PAPER = {
     "optimised": dict(tokens_per_s=1.46e6, mfu=0.300, plan=dict(
         pp=16, dp=48, tp=8, sp=1, ep=32, vpp=2, micro_batch=2, dispatch="hierarchical", overlap="adaptive",
@@ -1329,9 +1343,9 @@ PAPER = {
 
 
 def print_paper():
-    print("pangu-ultra-moe-718b on Ascend 910B. Published: arXiv:2505.04519. Simulated: nothing here was run on an NPU.\n"
-          "Not published, so assumed: sequence length, bin, batch (48 micro-batches of 2 a replica), recomputation, the\n"
-          "baseline's plan, balanced experts. MFU: causal attention, over the bin's bf16 peak.\n\n"
+    print("pangu-ultra-moe-718b on Ascend 910B. Published: arXiv:2505.04519; simulated: nothing was run on an NPU.\n"
+          "Not published, so assumed: sequence length, bin, batch (48 micro-batches of 2 a replica), recomputed\n"
+          "norms, the baseline's plan, balanced experts. MFU: causal attention, over the bin's bf16 peak.\n\n"
           "                                         | published          | simulated\n"
           "run         NPUs  bin             length |   tokens/s     MFU |   tokens/s     MFU   step s  GiB, fits 64?")
     shown = None
@@ -1339,22 +1353,23 @@ def print_paper():
         plan = Plan(seq_len=seq_len, **run["plan"])
         result = predict(PRESETS["pangu-ultra-moe-718b"], plan, hardware)
         shown = shown or result
-        print(f"{name:10} {plan.world_size:5}  {hardware.name} {seq_len:6} | {run['tokens_per_s']:10.3g} {run['mfu']:7.1%} "
-              f"| {result['tokens_per_s']:10.3g} {result['mfu']:7.1%} {result['step_time_s']:8.2f} {result['mem_gib']:6.1f} "
-              f"{'yes' if result['fits'] else 'no'}")
+        published = f"{run['tokens_per_s']:10.3g} {run['mfu']:7.1%}"
+        simulated = f"{result['tokens_per_s']:10.3g} {result['mfu']:7.1%} {result['step_time_s']:8.2f}"
+        memory = f"{result['mem_gib']:6.1f} {'yes' if result['fits'] else 'no'}"
+        print(f"{name:10} {plan.world_size:5}  {hardware.name} {seq_len:6} | {published} | {simulated} {memory}")
     print(f"\nThe first row, {next(iter(HARDWARE))} at 4096 (all simulated)")
     print_prediction(shown)
 
 
 def print_prediction(result):
-    for name in ("step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "tflops_per_device", "mem_gib", "bubble",
-                 "exposed_comm_s", "hidden_comm_fraction"):
+    for name in ("step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "tflops_per_device", "mem_gib",
+                 "bubble", "exposed_comm_s", "hidden_comm_fraction"):
         print(f"{name:24} {result[name]:12.4g}")
     print("\nwhere the step goes         seconds   share   (mean over pipeline ranks)")
     for name, seconds in sorted(result["breakdown"].items(), key=lambda item: -item[1]):
         print(f"{name:24} {seconds:10.3f} {seconds / result['step_time_s']:7.1%}")
-    sent = result["bytes_by_tier"]
-    print(f"\nsent by a device: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB between nodes")
+    inner, outer = result["bytes_by_tier"].values()
+    print(f"\nsent by a device: {inner / 1e9:.2f} GB inside its node, {outer / 1e9:.2f} GB between nodes")
     names = list(result["memory_by_stage"][0])
     print("\nGiB at the peak\nrank " + " ".join(f"{name:>11}" for name in names) + "         sum")
     for rank, parts in enumerate(result["memory_by_stage"]):
@@ -1366,7 +1381,8 @@ def print_prediction(result):
 def print_plans(found, refused, top):
     print("step s     MFU     GiB  plan (all simulated)")
     for result in found[:top]:
-        plan = " ".join(f"{f.name}={result['plan'][f.name]}" for f in fields(Plan) if result["plan"][f.name] != f.default)
+        chosen = result["plan"]
+        plan = " ".join(f"{f.name}={chosen[f.name]}" for f in fields(Plan) if chosen[f.name] != f.default)
         print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {plan}")
     print(f"\n{len(found)} plans fit. Refused, with one example each:")
     for times, message in sorted(refused.values(), reverse=True):
@@ -1403,7 +1419,7 @@ def parse_arguments(argv):
             command.add_argument("--top", type=int, default=10, help="plans to print")
             continue
         command.add_argument("--plan", default="", help="key=value,... with lists joined by +; default: the paper's")
-        command.add_argument("--load", default="max_vio=0", help="max_vio=X: busiest expert's load over the mean, less 1")
+        command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest expert's load / mean - 1")
         if name == "predict":
             command.add_argument("--json", action="store_true", help="one JSON object on stdout: s, GiB, bytes")
         else:
