@@ -16,7 +16,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -400,7 +400,11 @@ class Grid:
         self.expert = mesh(("pp", "replicate", "ep", "shard"), by_ep.transpose(2, 3).contiguous())
         self.balance = mesh(("groups", "balance"), ranks.view(-1, n_balance))
         self.exchange = mesh(("groups", "outer", "inner"), ranks.view(-1, plan.ep // plan.inner, plan.inner))
-        self.files = dist.new_group(backend="gloo")                       # for checkpoints, which are written beside the training
+
+    @cached_property
+    def files(self):
+        """For checkpoints, which are written by a thread beside the training."""
+        return dist.new_group(backend="gloo")
 
     def process_group(self, ranks, dim):
         """This rank's group along a dimension of a grid of ranks. One for each set of members: their buffers are large."""
