@@ -89,18 +89,15 @@ class Plan:
         return self.pp * self.vpp
 
     @property
-    def n_micro(self):
-        """Micro-batches of one step on each replica."""
+    def n_micro(self):  # micro-batches of one step on each replica
         return self.global_batch // (self.dp * self.micro_batch)
 
     @property
-    def inner(self):
-        """Ranks of an expert group inside one node; ep // inner nodes form the outer group."""
+    def inner(self):  # ranks of an expert group inside one node; ep // inner nodes form the outer group
         return min(self.ep, self.node_size)
 
     @property
-    def edp(self):
-        """Ranks that hold the same experts."""
+    def edp(self):  # ranks that hold the same experts
         return self.dp * self.cp * self.tp // self.ep
 
     @property
@@ -324,7 +321,7 @@ def _crossings(config, plan, ids):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Counts: operators, parameters, saved tensors and collectives of one layer and one micro-batch on one rank
+# Counts: operators, parameters, saved tensors and collectives of one layer and one micro-batch on one rank; stages
 
 
 @dataclass(frozen=True)
@@ -560,10 +557,6 @@ def embedding_work(shape, plan):
     return work
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages
-
-
 def stage_layers(config, plan):
     """list (pp*vpp) of lists of layer numbers. The embedding is on the first stage, head and MTP layers on the last."""
     layers, first = [], 0
@@ -624,9 +617,6 @@ def stage_works(shape, plan):
     stages[-1].append(("head", head_work(shape, plan)))
     return stages
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recompute and swap
 
 # item -> (saved tensors that go, operators that run again); `layer` keeps its input alone and runs all of it again
 RECOMPUTES = {
@@ -947,7 +937,7 @@ def _covered(start, end, intervals):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedules: for each pipeline rank a list of actions
+# Schedules, for each pipeline rank a list of actions, and the clock that plays them
 
 
 class Action(NamedTuple):
@@ -1075,10 +1065,6 @@ def check_table(plan, table):
     assert sent == received, "a link's order of receives is not its order of sends"
     play(plan, table, lambda action: 1.0)                  # asserts that no ranks wait for each other
     return in_flight
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The clock
 
 
 def play(plan, table, duration, link=0.0):
@@ -1292,30 +1278,28 @@ def draw_png(run, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Search
+# Search, and the command
+
+RECOMPUTE_SETS = ((), ("norm", "mla_up", "act", "permute"), ("layer",))
 
 
-def candidate_plans(config, hardware, devices, global_batch, seq_len):
+def candidate_plans(config, hardware, devices, **batch):
     """Plans to try: powers of two on each axis, two exchanges, overlap or not, three sets of recomputation."""
     sizes, node = [2**i for i in range(9) if 2**i <= devices], hardware.node_size
     experts = sizes if has_experts(config) else [1]
     for tp, pp, ep, vpp, micro_batch in product(sizes, sizes, experts, (1, 2), (1, 2, 4)):
         if tp > node or devices % (tp * pp) or ep > devices // pp or (vpp > 1 and pp == 1):
             continue
-        for dispatch, overlap, recompute in product(("flat", "hierarchical"), ("none", "adaptive"), RECOMPUTE_SETS):
-            if dispatch == "flat" or ep > node:            # inside one node both are the same exchange
-                yield Plan(pp=pp, dp=devices // (tp * pp), tp=tp, sp=int(tp > 1), ep=ep, vpp=vpp, node_size=node,
-                           micro_batch=micro_batch, global_batch=global_batch, seq_len=seq_len, dispatch=dispatch,
-                           overlap=overlap, recompute=recompute)
+        axes = dict(tp=tp, sp=int(tp > 1), pp=pp, dp=devices // (tp * pp), ep=ep, vpp=vpp, node_size=node)
+        dispatches = ("flat", "hierarchical") if ep > node else ("flat",)  # inside one node they are the same
+        for dispatch, overlap, recompute in product(dispatches, ("none", "adaptive"), RECOMPUTE_SETS):
+            yield Plan(**axes, **batch, micro_batch=micro_batch, dispatch=dispatch, overlap=overlap, recompute=recompute)
 
 
-RECOMPUTE_SETS = ((), ("norm", "mla_up", "act", "permute"), ("layer",))
-
-
-def search_plans(config, hardware, devices, global_batch, seq_len):
+def search_plans(config, hardware, devices, **batch):
     """(predictions that fit, fastest first; {refusal without its numbers: (how often, an example)})."""
     found, refused = [], {}
-    for plan in candidate_plans(config, hardware, devices, global_batch, seq_len):
+    for plan in candidate_plans(config, hardware, devices, **batch):
         try:
             result = predict(config, plan, hardware)
             message = result["why_not"]
@@ -1328,9 +1312,6 @@ def search_plans(config, hardware, devices, global_batch, seq_len):
             found.append(result)
     return sorted(found, key=lambda result: result["step_time_s"]), refused
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
 
 # The published runs (arXiv:2505.04519; "6K" and "4K" devices read as 6,144 and 4,096). Not published, so assumed here:
 # batch, recomputation of norms beside MLA, permutation and activation, and all of the baseline's plan.
@@ -1434,8 +1415,8 @@ def main(argv=None):
         return print_paper()
     config, hardware = load("model", Config, PRESETS, args.model), load("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "plans":
-        devices = args.devices or hardware.node_size
-        return print_plans(*search_plans(config, hardware, devices, args.global_batch, args.seq_len), args.top)
+        batch = dict(global_batch=args.global_batch, seq_len=args.seq_len)
+        return print_plans(*search_plans(config, hardware, args.devices or hardware.node_size, **batch), args.top)
     plan = Plan(seq_len=4096, **PAPER["optimised"]["plan"])
     if args.plan:
         plan = parse_plan(args.plan, node_size=hardware.node_size)

@@ -82,10 +82,10 @@ def test_every_schedule_passes_the_checker(pp):
 
 
 def test_a_pipeline_drawn_as_text():
-    """1F1B of 2 ranks and 3 micro-batches, a column a second: forwards 1 s, backwards 2 s; the step is (3 + 1) * 3 s."""
+    """1F1B, 2 ranks, 3 micro-batches, a column a second: forwards 1 s, backwards 2 s; the step is (3 + 1) * 3 s."""
     plan = pipeline("1f1b", 2, 3)
     spans = sim.play(plan, schedule_table(plan), lambda action: {"F": 1.0, "B": 2.0}[action.kind])
-    assert sim.draw_text(spans, columns=12) == "01 aa2bb  cc\n 0aa1bb2cc  "
+    assert sim.draw_text(spans, columns=12) == "01  aa2bb cc\n 0aa1bb2cc  "
 
 
 def test_paired_runs_one_more_warm_up_than_interleaved():
@@ -510,8 +510,8 @@ def test_layers_are_split_evenly_or_as_told():
 
 
 def test_predict_prints_one_json_object(capsys):
-    sim.main(["predict", "--model", "tiny", "--hardware", "h200_sxm", "--devices", "4", "--load", "max_vio=0.2", "--json",
-              "--plan", "pp=2,dp=2,ep=2,vpp=2,global_batch=8,overlap=adaptive,recompute=act+norm"])
+    sim.main(["predict", "--model", "tiny", "--hardware", "h200_sxm", "--devices", "4", "--json",
+              "--load", "max_vio=0.2", "--plan", "pp=2,dp=2,ep=2,vpp=2,global_batch=8,overlap=adaptive,recompute=act+norm"])
     result = json.loads(capsys.readouterr().out)
     assert {"step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "tflops_per_device", "mem_gib", "fits",
             "why_not", "bubble", "exposed_comm_s", "hidden_comm_fraction", "breakdown", "memory_by_stage",
@@ -573,7 +573,7 @@ def test_trace_has_the_format_of_chrome_traces(tmp_path):
 
 
 def test_search_is_not_beaten_by_a_plan_it_considered():
-    found, refused = sim.search_plans(TINY, ASCEND, 4, 16, 256)
+    found, refused = sim.search_plans(TINY, ASCEND, 4, global_batch=16, seq_len=256)
     assert found and refused
     assert [r["step_time_s"] for r in found] == sorted(r["step_time_s"] for r in found)
     plan = Plan(dp=4, ep=4, global_batch=16, seq_len=256)
