@@ -65,9 +65,10 @@ def at_least_float32(x):
 
 @operator("npu_rms_norm(Tensor input, Tensor gamma, float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)")
 def npu_rms_norm(input, gamma, epsilon):
+    assert input.dtype == gamma.dtype, f"{input.dtype}, {gamma.dtype}"
     x = at_least_float32(input)
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
-    return (x * rstd * gamma).to(input.dtype), rstd
+    return (x * rstd * at_least_float32(gamma)).to(input.dtype), rstd
 
 
 @operator("npu_swiglu(Tensor input, int dim=-1) -> Tensor")
@@ -80,6 +81,7 @@ def npu_swiglu(input, dim):
 def npu_rotary_mul(input, r1, r2, rotary_mode):
     width = input.size(-1)
     assert input.dim() == 4 and width % 2 == 0 and width < 896, f"documented: BSND, even D < 896, not {input.shape}"
+    assert input.dtype == r1.dtype == r2.dtype, f"{input.dtype}, {r1.dtype}, {r2.dtype}"
     assert r1.shape == r2.shape and r1.size(-1) == width, f"cos and sin are as wide as a head: {r1.shape}"
     if rotary_mode == "half":
         a, b = input.chunk(2, -1)
