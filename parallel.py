@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GatherRows, LocalDispatcher, MTPLayer, count_ids, fill_initial, permute, sorted_slots, unpermute
 from sim import balance_group, check_plan
@@ -115,16 +116,45 @@ class Traffic:
             self.bytes[way, tier] += sum(size for size, where in zip(sizes, tiers) if where == tier)
 
 
+class CountAll(TorchDispatchMode):
+    """Inside it every collective is counted, FSDP's and those of norms and balance groups too, in a Traffic of its own: what
+    each other member gets of the tensor, twice for an all-reduce, whatever route the backend takes."""
+
+    def __init__(self, node_size):
+        super().__init__()
+        self.node_size, self.traffic = node_size, Traffic()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "c10d" and (sent := SENT.get(op._opname)):
+            group = dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
+            way = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+            self.traffic.add(way, tiers_of(group, self.node_size), sent(group.size(), *args))
+        return op(*args, **(kwargs or {}))
+
+
+SENT = {                                   # operator of torch.distributed -> bytes for each of n members, by its arguments
+    "_allgather_base_": lambda n, out, x, *_: [x.nbytes] * n,
+    "_reduce_scatter_base_": lambda n, out, *_: [out.nbytes] * n,
+    "allreduce_": lambda n, tensors, *_: [2 * sum(x.nbytes for x in tensors) // n] * n,
+    "alltoall_base_": lambda n, out, x, group, recv, send, *_: [
+        rows * x[:1].nbytes for rows in send or [len(x) // n] * n]}
+
+
+def tiers_of(group, node_size):
+    """For each member: inner, outer, or None for this rank."""
+    nodes = [member // node_size for member in dist.get_process_group_ranks(group)]
+    tiers = [TIERS[node != nodes[group.rank()]] for node in nodes]
+    tiers[group.rank()] = None
+    return tiers
+
+
 class Group:
     """Ranks that exchange with each other. Every collective is started, not awaited: it returns (out, work)."""
 
     def __init__(self, group, node_size, traffic):
         self.group, self.traffic = group, traffic
         self.size, self.rank = group.size(), group.rank()
-        members = dist.get_process_group_ranks(group)
-        nodes = [member // node_size for member in members]
-        self.tiers = [TIERS[node != nodes[self.rank]] for node in nodes]
-        self.tiers[self.rank] = None
+        self.tiers = tiers_of(group, node_size)
 
     def all_to_all(self, x, way, send=None, recv=None):
         """x (sum(send), ...) -> (sum(recv), ...); send[i] rows go to member i. Without sizes: equal parts."""
@@ -148,8 +178,7 @@ class Group:
         return out, scatter_single(out, x.contiguous(), group=self.group, async_op=True)
 
     def count(self, x, way, rows):
-        row_bytes = x[:1].numel() * x.element_size() if len(x) else 0
-        self.traffic.add(way, self.tiers, [n * row_bytes for n in rows])
+        self.traffic.add(way, self.tiers, [n * x[:1].nbytes for n in rows])
 
 
 class SummedParts:
@@ -514,11 +543,29 @@ def shard(model, grid):
             wrap([block.enorm, block.hnorm, block.eh_proj, block.shared_head["norm"]])
         wrap(block)
     wrap(model, free=False)
+    model.register_forward_pre_hook(hand_on_routing, with_kwargs=True)
     for part in model.modules():
         if isinstance(part, FSDPModule):
             # the loss is a sum over the global batch's tokens, so gradients are summed; and plain sums are all that gloo has
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+
+
+class Routing(dict):
+    """A dict of chosen experts that FSDP's hooks hand on as it is (they copy plain ones); what is noted goes to the caller's."""
+
+    def __init__(self, given):
+        super().__init__(given)
+        self.given = given
+
+    def __setitem__(self, layer, ids):
+        super().__setitem__(layer, ids)
+        self.given[layer] = ids
+
+
+def hand_on_routing(model, args, kwargs):
+    given = kwargs.get("routing")
+    return args, kwargs if given is None else kwargs | dict(routing=Routing(given))
 
 
 def cut_inside_experts(plan, weight):

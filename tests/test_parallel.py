@@ -173,6 +173,28 @@ def test_uneven_routing(folder, dispatch, experts):
     equals_one_process(folder, plan, experts=experts, reference=WHOLE)
 
 
+def note_routing(plan):
+    """The choice that a forward notes, and whether a second one that is forced to it gives the same loss."""
+    model, grid = build(TINY, plan)
+    tokens, targets = batch(TINY, WHOLE)
+    mine = slice(parallel.rank() * 2, parallel.rank() * 2 + 2)
+    noted = {}
+    first = model(tokens[mine], targets=targets[mine], routing=noted).loss
+    again = model(tokens[mine], targets=targets[mine], routing=dict(noted)).loss
+    return noted, first.item() == again.item()
+
+
+def test_routing_is_noted_under_fsdp():
+    """FSDP's hooks copy plain dicts on their way into a block."""
+    whole, _ = build(TINY, WHOLE)
+    tokens, targets = batch(TINY, WHOLE)
+    want = {}
+    whole(tokens, targets=targets, routing=want)
+    for rank, (noted, same) in enumerate(dist.run(4, note_routing, replace(TWO_NODES, zero=3))):
+        assert same and set(noted) == set(want)
+        assert all(torch.equal(noted[layer], ids[2 * rank:2 * rank + 2]) for layer, ids in want.items())
+
+
 @pytest.mark.parametrize("dispatch", EXCHANGES)
 def test_fast_path(folder, dispatch):
     """float32, where experts run on torch's grouped matmul and the other fused bodies."""
@@ -262,6 +284,30 @@ def test_bytes_are_those_that_sim_predicts(dispatch, ep, node_size):
     for rank, sent in enumerate(dist.run(ep, send_tokens, config, plan, ids)):
         for (way, tier), n_bytes in sent.items():
             assert n_bytes == want[way][tier][rank], (rank, way, tier)
+
+
+def count_step(config, plan):
+    """Bytes of one step: the exchanges', and all."""
+    model, grid = build(config, plan)
+    with parallel.CountAll(plan.node_size) as everything:
+        step(model, grid, plan, WHOLE)
+    return grid.traffic.bytes, everything.traffic.bytes, sum(p.numel() * p.itemsize for p in model.parameters())
+
+
+@pytest.mark.parametrize("zero", (0, 1, 3))
+def test_all_traffic_under_a_flag(zero):
+    """Data parallelism alone over two ranks of a node. zero=0 and 1: every gradient goes once there and once back, in an
+    all-reduce, or in a reduce-scatter while weights are gathered. zero=3 gathers the blocks' weights a second time."""
+    plan = replace(PLAN, dp=2, ep=1, micro_batch=4, zero=zero)
+    config = replace(TINY, hidden_size=32, num_attention_heads=4)          # every tensor's first dimension is even
+    for exchanged, total, weights in dist.run(2, count_step, config, plan):
+        assert set(exchanged.values()) == {0} and total["forward", "outer"] == total["backward", "outer"] == 0
+        if zero == 0:
+            assert abs(total["backward", "inner"] / weights - 1) < 0.02    # some small sums besides
+        else:
+            assert abs(total["forward", "inner"] / (weights / 2) - 1) < 0.02
+            again = total["backward", "inner"] / (weights / 2) - 1
+            assert abs(again) < 0.02 if zero == 1 else 0.5 < again < 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
