@@ -259,13 +259,14 @@ def exchange_bytes(config, plan, ids=None):
         hierarchical  forward   outer: all-gather of rows, K weights, K numbers; reduce-scatter of rows back
                       backward  outer: all-gather of rows; reduce-scatter of rows and of K weight gradients
                       inner: as flat, with the copies for experts of this node
-        dedup         forward   outer: a count for each peer; row, K weights, K numbers of each token that needs the
-                      peer's node; rows back
+        dedup         forward   outer: to each peer the count of tokens that come and those of its node's experts; row,
+                      K weights, K numbers of each token that needs the peer's node; rows back
                       backward  outer: rows out; rows and K weight gradients back
                       inner: as flat, with the copies for experts of this node
     """
     e, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row, counts = e * config.hidden_size, INDEX_BYTES * config.n_routed_experts // plan.ep
+    node_counts = INDEX_BYTES + counts * plan.inner if plan.dispatch == "dedup" else 0
     copies, crossings = _copies(config, plan, ids), _crossings(config, plan, ids)
     sent = {way: {tier: [0] * plan.ep for tier in ("inner", "outer")} for way in ("forward", "backward")}
 
@@ -285,8 +286,7 @@ def exchange_bytes(config, plan, ids=None):
         for other in range(plan.ep // plan.inner) if plan.dispatch != "flat" else ():
             if other != node:
                 there, back = crossings[rank][other], crossings[other * plan.inner + local][node]
-                numbers = there * k * INDEX_BYTES + (INDEX_BYTES if plan.dispatch == "dedup" else 0)
-                add(rank, "outer", numbers, k * e, there, back)
+                add(rank, "outer", node_counts + there * k * INDEX_BYTES, k * e, there, back)
     if ids is None:
         sent = {way: {tier: each[:1] * plan.ep for tier, each in tiers.items()} for way, tiers in sent.items()}
     return sent
@@ -1125,6 +1125,7 @@ class Simulation:
         self.times = [[once[work] for _, work in stage] for stage in self.works]
         self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
         link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
+        self.kept = [sum(saved_bytes(work)[0] for _, work in stage) for stage in self.works]
         self.played = {}                                   # action without micro-batches -> (Streams, account of them)
         self.table = schedule_table(plan)
         self.spans = play(plan, self.table, lambda action: self.action(action)[1][0], link)
@@ -1200,10 +1201,9 @@ class Simulation:
 
     def _activations(self, rank):
         """Most bytes that micro-batches in flight keep; a backward for inputs alone frees nothing yet."""
-        kept = [sum(saved_bytes(work)[0] for _, work in stage) for stage in self.works]
         live = peak = 0
         for kind, stage, _ in (part for action in self.table[rank] for part in action.parts()):
-            live += {"F": 1, "I": 0, "B": -1, "W": -1}[kind] * kept[stage]
+            live += {"F": 1, "I": 0, "B": -1, "W": -1}[kind] * self.kept[stage]
             peak = max(peak, live)
         return peak
 
@@ -1293,7 +1293,8 @@ def candidate_plans(config, hardware, devices, **batch):
         axes = dict(tp=tp, sp=int(tp > 1), pp=pp, dp=devices // (tp * pp), ep=ep, vpp=vpp, node_size=node)
         dispatches = ("flat", "hierarchical") if ep > node else ("flat",)  # inside one node they are the same
         for dispatch, overlap, recompute in product(dispatches, ("none", "adaptive"), RECOMPUTE_SETS):
-            yield Plan(**axes, **batch, micro_batch=micro_batch, dispatch=dispatch, overlap=overlap, recompute=recompute)
+            yield Plan(**axes, **batch, micro_batch=micro_batch, dispatch=dispatch, overlap=overlap,
+                       recompute=recompute)
 
 
 def search_plans(config, hardware, devices, **batch):

@@ -370,7 +370,8 @@ def test_exchange_bytes_of_a_worked_example(dispatch):
         assert sent["forward"]["outer"] == [crossing + row] * 4
         assert sent["backward"]["outer"] == [2 * row + 4 * weight] * 4
     else:
-        assert sent["forward"]["outer"] == [8 + crossing, 8, 8 + row, 8]
+        head = 8 + 4 * 8                                   # tokens that come, copies for each of the node's 4 experts
+        assert sent["forward"]["outer"] == [head + crossing, head, head + row, head]
         assert sent["backward"]["outer"] == [row, 0, row + 4 * weight, 0]
     # inside the nodes: rank 0 to 1, and in the other node the copy for expert 6 from rank 2, where the token arrived
     assert sent["forward"]["inner"] == [counts + row + weight, counts + row, counts + row + weight, counts + row]
@@ -511,7 +512,8 @@ def test_layers_are_split_evenly_or_as_told():
 
 def test_predict_prints_one_json_object(capsys):
     sim.main(["predict", "--model", "tiny", "--hardware", "h200_sxm", "--devices", "4", "--json",
-              "--load", "max_vio=0.2", "--plan", "pp=2,dp=2,ep=2,vpp=2,global_batch=8,overlap=adaptive,recompute=act+norm"])
+              "--load", "max_vio=0.2",
+              "--plan", "pp=2,dp=2,ep=2,vpp=2,global_batch=8,overlap=adaptive,recompute=act+norm"])
     result = json.loads(capsys.readouterr().out)
     assert {"step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "tflops_per_device", "mem_gib", "fits",
             "why_not", "bubble", "exposed_comm_s", "hidden_comm_fraction", "breakdown", "memory_by_stage",
