@@ -13,9 +13,11 @@ median over rounds of (their time / our time in that round), so that what distur
     transformers       DeepseekV3ForCausalLM, experts by grouped_mm, attention by sdpa
 
 Left out on all sides: multi-token prediction, balance loss, clipping. --dtype bf16: weights, activations and optimizer
-states in bfloat16, routers of ours in float32. tokens/s of two runs differ by more than their ratios do.
+states in bfloat16, routers of ours in float32. tokens/s of two runs differ by more than their ratios do; a ratio too is
+worth little when the printed load says that others were at work.
 """
 import argparse
+import os
 import platform
 import statistics
 import subprocess
@@ -164,8 +166,9 @@ def environment():
     versions = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
     if "transformers" in sys.modules:
         versions.append(f"transformers {sys.modules['transformers'].__version__}")
-    return f"{name}, {torch.get_num_threads()} threads; {', '.join(versions)}; commit {commit.strip() or 'unknown'}; " \
-           f"{time.strftime('%Y-%m-%d')}"
+    load = f"load {os.getloadavg()[0]:.1f} (about {torch.get_num_threads()} is this benchmark's own)"
+    return "; ".join([f"{name}, {torch.get_num_threads()} threads, {load}", ", ".join(versions),
+                      f"commit {commit.strip() or 'unknown'}", time.strftime("%Y-%m-%d")])
 
 
 def main():
