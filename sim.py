@@ -410,7 +410,7 @@ def layer_work(shape, plan, kind):
     work, width = Work(shape, plan), shape.hidden_size
     sandwich = shape.norm != "pre"
     work.norm("attend", "input_layernorm", plan.tokens, width)
-    _latent_attention(work) if shape.attn_type == "mla" else _plain_attention(work)
+    (_latent_attention if shape.attn_type == "mla" else _plain_attention)(work)
     if sandwich:
         work.norm("attend", "post_attention_layernorm", plan.tokens, width, residual=True)
     work.norm("attend", "pre_mlp_layernorm", plan.tokens, width)
@@ -767,13 +767,16 @@ class LayerTime:
             tier = tier_of(plan, axis)
             seconds = collective_seconds(hardware, tier, getattr(plan, axis), sent)
             self.collectives.setdefault(part, []).append((axis, tier, seconds))
+        self.whole_again = again is work.ops
+        parts_again = self.collectives if self.whole_again else ("attend",) if "attention" in plan.recompute else ()
+        self.collectives_again = [one for part in parts_again for one in self.collectives.get(part, ())]
         self.exchange = {"F": {"inner": 0.0, "outer": 0.0}, "B": {"inner": 0.0, "outer": 0.0}}    # of one way
         if any(op.name == "router" for op in work.ops):
             self._time_exchange(work, hardware, 1 + max_vio)
         self.swap = saved_bytes(work)[1] / hardware.host_bandwidth
-        # zero=3: the layer's weights are gathered in forward and in backward
-        gather = weights_seconds(plan, hardware, work.params, work.element) if plan.zero == 3 else 0.0
-        self.weights = tier_of(plan, "dp"), gather
+        # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it; (tier, seconds)
+        self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
+                                         if plan.zero == 3 else 0.0) for size in (work.element, 4)]
 
     def _time_exchange(self, work, hardware, factor):
         plan, sent = work.plan, exchange_bytes(work.shape, work.plan)
@@ -829,7 +832,11 @@ class Streams:
     def open_backward(self, layer, after):
         """Times before a layer's backward: (weights and swapped tensors are here, dropped ones computed again)."""
         ready = max(self.weights(layer, after), self.run("swap", "host", layer.swap))
-        return ready, self.run("recompute", "compute", layer.recompute, self.rows_again(layer, "first", ready))
+        again = self.rows_again(layer, "first", ready)
+        for axis, tier, seconds in layer.collectives_again:
+            again = self.run(f"{axis} recompute", tier, seconds, again)
+        again = self.run("recompute", "compute", layer.recompute, again)
+        return ready, self.exchange(layer, "F", "back", again) if layer.whole_again else again
 
     def rows_again(self, layer, when, after):
         return self.exchange(layer, "F", "out", after) if layer.rows_again == when else after
@@ -855,7 +862,9 @@ def backward_layer(streams, layer, ready, which, defer):
     returned = streams.exchange(layer, "B", "back", computed)
     if defer and which == "B":
         streams.compute(layer, "experts", "W", max(computed, rows))
-    return streams.compute(layer, "attend", which, returned)
+    done = streams.compute(layer, "attend", which, returned)
+    streams.run("gradients", *layer.gradients, done)
+    return done
 
 
 def pair_layer(streams, f, b, ready_f, ready_b):
@@ -877,6 +886,7 @@ def pair_layer(streams, f, b, ready_f, ready_b):
     streams.run("swap", "host", f.swap, computed_f)
     returned_f = streams.exchange(f, "F", "back", computed_f)
     done_b = streams.compute(b, "attend", "B", returned_b)
+    streams.run("gradients", *b.gradients, done_b)
     return streams.compute(f, "combine", "F", returned_f), done_b
 
 

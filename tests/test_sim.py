@@ -217,7 +217,8 @@ def test_overlap_hides_an_exchange_as_long_as_the_compute():
     parts = ("attend", "F"), ("experts", "F"), ("experts", "I"), ("experts", "W"), ("attend", "I")
     both = {"F": dict(inner=0.0, outer=1.0), "B": dict(inner=0.0, outer=1.0)}
     layer.__dict__.update(name="", compute=dict.fromkeys(parts, 1.0), collectives={}, recompute=0.0, exchange=both,
-                          rows_again="", swap=0.0, weights=("inner", 0.0))
+                          rows_again="", swap=0.0, weights=("inner", 0.0), gradients=("inner", 0.0),
+                          collectives_again=[], whole_again=False)
     action = sim.Action("FB", 0, 1, (0, 0))
     end, parts, exchange = sim.account(sim.play_action(Plan(ep=2, overlap="adaptive"), [[layer]], action))
     assert (end, exchange) == (5.0, 4.0)
