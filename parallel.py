@@ -12,11 +12,12 @@ import math
 import os
 import resource
 import shutil
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,18 +71,61 @@ def peak_memory(device):
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Processes of this run, as torchrun says; known before they meet, so that a wrong plan is refused before anybody waits."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def is_restarted():
+    """torchrun has started this run again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def join_world(device, timeout):
-    """Meet the other processes of torchrun; a process alone meets nobody. timeout: seconds until a missing rank is an error."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group(f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}" if device.type != "cpu"
-                                else "gloo", timeout=timedelta(seconds=timeout))
+    """Meet the other processes; a process alone meets nobody. timeout: seconds in a collective until a rank counts as lost."""
+    if world_size() > 1 and not dist.is_initialized():
+        accelerator = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
+        dist.init_process_group(f"cpu:gloo{accelerator}", timeout=timedelta(seconds=timeout))
+
+
+def leave_world():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_does(work):
+    """What work() returns on rank 0, or its refusal, on all ranks; the others wait for it as long as it takes."""
+    if not dist.is_initialized():
+        return work()
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = work()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.broadcast_object_list(answer, src=0, group=patient)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def is_lost_contact(error):
+    """Whether an error says that another rank is gone or does not answer."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def missing_ranks(patience=5.0):
+    """Ranks that do not say within so many seconds that they too have lost contact: the dead, and those that hang."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          timeout=timedelta(seconds=patience))
+    name = f"lost contact/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    store.set(f"{name}/{rank()}", "")
+    time.sleep(patience)
+    return [other for other in range(world_size()) if not store.check([f"{name}/{other}"])]
 
 
 def all_sum(x):
@@ -430,11 +474,6 @@ class Grid:
         self.balance = mesh(("groups", "balance"), ranks.view(-1, n_balance))
         self.exchange = mesh(("groups", "outer", "inner"), ranks.view(-1, plan.ep // plan.inner, plan.inner))
 
-    @cached_property
-    def files(self):
-        """For checkpoints, which are written by a thread beside the training."""
-        return dist.new_group(backend="gloo")
-
     def process_group(self, ranks, dim):
         """This rank's group along a dimension of a grid of ranks. One for each set of members: their buffers are large."""
         lines = ranks.movedim(dim, -1).reshape(-1, ranks.size(dim)).tolist()
@@ -684,8 +723,10 @@ class Saver:
     SaveFailed tells of the disk's refusal at the next call of any method; what was complete stays complete.
     """
 
-    def __init__(self, folder, keep, grid=None):
-        self.folder, self.keep, self.grid = Path(folder), keep, grid
+    def __init__(self, folder, keep):
+        self.folder, self.keep = Path(folder), keep
+        # the thread that writes talks over a group of its own
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank() == 0:
             for unfinished in self.folder.glob("step_*.tmp"):
@@ -693,11 +734,12 @@ class Saver:
         self.pool = ThreadPoolExecutor(1)
         self.pending = None
 
-    def save(self, step, state):
+    def save(self, step, state, grid=None):
         """Copies the state, then returns; the file is written behind."""
         self.wait()
         unfinished = self.folder / f"step_{step}.tmp"
-        future = dcp.async_save(whole_experts(state, self.grid), checkpoint_id=unfinished, **files_group(self.grid))
+        future = dcp.async_save(whole_experts(state, grid), checkpoint_id=unfinished, process_group=self.group,
+                                no_dist=self.group is None)
         self.pending = self.pool.submit(self.complete, future, unfinished)
 
     def complete(self, future, unfinished):
@@ -718,10 +760,10 @@ class Saver:
 
     def of_all_ranks(self, failed):
         """Whether any rank failed; nobody goes on before all have said so."""
-        if self.grid is None:
+        if self.group is None:
             return failed
         failed = torch.tensor(int(failed))
-        dist.all_reduce(failed, group=self.grid.files)
+        dist.all_reduce(failed, group=self.group)
         return failed.item() > 0
 
     def publish(self, unfinished):
@@ -791,16 +833,11 @@ def check_files(folder):
             raise CheckpointError(f"{folder} is damaged: the content of {name} is not what was written")
 
 
-def files_group(grid):
-    """DCP's arguments: it talks over a group of its own, as it does so from a thread while training goes on."""
-    return dict(no_dist=True) if grid is None else dict(process_group=grid.files)
-
-
 def load_state(folder, state, grid=None):
     """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it. ValueError if damaged or of another
     shape. Without a grid a rank reads by itself."""
     try:
-        dcp.load(whole_experts(state, grid), checkpoint_id=folder, **files_group(grid))
+        dcp.load(whole_experts(state, grid), checkpoint_id=folder, no_dist=grid is None)
     except CheckpointException as error:
         raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): give back "
                          f"the config.json it was written with") from error
