@@ -931,7 +931,7 @@ def account(streams):
     idle = zip([0.0] + [task[3] for task in computing], [task[2] for task in computing] + [end])
     travel = sorted(task[2:] for task in streams.tasks if task[0].startswith("exchange"))
     exposed = sum(_covered(start, stop, travel) for start, stop in idle)
-    parts["collectives"] = end - sum(parts.values()) - exposed
+    parts["collectives"] = max(0.0, end - sum(parts.values()) - exposed)   # rounding aside
     parts["exchange"] = exposed
     return end, parts, sum(stop - start for start, stop in travel)
 
