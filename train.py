@@ -6,12 +6,12 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     python train.py pretrain --resume runs/a               # continues exactly
     python train.py sample --init runs/a --prompt "def "
 
-In this order: settings, tokenizer, data (files, tokens, order), phases and schedules, one step, held-out text, the run's
-folder, the loop, the commands. Everything that a step needs is a function of (settings, tokens seen so far): which phase,
-how many sequences, which learning rate, which windows of text. So a resumed run is the same run.
+In this order: settings, tokenizer, data, phases, data order, one step, held-out text, the run's folder, the loop, the
+commands. Everything that a step needs is a function of (settings, tokens seen so far): which phase, how many sequences,
+which learning rate, which windows of text. So a resumed run is the same run.
 
-A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N and sample.txt. The tokens
-of a corpus lie beside the runs, in data-HASH, where HASH is of the files' names, sizes and times and of the tokenizer.
+A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N and sample.txt. The
+tokens of a corpus lie beside the runs, in data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 """
 import argparse
 import base64
@@ -233,8 +233,8 @@ def load_encoding(path, pattern=PATTERN, end=None):
         pairs = (line.split() for line in Path(path).read_bytes().splitlines())
         return make_encoding({base64.b64decode(token): int(rank) for token, rank in pairs}, pattern, end=end)
     except (OSError, ValueError):
-        raise UserError(f"--tokenizer {path}: no tiktoken file here; use learn, gpt2, cl100k_base, o200k_base or a file of "
-                        f"base64 and rank a line") from None
+        raise UserError(f"--tokenizer {path}: no tiktoken file here; use learn, gpt2, cl100k_base, o200k_base or a file "
+                        f"of base64 and rank a line") from None
 
 
 def named_encoding(name):
@@ -242,7 +242,8 @@ def named_encoding(name):
         return tiktoken.get_encoding(name)
     except Exception as error:                                            # requests', or the socket's own
         raise UserError(f"--tokenizer {name}: its vocabulary is not on this machine and could not be downloaded "
-                        f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, or use learn") from None
+                        f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, or use learn"
+                        ) from None
 
 
 def encode_bytes(encoding, data):
@@ -257,8 +258,8 @@ def encode_bytes(encoding, data):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: files -> pieces -> tokens, in one memory-mapped file for each source and one for the held-out text
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs",
-                 ".rb", ".sh", ".sql", ".tex", ".html", ".css", ".jsonl", ".jsonl.gz")
+TEXT_SUFFIXES = tuple(".txt .md .rst .py .pyi .c .h .cc .cpp .hpp .java .js .ts .go .rs .rb .sh .sql .tex .html .css "
+                      ".jsonl .jsonl.gz".split())
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", ".git"}
 PIECE = 1 << 16                            # characters, or tokens, that are read and encoded at a time
 HELDOUT_BYTES = 8 << 20
@@ -327,8 +328,8 @@ def read_bin(path, encoding):
     for start in range(0, len(ids), PIECE):
         piece = ids[start:start + PIECE].tolist()
         if max(piece) >= encoding.n_vocab:
-            raise UserError(f"{path} holds id {max(piece)}, the tokenizer has {encoding.n_vocab}: name the one that made the "
-                            f"file with --tokenizer")
+            raise UserError(f"{path} holds id {max(piece)}, the tokenizer has {encoding.n_vocab}: name the one that made "
+                            f"the file with --tokenizer")
         yield piece, False
 
 
@@ -337,7 +338,10 @@ def dtype_for(encoding):
 
 
 def pieces_of(files, settings, encoding=None):
-    """All text as (file, held out, piece, ends document). Held out by the hash of the path; with few files, every n-th piece."""
+    """All text as (file, held out, piece, ends document).
+
+    Held out is a file by the hash of its path, or, where there are few files, every n-th piece.
+    """
     size = sum(file.path.stat().st_size for file in files)
     share = min(settings["heldout"], HELDOUT_BYTES / max(1, size))
     by_path, number = len(files) * share >= 5, itertools.count()
@@ -349,9 +353,10 @@ def pieces_of(files, settings, encoding=None):
                   read_bin(file.path, encoding) if file.path.suffix == ".bin" else read_text(file.path))
         try:
             for piece, ends in pieces:
-                yield file, share_of(file.name) < share if by_path else next(number) % round(1 / share) == 1, piece, ends
+                heldout = share_of(file.name) < share if by_path else next(number) % round(1 / share) == 1
+                yield file, heldout, piece, ends
         except UnicodeDecodeError as error:
-            raise UserError(f"{file.path} is not UTF-8 text ({error.reason}): leave it out of --data or convert it") from None
+            raise UserError(f"{file.path} is not UTF-8 text ({error.reason}): leave it out of --data") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{file.path} is not a whole gzip file ({error}): copy it again") from None
 
@@ -370,7 +375,8 @@ def prepare(settings, vocab_size, parent):
     files = list_files(settings["data"])
     stats = [(file.source, file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
     name = settings["tokenizer"]
-    encoding = None if name == "learn" else named_encoding(name) if name in tiktoken.list_encoding_names() else load_encoding(name)
+    find = named_encoding if name in tiktoken.list_encoding_names() else load_encoding
+    encoding = None if name == "learn" else find(name)
     tokenizer = vocab_size if encoding is None else (sorted(encoding._mergeable_ranks.items()), encoding._pat_str)
     identity = repr((stats, tokenizer, settings["heldout"], settings["text_field"]))
     cache = Path(parent) / f"data-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
@@ -384,7 +390,8 @@ def prepare(settings, vocab_size, parent):
     facts = json.loads((cache / "facts.json").read_text())
     arrays = {split: np.memmap(cache / f"{split}.bin", dtype=facts["dtype"], mode="r") for split in facts["tokens"]}
     heldout = arrays.pop("heldout")
-    return Corpus(load_encoding(cache / "tokenizer.tiktoken", facts["pattern"], facts["end"]), facts["end"], arrays, heldout, facts)
+    encoding = load_encoding(cache / "tokenizer.tiktoken", facts["pattern"], facts["end"])
+    return Corpus(encoding, facts["end"], arrays, heldout, facts)
 
 
 def learn_encoding(files, settings, vocab_size):
@@ -402,7 +409,7 @@ def learn_encoding(files, settings, vocab_size):
 
 
 def tokenise(files, settings, encoding, folder):
-    """Reads everything once and writes tokens and facts into folder. Memory stays bounded: few pieces are held at a time."""
+    """Reads everything once, few pieces at a time, and writes tokens and facts into folder."""
     folder.mkdir(parents=True)
     end, dtype = encoding.encode_single_token(END), np.dtype(dtype_for(encoding))
     writers = {split: open(folder / f"{split}.bin", "wb") for split in {"heldout", *(file.source for file in files)}}
@@ -422,12 +429,13 @@ def tokenise(files, settings, encoding, folder):
     for writer in writers.values():
         writer.close()
     save_encoding(encoding, folder / "tokenizer.tiktoken")
-    facts = dict(sha256=hasher.hexdigest(), files=len(files), tokens=counts, dtype=dtype.name, end=end, pattern=encoding._pat_str)
+    facts = dict(sha256=hasher.hexdigest(), files=len(files), tokens=counts, dtype=dtype.name, end=end,
+                 pattern=encoding._pat_str)
     write_whole(folder / "facts.json", json.dumps(facts | sizes, indent=1))
 
 
 def encoded(files, settings, encoding, end):
-    """(file, held out, bytes, tokens) in order. Threads encode, since tiktoken lets go of the interpreter; progress is shown."""
+    """(file, held out, bytes, tokens) in order. Threads encode: tiktoken lets go of the interpreter. Shows progress."""
     def encode(item):
         _, _, piece, ends = item
         tokens = encoding.encode_ordinary(piece) if isinstance(piece, str) else piece
@@ -435,7 +443,8 @@ def encoded(files, settings, encoding, end):
         return raw, np.array([*tokens, end] if ends else tokens, np.uint32)
 
     workers, pieces = len(os.sched_getaffinity(0)), pieces_of(files, settings, encoding)
-    total, done, began, shown = sum(file.path.stat().st_size for file in files), 0, time.monotonic(), time.monotonic()
+    total, done = sum(file.path.stat().st_size for file in files), 0
+    began = shown = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:
         while some := list(itertools.islice(pieces, 8 * workers)):
             for (file, heldout, *_), (raw, tokens) in zip(some, pool.map(encode, some)):
@@ -498,10 +507,11 @@ def mix(english, chinese, multilingual, instruction, math, code):
 
 GENERAL, REASONING, ANNEALING = mix(54, 13, 8, 2, 6, 17), mix(14, 6, 4, 11, 28, 37), mix(21, 20, 3, 20, 18, 18)
 PUBLISHED_PHASES = {   # sister models' schedules, stand-ins for what the paper does not publish
-    # Pangu Ultra 135B, arXiv:2504.07866. Assumed by us: batches count sequences, phases 3 to 5 fall along a cosine, and the
-    # two long-context phases halve the 0.4T of annealing.
+    # Pangu Ultra 135B, arXiv:2504.07866. Assumed by us: batches count sequences, phase 3 falls along a cosine, and the two
+    # long-context phases halve the 0.4T of annealing.
     "pangu-ultra": [
-        Phase(7.4e12, 4096, [[0, 1024], [1.2e12, 1536], [1.9e12, 2048]], 1e-4, 1e-5, "cosine", 4000 * 1024 * 4096, 1e4, GENERAL),
+        Phase(7.4e12, 4096, [[0, 1024], [1.2e12, 1536], [1.9e12, 2048]], 1e-4, 1e-5, "cosine", 4000 * 1024 * 4096, 1e4,
+              GENERAL),
         Phase(4.6e12, 4096, 2048, 1e-5, 1e-5, "constant", 0, 1e4, GENERAL),
         Phase(0.8e12, 8192, 1536, 1e-5, 7.5e-6, "cosine", 0, 1e5, REASONING),
         Phase(0.2e12, 32768, 384, 7.5e-6, 7.5e-6, "constant", 0, 1.6e6, ANNEALING),
@@ -515,12 +525,12 @@ PUBLISHED_PHASES = {   # sister models' schedules, stand-ins for what the paper 
 
 
 def make_phases(settings, given):
-    """The run's phases. A published schedule is scaled: its tokens, largest batch, first length and first rate become those given."""
+    """The run's phases. In a published schedule tokens, largest batch, first length and first rate become those given."""
     batch, seq_len = settings["global_batch"], settings["seq_len"]
     step = batch * seq_len
-    single = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=seq_len, global_batch=batch_ramp(settings),
-                  lr=settings["lr"], min_lr=settings["lr"] * settings["min_lr"], decay=settings["decay"],
-                  warmup_tokens=settings["warmup_steps"] * step)
+    single = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=seq_len,
+                  global_batch=batch_ramp(settings), lr=settings["lr"], min_lr=settings["lr"] * settings["min_lr"],
+                  decay=settings["decay"], warmup_tokens=settings["warmup_steps"] * step)
     if not settings["phases"]:
         return [Phase(**single)]
     if settings["phases"] in PUBLISHED_PHASES:
@@ -528,7 +538,7 @@ def make_phases(settings, given):
     try:
         return [Phase(**(single | row)) for row in json.loads(Path(settings["phases"]).read_text())]
     except OSError:
-        raise UserError(f"--phases {settings['phases']}: no such file, nor one of {', '.join(PUBLISHED_PHASES)}") from None
+        raise UserError(f"--phases {settings['phases']}: no such file; use one, or {' or '.join(PUBLISHED_PHASES)}") from None
     except (ValueError, TypeError) as error:
         names = ", ".join(field.name for field in dataclasses.fields(Phase))
         raise UserError(f"--phases {settings['phases']}: {error}; write a JSON list of objects with {names}") from None
@@ -564,7 +574,7 @@ def scaled(phases, given, micro_batch):
 
 
 def shuffled(index, n, seed):
-    """Where a seeded shuffle of range(n) puts index, without a table: a Feistel network, walked until it lands below n."""
+    """Where a seeded shuffle of range(n) puts index, without a table: a Feistel network, walked until it is below n."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -580,8 +590,8 @@ def shuffled(index, n, seed):
 class Order:
     """Which windows of text make the samples of a phase. No token is read twice in an epoch of its source.
 
-    Each source's tokens are cut into windows of seq_len, shuffled anew each epoch. A phase goes on where the one before it
-    stood; a change of sequence length cuts and shuffles anew, so there the epoch is a fresh one.
+    Each source's tokens are cut into windows of seq_len, shuffled anew each epoch. A phase goes on where the one before
+    it stood; one of another length or mix cuts and shuffles anew, so there the epoch is a fresh one.
     """
 
     def __init__(self, corpus, phase, lookahead, seed):
@@ -590,14 +600,14 @@ class Order:
         self.pattern = mix_pattern(corpus, phase, seed)
         for source in set(self.pattern):
             if len(self.train[source]) < self.span:
-                raise UserError(f"the training text of {source!r} has {len(self.train[source])} tokens, one sequence needs "
-                                f"{self.span}: give more text or a shorter --seq-len")
+                raise UserError(f"the training text of {source!r} has {len(self.train[source])} tokens, one sequence "
+                                f"needs {self.span}: give more text or a shorter --seq-len")
 
     def window(self, sample):
         """(seq_len + lookahead,) tokens."""
         block, place = divmod(sample, len(self.pattern))
         source = self.pattern[place]
-        number = block * self.pattern.count(source) + self.pattern[:place].count(source)   # among the source's own samples
+        number = block * self.pattern.count(source) + self.pattern[:place].count(source)   # among the source's own
         n_windows = (len(self.train[source]) - self.span) // self.seq_len + 1
         epoch, index = divmod(number, n_windows)
         start = shuffled(index, n_windows, f"{self.seed},{source},{epoch}") * self.seq_len
@@ -615,8 +625,8 @@ def mix_pattern(corpus, phase, seed):
     if len(sizes) == 1:
         return list(sizes)                                                # one source: there is nothing to mix
     if phase.mix is not None and set(phase.mix) != set(sizes):
-        raise UserError(f"a phase mixes {', '.join(phase.mix)}, but --data names {', '.join(sizes)}: write --data NAME=PATH "
-                        f"for each")
+        raise UserError(f"a phase mixes {', '.join(phase.mix)}, but --data names {', '.join(sizes)}: write --data "
+                        f"NAME=PATH for each")
     shares = phase.mix or {source: size / sum(sizes.values()) for source, size in sizes.items()}
     pattern = [source for source, share in sorted(shares.items()) for _ in range(max(1, round(1000 * share)))]
     return [pattern[i] for i in np.random.default_rng([seed, 1]).permutation(len(pattern))]
@@ -642,7 +652,7 @@ MEASURES = ("loss", "mtp_loss", "aux_loss", "grad_norm", "skipped", "max_vio", "
 
 
 def train_step(model, optimizer, batch, micro_batch, clip):
-    """One optimizer step on a global batch -> float32 tensor of MEASURES, still on the device: nothing waits for it here.
+    """One optimizer step on a global batch -> float32 tensor of MEASURES, still on the device: nothing waits for it.
 
     A loss or gradient that is not finite leaves weights and moments as they are: the optimizer is told by found_inf.
     """
@@ -685,7 +695,8 @@ def evaluate(model, corpus, seq_len, batch, document_end=None):
     total = torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
     for i in range(0, len(starts), batch):
-        windows = np.stack([padded[start:start + seq_len + depths] for start in range(i * stride, (i + batch) * stride, stride)])
+        first = range(i * stride, (i + batch) * stride, stride)
+        windows = np.stack([padded[start:start + seq_len + depths] for start in first])
         ids, targets, doc_ids = examples(windows, depths, device, document_end)
         counted = torch.full_like(targets, -100)                          # MTP's targets do not count
         counted[:, 0, seq_len - stride:] = targets[:, 0, seq_len - stride:]
@@ -725,7 +736,7 @@ def free_folder(preset):
 
 
 def find_checkpoint(resume, flag="--resume"):
-    """A run's folder or checkpoint -> (run's folder, checkpoint): a run's newest complete one, or the one that is named."""
+    """A run's folder, or one of its checkpoints -> (run's folder, its newest complete checkpoint, or the named one)."""
     path = Path(resume)
     if path.name.startswith("step_"):
         if not path.is_dir():
@@ -733,7 +744,7 @@ def find_checkpoint(resume, flag="--resume"):
         return path.parent.parent, path
     steps = parallel.steps_in(path / "ckpt")
     if not steps:
-        raise UserError(f"{flag} {resume}: no complete checkpoint in {path / 'ckpt'}; start the run anew without --resume")
+        raise UserError(f"{flag} {resume}: no complete checkpoint in {path / 'ckpt'}; start the run anew with --out")
     return path, path / "ckpt" / f"step_{steps[-1]}"
 
 
@@ -751,8 +762,8 @@ def resume_settings(given):
     settings = stored["settings"]
     for name, value in given.items():
         if name not in CHANGEABLE | {"resume", "command"} and value != settings.get(name):
-            raise UserError(f"--{name.replace('_', '-')} {value}: the run in {run} has {settings.get(name)!r}, and resuming "
-                            f"cannot change it; leave it away, or start a new run")
+            raise UserError(f"--{name.replace('_', '-')} {value}: the run in {run} has {settings.get(name)!r}, and "
+                            f"resuming cannot change it; leave it away, or start a new run")
     return settings | given | dict(out=str(run)), stored, checkpoint
 
 
@@ -773,12 +784,6 @@ def cut_metrics(path, step):
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write_whole(path, "".join(line + "\n" for line in kept))
-
-
-def environment(device):
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return dict(python=platform.python_version(), torch=torch.__version__, device=str(device),
-                commit=commit.stdout.strip() or None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -848,10 +853,11 @@ def order_of(run, phase):
 
 def begin_folder(run, given):
     """config.json and the tokenizer, before the first step."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    facts = dict(config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan), settings=run.settings, given=given,
-                 phases=[dataclasses.asdict(phase) for phase in run.phases], corpus=run.corpus.facts, device=str(run.device),
-                 python=platform.python_version(), torch=torch.__version__, commit=commit)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    facts = dict(config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan), settings=run.settings,
+                 given=given, phases=[dataclasses.asdict(phase) for phase in run.phases], corpus=run.corpus.facts,
+                 device=str(run.device), python=platform.python_version(), torch=torch.__version__,
+                 commit=git.stdout.strip())
     write_whole(run.out / "config.json", json.dumps(facts, indent=1))
     save_encoding(run.corpus.encoding, run.out / "tokenizer.tiktoken")
     write_whole(run.out / "metrics.jsonl", "")
@@ -861,8 +867,8 @@ def continue_folder(run, stored):
     """The same text as before; the log is cut back, and checkpoints later than the one resumed from are put aside."""
     now, before = run.corpus.facts["sha256"], stored["corpus"]["sha256"]
     if now != before:
-        raise UserError(f"the text is not what {run.out} began with (sha256 {now[:12]}, was {before[:12]}): give the old text "
-                        f"with --data, or start a new run")
+        raise UserError(f"the text is not what {run.out} began with (sha256 {now[:12]}, was {before[:12]}): give the old "
+                        f"text with --data, or start a new run")
     cut_metrics(run.out / "metrics.jsonl", run.progress["step"])
     for later in parallel.steps_in(run.out / "ckpt"):
         if later > run.progress["step"]:
@@ -880,8 +886,8 @@ def build(run, phase, checkpoint):
     model.to_empty(device=run.device)
     model.init_weights(run.settings["seed"])
     model.compute_dtype = torch.bfloat16 if run.settings["precision"] == "bf16" else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(run.settings["beta1"], run.settings["beta2"]), eps=1e-8,
-                                  weight_decay=run.settings["weight_decay"], fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(run.settings["beta1"], run.settings["beta2"]),
+                                  eps=1e-8, weight_decay=run.settings["weight_decay"], fused=True)
     if checkpoint:
         parallel.restore(checkpoint, model, optimizer, run.progress)
     return model, optimizer
@@ -893,7 +899,7 @@ def pretrain(given):
     except ValueError as error:                                           # the model's or the plan's refusal
         raise UserError(error) from error
     settings, progress, phases, checkpoint = run.settings, run.progress, run.phases, run.checkpoint
-    total = sum(phase.tokens for phase in phases)
+    total, depths = sum(phase.tokens for phase in phases), 1 + run.config.num_nextn_predict_layers
     document_end = run.corpus.end if settings["document_mask"] else None
     introduce(run)
     stop = Stopper()
@@ -901,7 +907,7 @@ def pretrain(given):
     log = open(run.out / "metrics.jsonl", "a", buffering=1)               # a line is written when it ends
     first_token, busy = progress["tokens"], 0.0                           # of this session; seconds in steps
 
-    while progress["tokens"] < total and not stop.asked:
+    while not is_done(run) and not stop.asked:
         phase = phases[progress["phase"]]
         model, optimizer = build(run, phase, checkpoint)
         order, flops = order_of(run, phase), flops_per_token(run.config, phase.seq_len)
@@ -910,7 +916,7 @@ def pretrain(given):
             # 1. the batch: how many sequences, which, at what rate
             began = time.perf_counter()
             size = phase.batch(progress["phase_tokens"])
-            batch = examples(order.batch(progress["tokens"], size), 1 + run.config.num_nextn_predict_layers, run.device, document_end)
+            batch = examples(order.batch(progress["tokens"], size), depths, run.device, document_end)
             new_tokens = size * phase.seq_len
             for count, more in dict(step=1, tokens=new_tokens, phase_tokens=new_tokens).items():
                 progress[count] += more
@@ -918,7 +924,7 @@ def pretrain(given):
 
             # 2. the step; tolist waits for the device, the only time
             measures = train_step(model, optimizer, batch, settings["micro_batch"], settings["clip"])
-            line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr) | dict(zip(MEASURES, measures.tolist()))
+            line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr, **dict(zip(MEASURES, measures.tolist())))
             count_skips(run, line)
 
             # 3. the log; once in a while held-out text and checkpoint
@@ -927,8 +933,7 @@ def pretrain(given):
             rate, peak = new_tokens / seconds, settings["peak_tflops"] * 1e12
             line |= dict(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=rate * flops / peak if peak else None,
                          mem_gib=parallel.peak_memory(run.device) / 2**30)
-            is_last = phase is phases[-1] and progress["phase_tokens"] >= phase.tokens
-            if is_last or (settings["eval_every"] and progress["step"] % settings["eval_every"] == 0):
+            if is_done(run) or (settings["eval_every"] and progress["step"] % settings["eval_every"] == 0):
                 line |= evaluate(model, run.corpus, phase.seq_len, settings["micro_batch"], document_end)
             log.write(json.dumps(line) + "\n")
             print_step(run, line, total, busy * (total - progress["tokens"]) / (progress["tokens"] - first_token))
@@ -937,18 +942,23 @@ def pretrain(given):
                 saver.save(progress["step"], parallel.train_state(model, optimizer, progress))
 
         # 4. the end of a phase or an early one: the next phase goes on from this checkpoint, in a model built for it
-        if progress["phase_tokens"] >= phase.tokens and phase is not phases[-1]:
+        if progress["phase_tokens"] >= phase.tokens and not is_done(run):
             progress.update(phase=progress["phase"] + 1, phase_tokens=0)
         saver.save(progress["step"], parallel.train_state(model, optimizer, progress))
         saver.wait()
         checkpoint = run.out / "ckpt" / f"step_{progress['step']}"
 
-    if progress["tokens"] < total:
+    if not is_done(run):
         print(f"stopped after step {progress['step']}; go on with: python train.py pretrain --resume {run.out}")
     else:
         text = continue_text(run.out, checkpoint, run.device, prompt="def ")
         write_whole(run.out / "sample.txt", text)
         print(f"a sample ({run.out / 'sample.txt'}; more: python train.py sample --init {run.out}):\n{text}")
+
+
+def is_done(run):
+    last = len(run.phases) - 1
+    return run.progress["phase"] == last and run.progress["phase_tokens"] >= run.phases[last].tokens
 
 
 def count_skips(run, line):
@@ -959,28 +969,30 @@ def count_skips(run, line):
     if progress["skipped_in_a_row"] >= most:
         steps = parallel.steps_in(run.out / "ckpt")
         where = f"start anew, or from {run.out / 'ckpt' / f'step_{steps[-1]}'}," if steps else "start anew"
-        sys.exit(f"train.py: step {progress['step']}: loss or gradient not finite {most} times in a row; {where} with a lower --lr")
+        sys.exit(f"train.py: step {progress['step']}: loss or gradient not finite {most} times in a row; {where} with a "
+                 f"lower --lr")
 
 
 def print_step(run, line, total, seconds_left):
-    text = (f"step {line['step']} ({min(1, line['tokens'] / total):.1%})  loss {line['loss']:.4f}  mtp {line['mtp_loss']:.4f}  "
-            f"aux {line['aux_loss']:.4f}  norm {line['grad_norm']:.2f}  lr {line['lr']:.1e}  {line['step_ms']:.0f} ms  "
-            f"{line['tokens_per_s']:,.0f} tokens/s  {line['mem_gib']:.2f} GiB  max_vio {line['max_vio']:.2f}  "
-            f"left {clock(max(0, seconds_left))}")
+    text = "step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
+    text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  left {left}"
     text += f"  MFU {line['mfu']:.1%} of {run.settings['peak_tflops']:g} TFLOP/s" if line["mfu"] else ""
-    print(text + (f"  skipped {line['skipped']}" if line["skipped"] else ""), flush=True)
+    text += "  skipped {skipped}" if line["skipped"] else ""
+    print(text.format(**line, share=min(1, line["tokens"] / total), left=clock(max(0, seconds_left))), flush=True)
     if "val_bpb" in line:
         facts = run.corpus.facts
-        print(f"held-out: {line['val_bpb']:.4f} bits per byte, {line['val_bpb'] * facts['heldout_bytes'] / 8 / facts['xz']:.3f} of "
-              f"xz -9, {line['val_bpb'] * facts['heldout_bytes'] / 8 / facts['gzip']:.3f} of gzip -9", flush=True)
+        ours = line["val_bpb"] * facts["heldout_bytes"] / 8               # bytes that an arithmetic coder would need
+        print(f"held-out: {line['val_bpb']:.4f} bits per byte, {ours / facts['xz']:.3f} of xz -9, "
+              f"{ours / facts['gzip']:.3f} of gzip -9", flush=True)
 
 
 def introduce(run):
     counts, facts, settings = count_params(run.config), run.corpus.facts, run.settings
     print(f"{run.out}: {settings['preset']} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
-          f"{counts['total'] / 1e6:.2f}M parameters ({counts['active'] / 1e6:.2f}M active) and {counts['mtp'] / 1e6:.2f}M of MTP")
+          f"{counts['total'] / 1e6:.2f}M parameters, {counts['active'] / 1e6:.2f}M active; MTP {counts['mtp'] / 1e6:.2f}M more")
     print(f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
-          f"{facts['heldout_bytes']:,} held out (gzip -9 {facts['gzip']:,}, xz -9 {facts['xz']:,}); tokens {facts['tokens']}")
+          f"{facts['heldout_bytes']:,} held out (gzip -9 {facts['gzip']:,}, xz -9 {facts['xz']:,}), tokens "
+          f"{facts['tokens']}")
     for phase in run.phases:
         print(phase)
     print(f"resumed from {run.checkpoint}" if run.checkpoint else "", end="\n" if run.checkpoint else "", flush=True)
@@ -1023,7 +1035,7 @@ def continue_text(run, checkpoint, device, prompt, new_tokens=200, temperature=0
     encoding = load_encoding(run / "tokenizer.tiktoken", stored["corpus"]["pattern"], end)
     ids = torch.tensor([[end, *encode_bytes(encoding, os.fsencode(prompt))]], device=device)
     ids = generate(model, ids, new_tokens, temperature, top_k, top_p, seed)
-    known = [i for i in ids[0, 1:].tolist() if i <= end]                  # the model may have more rows than there are tokens
+    known = [i for i in ids[0, 1:].tolist() if i <= end]                  # the model may have more rows than tokens
     return encoding.decode_bytes(known).decode(errors="replace")
 
 

@@ -1,0 +1,500 @@
+"""
+The trainer: tokenizer, data and its order, phases, one step, exact resume, and what is said to a user who errs.
+
+Runs are made by train.main in this process on a few kilobytes of made-up text; only what kills a run starts another process.
+"""
+import gzip
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import parallel  # noqa: E402
+import train  # noqa: E402
+
+TINY = ("--set hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
+        "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 qk_rope_head_dim=4 "
+        "v_head_dim=8 --seq-len 16 --global-batch 4 --micro-batch 2 --warmup-steps 2 --threads 1").split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of 8 files of words in a random order."""
+    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    words = "the model reads a word and guesses which one follows é 12 (x_y)\n".split(" ")
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choices(words, k=900)))
+    return folder
+
+
+@pytest.fixture
+def at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*argv):
+    train.main([str(word) for word in argv])
+
+
+def refusal(capsys, *argv):
+    """What a refused command says: one line, exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    return error[-1]
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(checkpoint, tmp_path):
+    """All tensors of a checkpoint's model and optimizer as one hash."""
+    dcp_to_torch_save(checkpoint, tmp_path / "all.pt")
+    state = torch.load(tmp_path / "all.pt", weights_only=False)
+    digest = hashlib.sha256()
+
+    def add(name, value):
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                add(f"{name}.{key}", value[key])
+        elif isinstance(value, torch.Tensor):
+            digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    add("", state)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def test_first_merges():
+    """aaabdaaabac: 'aa' (4 times) is the first pair, then 'aaa' or 'ab'."""
+    ranks = train.learn_bpe(["aaabdaaabac"], 256 + 4)
+    tokens = sorted(ranks, key=ranks.get)
+    assert tokens[:256] == [bytes([i]) for i in range(256)]
+    assert tokens[256] == b"aa"
+    assert len(ranks) == 259
+
+
+def test_bpe_equals_the_plain_algorithm():
+    """The fast bookkeeping finds the same merges as counting all pairs anew each time."""
+    text = (ROOT / "tests" / "test_train.py").read_text()[:6000]
+    fast = train.learn_bpe([text], 256 + 60)
+    counts = {}
+    for word in train.regex.findall(train.PATTERN, text):
+        counts[word] = counts.get(word, 0) + 1
+    words = [[[bytes([b]) for b in word.encode()], n] for word, n in counts.items()]
+    vocabulary = [bytes([i]) for i in range(256)]
+    while len(vocabulary) < 256 + 59:
+        pairs = {}
+        for word, n in words:
+            for pair in zip(word, word[1:]):
+                if pair[0] + pair[1] not in vocabulary:
+                    pairs[pair] = pairs.get(pair, 0) + n
+        best = min(pairs, key=lambda pair: (-pairs[pair], [vocabulary.index(part) for part in pair]))
+        vocabulary.append(best[0] + best[1])
+        for entry in words:
+            entry[0] = joined(entry[0], best)
+    assert sorted(fast, key=fast.get) == vocabulary
+
+
+def joined(word, pair):
+    out, i = [], 0
+    while i < len(word):
+        both = tuple(word[i:i + 2]) == pair
+        out.append(pair[0] + pair[1] if both else word[i])
+        i += 2 if both else 1
+    return out
+
+
+def test_round_trip_of_any_bytes():
+    encoding = train.make_encoding(train.learn_bpe(["a few words, é and 字 <|endoftext|>"] * 3, 280))
+    rng = random.Random(1)
+    for data in (b"", b"\xff\xfe\x00", "é字\r\n  <|endoftext|>".encode(), rng.randbytes(2000)):
+        assert encoding.decode_bytes(train.encode_bytes(encoding, data)) == data
+
+
+def test_saved_encoding_is_the_same(at):
+    encoding = train.make_encoding(train.learn_bpe(["some words, some more words"], 270))
+    train.save_encoding(encoding, at / "t.tiktoken")
+    again = train.load_encoding(at / "t.tiktoken")
+    assert again.encode_ordinary("some other words") == encoding.encode_ordinary("some other words")
+    assert again.n_vocab == encoding.n_vocab
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def corpus_of(data, at, **changes):
+    settings = train.settings_of(dict(data=[str(path) for path in data], **changes))
+    return train.prepare(settings, 300, at)
+
+
+def test_tokens_give_back_the_text(text, at):
+    """Decoded, the two files of tokens hold every byte once, documents ended by END."""
+    corpus = corpus_of([text], at)
+    parts = [corpus.encoding.decode_bytes(tokens[1:].tolist()) for tokens in (corpus.train["text"], corpus.heldout)]
+    files = {file.read_bytes() for file in text.iterdir()}
+    found = {document for part in parts for document in part.split(train.END.encode()) if document}
+    assert found == files and corpus.facts["files"] == 8
+    assert corpus.facts["train_bytes"] + corpus.facts["heldout_bytes"] == sum(map(len, files))
+    held = parts[1].replace(train.END.encode(), b"")
+    assert len(held) == corpus.facts["heldout_bytes"] and corpus.facts["gzip"] == len(gzip.compress(held, 9, mtime=0))
+
+
+def test_held_out_by_hash_of_path():
+    """300 names: held out are those with a small hash, whatever their order and number."""
+    files = [train.TextFile("text", f"{i}.txt", None) for i in range(300)]
+    shares = [train.share_of(file.name) for file in files]
+    assert 0.02 < sum(share < 0.05 for share in shares) / 300 < 0.09 and min(shares) >= 0 and max(shares) < 1
+
+
+def test_tokenised_once_and_change_noticed(text, at, capsys):
+    corpus_of([text], at)
+    capsys.readouterr()
+    corpus_of([text], at)
+    assert "learning" not in capsys.readouterr().out
+    os.utime(text / "0.txt", (1, 1))
+    corpus_of([text], at)
+    assert "learning" in capsys.readouterr().out
+    assert len(list(at.glob("data-*"))) == 2
+
+
+def test_sources_agree(text, at):
+    """The same documents as .jsonl, .jsonl.gz, and as a .bin of their tokens give the same training tokens."""
+    documents = [file.read_text() for file in sorted(text.iterdir())]
+    lines = "".join(json.dumps(dict(text=document)) + "\n" for document in documents)
+    (at / "a.jsonl").write_text(lines)
+    (at / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    plain, packed = corpus_of([at / "a.jsonl"], at), corpus_of([at / "a.jsonl.gz"], at)
+    assert np.array_equal(plain.train["text"], packed.train["text"])
+    train.save_encoding(plain.encoding, at / "t.tiktoken")
+    np.array([*plain.train["text"]], np.uint16).tofile(at / "a.bin")
+    tokens = corpus_of([at / "a.bin"], at, tokenizer=str(at / "t.tiktoken"))
+    assert np.array_equal(tokens.train["text"][1:], plain.train["text"])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 1000])
+def test_shuffle_is_a_permutation(n):
+    order = [train.shuffled(i, n, "seed") for i in range(n)]
+    assert sorted(order) == list(range(n))
+    assert n < 17 or order != list(range(n))
+
+
+def test_no_token_twice_in_an_epoch(text, at):
+    corpus = corpus_of([text], at)
+    corpus.train["text"] = np.arange(1000)                                # a token is its own place
+    phase = train.Phase(tokens=1000, seq_len=16, global_batch=4, lr=1, min_lr=1)
+    order = train.Order(corpus, phase, 2, 0)
+    n_windows = (1000 - 18) // 16 + 1
+    epoch = np.concatenate([order.window(i)[:16] for i in range(n_windows)])
+    assert len(set(epoch.tolist())) == n_windows * 16
+    again = np.concatenate([order.window(n_windows + i)[:16] for i in range(n_windows)])
+    assert set(epoch.tolist()) == set(again.tolist()) and not np.array_equal(epoch, again)
+    assert np.array_equal(order.batch(5 * 16, 3)[2], order.window(7))
+
+
+def test_mix_has_the_shares_asked_for(text, at):
+    corpus = corpus_of([f"a={text}", f"b={ROOT / 'tests'}"], at)
+    phase = train.Phase(tokens=1000, seq_len=16, global_batch=4, lr=1, min_lr=1, mix=dict(a=0.25, b=0.75))
+    pattern = train.Order(corpus, phase, 2, 0).pattern
+    assert pattern.count("a") == 250 and len(pattern) == 1000
+    with pytest.raises(ValueError, match="NAME=PATH"):
+        train.mix_pattern(corpus, train.replace(phase, mix=dict(c=1)), 0)
+
+
+def test_examples_shift_and_documents():
+    """Window 1 2 E 4 5 6 with one MTP depth: inputs 1 2 E 4; targets 2 E 4 5 and E 4 5 6; E belongs to what it ends."""
+    ids, targets, documents = train.examples(np.array([[1, 2, 9, 4, 5, 6]]), 2, torch.device("cpu"), document_end=9)
+    assert ids.tolist() == [[1, 2, 9, 4]]
+    assert targets.tolist() == [[[2, 9, 4, 5], [9, 4, 5, 6]]]
+    assert documents.tolist() == [[0, 0, 0, 1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phases
+
+
+def test_learning_rate():
+    phase = train.Phase(tokens=1000, seq_len=1, global_batch=1, lr=1.0, min_lr=0.1, warmup_tokens=100)
+    assert phase.learning_rate(50) == 0.5 and phase.learning_rate(1000) == pytest.approx(0.1)
+    assert phase.learning_rate(500) == pytest.approx(0.55)
+
+
+def test_batch_warmup():
+    settings = train.settings_of(dict(batch_warmup=["4", "300"], global_batch=16, micro_batch=4))
+    phase = train.make_phases(settings, {})[0]
+    assert [phase.batch(t) for t in (0, 99, 100, 250, 300, 1e6)] == [4, 4, 8, 12, 16, 16]
+
+
+def test_published_phases_scale():
+    given = dict(phases="pangu-ultra", tokens=1.32e6, seq_len=64, global_batch=32, micro_batch=4, lr=1e-3)
+    phases = train.make_phases(train.settings_of(given), given)
+    assert sum(phase.tokens for phase in phases) == pytest.approx(1.32e6)
+    assert [phase.seq_len for phase in phases] == [64, 64, 128, 512, 2048]
+    assert phases[0].batches == [[0, 16], [pytest.approx(1.2e5), 24], [pytest.approx(1.9e5), 32]]
+    assert phases[-1].lr == pytest.approx(7.5e-5) and phases[-1].rope_theta == 2.56e7
+
+
+def test_phases_file_changes_length_and_rope(text, at):
+    """Two phases; the second has longer sequences and another RoPE base, in a model rebuilt from the first one's end."""
+    rows = [dict(tokens=256), dict(tokens=256, seq_len=32, rope_theta=1e5, global_batch=2, lr=1e-3)]
+    (at / "p.json").write_text(json.dumps(rows))
+    run("--data", text, "--phases", "p.json", "--out", "r", *TINY)
+    assert len(losses(at / "r")) == 8 and len(json.loads((at / "r/config.json").read_text())["phases"]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def small_model(seed=0, **changes):
+    config = train.replace(train.make_config(train.settings_of(dict(set=TINY[1:13]))), **changes)
+    model = train.Model(config)
+    model.init_weights(seed)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+
+def random_batch(sequences=4, seed=0):
+    windows = np.random.default_rng(seed).integers(0, 300, (sequences, 18))
+    return train.examples(windows, 2, torch.device("cpu"))
+
+
+def test_step_that_is_not_finite_changes_nothing():
+    model, optimizer = small_model()
+    train.train_step(model, optimizer, random_batch(), 2, 1.0)
+    before = [t.clone() for t in (*model.parameters(), *(v for s in optimizer.state.values() for v in s.values()))]
+    hook = model.norm.register_forward_hook(lambda module, inputs, out: out * math.nan)
+    measures = dict(zip(train.MEASURES, train.train_step(model, optimizer, random_batch(), 2, 1.0).tolist()))
+    hook.remove()
+    after = [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
+    assert measures["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, after))
+    assert train.train_step(model, optimizer, random_batch(), 2, 1.0)[train.MEASURES.index("skipped")] == 0
+
+
+def test_accumulation_and_clipping():
+    """Four micro-batches of one sequence step like one of four (balance per sequence), and like torch's own clipping."""
+    results = []
+    for micro in (1, 4):
+        model, optimizer = small_model(balance="sequence")
+        model.double()
+        measures = train.train_step(model, optimizer, random_batch(), micro, 0.1)
+        results.append((measures[:4], torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
+    assert (results[0][1] - results[1][1]).abs().max() < 1e-9
+
+    model, optimizer = small_model(balance="sequence")
+    model.double()
+    ids, targets, _ = random_batch()
+    model(ids, targets=targets).total_loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, error_if_nonfinite=True)
+    optimizer.step()
+    assert (torch.cat([p.detach().flatten() for p in model.parameters()]) - results[1][1]).abs().max() < 1e-6
+
+
+def test_evaluation_counts_every_token_once():
+    """Bits per byte of a model that knows nothing (all logits 0) are those of a uniform guess, for any length of text."""
+    model, _ = small_model()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    for n in (2, 17, 18, 40, 41, 100):
+        corpus = train.Corpus(None, 0, {}, np.arange(n) % 300, dict(heldout_bytes=2 * n))
+        found = train.evaluate(model, corpus, 16, 3)
+        assert found["val_loss"] == pytest.approx(math.log(300), rel=1e-5), n
+        assert found["val_bpb"] == pytest.approx(math.log2(300) * (n - 1) / (2 * n), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs: the same, resumed, stopped, killed
+
+
+def test_a_run_leaves_what_it_promises(text, at, capsys):
+    run("--data", text, "--steps", 6, "--save-every", 2, "--keep", 2, "--out", "r", *TINY)
+    out = capsys.readouterr().out
+    lines = [json.loads(line) for line in (at / "r/metrics.jsonl").read_text().splitlines()]
+    keys = "step tokens loss mtp_loss aux_loss grad_norm lr step_ms tokens_per_s mfu mem_gib max_vio drop_rate skipped"
+    assert all(set(keys.split()) <= set(line) for line in lines) and {"val_loss", "val_bpb"} <= set(lines[-1])
+    assert parallel.steps_in(at / "r/ckpt") == [4, 6] and (at / "r/sample.txt").read_text().startswith("def ")
+    assert "of xz -9" in out and "left 0:00:0" in out
+    assert json.loads((at / "r/config.json").read_text())["config"]["balance_group"] == 2
+    run("sample", "--init", "r", "--prompt", "the é", "--new-tokens", 3)
+    assert capsys.readouterr().out.startswith("the é")
+
+
+def test_resumed_run_is_the_same_run(text, at):
+    """8 steps at once; and 8 steps resumed twice, from the newest and from an older checkpoint: the same bits."""
+    options = ("--data", text, "--steps", 8, "--save-every", 3, *TINY)
+    run(*options, "--out", "a")
+    run(*options, "--out", "b")
+    assert losses(at / "a") == losses(at / "b")
+    run("--resume", "b/ckpt/step_3")
+    assert losses(at / "a") == losses(at / "b")
+    assert weights(at / "a/ckpt/step_8", at) == weights(at / "b/ckpt/step_8", at)
+    run("--resume", "b", "--steps", 10)
+    assert len(losses(at / "b")) == 10 and losses(at / "b")[:8] == losses(at / "a")
+
+
+def start(*argv, **options):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f"step {step} "):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_sigterm_then_kill_then_resume(text, at):
+    """SIGTERM leaves a checkpoint and exit status 0, kill -9 leaves what was complete; resumed, the run is the same run."""
+    options = ("--data", text, "--steps", 40, "--save-every", 4, *TINY)
+    run(*options, "--out", "a")
+    process = start(*options, "--out", "b")
+    wait_for_step(process, 3)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "go on with" in out, err
+    process = start("--resume", "b")
+    wait_for_step(process, 20)
+    process.kill()
+    process.communicate()
+    run("--resume", "b")
+    assert losses(at / "a") == losses(at / "b")
+    assert weights(at / "a/ckpt/step_40", at) == weights(at / "b/ckpt/step_40", at)
+
+
+def test_full_disk_while_saving(text, at):
+    """A file may grow to 40 kB, less than the checkpoint: one line, exit 2, the earlier checkpoint whole."""
+    options = ("--data", text, "--steps", 4, "--out", "r", *TINY)
+    run(*options)
+    limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)))
+    process = start("--resume", "r", "--steps", 8, **limit)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "could not be written" in err and "Traceback" not in err, err
+    assert "File too large" in err and parallel.steps_in(at / "r/ckpt") == [4] and not list(at.glob("r/ckpt/*.tmp"))
+    parallel.check_files(at / "r/ckpt/step_4")
+
+
+def test_folder_in_use(text, at, capsys):
+    process = start("--data", text, "--steps", 100000, "--out", "r", *TINY)
+    wait_for_step(process, 1)
+    try:
+        assert "in use by another run" in refusal(capsys, "--data", text, "--out", "r", *TINY)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_never_finite_stops(text, at):
+    with pytest.raises(SystemExit) as stop:
+        run("--data", text, "--steps", 50, "--out", "r", *TINY, "--lr", "1e30", "--warmup-steps", 0, "--max-skips", 3)
+    assert "not finite 3 times in a row" in str(stop.value) and "lower --lr" in str(stop.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: each with one clear line
+
+
+def test_bad_settings(text, at, capsys):
+    for argv, words in [
+            (("--preset", "huge"), "unknown preset 'huge': use one of tiny"),
+            (("--set", "hiden_size=3"), "--set hiden_size=3: write KEY=VALUE with a key of"),
+            (("--set", "num_experts_per_tok=99"), "num_experts_per_tok=99"),
+            (("--colour", "red"), "unrecognized arguments: --colour red"),
+            (("--device", "tpu"), "use auto, cpu, cuda or npu"),
+            (("--precision", "fp4"), "use auto, fp32 or bf16"),
+            (("--seq-len", "5000"), "max_position_embeddings=1024"),
+            (("--global-batch", "5", "--micro-batch", "2"), "global_batch=5"),
+            (("--phases", "none.json"), "no such file"),
+            (("--batch-warmup", "x", "y"), "two numbers"),
+            (("--tokenizer", "none.tiktoken"), "no tiktoken file"),
+            (("--data", "nowhere"), "--data nowhere: no such file or folder")]:
+        assert words in refusal(capsys, "--data", text, "--out", "r", *argv), argv
+    assert not (at / "r").exists() or not list((at / "r").glob("ckpt/*"))
+
+
+def test_bad_text(text, at, capsys):
+    (at / "empty").mkdir()
+    (at / "latin.txt").write_bytes(b"caf\xe9 " * 10)
+    (at / "zero.txt").write_bytes(b"a\0b")
+    (at / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (at / "nofield.jsonl").write_text('{"body": "a"}\n')
+    (at / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
+    (at / "short.txt").write_text("short")
+    np.array([1, 2, 65000], np.uint16).tofile(at / "ids.bin")
+    train.save_encoding(train.make_encoding(train.learn_bpe(["ab"], 258)), at / "t.tiktoken")
+    for argv, words in [
+            (("empty",), "this folder has no text"),
+            (("latin.txt",), "latin.txt is not UTF-8 text"),
+            (("zero.txt",), "zero.txt is not text"),
+            (("broken.jsonl",), "broken.jsonl, line 2: not JSON"),
+            (("nofield.jsonl",), "nofield.jsonl, line 1: no text under 'text'; name the right key with --text-field"),
+            (("cut.jsonl.gz",), "not a whole gzip file"),
+            (("short.txt",), "one sequence needs 18"),
+            (("ids.bin",), "name the tokenizer"),
+            (("ids.bin", "--tokenizer", "t.tiktoken"), "holds id 65000")]:
+        assert words in refusal(capsys, "--out", "r", *TINY, "--data", *argv), argv
+    assert not list(at.glob("data-*.tmp"))
+
+
+def test_bad_resume(text, at, capsys):
+    run("--data", text, "--steps", 4, "--save-every", 2, "--out", "r", *TINY)
+    assert "already holds a run: --resume r" in refusal(capsys, "--data", text, "--out", "r", *TINY)
+    assert "no complete checkpoint" in refusal(capsys, "--resume", "nowhere")
+    assert "--seed 3: the run in r has 0" in refusal(capsys, "--resume", "r", "--seed", 3)
+    assert "the text is not what r began with" in refusal(capsys, "--resume", "r", "--data", ROOT / "tests")
+
+    (at / "r/ckpt/step_9.tmp").mkdir()                                    # of a killed run
+    data = next((at / "r/ckpt/step_4").glob("*.distcp"))
+    whole = data.read_bytes()
+    data.write_bytes(whole[:1000])
+    message = refusal(capsys, "--resume", "r")
+    assert "step_4 is damaged" in message and "1000 of" in message and "--resume r/ckpt/step_2" in message
+    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "is not what was written" in refusal(capsys, "--resume", "r")
+    run("--resume", "r/ckpt/step_2")
+    assert parallel.steps_in(at / "r/ckpt") == [2, 4]
+
+    config = json.loads((at / "r/config.json").read_text())
+    config["config"]["moe_intermediate_size"] = 12
+    (at / "r/config.json").write_text(json.dumps(config))
+    assert "another shape" in refusal(capsys, "--resume", "r", "--steps", 6)
+
+
+def test_named_tokenizer_without_network(text, at, capsys, monkeypatch):
+    def offline(name):
+        raise ConnectionError("no route")
+    monkeypatch.setattr(train.tiktoken, "get_encoding", offline)
+    assert "could not be downloaded" in refusal(capsys, "--data", text, "--tokenizer", "gpt2", "--out", "r", *TINY)
+
+
+@pytest.mark.slow
+def test_large_text_in_bounded_memory(at):
+    """200 MB tokenise with less than 600 MiB of resident memory, and progress is shown."""
+    block = (ROOT / "train.py").read_text()
+    with open(at / "big.txt", "w") as file:
+        while file.tell() < 200e6:
+            file.write(block)
+    code = (f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import train; "
+            "train.prepare(train.settings_of(dict(data=['big.txt'])), 2048, '.'); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "tokenising: " in out and " left" in out
+    assert int(out.split()[-1]) < 1500, out
