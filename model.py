@@ -368,48 +368,37 @@ class WeightGradStore:
             weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
 
 
-class DeferredLinear(torch.autograd.Function):
-    """x (..., in) @ weight (out, in)^T, the weight gradient put in a store."""
-
-    @staticmethod
-    def forward(ctx, x, weight, store):
-        ctx.save_for_backward(x, weight)
-        ctx.store = store
-        return F.linear(x, weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        ctx.store.put(weight, lambda: (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype))
-        return grad @ weight.to(grad.dtype), None, None
-
-
 def grouped_matmul(x, weight, counts, store=None):
     """Each expert's rows by its own matrix: x (M, in) sorted by expert, weight (E, out, in), counts (E,) -> (M, out).
 
-    counts sum to M and stay on the device. With a store the weight gradient is put there.
+    counts sum to M and stay on the device. A store takes the weight gradient.
     """
-    return GroupedMatmul.apply(x, weight, counts, store)
+    return Matmul.apply(x, weight, counts, store)
 
 
-class GroupedMatmul(torch.autograd.Function):
-    """torch_npu's grouped matmul has no backward, and deferring weight gradients needs the two halves apart."""
+class Matmul(torch.autograd.Function):
+    """x @ weight^T, expert by expert where there are counts. torch_npu's grouped matmul has no backward, and a weight
+    gradient can only be deferred where it is made apart from the input's."""
 
     @staticmethod
     def forward(ctx, x, weight, counts, store):
         ctx.save_for_backward(x, weight, counts)
         ctx.store = store
-        return matmul_by_expert(x, weight.to(x.dtype).transpose(1, 2), counts)
+        w = weight.to(x.dtype)
+        return F.linear(x, w) if counts is None else matmul_by_expert(x, w.transpose(1, 2), counts)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, counts = ctx.saved_tensors
-        grad = grad.contiguous()                                          # grouped_mm refuses strides of 0
+        grad, w = grad.contiguous(), weight.to(grad.dtype)                # grouped_mm refuses strides of 0
 
         def weight_grad():
-            return matmul_by_expert(grad.t(), x, counts).to(weight.dtype)
+            rows = grad.flatten(0, -2).t()
+            return (rows @ x.flatten(0, -2) if counts is None else matmul_by_expert(rows, x, counts)).to(weight.dtype)
 
-        grad_x = matmul_by_expert(grad, weight.to(grad.dtype), counts) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ w if counts is None else matmul_by_expert(grad, w, counts)
         if ctx.store is not None:
             ctx.store.put(weight, weight_grad)
             return grad_x, None, None, None
@@ -615,9 +604,9 @@ class Linear(nn.Module):
         self.store = None                                                 # a WeightGradStore: gradients are deferred
 
     def forward(self, x):
-        if self.store is not None:
-            return DeferredLinear.apply(x, self.weight, self.store)
-        return F.linear(x, self.weight.to(x.dtype))
+        if self.store is None:
+            return F.linear(x, self.weight.to(x.dtype))
+        return Matmul.apply(x, self.weight, None, self.store)
 
 
 class Norm(nn.Module):
