@@ -233,8 +233,8 @@ def load_encoding(path, pattern=PATTERN, end=None):
         pairs = (line.split() for line in Path(path).read_bytes().splitlines())
         return make_encoding({base64.b64decode(token): int(rank) for token, rank in pairs}, pattern, end=end)
     except (OSError, ValueError):
-        raise UserError(f"--tokenizer {path}: no tiktoken file here; use learn, gpt2, cl100k_base, o200k_base or a file "
-                        f"of base64 and rank a line") from None
+        raise UserError(f"--tokenizer {path}: no tiktoken file here; use learn, gpt2, cl100k_base, o200k_base or a "
+                        f"file of base64 and rank a line") from None
 
 
 def named_encoding(name):
@@ -328,8 +328,8 @@ def read_bin(path, encoding):
     for start in range(0, len(ids), PIECE):
         piece = ids[start:start + PIECE].tolist()
         if max(piece) >= encoding.n_vocab:
-            raise UserError(f"{path} holds id {max(piece)}, the tokenizer has {encoding.n_vocab}: name the one that made "
-                            f"the file with --tokenizer")
+            raise UserError(f"{path} holds id {max(piece)}, the tokenizer has {encoding.n_vocab}: name the one that "
+                            f"made the file with --tokenizer")
         yield piece, False
 
 
@@ -507,8 +507,8 @@ def mix(english, chinese, multilingual, instruction, math, code):
 
 GENERAL, REASONING, ANNEALING = mix(54, 13, 8, 2, 6, 17), mix(14, 6, 4, 11, 28, 37), mix(21, 20, 3, 20, 18, 18)
 PUBLISHED_PHASES = {   # sister models' schedules, stand-ins for what the paper does not publish
-    # Pangu Ultra 135B, arXiv:2504.07866. Assumed by us: batches count sequences, phase 3 falls along a cosine, and the two
-    # long-context phases halve the 0.4T of annealing.
+    # Pangu Ultra 135B, arXiv:2504.07866. Assumed by us: batches count sequences, phase 3 falls along a cosine, and the
+    # two long-context phases halve the 0.4T of annealing.
     "pangu-ultra": [
         Phase(7.4e12, 4096, [[0, 1024], [1.2e12, 1536], [1.9e12, 2048]], 1e-4, 1e-5, "cosine", 4000 * 1024 * 4096, 1e4,
               GENERAL),
@@ -525,7 +525,7 @@ PUBLISHED_PHASES = {   # sister models' schedules, stand-ins for what the paper 
 
 
 def make_phases(settings, given):
-    """The run's phases. In a published schedule tokens, largest batch, first length and first rate become those given."""
+    """The phases; a published schedule's tokens, largest batch, first length and first rate become those given."""
     batch, seq_len = settings["global_batch"], settings["seq_len"]
     step = batch * seq_len
     single = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=seq_len,
@@ -538,7 +538,8 @@ def make_phases(settings, given):
     try:
         return [Phase(**(single | row)) for row in json.loads(Path(settings["phases"]).read_text())]
     except OSError:
-        raise UserError(f"--phases {settings['phases']}: no such file; use one, or {' or '.join(PUBLISHED_PHASES)}") from None
+        raise UserError(f"--phases {settings['phases']}: no such file; use {', '.join(PUBLISHED_PHASES)} or a file"
+                        ) from None
     except (ValueError, TypeError) as error:
         names = ", ".join(field.name for field in dataclasses.fields(Phase))
         raise UserError(f"--phases {settings['phases']}: {error}; write a JSON list of objects with {names}") from None
@@ -817,15 +818,24 @@ def open_run(given):
         for _, batch in phase.batches:
             check_plan(run.config, replace(run.plan, seq_len=phase.seq_len, global_batch=batch), devices=1)
     run.out, run.lock = open_folder(settings)
+    try:
+        fill_run(run, given, stored)
+    except BaseException:
+        run.lock.close()
+        raise
+    return run
+
+
+def fill_run(run, given, stored):
+    """The part of open_run that needs the folder."""
     run.progress = dict(step=0, tokens=0, phase=0, phase_tokens=0, skipped=0, skipped_in_a_row=0)
-    if checkpoint:
-        read_progress(checkpoint, run.progress)
-    run.corpus = prepare(settings, run.config.vocab_size, run.out.parent)
+    if run.checkpoint:
+        read_progress(run.checkpoint, run.progress)
+    run.corpus = prepare(run.settings, run.config.vocab_size, run.out.parent)
     run.config = settle(run)
     for phase in run.phases:
         order_of(run, phase)
     continue_folder(run, stored) if stored else begin_folder(run, given)
-    return run
 
 
 def fix_automatic(settings, device):
@@ -867,8 +877,8 @@ def continue_folder(run, stored):
     """The same text as before; the log is cut back, and checkpoints later than the one resumed from are put aside."""
     now, before = run.corpus.facts["sha256"], stored["corpus"]["sha256"]
     if now != before:
-        raise UserError(f"the text is not what {run.out} began with (sha256 {now[:12]}, was {before[:12]}): give the old "
-                        f"text with --data, or start a new run")
+        raise UserError(f"the text is not what {run.out} began with (sha256 {now[:12]}, was {before[:12]}): give the "
+                        f"old text with --data, or start a new run")
     cut_metrics(run.out / "metrics.jsonl", run.progress["step"])
     for later in parallel.steps_in(run.out / "ckpt"):
         if later > run.progress["step"]:
@@ -881,6 +891,7 @@ def config_of(run, phase):
 
 def build(run, phase, checkpoint):
     """Model and optimizer for a phase, as the checkpoint left them or as initialised."""
+    torch.manual_seed(run.settings["seed"])
     with torch.device("meta"):
         model = Model(config_of(run, phase))
     model.to_empty(device=run.device)
@@ -924,7 +935,8 @@ def pretrain(given):
 
             # 2. the step; tolist waits for the device, the only time
             measures = train_step(model, optimizer, batch, settings["micro_batch"], settings["clip"])
-            line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr, **dict(zip(MEASURES, measures.tolist())))
+            line = dict(zip(MEASURES, measures.tolist()))
+            line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr) | line
             count_skips(run, line)
 
             # 3. the log; once in a while held-out text and checkpoint
@@ -969,13 +981,14 @@ def count_skips(run, line):
     if progress["skipped_in_a_row"] >= most:
         steps = parallel.steps_in(run.out / "ckpt")
         where = f"start anew, or from {run.out / 'ckpt' / f'step_{steps[-1]}'}," if steps else "start anew"
-        sys.exit(f"train.py: step {progress['step']}: loss or gradient not finite {most} times in a row; {where} with a "
-                 f"lower --lr")
+        sys.exit(f"train.py: step {progress['step']}: loss or gradient not finite {most} times in a row; {where} with "
+                 f"a lower --lr")
 
 
 def print_step(run, line, total, seconds_left):
     text = "step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
-    text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  left {left}"
+    text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
+    text += "left {left}"
     text += f"  MFU {line['mfu']:.1%} of {run.settings['peak_tflops']:g} TFLOP/s" if line["mfu"] else ""
     text += "  skipped {skipped}" if line["skipped"] else ""
     print(text.format(**line, share=min(1, line["tokens"] / total), left=clock(max(0, seconds_left))), flush=True)
@@ -988,8 +1001,9 @@ def print_step(run, line, total, seconds_left):
 
 def introduce(run):
     counts, facts, settings = count_params(run.config), run.corpus.facts, run.settings
+    total, active, mtp = (f"{counts[part] / 1e6:.2f}M" for part in ("total", "active", "mtp"))
     print(f"{run.out}: {settings['preset']} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
-          f"{counts['total'] / 1e6:.2f}M parameters, {counts['active'] / 1e6:.2f}M active; MTP {counts['mtp'] / 1e6:.2f}M more")
+          f"{total} parameters, {active} active; MTP {mtp} more")
     print(f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
           f"{facts['heldout_bytes']:,} held out (gzip -9 {facts['gzip']:,}, xz -9 {facts['xz']:,}), tokens "
           f"{facts['tokens']}")

@@ -1,7 +1,7 @@
 """
 The trainer: tokenizer, data and its order, phases, one step, exact resume, and what is said to a user who errs.
 
-Runs are made by train.main in this process on a few kilobytes of made-up text; only what kills a run starts another process.
+Runs are made by train.main in this process on a few kilobytes of made-up text; what kills a run starts another.
 """
 import gzip
 import hashlib
@@ -26,8 +26,8 @@ import parallel  # noqa: E402
 import train  # noqa: E402
 
 TINY = ("--set hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
-        "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 qk_rope_head_dim=4 "
-        "v_head_dim=8 --seq-len 16 --global-batch 4 --micro-batch 2 --warmup-steps 2 --threads 1").split()
+        "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
+        "qk_rope_head_dim=4 v_head_dim=8 --seq-len 16 --global-batch 4 --micro-batch 2 --warmup-steps 2 --threads 1").split()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,8 @@ def weights(checkpoint, tmp_path):
                 add(f"{name}.{key}", value[key])
         elif isinstance(value, torch.Tensor):
             digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    add("", state)
+    add("model", state["model"])
+    add("optimizer", state["optimizer"])
     return digest.hexdigest()
 
 
@@ -254,7 +255,7 @@ def test_published_phases_scale():
 
 
 def test_phases_file_changes_length_and_rope(text, at):
-    """Two phases; the second has longer sequences and another RoPE base, in a model rebuilt from the first one's end."""
+    """Two phases; the second, in a model rebuilt, has longer sequences and another RoPE base."""
     rows = [dict(tokens=256), dict(tokens=256, seq_len=32, rope_theta=1e5, global_batch=2, lr=1e-3)]
     (at / "p.json").write_text(json.dumps(rows))
     run("--data", text, "--phases", "p.json", "--out", "r", *TINY)
@@ -290,7 +291,7 @@ def test_step_that_is_not_finite_changes_nothing():
 
 
 def test_accumulation_and_clipping():
-    """Four micro-batches of one sequence step like one of four (balance per sequence), and like torch's own clipping."""
+    """Four micro-batches of one sequence step like one of four, and like torch's own clipping."""
     results = []
     for micro in (1, 4):
         model, optimizer = small_model(balance="sequence")
@@ -310,7 +311,7 @@ def test_accumulation_and_clipping():
 
 
 def test_evaluation_counts_every_token_once():
-    """Bits per byte of a model that knows nothing (all logits 0) are those of a uniform guess, for any length of text."""
+    """A model that knows nothing (all logits 0) has the bits per byte of a uniform guess, for any length."""
     model, _ = small_model()
     torch.nn.init.zeros_(model.lm_head.weight)
     for n in (2, 17, 18, 40, 41, 100):
@@ -351,8 +352,8 @@ def test_resumed_run_is_the_same_run(text, at):
 
 
 def start(*argv, **options):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
 
 
 def wait_for_step(process, step):
@@ -363,7 +364,7 @@ def wait_for_step(process, step):
 
 
 def test_sigterm_then_kill_then_resume(text, at):
-    """SIGTERM leaves a checkpoint and exit status 0, kill -9 leaves what was complete; resumed, the run is the same run."""
+    """SIGTERM leaves a checkpoint and status 0, kill -9 what was complete; resumed, it is the same run."""
     options = ("--data", text, "--steps", 40, "--save-every", 4, *TINY)
     run(*options, "--out", "a")
     process = start(*options, "--out", "b")
@@ -487,7 +488,7 @@ def test_named_tokenizer_without_network(text, at, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_large_text_in_bounded_memory(at):
-    """200 MB tokenise with less than 600 MiB of resident memory, and progress is shown."""
+    """200 MB of text tokenise in bounded resident memory (xz -9 alone takes 0.7 GiB), and progress is shown."""
     block = (ROOT / "train.py").read_text()
     with open(at / "big.txt", "w") as file:
         while file.tell() < 200e6:

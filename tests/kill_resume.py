@@ -1,0 +1,67 @@
+"""
+Kill -9 at random moments, then resume: the run must end as if nothing had happened, bit for bit.
+
+    python tests/kill_resume.py --kills 20        # some minutes on two cores; exit status 0 if all is equal
+
+A checkpoint is written every second step, so that many kills hit one being written. The killed run's losses and final
+weights are compared with those of a run that was left alone.
+"""
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from test_train import ROOT, TINY, losses, parallel, weights
+
+
+def launch(folder, argv):
+    log = open(folder / "killed.log", "a")
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *argv], cwd=folder, stdout=log, stderr=log,
+                            env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+def main(kills, steps, seed):
+    rng, folder = random.Random(seed), Path(tempfile.mkdtemp(prefix="kill_resume_"))
+    words = (ROOT / "train.py").read_text().split()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choices(words, k=2000)))
+    options = ["--data", ".", "--steps", str(steps), "--save-every", "2", *TINY]
+    began = time.monotonic()
+    assert launch(folder, [*options, "--out", "runs/whole"]).wait() == 0, (folder / "killed.log").read_text()[-2000:]
+    seconds = time.monotonic() - began
+    print(f"undisturbed: {seconds:.1f} s for {steps} steps", flush=True)
+
+    killed, unfinished = 0, 0
+    while True:
+        begun = parallel.steps_in(folder / "runs/killed/ckpt")
+        process = launch(folder, ["--resume", "runs/killed"] if begun else [*options, "--out", "runs/killed"])
+        try:
+            process.wait(rng.uniform(0.3, 1.0) * seconds if killed < kills else None)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        killed += 1
+        unfinished += any(folder.glob("runs/killed/ckpt/*.tmp"))
+        print(f"kill {killed}: checkpoints {parallel.steps_in(folder / 'runs/killed/ckpt')}", flush=True)
+    assert process.returncode == 0, (folder / "killed.log").read_text()[-2000:]
+
+    last = f"ckpt/step_{steps}"
+    same_losses = losses(folder / "runs/whole") == losses(folder / "runs/killed")
+    same_weights = weights(folder / f"runs/whole/{last}", folder) == weights(folder / f"runs/killed/{last}", folder)
+    print(f"{killed} kills, {unfinished} of them while a checkpoint was written; losses equal: {same_losses}, "
+          f"weights and moments equal: {same_weights}")
+    return 0 if same_losses and same_weights else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.kills, arguments.steps, arguments.seed))
