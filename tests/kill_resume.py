@@ -19,9 +19,19 @@ from test_train import ROOT, TINY, losses, parallel, weights
 
 
 def launch(folder, argv):
-    log = open(folder / "killed.log", "a")
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *argv], cwd=folder, stdout=log, stderr=log,
-                            env=os.environ | dict(OMP_NUM_THREADS="1"))
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *argv], cwd=folder, stdout=subprocess.PIPE, text=True,
+                            stderr=open(folder / "errors.log", "a"), env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+def kill_at(process, seconds, from_start):
+    """Kill this long after the start, or after the first step. True if it was still running."""
+    if not from_start:
+        next((line for line in process.stdout if line.startswith("step ")), None)
+    time.sleep(seconds)
+    was_running = process.poll() is None
+    process.kill()
+    process.communicate()
+    return was_running
 
 
 def main(kills, steps, seed):
@@ -30,25 +40,24 @@ def main(kills, steps, seed):
     for number in range(8):
         (folder / f"{number}.txt").write_text(" ".join(rng.choices(words, k=2000)))
     options = ["--data", ".", "--steps", str(steps), "--save-every", "2", *TINY]
-    began = time.monotonic()
-    assert launch(folder, [*options, "--out", "runs/whole"]).wait() == 0, (folder / "killed.log").read_text()[-2000:]
-    seconds = time.monotonic() - began
-    print(f"undisturbed: {seconds:.1f} s for {steps} steps", flush=True)
+    whole = launch(folder, [*options, "--out", "runs/whole"])
+    times = [float(line.split(" ms")[0].split()[-1]) / 1e3 for line in whole.stdout if line.startswith("step ")]
+    assert whole.wait() == 0, (folder / "errors.log").read_text()[-2000:]
+    print(f"undisturbed: {sum(times):.1f} s in {steps} steps", flush=True)
 
     killed, unfinished = 0, 0
     while True:
         begun = parallel.steps_in(folder / "runs/killed/ckpt")
         process = launch(folder, ["--resume", "runs/killed"] if begun else [*options, "--out", "runs/killed"])
-        try:
-            process.wait(rng.uniform(0.3, 1.0) * seconds if killed < kills else None)
+        if killed == kills:
+            process.communicate()
             break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if not kill_at(process, rng.uniform(0, 1.5 * sum(times) / (kills + 1)), rng.random() < 0.25):
+            break
         killed += 1
         unfinished += any(folder.glob("runs/killed/ckpt/*.tmp"))
         print(f"kill {killed}: checkpoints {parallel.steps_in(folder / 'runs/killed/ckpt')}", flush=True)
-    assert process.returncode == 0, (folder / "killed.log").read_text()[-2000:]
+    assert process.returncode == 0, (folder / "errors.log").read_text()[-2000:]
 
     last = f"ckpt/step_{steps}"
     same_losses = losses(folder / "runs/whole") == losses(folder / "runs/killed")
@@ -61,7 +70,7 @@ def main(kills, steps, seed):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the run")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     sys.exit(main(arguments.kills, arguments.steps, arguments.seed))
