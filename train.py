@@ -216,10 +216,10 @@ def merge_pair(words, indices, pair, new, pair_counts, words_with):
     return sorted(changed)
 
 
-def make_encoding(ranks, pattern=PATTERN, name="learnt", end=None):
+def make_encoding(ranks, pattern=PATTERN, end=None):
     """{bytes: rank} -> tiktoken.Encoding; the id after the last rank is END's."""
-    end = len(ranks) if end is None else end
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: end})
+    special = {END: len(ranks) if end is None else end}
+    return tiktoken.Encoding("learnt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def save_encoding(encoding, path):
@@ -693,7 +693,7 @@ def evaluate(model, corpus, seq_len, batch, document_end=None):
     starts = range(0, max(1, n - (seq_len - stride)), stride)
     padded = np.full(starts[-1] + batch * stride + seq_len + depths, -1, np.int64)
     padded[:n + 1] = corpus.heldout
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    nats = 0.0
     model.eval()
     for i in range(0, len(starts), batch):
         first = range(i * stride, (i + batch) * stride, stride)
@@ -706,9 +706,9 @@ def evaluate(model, corpus, seq_len, batch, document_end=None):
         counted[len(starts) - i:] = -100                                  # past the end: there to keep the batch whole
         counted.masked_fill_(counted < 0, -100)
         one = torch.ones(depths, device=device)                           # a sum, not a mean
-        total += model(ids.clamp(min=0), targets=counted, doc_ids=doc_ids, loss_tokens=one).loss.double()
+        nats += model(ids.clamp(min=0), targets=counted, doc_ids=doc_ids, loss_tokens=one).loss.item()
     model.train()
-    return dict(val_loss=total.item() / n, val_bpb=total.item() / math.log(2) / corpus.facts["heldout_bytes"])
+    return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ def main(kills, steps, seed):
     rng, folder = random.Random(seed), Path(tempfile.mkdtemp(prefix="kill_resume_"))
     words = (ROOT / "train.py").read_text().split()
     for number in range(8):
-        (folder / f"{number}.txt").write_text(" ".join(rng.choices(words, k=2000)))
-    options = ["--data", ".", "--steps", str(steps), "--save-every", "2", *TINY]
+        (folder / f"text{number}.txt").write_text(" ".join(rng.choices(words, k=2000)))
+    options = ["--data", *(f"text{number}.txt" for number in range(8)), "--steps", str(steps), "--save-every", "2", *TINY]
     whole = launch(folder, [*options, "--out", "runs/whole"])
     times = [float(line.split(" ms")[0].split()[-1]) / 1e3 for line in whole.stdout if line.startswith("step ")]
     assert whole.wait() == 0, (folder / "errors.log").read_text()[-2000:]
