@@ -1078,7 +1078,8 @@ def main(argv=None):
     try:
         command(given)
     except (UserError, parallel.CheckpointError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        advice = "; make room, then --resume the run" if isinstance(error, parallel.SaveFailed) else ""
+        print(f"train.py: {error}{advice}", file=sys.stderr)
         sys.exit(2)
 
 
