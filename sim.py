@@ -24,9 +24,10 @@ import json
 import math
 import re
 import sys
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from itertools import chain, product, zip_longest
+from itertools import accumulate, chain, islice, product, zip_longest
 from typing import NamedTuple
 
 from model import PRESETS, Config
@@ -39,7 +40,8 @@ SWAP = ("expert_out", "attn_out", "optimizer")
 BYTES_OF = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "mxfp8": 2}    # activations; fp8 is for matmuls alone
 PLAN_CHOICES = dict(
     sp=(0, 1), etp=(1,), zero=(0, 1, 3), schedule=("1f1b", "interleaved", "paired", "zbv", "dualpipev"),
-    overlap=("none", "adaptive"), dispatch=("flat", "hierarchical", "dedup"), precision=tuple(BYTES_OF))
+    overlap=("none", "adaptive"), dispatch=("flat", "hierarchical", "dedup"), precision=tuple(BYTES_OF),
+    recompute=RECOMPUTE, swap=SWAP)
 
 
 @dataclass(frozen=True)
@@ -152,26 +154,26 @@ def check_plan(config, plan, hardware=None, devices=None):
     """ValueError, in one line with the numbers and what would fit, for a plan that cannot run this shape here."""
     for name, allowed in PLAN_CHOICES.items():
         value = getattr(plan, name)
-        require(value in allowed, f"{name}={value!r}: use one of {', '.join(map(str, allowed))}")
-    for name, allowed in (("recompute", RECOMPUTE), ("swap", SWAP)):
-        unknown = set(getattr(plan, name)) - set(allowed)
-        require(not unknown, f"{name}={'+'.join(sorted(unknown))}: use any of {', '.join(allowed)}")
+        unknown = sorted(set(value if isinstance(value, tuple) else [value]) - set(allowed))
+        require(not unknown, f"{name}={'+'.join(map(str, unknown))}: use {'any' if isinstance(value, tuple) else 'one'} "
+                             f"of {', '.join(map(str, allowed))}")
     for name in ("pp", "dp", "cp", "tp", "ep", "vpp", "node_size", "micro_batch", "global_batch", "seq_len"):
         require(getattr(plan, name) >= 1, f"{name}={getattr(plan, name)}: must be at least 1")
     check_cuts(config, plan)
+    check_layers(config, plan)
     check_grid(plan, hardware, devices)
-    check_batch(config, plan)
     check_schedule(plan)
 
 
 def check_cuts(config, plan):
-    """What is cut must be whole on every rank: heads, widths, experts, the sequence, layers."""
-    c, moe = config, has_experts(config)
+    """What is cut must be whole on every rank: heads, widths, experts, the sequence, the batch, groups of balance."""
+    c, moe, replica = config, has_experts(config), plan.dp * plan.micro_batch
     shared = c.n_shared_experts * c.moe_intermediate_size if moe else plan.tp
-    for name, total, what in (
-            ("tp", c.num_attention_heads, "num_attention_heads"), ("tp", c.intermediate_size, "intermediate_size"),
-            ("tp", c.vocab_size, "vocab_size"), ("tp", shared, "width of the shared experts"),
-            ("ep", c.n_routed_experts if moe else 1, "n_routed_experts" if moe else "experts of a dense model")):
+    for name, what, total in (
+            ("tp", "num_attention_heads", c.num_attention_heads), ("tp", "intermediate_size", c.intermediate_size),
+            ("tp", "vocab_size", c.vocab_size), ("tp", "width of the shared experts", shared),
+            ("ep", "n_routed_experts" if moe else "experts of a dense model", c.n_routed_experts if moe else 1),
+            ("ep", "dp*cp*tp", plan.dp * plan.cp * plan.tp)):
         value = getattr(plan, name)
         require(total % value == 0, f"{name}={value} does not divide {what}={total}: use one of {divisors(total)[:16]}")
     require(not moe or plan.tp == 1 or plan.sp,
@@ -179,10 +181,19 @@ def check_cuts(config, plan):
     require(plan.seq_len <= c.max_position_embeddings,
             f"seq_len={plan.seq_len} above max_position_embeddings={c.max_position_embeddings}: use at most that")
     # two slices for each rank of a context group, so that causal work is even
-    unit = math.lcm(2 * plan.cp if plan.cp > 1 else 1, plan.cp * plan.tp if plan.sp else 1)
-    require(plan.seq_len % unit == 0, f"seq_len={plan.seq_len} is not a multiple of {unit}, which cp={plan.cp} "
-                                      f"tp={plan.tp} sp={plan.sp} need: use {max(1, plan.seq_len // unit) * unit}")
-    layers, stages, split = c.num_hidden_layers, plan.n_stages, plan.layer_split
+    slices = math.lcm(2 * plan.cp if plan.cp > 1 else 1, plan.cp * plan.tp if plan.sp else 1)
+    for name, unit, what in (("seq_len", slices, f"{slices}, which cp={plan.cp} tp={plan.tp} sp={plan.sp} need"),
+                             ("global_batch", replica, f"dp*micro_batch={replica}")):
+        value = getattr(plan, name)
+        require(value % unit == 0, f"{name}={value} is not a multiple of {what}: use {max(1, value // unit) * unit}")
+    size, own = balance_group(c, plan), plan.micro_batch
+    fitting = sorted({*divisors(own), *(own * d for d in divisors(plan.dp))})
+    require(size in fitting, f"balance_group={size} sequences does not divide micro_batch*dp={own}*{plan.dp} into "
+                             f"whole micro-batches: use one of {fitting[:16]}")
+
+
+def check_layers(config, plan):
+    layers, stages, split = config.num_hidden_layers, plan.n_stages, plan.layer_split
     require(stages <= layers + 1, f"pp*vpp={stages} stages for {layers} layers and the head: use at most {layers + 1}")
     require(not split or (len(split) == stages and sum(split) == layers),
             f"layer_split has {len(split)} stages with {sum(split)} layers: needs pp*vpp={stages} with {layers}")
@@ -191,12 +202,10 @@ def check_cuts(config, plan):
 
 
 def check_grid(plan, hardware, devices):
-    group, ep, node = plan.dp * plan.cp * plan.tp, plan.ep, plan.node_size
-    require(group % ep == 0, f"ep={ep} does not divide dp*cp*tp={group}: use one of {divisors(group)}")
+    ep, node, rest = plan.ep, plan.node_size, plan.pp * plan.cp * plan.tp
     require(ep % node == 0 or node % ep == 0, f"node_size={node} and ep={ep}: one must divide the other, use ep of "
                                               f"{divisors(node)} or a multiple of {node}")
     if devices is not None:
-        rest = plan.pp * plan.cp * plan.tp
         fit = f"use dp={devices // rest}" if devices % rest == 0 else f"use pp*cp*tp among {divisors(devices)}"
         require(plan.world_size == devices, f"pp*dp*cp*tp={plan.pp}*{plan.dp}*{plan.cp}*{plan.tp}={plan.world_size} "
                                             f"for {devices} devices: {fit}")
@@ -205,16 +214,6 @@ def check_grid(plan, hardware, devices):
                 f"node_size={node}: {hardware.name} has nodes of {hardware.node_size}, use at most that")
         require(plan.precision in hardware.peak, f"precision={plan.precision}: {hardware.name} has no peak for it, "
                                                  f"use one of {', '.join(hardware.peak)}")
-
-
-def check_batch(config, plan):
-    own, shared = plan.micro_batch, plan.dp * plan.micro_batch
-    require(plan.global_batch % shared == 0, f"global_batch={plan.global_batch} is not a multiple of dp*micro_batch="
-                                             f"{shared}: use {max(1, plan.global_batch // shared) * shared}")
-    size = balance_group(config, plan)
-    fitting = sorted({*divisors(own), *(own * d for d in divisors(plan.dp))})
-    require(size in fitting, f"balance_group={size} sequences does not divide micro_batch*dp={own}*{plan.dp} into "
-                             f"whole micro-batches: use one of {fitting[:16]}")
 
 
 def balance_group(config, plan):
@@ -267,57 +266,48 @@ def exchange_bytes(config, plan, ids=None):
     e, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row, counts = e * config.hidden_size, INDEX_BYTES * config.n_routed_experts // plan.ep
     node_counts = INDEX_BYTES + counts * plan.inner if plan.dispatch == "dedup" else 0
-    copies, crossings = _copies(config, plan, ids), _crossings(config, plan, ids)
+    rows = _expected_rows(config, plan) if ids is None else _routed_rows(config, plan, ids)
     sent = {way: {tier: [0] * plan.ep for tier in ("inner", "outer")} for way in ("forward", "backward")}
-
-    def add(rank, tier, head, weights, there, back):
-        """`there` rows go out with weights, after `head` bytes each or in all; `back` rows return."""
-        sent["forward"][tier][rank] += head + there * (row + weights) + back * row
-        sent["backward"][tier][rank] += there * row + back * (row + weights)
-
     # ranks of a uniform group are alike: the first speaks for all
-    for rank in range(1 if ids is None else plan.ep):
-        node, local = divmod(rank, plan.inner)
-        reach = range(plan.ep) if plan.dispatch == "flat" else range(node * plan.inner, (node + 1) * plan.inner)
-        for peer in reach:
-            if peer != rank:
-                tier = "inner" if peer // plan.inner == node else "outer"
-                add(rank, tier, counts, e, copies[rank][peer], copies[peer][rank])
-        for other in range(plan.ep // plan.inner) if plan.dispatch != "flat" else ():
-            if other != node:
-                there, back = crossings[rank][other], crossings[other * plan.inner + local][node]
-                add(rank, "outer", node_counts + there * k * INDEX_BYTES, k * e, there, back)
+    for source, peer in product(range(1 if ids is None else plan.ep), range(plan.ep)):
+        inside, same_place = source // plan.inner == peer // plan.inner, source % plan.inner == peer % plan.inner
+        by_expert = inside or plan.dispatch == "flat"      # else a token crosses once, with all of its choices
+        if source == peer or not (by_expert or same_place):
+            continue
+        tier, there, back = "inner" if inside else "outer", rows[source, peer], rows[peer, source]
+        weights = e if by_expert else k * e
+        first = counts if by_expert else node_counts + there * k * INDEX_BYTES
+        sent["forward"][tier][source] += first + there * (row + weights) + back * row
+        sent["backward"][tier][source] += there * row + back * (row + weights)
     if ids is None:
         sent = {way: {tier: each[:1] * plan.ep for tier, each in tiers.items()} for way, tiers in sent.items()}
     return sent
 
 
-def _copies(config, plan, ids):
-    """copies[source][destination] on the hop that sorts by expert; after an outer hop the source is a forwarder."""
-    ranks, k = range(plan.ep), config.num_experts_per_tok
-    if ids is None:
-        # flat: N tokens' copies over all ranks; two hops: the copies for this node of all nodes' N tokens
-        share = plan.tokens * k / (plan.ep if plan.dispatch == "flat" else plan.inner)
-        return [[share] * plan.ep] * plan.ep
-    copies = [[0] * plan.ep for _ in ranks]
-    for source in ranks:
-        for expert in (int(expert) for token in ids[source] for expert in token):
-            destination = expert * plan.ep // config.n_routed_experts
-            forwarder = destination // plan.inner * plan.inner + source % plan.inner
-            copies[source if plan.dispatch == "flat" else forwarder][destination] += 1
-    return copies
+def _expected_rows(config, plan):
+    """{(source, peer): rows that go from one to the other}, as _routed_rows, under uniform routing."""
+    experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
+    copies = plan.tokens * k / (plan.ep if plan.dispatch == "flat" else plan.inner)
+    missed = math.comb(experts - experts // nodes, k) / math.comb(experts, k) if plan.dispatch == "dedup" else 0.0
+    crossing = copies if plan.dispatch == "flat" else plan.tokens * (1 - missed)
+    pairs = product(range(plan.ep), repeat=2)
+    return {pair: copies if pair[0] // plan.inner == pair[1] // plan.inner else crossing for pair in pairs}
 
 
-def _crossings(config, plan, ids):
-    """crossings[source][node]: tokens that travel to a node on the outer hop: all, or with dedup those that need it."""
-    nodes, experts, k = plan.ep // plan.inner, config.n_routed_experts, config.num_experts_per_tok
-    if plan.dispatch == "dedup" and ids is not None:
-        needed = [[{int(expert) * nodes // experts for expert in token} for token in tokens] for tokens in ids]
-        return [[sum(node in wanted for wanted in tokens) for node in range(nodes)] for tokens in needed]
-    tokens = plan.tokens if ids is None else len(ids[0])
-    if plan.dispatch == "dedup":
-        tokens *= 1 - math.comb(experts - experts // nodes, k) / math.comb(experts, k)
-    return [[tokens] * nodes] * plan.ep
+def _routed_rows(config, plan, ids):
+    """Flat: a row for each choice, to its expert. Else a row for each token to its place on the other nodes, with dedup
+    on those that it needs, and from there, a rank that then forwards, a row for each choice."""
+    rows, nodes = Counter(), range(plan.ep // plan.inner)
+    for source, token in ((source, token) for source, tokens in enumerate(ids) for token in tokens):
+        owners = [int(expert) * plan.ep // config.n_routed_experts for expert in token]
+        forwarders = [node * plan.inner + source % plan.inner for node in nodes]
+        if plan.dispatch == "flat":
+            rows.update((source, owner) for owner in owners)
+            continue
+        needed = {owner // plan.inner for owner in owners} if plan.dispatch == "dedup" else nodes
+        rows.update((source, forwarders[node]) for node in needed if forwarders[node] != source)
+        rows.update((forwarders[owner // plan.inner], owner) for owner in owners)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,27 +339,31 @@ class Op(NamedTuple):
     """One operator. part: the block's call it belongs to: attend (with routing), shared, experts or combine."""
     part: str
     name: str
-    kind: str                      # matmul | grouped | attention | vector
-    flops: float                   # forward; each half of a matmul's backward has as many, attention's backward double
+    kind: str                      # matmul | flash | unfused | vector
+    flops: float                   # forward; each half of a matmul's backward has as many
     moved: float                   # bytes read and written, forward
 
 
 class Work:
-    """What a layer, the embedding or the head is for one rank."""
+    """What a layer, the embedding or the head is for one rank and one micro-batch."""
 
     def __init__(self, shape, plan):
         self.shape, self.plan = shape, plan
         self.element, self.wide = BYTES_OF[plan.precision], max(4, BYTES_OF[plan.precision])
         self.ops = []
-        self.saved = {}                                    # tensor -> bytes kept for one micro-batch's backward
+        self.saved = {}                                    # tensor -> bytes kept for backward
         self.params = {"dense": 0, "expert": 0}            # held by this rank; only edp ranks hold the same experts
         self.sent = {}                                     # (axis, part) -> bytes sent in that group, forward
+
+    @property
+    def flops(self):
+        return sum(op.flops for op in self.ops)
 
     def matmul(self, part, name, m, k, n, keep=None, experts=0):
         """(m, k) by (k, n), whose input is kept under the name `keep`; experts: so many matrices share the m rows."""
         matrices = max(1, experts)
         moved = self.element * (m * k + matrices * k * n + m * n)
-        self.ops.append(Op(part, name, "grouped" if experts else "matmul", 2 * m * k * n, moved))
+        self.ops.append(Op(part, name, "matmul", 2 * m * k * n, moved))
         self.params["expert" if experts else "dense"] += matrices * k * n
         if keep:
             self.keep(keep, m * k)
@@ -398,37 +392,46 @@ class Work:
         self.gather("tp", part, 2 * self.plan.gathered_tokens / self.plan.tp, self.shape.hidden_size)
 
 
-def layer_kind(shape, index):
-    """dense, moe or mtp (moe, with what joins it to the embedding): layers of one kind are alike."""
-    if index >= shape.num_hidden_layers:
-        return "mtp"
-    return "dense" if index < shape.first_k_dense_replace else "moe"
+def layer_kinds(shape):
+    """Kind of each layer: dense, moe or mtp (moe, with what joins it to the embedding). Layers of a kind are alike."""
+    n_dense = min(shape.first_k_dense_replace, shape.num_hidden_layers)
+    return ["dense"] * n_dense + ["moe"] * (shape.num_hidden_layers - n_dense) + ["mtp"] * shape.num_nextn_predict_layers
 
 
-@lru_cache(maxsize=4096)
-def layer_work(shape, plan, kind):
-    work, width = Work(shape, plan), shape.hidden_size
-    sandwich = shape.norm != "pre"
-    work.norm("attend", "input_layernorm", plan.tokens, width)
-    (_latent_attention if shape.attn_type == "mla" else _plain_attention)(work)
+def count_work(shape, plan, kind):
+    """kind: embedding, head, or one of layer_kinds."""
+    work = Work(shape, plan)
+    if kind == "embedding":
+        _embedding(work)
+    elif kind == "head":
+        _head(work)
+    else:
+        _layer(work, kind)
+    return work
+
+
+def _layer(work, kind):
+    c, own, sandwich = work.shape, work.plan.tokens, work.shape.norm != "pre"
+    work.norm("attend", "input_layernorm", own, c.hidden_size)
+    (_latent_attention if c.attn_type == "mla" else _plain_attention)(work)
     if sandwich:
-        work.norm("attend", "post_attention_layernorm", plan.tokens, width, residual=True)
-    work.norm("attend", "pre_mlp_layernorm", plan.tokens, width)
+        work.norm("attend", "post_attention_layernorm", own, c.hidden_size, residual=True)
+    work.norm("attend", "pre_mlp_layernorm", own, c.hidden_size)
     if kind == "dense":
-        _mlp(work, "experts", "mlp", shape.intermediate_size)
+        _mlp(work, "experts", "mlp", c.intermediate_size)
     else:
         _experts(work)
     if sandwich:
-        work.norm("combine", "post_mlp_layernorm", plan.tokens, width, residual=True)
+        work.norm("combine", "post_mlp_layernorm", own, c.hidden_size, residual=True)
     if kind == "mtp":
         _join(work)
-    return work
 
 
 def _latent_attention(work):
     """Latents are made from a rank's own tokens by whole matrices, then gathered; heads are cut by tensor ranks."""
     c, plan = work.shape, work.plan
     own, tokens, heads = plan.tokens, plan.gathered_tokens, c.num_attention_heads // plan.tp
+    keys = tokens * plan.cp                                # of the whole sequence, made on each rank of a context group
     qk, latent = c.qk_nope_head_dim + c.qk_rope_head_dim, c.kv_lora_rank + c.qk_rope_head_dim
     work.matmul("attend", "q_a_proj", own, c.hidden_size, c.q_lora_rank, keep="attn_in")
     work.norm("attend", "q_a_layernorm", own, c.q_lora_rank)
@@ -440,8 +443,8 @@ def _latent_attention(work):
     work.gather("cp", "attend", tokens, latent)
     work.matmul("attend", "q_b_proj", tokens, c.q_lora_rank, heads * qk, keep="q_latent")
     up = heads * (c.qk_nope_head_dim + c.v_head_dim)
-    work.matmul("attend", "kv_b_proj", tokens, c.kv_lora_rank, up, keep="kv_latent")
-    work.vector("attend", "rope", 4 * tokens * heads * qk)                 # queries and keys, read and written
+    work.matmul("attend", "kv_b_proj", keys, c.kv_lora_rank, up, keep="kv_latent")
+    work.vector("attend", "rope", 2 * (tokens + keys) * heads * qk)        # queries and keys, read and written
     _core_attention(work, heads, heads, qk, c.v_head_dim)
     work.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
 
@@ -475,7 +478,7 @@ def _core_attention(work, heads, kv_heads, qk, v):
         work.saved["log_sum"] = tokens * heads * work.wide
     if padded != v:
         work.keep("attn_padded", tokens * heads * padded)
-    work.ops.append(Op("attend", "attention", "attention", flops, moved * work.element))
+    work.ops.append(Op("attend", "attention", c.attn_kernel, flops, moved * work.element))
     work.matmul("attend", "o_proj", tokens, heads * v, c.hidden_size, keep="attn_out")
 
 
@@ -531,91 +534,79 @@ def _join(work):
     work.matmul("attend", "eh_proj", own, 2 * c.hidden_size, c.hidden_size, keep="eh_in")
 
 
-@lru_cache(maxsize=4096)
-def head_work(shape, plan):
+def _head(work):
     """Last norm, then head and loss of every depth, the vocabulary cut by tensor ranks."""
-    work, tokens, vocab = Work(shape, plan), plan.gathered_tokens, shape.vocab_size // plan.tp
-    work.norm("attend", "norm", plan.tokens, shape.hidden_size)
-    for depth in range(1 + shape.num_nextn_predict_layers):
+    c, plan, tokens, vocab = work.shape, work.plan, work.plan.gathered_tokens, work.shape.vocab_size // work.plan.tp
+    work.norm("attend", "norm", plan.tokens, c.hidden_size)
+    for depth in range(1 + c.num_nextn_predict_layers):
         work.gather_stream("attend")
-        work.matmul("attend", "lm_head", tokens, shape.hidden_size, vocab)
+        work.matmul("attend", "lm_head", tokens, c.hidden_size, vocab)
         work.vector("attend", "loss", 4 * tokens * vocab * work.wide / work.element)
         # the loss makes its gradients in forward: of its input, and of the head's weight in float32 or better
-        work.keep(f"grad_h.{depth}", tokens * shape.hidden_size)
-        work.saved[f"grad_w.{depth}"] = vocab * shape.hidden_size * work.wide
-    tied = shape.tie_word_embeddings and plan.pp == 1
-    work.params["dense"] = shape.hidden_size + (0 if tied else vocab * shape.hidden_size)
-    return work
+        work.keep(f"grad_h.{depth}", tokens * c.hidden_size)
+        work.saved[f"grad_w.{depth}"] = vocab * c.hidden_size * work.wide
+    tied = c.tie_word_embeddings and plan.pp == 1
+    work.params["dense"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
 
 
-@lru_cache(maxsize=4096)
-def embedding_work(shape, plan):
-    work = Work(shape, plan)
-    work.vector("attend", "embed_tokens", 2 * plan.tokens * shape.hidden_size)
-    work.params["dense"] = shape.vocab_size // plan.tp * shape.hidden_size
+def _embedding(work):
+    c, plan = work.shape, work.plan
+    work.vector("attend", "embed_tokens", 2 * plan.tokens * c.hidden_size)
+    work.params["dense"] = c.vocab_size // plan.tp * c.hidden_size
     work.saved["token_ids"] = plan.gathered_tokens * 8
-    return work
 
 
 def stage_layers(config, plan):
     """list (pp*vpp) of lists of layer numbers. The embedding is on the first stage, head and MTP layers on the last."""
     layers, first = [], 0
-    beside_last = next(stages for stages in map(plan.stages_of, range(plan.pp)) if plan.n_stages - 1 in stages)
-    for n in plan.layer_split or _even_split(as_shape(config), plan.n_stages, plan.seq_len, tuple(beside_last)):
+    for n in plan.layer_split or _even_split(as_shape(config), plan):
         layers.append(list(range(first, first + n)))
         first += n
     layers[-1] += range(first, first + config.num_nextn_predict_layers)
     return layers
 
 
-@lru_cache(maxsize=None)
-def _even_split(shape, n_stages, seq_len, beside_last):
-    """Hidden layers per stage: each in turn takes an even share of the FLOPs that are left, head and MTP included.
+def _even_split(shape, plan):
+    """Hidden layers per stage, by FLOPs: each goes to the pipeline rank, there to the stage, that has least to do.
 
-    Where head and MTP are more than a share, the other stages of their rank, in beside_last, take less. A rule of
-    shape, length and schedule alone, so that every device cuts alike. Only the last stage may get no hidden layer.
+    Head and MTP count for the last stage, which alone may get no hidden layer; hidden layers count as their mean. A
+    rule of shape, length and schedule alone, so that every device cuts alike.
     """
-    layers = shape.num_hidden_layers
-    cost = [_flops(work) for work in all_works(shape, Plan(seq_len=seq_len))]
-    tail, split, first = sum(cost[layers:]), [], 0
-    for stage in range(n_stages - 1):
-        left = sum(cost[first:layers])
-        share = (left + tail) / (n_stages - stage)
-        if tail > share:                                   # the last stage is full without a layer
-            share = left / (n_stages - stage - 1)
-            share -= (tail - share) / (len(beside_last) - 1) if stage in beside_last else 0.0
-        end, most = first + 1, layers - (n_stages - stage - 2)             # a layer is left for each but the last
-        while end < most and sum(cost[first:end]) + cost[end] / 2 <= share:
-            end += 1
-        split.append(end - first)
-        first = end
-    return tuple(split) + (layers - first,)
+    n_layers, last = shape.num_hidden_layers, plan.n_stages - 1
+    *hidden, tail = layer_flops(shape, plan.seq_len)
+    layer = sum(hidden) / n_layers
+    split, load = [1] * last + [0], [layer] * last + [tail]
+    ranks = [plan.stages_of(rank) for rank in reversed(range(plan.pp))]    # of equals the last: it has least in flight
+    for _ in range(n_layers - last):
+        stages = min(ranks, key=lambda stages: sum(load[stage] for stage in stages))
+        stage = min(stages, key=load.__getitem__)
+        split[stage] += 1
+        load[stage] += layer
+    return split
 
 
-def all_works(shape, plan):
-    """Work of the hidden layers, the MTP layers and the head."""
-    n_layers = shape.num_hidden_layers + shape.num_nextn_predict_layers
-    return [layer_work(shape, plan, layer_kind(shape, i)) for i in range(n_layers)] + [head_work(shape, plan)]
-
-
-def _flops(work):
-    return sum(op.flops for op in work.ops)
+def layer_flops(shape, seq_len):
+    """Forward FLOPs of a sequence in each hidden layer, and last those of head and MTP together."""
+    plan, kinds = Plan(seq_len=seq_len), layer_kinds(shape)
+    flops = {kind: count_work(shape, plan, kind).flops for kind in {*kinds, "head"}}
+    each = [flops[kind] for kind in kinds]
+    return each[:shape.num_hidden_layers] + [flops["head"] + sum(each[shape.num_hidden_layers:])]
 
 
 def model_flops(shape, seq_len):
     """FLOPs of training on one token: three forwards of matmuls and causal attention, as model.flops_per_token."""
-    return 3 * sum(_flops(work) for work in all_works(shape, Plan(seq_len=seq_len))) / seq_len
+    return 3 * sum(layer_flops(shape, seq_len)) / seq_len
 
 
-def stage_works(shape, plan):
-    """list (pp*vpp) of lists of (name, Work) in the order of forward; name: embedding, head, or "" for a layer."""
-    stages = [[("", layer_work(shape, plan, layer_kind(shape, i))) for i in layers]
-              for layers in stage_layers(shape, plan)]
-    stages[0].insert(0, ("embedding", embedding_work(shape, plan)))
-    if shape.num_nextn_predict_layers and plan.pp > 1:     # a copy of the embedding feeds the MTP layers
-        stages[-1].insert(-shape.num_nextn_predict_layers, ("embedding", embedding_work(shape, plan)))
-    stages[-1].append(("head", head_work(shape, plan)))
-    return stages
+def stage_kinds(shape, plan):
+    """list (pp*vpp) of tuples in the order of forward: embedding, kinds of layers, head."""
+    kinds = layer_kinds(shape)
+    stages = [[kinds[i] for i in layers] for layers in stage_layers(shape, plan)]
+    stages[0].insert(0, "embedding")
+    if "mtp" in kinds and plan.pp > 1:                     # a copy of the embedding feeds the MTP layers
+        stages[-1].insert(stages[-1].index("mtp"), "embedding")
+    stages[-1].append("head")
+    return [tuple(stage) for stage in stages]
 
 
 # item -> (saved tensors that go, operators that run again); `layer` keeps its input alone and runs all of it again
@@ -634,13 +625,11 @@ SWAPPED = {"expert_out": ("expert_out",), "attn_out": ("attn_out", "attn_padded"
 
 
 def recomputed(work):
-    """(saved tensors that a layer does not keep, operators that its backward runs again)."""
+    """(saved tensors that a layer does not keep, operators that its backward runs again): sets of names."""
     items = work.plan.recompute
-    if "layer" in items and "input_layernorm" in work.saved:
-        return set(work.saved) - {"input_layernorm"}, work.ops             # whose saved input is the layer's
-    lists = [RECOMPUTES[item] for item in items if item != "layer"]
-    gone, again = ({name for one in lists for name in one[i]} for i in (0, 1))
-    return gone, [op for op in work.ops if op.name in again]
+    if "layer" in items and "input_layernorm" in work.saved:               # whose saved input is the layer's
+        return set(work.saved) - {"input_layernorm"}, {op.name for op in work.ops}
+    return tuple({name for item in items if item != "layer" for name in RECOMPUTES[item][i]} for i in (0, 1))
 
 
 def saved_bytes(work):
@@ -720,17 +709,18 @@ def collective_seconds(hardware, tier, ranks, sent):
     return hardware.static_collective + steps * latency + sent / (bandwidth * hardware.link_efficiency)
 
 
-def op_seconds(op, plan, hardware):
-    """Seconds of (forward, backward for inputs, backward for weights): arithmetic or memory, the slower, and a start.
+# a backward's work over its forward's: flash attention computes the scores again, a vector operator reads a gradient more
+BACKWARD = {"flash": 2.5, "unfused": 2.0, "vector": 1.5}
 
-    Attention's backward computes the scores again: five matmuls against two. A vector operator's reads a gradient more.
-    """
+
+def op_seconds(op, plan, hardware):
+    """Seconds of (forward, backward for inputs, backward for weights): arithmetic or memory, the slower, and a start."""
     busy = op.flops / (hardware.peak[plan.precision] * hardware.matmul_efficiency)
     busy = max(busy, op.moved / (hardware.bandwidth * hardware.memory_efficiency))
     start = hardware.static_vector if op.kind == "vector" else hardware.static_matmul
-    if op.kind in ("matmul", "grouped"):
+    if op.kind == "matmul":
         return (busy + start,) * 3
-    return busy + start, busy * (2.5 if op.kind == "attention" else 1.5) + start, 0.0
+    return busy + start, BACKWARD[op.kind] * busy + start, 0.0
 
 
 def weight_groups(plan):
@@ -748,29 +738,33 @@ def weights_seconds(plan, hardware, params, size):
 
 
 class LayerTime:
-    """Seconds of one layer, embedding or head on one rank. max_vio: the busiest expert's load over the mean, - 1."""
+    """Seconds of one layer, embedding or head on one rank. max_vio: the busiest expert's load over the mean, - 1.
 
-    def __init__(self, name, work, hardware, max_vio):
-        plan, self.name = work.plan, name
-        self.compute = {}                                  # (part, pass) -> seconds; pass: F, or backward's I and W
-        for op in work.ops:
-            factor = 1 + max_vio if op.name.startswith("expert.") else 1
-            for one, seconds in zip("FIW", op_seconds(op, plan, hardware)):
-                self.compute[op.part, one] = self.compute.get((op.part, one), 0.0) + factor * seconds
-        again = recomputed(work)[1]
-        self.recompute = sum(op_seconds(op, plan, hardware)[0] for op in again)
+    What the backward runs again is the part `recompute` of a forward.
+    """
+
+    def __init__(self, kind, work, hardware, max_vio):
+        self.name, plan, (_, again) = kind if kind in ("embedding", "head") else "", work.plan, recomputed(work)
+        self.whole_again = "input_layernorm" in again and "layer" in plan.recompute
         # dropped rows travel again: before anything is recomputed from them, or else for the weight gradients alone
-        names = {op.name for op in again}
-        self.rows_again = "" if "permute" not in names else "first" if "expert.gate_up" in names else "for weights"
-        self.collectives = {}                              # part -> list of (axis, tier, seconds) of one pass
+        self.rows_again = "" if "permute" not in again else "first" if "expert.gate_up" in again else "for weights"
+        self.compute = Counter()                           # (part, pass) -> seconds; pass: F, or backward's I and W
+        for op in work.ops:
+            slower = 1 + max_vio if op.name.startswith("expert.") else 1
+            for one, seconds in zip("FIW", op_seconds(op, plan, hardware)):
+                self.compute[op.part, one] += slower * seconds
+                if one == "F" and op.name in again:
+                    self.compute["recompute", "F"] += slower * seconds
+        self.sent = Counter()                              # tier -> bytes of a forward and a backward
+        self.collectives = defaultdict(list)               # part -> list of (axis, tier, seconds) of one pass
         for (axis, part), sent in work.sent.items():
             tier = tier_of(plan, axis)
-            seconds = collective_seconds(hardware, tier, getattr(plan, axis), sent)
-            self.collectives.setdefault(part, []).append((axis, tier, seconds))
-        self.whole_again = again is work.ops
-        parts_again = self.collectives if self.whole_again else ("attend",) if "attention" in plan.recompute else ()
-        self.collectives_again = [one for part in parts_again for one in self.collectives.get(part, ())]
-        self.exchange = {"F": {"inner": 0.0, "outer": 0.0}, "B": {"inner": 0.0, "outer": 0.0}}    # of one way
+            parts = [part] + ["recompute"] * (self.whole_again or (part == "attend" and "attention" in plan.recompute))
+            for one in parts:
+                seconds = collective_seconds(hardware, tier, getattr(plan, axis), sent)
+                self.collectives[one].append((axis, tier, seconds))
+            self.sent[tier] += sent * (1 + len(parts))
+        self.exchange = {"F": Counter(), "B": Counter()}   # pass -> tier -> seconds of one way
         if any(op.name == "router" for op in work.ops):
             self._time_exchange(work, hardware, 1 + max_vio)
         self.swap = saved_bytes(work)[1] / hardware.host_bandwidth
@@ -778,13 +772,15 @@ class LayerTime:
         self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
                                          if plan.zero == 3 else 0.0) for size in (work.element, 4)]
 
-    def _time_exchange(self, work, hardware, factor):
+    def _time_exchange(self, work, hardware, slower):
+        """Dispatch and combine take half of the bytes each."""
         plan, sent = work.plan, exchange_bytes(work.shape, work.plan)
-        ranks = dict(inner=plan.inner, outer=plan.ep if plan.dispatch == "flat" else plan.ep // plan.inner)
-        for one, way in (("F", "forward"), ("B", "backward")):
-            for tier in ranks:                             # dispatch and combine take half of the bytes each
-                half = factor * sent[way][tier][0] / 2
-                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks[tier], half)
+        ways = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)
+        for tier, ranks in (("inner", plan.inner), ("outer", plan.ep // (1 if plan.dispatch == "flat" else plan.inner))):
+            for one, way in (("F", "forward"), ("B", "backward")):
+                half = sent[way][tier][0] / 2
+                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * half)
+                self.sent[tier] += ways[one] * half
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -829,92 +825,62 @@ class Streams:
         """zero=3: weights are gathered ahead, so the link alone decides when."""
         return max(after, self.run("weights", *layer.weights))
 
-    def open_backward(self, layer, after):
-        """Times before a layer's backward: (weights and swapped tensors are here, dropped ones computed again)."""
-        ready = max(self.weights(layer, after), self.run("swap", "host", layer.swap))
-        again = self.rows_again(layer, "first", ready)
-        for axis, tier, seconds in layer.collectives_again:
-            again = self.run(f"{axis} recompute", tier, seconds, again)
-        again = self.run("recompute", "compute", layer.recompute, again)
-        return ready, self.exchange(layer, "F", "back", again) if layer.whole_again else again
 
-    def rows_again(self, layer, when, after):
-        return self.exchange(layer, "F", "out", after) if layer.rows_again == when else after
+# What a layer's forward and backward queue, in four steps each, so that a pair's steps can take turns. In a pair,
+# attention F hides combine B, experts B dispatch F, their weight gradients dispatch B, attention B combine F.
 
 
-def forward_layer(streams, layer, ready):
-    """A layer's forward: the shared expert hides a part of the way out. All of these return the time of their end."""
-    attended = streams.compute(layer, "attend", "F", streams.weights(layer, ready))
-    arrived = streams.exchange(layer, "F", "out", attended)
-    streams.compute(layer, "shared", "F", attended)
-    computed = streams.compute(layer, "experts", "F", arrived)
-    streams.run("swap", "host", layer.swap, computed)
-    return streams.compute(layer, "combine", "F", streams.exchange(layer, "F", "back", computed))
+def forward_steps(streams, layers):
+    """The shared expert hides a part of the way out."""
+    ready = 0.0
+    for layer in layers:
+        attended = streams.compute(layer, "attend", "F", streams.weights(layer, ready))
+        yield
+        arrived = streams.exchange(layer, "F", "out", attended)
+        yield
+        streams.compute(layer, "shared", "F", attended)
+        computed = streams.compute(layer, "experts", "F", arrived)
+        streams.run("swap", "host", layer.swap, computed)
+        returned = streams.exchange(layer, "F", "back", computed)
+        yield
+        ready = streams.compute(layer, "combine", "F", returned)
+        yield
 
 
-def backward_layer(streams, layer, ready, which, defer):
-    """A layer's backward. which: B or I. defer: the experts' weight gradients wait, to hide the way back."""
-    here, again = streams.open_backward(layer, ready)
-    arrived = streams.exchange(layer, "B", "out", streams.compute(layer, "combine", "I", here))
-    streams.compute(layer, "shared", which, again)
-    rows = streams.rows_again(layer, "for weights", here) if which == "B" else here
-    computed = streams.compute(layer, "experts", "I" if defer else which, max(arrived, again, 0 if defer else rows))
-    returned = streams.exchange(layer, "B", "back", computed)
-    if defer and which == "B":
-        streams.compute(layer, "experts", "W", max(computed, rows))
-    done = streams.compute(layer, "attend", which, returned)
-    streams.run("gradients", *layer.gradients, done)
-    return done
+def backward_steps(streams, layers, which, defer):
+    """which: B or I. defer: the experts' weight gradients wait, to hide the way back."""
+    ready = streams.free["compute"]
+    for layer in reversed(layers):
+        ready = max(streams.weights(layer, ready), streams.run("swap", "host", layer.swap))
+        rows = streams.exchange(layer, "F", "out", ready) if layer.rows_again == "first" else ready
+        again = streams.compute(layer, "recompute", "F", rows)
+        again = streams.exchange(layer, "F", "back", again) if layer.whole_again else again
+        arrived = streams.exchange(layer, "B", "out", streams.compute(layer, "combine", "I", ready))
+        yield
+        streams.compute(layer, "shared", which, again)
+        yield
+        rows = streams.exchange(layer, "F", "out", ready) if layer.rows_again == "for weights" else ready
+        later = defer or which == "I"
+        computed = streams.compute(layer, "experts", "I" if later else "B", max(arrived, again, 0.0 if later else rows))
+        returned = streams.exchange(layer, "B", "back", computed)
+        if defer and which == "B":
+            streams.compute(layer, "experts", "W", max(computed, rows))
+        yield
+        ready = streams.compute(layer, "attend", which, returned)
+        streams.run("gradients", *layer.gradients, ready)
+        yield
 
 
-def pair_layer(streams, f, b, ready_f, ready_b):
-    """Layer f's forward of one micro-batch among layer b's backward of another; the end of each.
-
-    Attention F hides combine B, experts B dispatch F, their weight gradients dispatch B, attention B combine F.
-    """
-    here_b, again_b = streams.open_backward(b, ready_b)
-    arrived_b = streams.exchange(b, "B", "out", streams.compute(b, "combine", "I", here_b))
-    attended_f = streams.compute(f, "attend", "F", streams.weights(f, ready_f))
-    streams.compute(b, "shared", "B", again_b)
-    arrived_f = streams.exchange(f, "F", "out", attended_f)
-    rows_b = streams.rows_again(b, "for weights", here_b)
-    computed_b = streams.compute(b, "experts", "I", max(arrived_b, again_b))
-    returned_b = streams.exchange(b, "B", "back", computed_b)
-    streams.compute(b, "experts", "W", max(computed_b, rows_b))
-    streams.compute(f, "shared", "F", attended_f)
-    computed_f = streams.compute(f, "experts", "F", arrived_f)
-    streams.run("swap", "host", f.swap, computed_f)
-    returned_f = streams.exchange(f, "F", "back", computed_f)
-    done_b = streams.compute(b, "attend", "B", returned_b)
-    streams.run("gradients", *b.gradients, done_b)
-    return streams.compute(f, "combine", "F", returned_f), done_b
-
-
-def play_action(plan, stages, action):
-    """Streams of one action of a table, from time 0. stages: list (pp*vpp) of lists of LayerTime."""
-    streams, adaptive, ready = Streams(plan), plan.overlap == "adaptive", 0.0
-    layers = stages[action.stage]
-    if action.kind == "F":
-        for layer in layers:
-            ready = forward_layer(streams, layer, ready)
-    elif action.kind == "W":
-        for layer in layers:
-            rows = streams.rows_again(layer, "for weights", 0.0)
-            for part in ("attend", "shared", "experts"):
-                streams.compute(layer, part, "W", rows if part == "experts" else 0.0)
-    elif action.kind in "BI":
-        for layer in reversed(layers):
-            ready = backward_layer(streams, layer, ready, action.kind, adaptive)
-    else:
-        ready_f = ready_b = 0.0
-        for f, b in zip_longest(layers, reversed(stages[action.backward[0]])):
-            if adaptive and f and b:
-                ready_f, ready_b = pair_layer(streams, f, b, ready_f, ready_b)
-                continue
-            # one after the other, or what is left of the longer stage
-            ready_f = forward_layer(streams, f, ready_f if adaptive else max(ready_f, ready_b)) if f else ready_f
-            after = ready_b if adaptive else max(ready_f, ready_b)
-            ready_b = backward_layer(streams, b, after, "B", adaptive) if b else ready_b
+def play_action(plan, kind, forward, backward):
+    """Streams of one action, from time 0. forward, backward: LayerTimes of the stages that it runs so, or ()."""
+    streams, adaptive = Streams(plan), plan.overlap == "adaptive"
+    if kind == "W":
+        for layer, part in product(backward, ("attend", "shared", "experts")):
+            streams.compute(layer, part, "W", 0.0)
+        return streams
+    f, b = forward_steps(streams, forward), backward_steps(streams, backward, kind[-1], adaptive)
+    for _ in zip_longest(b, f) if adaptive else chain(f, b):
+        pass
     return streams
 
 
@@ -923,11 +889,10 @@ def account(streams):
 
     Parts: computation by name; `exchange`, while rows travel and nothing is computed; `collectives`, all other waits.
     """
-    end, parts = max(streams.free.values()), {}
+    end, parts = max(streams.free.values()), Counter()
     computing = [task for task in streams.tasks if task[1] == "compute"]
     for name, _, start, stop in computing:
-        key = name.split()[0]
-        parts[key] = parts.get(key, 0.0) + stop - start
+        parts[name.split()[0]] += stop - start
     idle = zip([0.0] + [task[3] for task in computing], [task[2] for task in computing] + [end])
     travel = sorted(task[2:] for task in streams.tasks if task[0].startswith("exchange"))
     exposed = sum(_covered(start, stop, travel) for start, stop in idle)
@@ -1048,10 +1013,14 @@ def _number(words, stages, n):
     return [action for action in actions if action.microbatch < n]
 
 
+def homes(plan):
+    """Stage -> pipeline rank."""
+    return {stage: rank for rank in range(plan.pp) for stage in plan.stages_of(rank)}
+
+
 def check_table(plan, table):
     """AssertionError if a table is no right schedule. Returns each rank's most micro-batches (per chunk) in flight."""
-    home = {stage: rank for rank in range(plan.pp) for stage in plan.stages_of(rank)}
-    in_flight, sent, received = [], {}, {}
+    home, in_flight, sent, received = homes(plan), [], {}, {}
     for rank, actions in enumerate(table):
         seen, live, most = set(), 0, 0
         for what in (part for action in actions for part in action.parts()):
@@ -1083,24 +1052,23 @@ def play(plan, table, duration, link=0.0):
     duration(action): seconds that it holds its rank. link: seconds from the end of an action until a neighbour has its
     output; sends are asynchronous, only the receiver waits. A pair starts when both of its inputs are there.
     """
-    home = {stage: rank for rank in range(plan.pp) for stage in plan.stages_of(rank)}
-    made = {}                                              # (is forward, stage, microbatch) -> time
+    home, last = homes(plan), plan.n_stages - 1
+    # (forward?, stage, microbatch) -> time at which the stage has the input
+    there = {(forward, 0 if forward else last, m): 0.0 for forward in (True, False) for m in range(plan.n_micro)}
     spans, now, progress = [[] for _ in table], [0.0] * plan.pp, True
     while progress:
         progress = False
         for rank, actions in enumerate(table):
-            for action in actions[len(spans[rank]):]:
-                start = now[rank]
-                for kind, stage, microbatch in action.parts():
-                    source = stage - 1 if kind == "F" else stage + 1
-                    if kind != "W" and source in home:
-                        ready = made.get((kind == "F", source, microbatch), math.inf)
-                        start = max(start, ready + (link if home[source] != rank else 0.0))
+            for action in islice(actions, len(spans[rank]), None):
+                passes = [(kind == "F", stage, m) for kind, stage, m in action.parts() if kind != "W"]
+                start = max([now[rank]] + [there.get(one, math.inf) for one in passes])
                 if start == math.inf:
                     break
                 now[rank], progress = start + duration(action), True
                 spans[rank].append((start, now[rank], action))
-                made.update({(kind == "F", stage, m): now[rank] for kind, stage, m in action.parts() if kind != "W"})
+                for forward, stage, m in passes:
+                    to = stage + 1 if forward else stage - 1
+                    there[forward, to, m] = now[rank] + (link if home.get(to) != rank else 0.0)
     waiting = [str(actions[len(row)]) for actions, row in zip(table, spans) if len(row) < len(actions)]
     assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
     return spans
@@ -1130,79 +1098,73 @@ class Simulation:
     def __init__(self, config, plan, hardware, max_vio=0.0):
         self.plan, self.hardware = plan, hardware
         self.shape = replace(as_shape(config), value_padded=hardware.value_padded)
-        self.works = stage_works(self.shape, plan)
-        once = {work: LayerTime(name, work, hardware, max_vio) for name, work in set(chain(*self.works))}
-        self.times = [[once[work] for _, work in stage] for stage in self.works]
+        self.stages = stage_kinds(self.shape, plan)
+        self.works = {kind: count_work(self.shape, plan, kind) for kind in set(chain(*self.stages))}
+        self.times = {kind: LayerTime(kind, work, hardware, max_vio) for kind, work in self.works.items()}
         self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
         link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
-        self.kept = [sum(saved_bytes(work)[0] for _, work in stage) for stage in self.works]
-        self.played = {}                                   # action without micro-batches -> (Streams, account of them)
+        self.played = {}                                   # what an action runs -> (Streams, account of them)
         self.table = schedule_table(plan)
         self.spans = play(plan, self.table, lambda action: self.action(action)[1][0], link)
 
     def action(self, action):
-        """(Streams, account of them) of an action, which do not depend on the micro-batch."""
-        key = action.kind, action.stage, action.backward[:1]
-        if key not in self.played:
-            streams = play_action(self.plan, self.times, action)
-            self.played[key] = streams, account(streams)
-        return self.played[key]
+        """(Streams, account of them) of an action: the same for all micro-batches, and for stages of the same kinds."""
+        kind, stage, _, backward = action
+        runs = self.stages[stage], self.stages[backward[0]] if backward else ()
+        if (kind, runs) not in self.played:
+            forward, back = [[self.times[one] for one in kinds] for kinds in (runs if "F" in kind else runs[::-1])]
+            streams = play_action(self.plan, kind, forward, back)
+            self.played[kind, runs] = streams, account(streams)
+        return self.played[kind, runs]
+
+    def works_of(self, rank):
+        return [self.works[kind] for stage in self.plan.stages_of(rank) for kind in self.stages[stage]]
 
     def params(self, rank):
-        """Parameters that a pipeline rank holds: dict of dense and expert."""
-        works = [work for stage in self.plan.stages_of(rank) for _, work in self.works[stage]]
-        return {kind: sum(work.params[kind] for work in works) for kind in ("dense", "expert")}
+        """(parameters that a pipeline rank holds: dict of dense and expert; how many it keeps where they are cut)."""
+        held = {kind: sum(work.params[kind] for work in self.works_of(rank)) for kind in ("dense", "expert")}
+        return held, sum(held[kind] / (ranks if self.plan.zero else 1) for kind, _, ranks in weight_groups(self.plan))
 
     def after_pipeline(self, rank):
         """(seconds of reducing gradients and gathering weights, seconds of the optimizer) on a pipeline rank."""
-        plan, hardware, e, held = self.plan, self.hardware, BYTES_OF[self.plan.precision], self.params(rank)
-        params = sum(held[kind] / (ranks if plan.zero else 1) for kind, _, ranks in weight_groups(plan))
+        plan, hardware, e, (held, cut) = self.plan, self.hardware, BYTES_OF[self.plan.precision], self.params(rank)
         # float32 gradients; then new weights, or for zero=0 the second half of an all-reduce. zero=3: in LayerTime
         sizes = () if plan.zero == 3 else (4, e if plan.zero else 4)
         sync = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
-        moved = params * (7 * 4 + e)                       # read gradient, master, moments; write three and weight
-        swapped = 2 * 12 * params / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0
+        moved = cut * (7 * 4 + e)                          # read gradient, master, moments; write three and weight
+        swapped = 2 * 12 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0
         return sync, max(swapped, moved / (hardware.bandwidth * hardware.memory_efficiency))
 
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
-        plan, parts, travel, step = self.plan, {}, 0.0, 0.0
+        parts, travel, step = Counter(), 0.0, 0.0
         for rank, row in enumerate(self.spans):
             sync, optimizer = self.after_pipeline(rank)
             step = max(step, row[-1][1] + sync + optimizer)
-            accounts = [self.action(action)[1] for _, _, action in row]
-            travel += sum(seconds for _, _, seconds in accounts)
-            for mine in [dict(gradients=sync, optimizer=optimizer)] + [by_part for _, by_part, _ in accounts]:
-                for name, seconds in mine.items():
-                    parts[name] = parts.get(name, 0.0) + seconds / plan.pp
+            parts.update(gradients=sync, optimizer=optimizer)
+            for _, by_part, seconds in [self.action(action)[1] for _, _, action in row]:
+                parts.update(by_part)
+                travel += seconds
+        parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
         parts["bubble"] = step - sum(parts.values())
-        return parts, travel / plan.pp
+        return parts, travel / self.plan.pp
 
     def bytes_by_tier(self):
         """Bytes that a device sends while the pipeline runs, a mean over pipeline ranks; zero=3's weights apart."""
-        plan, total = self.plan, {"inner": 0.0, "outer": 0.0}
-        for work in (work for stage in self.works for _, work in stage):
-            for (axis, _), sent in work.sent.items():
-                total[tier_of(plan, axis)] += 2 * sent
-            if any(op.name == "router" for op in work.ops):
-                for tiers in exchange_bytes(self.shape, plan).values():
-                    for tier, sent in tiers.items():
-                        total[tier] += sent[0]
-        homes = {stage: rank for rank in range(plan.pp) for stage in plan.stages_of(rank)}
-        crossings = sum(homes[stage] != homes[stage + 1] for stage in range(plan.n_stages - 1))
+        plan, home, total = self.plan, homes(self.plan), Counter(inner=0, outer=0)
+        for kind in chain(*self.stages):
+            total.update(self.times[kind].sent)
+        crossings = sum(home[stage] != home[stage + 1] for stage in range(plan.n_stages - 1))
         total[tier_of(plan, "pp")] += 2 * crossings * self.stream_bytes
         return {tier: sent * plan.n_micro / plan.pp for tier, sent in total.items()}
 
     def memory(self, rank):
         """Bytes of a pipeline rank at its peak, by part."""
-        plan, e = self.plan, BYTES_OF[self.plan.precision]
-        works = [work for stage in plan.stages_of(rank) for _, work in self.works[stage]]
-        held = self.params(rank)
+        plan, e, works, (held, cut) = self.plan, BYTES_OF[self.plan.precision], self.works_of(rank), self.params(rank)
         whole = sum(held.values())
-        sharded = sum(held[kind] / (ranks if plan.zero else 1) for kind, _, ranks in weight_groups(plan))
-        kept = sharded if plan.zero == 3 else whole
+        kept = cut if plan.zero == 3 else whole
         # float32 masters and two moments; whole float32 weights are their own masters
-        states = 0 if "optimizer" in plan.swap else sharded * 12 - (sharded * 4 if e >= 4 and sharded == whole else 0)
+        states = 0 if "optimizer" in plan.swap else cut * (8 if e >= 4 and cut == whole else 12)
         rows = max(work.saved.get("rows", 0) for work in works) if plan.ep > 1 else 0
         layer = 2 * max(sum(work.params.values()) for work in works) * e if plan.zero == 3 else 0
         return dict(weights=kept * e, gradients=kept * max(e, 4), optimizer=states, activations=self._activations(rank),
@@ -1211,11 +1173,10 @@ class Simulation:
 
     def _activations(self, rank):
         """Most bytes that micro-batches in flight keep; a backward for inputs alone frees nothing yet."""
-        live = peak = 0
-        for kind, stage, _ in (part for action in self.table[rank] for part in action.parts()):
-            live += {"F": 1, "I": 0, "B": -1, "W": -1}[kind] * self.kept[stage]
-            peak = max(peak, live)
-        return peak
+        kept = {stage: sum(saved_bytes(self.works[kind])[0] for kind in self.stages[stage])
+                for stage in self.plan.stages_of(rank)}
+        parts = chain(*(action.parts() for action in self.table[rank]))
+        return max(accumulate({"F": 1, "I": 0, "B": -1, "W": -1}[kind] * kept[stage] for kind, stage, _ in parts))
 
 
 def predict(config, plan, hardware, max_vio=0.0):

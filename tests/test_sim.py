@@ -216,19 +216,22 @@ def test_overlap_hides_an_exchange_as_long_as_the_compute():
     layer = sim.LayerTime.__new__(sim.LayerTime)
     parts = ("attend", "F"), ("experts", "F"), ("experts", "I"), ("experts", "W"), ("attend", "I")
     both = {"F": dict(inner=0.0, outer=1.0), "B": dict(inner=0.0, outer=1.0)}
-    layer.__dict__.update(name="", compute=dict.fromkeys(parts, 1.0), collectives={}, recompute=0.0, exchange=both,
-                          rows_again="", swap=0.0, weights=("inner", 0.0), gradients=("inner", 0.0),
-                          collectives_again=[], whole_again=False)
-    action = sim.Action("FB", 0, 1, (0, 0))
-    end, parts, exchange = sim.account(sim.play_action(Plan(ep=2, overlap="adaptive"), [[layer]], action))
+    layer.__dict__.update(name="", compute=dict.fromkeys(parts, 1.0), collectives={}, exchange=both, rows_again="",
+                          swap=0.0, weights=("inner", 0.0), gradients=("inner", 0.0), whole_again=False)
+    end, parts, exchange = sim.account(sim.play_action(Plan(ep=2, overlap="adaptive"), "FB", [layer], [layer]))
     assert (end, exchange) == (5.0, 4.0)
     assert parts == {"attend": 2.0, "experts": 3.0, "exchange": 0.0, "collectives": 0.0}
-    end, parts, exchange = sim.account(sim.play_action(Plan(ep=2), [[layer]], action))
+    end, parts, exchange = sim.account(sim.play_action(Plan(ep=2), "FB", [layer], [layer]))
     assert (end, exchange, parts["exchange"]) == (9.0, 4.0, 4.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counts against model.py
+
+
+def stage_works(shape, plan):
+    shape = sim.as_shape(shape)
+    return [[(kind, sim.count_work(shape, plan, kind)) for kind in kinds] for kinds in sim.stage_kinds(shape, plan)]
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -238,10 +241,10 @@ def test_parameters_and_flops_add_up_to_the_models(preset):
     with torch.device("meta"):
         model = Model(config)
     plan = Plan(pp=2, vpp=2, global_batch=4)
-    for layers, works in zip(sim.stage_layers(config, plan), sim.stage_works(sim.as_shape(config), plan)):
-        counted = [sum(work.params.values()) for label, work in works if not label]
+    for layers, works in zip(sim.stage_layers(config, plan), stage_works(config, plan)):
+        counted = [sum(work.params.values()) for kind, work in works if kind not in ("embedding", "head")]
         assert counted == [sum(p.numel() for p in model.layers[str(i)].parameters()) for i in layers]
-    counted = sum(sum(work.params.values()) for _, work in sim.stage_works(sim.as_shape(config), Plan())[0])
+    counted = sum(sum(work.params.values()) for _, work in stage_works(config, Plan())[0])
     assert counted == sum(p.numel() for p in model.parameters())
     assert counted == count_params(config)["total"] + count_params(config)["mtp"]
     for seq_len in (256, 4096):
@@ -290,7 +293,7 @@ def test_saved_tensors_are_those_that_hooks_see(variant, dtype):
         seen, _ = storages(model, lambda: model.layers[str(index)](x, (cos, sin)))
         for size in table:                                                 # angles belong to the model, not to a layer
             seen.remove(size), seen.remove(size)
-        counted = sorted(size for size in sim.layer_work(shape, plan, kind).saved.values() if size)
+        counted = sorted(size for size in sim.count_work(shape, plan, kind).saved.values() if size)
         assert seen == counted, f"{kind}: seen {sum(seen)}, counted {sum(counted)}"
 
 
@@ -303,7 +306,7 @@ def test_saved_tensors_of_a_whole_model():
     targets = torch.stack([ids[:, 1:T + 1], ids[:, 2:]], 1)
     seen, _ = storages(model, lambda: model(ids[:, :T], targets=targets))
     plan = Plan(micro_batch=B, seq_len=T, precision="fp32")
-    works = sim.stage_works(replace(sim.as_shape(TINY), value_padded=True), plan)[0]
+    works = stage_works(replace(sim.as_shape(TINY), value_padded=True), plan)[0]
     counted = sum(sum(work.saved.values()) for _, work in works)
     assert abs(sum(seen) - counted) < 1e-3 * counted, f"seen {sum(seen)}, counted {counted}"
 
@@ -316,7 +319,7 @@ def test_recomputing_a_layer_keeps_its_input_alone():
     table = sum(t.untyped_storage().nbytes() for t in angles)
     seen, _ = storages(model, lambda: checkpoint(model.layers["1"], x, angles, use_reentrant=False))
     plan = Plan(micro_batch=2, seq_len=24, precision="fp32", recompute=("layer",))
-    kept, _ = sim.saved_bytes(sim.layer_work(replace(sim.as_shape(TINY), value_padded=True), plan, "moe"))
+    kept, _ = sim.saved_bytes(sim.count_work(replace(sim.as_shape(TINY), value_padded=True), plan, "moe"))
     assert kept == 2 * 24 * TINY.hidden_size * 4
     assert kept <= sum(seen) <= kept + table + 64
 
@@ -326,7 +329,7 @@ def test_recompute_and_swap_choices_keep_less_and_less():
     shape = sim.as_shape(replace(TINY, expert_weight="after_down"))
 
     def kept(recompute=(), swap=()):
-        return sim.saved_bytes(sim.layer_work(shape, Plan(recompute=recompute, swap=swap), "moe"))
+        return sim.saved_bytes(sim.count_work(shape, Plan(recompute=recompute, swap=swap), "moe"))
 
     whole = kept()[0]
     saving = {item: whole - kept((item,))[0] for item in sim.RECOMPUTE}
@@ -337,7 +340,7 @@ def test_recompute_and_swap_choices_keep_less_and_less():
         on_device, away = kept(swap=(item,))
         assert on_device + away == whole and away > 0
     for item in sim.RECOMPUTE:
-        assert sim.recomputed(sim.layer_work(shape, Plan(recompute=(item,)), "moe"))[1]
+        assert sim.recomputed(sim.count_work(shape, Plan(recompute=(item,)), "moe"))[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
