@@ -1,17 +1,30 @@
 """
-What touches devices and files: which device a run uses, and checkpoints that hold everything a run needs to go on.
+A built model on many devices: takes it and a Plan, and executes the plan on torch.distributed.
 
-sim.py plans, parallel.py executes. One device is a group of size one.
+sim.py plans, parallel.py executes: the bytes counted there are the bytes sent here. One device is a group of size one.
 
-A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written under
-the name `step_N.tmp`; when it is complete, a list of its files with sizes and checksums is added and the folder renamed.
-So a folder without `.tmp` is whole, or it was damaged later, which the list shows.
+    dense weights    one set for all data ranks       FSDP2: zero 0 (copies), 1 (optimizer cut), 3 (weights too)
+    experts          one set for `ep` ranks           each holds E / ep of them; FSDP2 over the ranks that hold the same
+    tokens           travel to their experts          flat, hierarchical or dedup exchange behind model.py's dispatcher
+
+        rank     0    1  |  2    3      ep=4, node_size=2: inner groups are (0,1) (2,3), outer (0,2) (1,3)
+        experts 0-1  2-3 | 4-5  6-7     of 8
+
+In this order: device, world, traffic and groups, collectives with autograd, dispatchers, grid, parallelize, data
+parallelism, checkpoints.
+
+A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written
+under the name `step_N.tmp`; when it is complete, a list of its files with sizes and checksums is added and the folder
+renamed. So a folder without `.tmp` is whole, or it was damaged later, which the list shows. It holds whole tensors by
+names that no plan changes, so any plan reads what any other wrote.
 """
+import itertools
 import json
 import math
 import os
 import resource
 import shutil
+import threading
 import time
 import warnings
 import zlib
@@ -44,9 +57,11 @@ def pick_device(name="auto"):
             import torch_npu  # noqa: F401  (registers the device; installed on Ascend machines only)
         except ImportError:
             if name == "npu":
-                raise ValueError("--device npu: torch_npu is not installed; see the Ascend lines of requirements.txt") from None
+                raise ValueError("--device npu: torch_npu is not installed; see the Ascend lines of requirements.txt"
+                                 ) from None
     if name == "auto":
-        name = next((kind for kind in ("npu", "cuda") if hasattr(torch, kind) and getattr(torch, kind).is_available()), "cpu")
+        there = [kind for kind in ("npu", "cuda") if hasattr(torch, kind) and getattr(torch, kind).is_available()]
+        name = there[0] if there else "cpu"
     if name not in ("cpu", "cuda", "npu"):
         raise ValueError(f"--device {name}: use auto, cpu, cuda or npu")
     if name != "cpu" and not getattr(torch, name).is_available():
@@ -71,12 +86,17 @@ def peak_memory(device):
 
 
 def world_size():
-    """Processes of this run, as torchrun says; known before they meet, so that a wrong plan is refused before anybody waits."""
+    """Processes of this run. torchrun says it before they meet, so a wrong plan is refused before anybody waits."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def data_rank(plan):
+    """Which share of the data this rank takes: 0 ... dp - 1."""
+    return rank() // (plan.cp * plan.tp) % plan.dp
 
 
 def is_restarted():
@@ -85,10 +105,11 @@ def is_restarted():
 
 
 def join_world(device, timeout):
-    """Meet the other processes; a process alone meets nobody. timeout: seconds in a collective until a rank counts as lost."""
+    """Meet the other processes; a process alone meets nobody. timeout: how long a collective may wait for a rank."""
     if world_size() > 1 and not dist.is_initialized():
-        accelerator = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
-        dist.init_process_group(f"cpu:gloo{accelerator}", timeout=timedelta(seconds=timeout))
+        accelerator = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        dist.init_process_group("gloo" if device.type == "cpu" else accelerator, timeout=timeout)
+        threading.Thread(target=beat, args=[open_store()], daemon=True).start()
 
 
 def leave_world():
@@ -118,14 +139,27 @@ def is_lost_contact(error):
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def missing_ranks(patience=5.0):
-    """Ranks that do not say within so many seconds that they too have lost contact: the dead, and those that hang."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                          timeout=timedelta(seconds=patience))
-    name = f"lost contact/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    store.set(f"{name}/{rank()}", "")
-    time.sleep(patience)
-    return [other for other in range(world_size()) if not store.check([f"{name}/{other}"])]
+def open_store():
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"pulse {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def beat(store):
+    """Says every second that this process runs; a thread does, so collectives do not keep it from it."""
+    for count in itertools.count():
+        store.set(str(rank()), str(count))
+        time.sleep(1)
+
+
+def missing_ranks(patience=4.0):
+    """Ranks that say nothing for so many seconds: gone, or standing still. Who asks first decides for all."""
+    store, names = open_store(), [str(other) for other in range(world_size())]
+    if not store.check(["missing"]):
+        before = store.multi_get(names)
+        time.sleep(patience)
+        silent = [name for name, old, new in zip(names, before, store.multi_get(names)) if old == new]
+        store.compare_set("missing", "", ", ".join(silent))
+    return store.get("missing").decode()
 
 
 def all_sum(x):
@@ -144,7 +178,7 @@ scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 
 
 class Traffic:
-    """Bytes that this rank sent to others, and calls, by (way, tier); way: forward | backward. sim.exchange_bytes predicts them."""
+    """Bytes that this rank sent to others, and calls, by (forward | backward, tier): as in sim.exchange_bytes."""
 
     def __init__(self):
         self.reset()
@@ -161,8 +195,10 @@ class Traffic:
 
 
 class CountAll(TorchDispatchMode):
-    """Inside it every collective is counted, FSDP's and those of norms and balance groups too, in a Traffic of its own: what
-    each other member gets of the tensor, twice for an all-reduce, whatever route the backend takes."""
+    """Inside it every collective is counted, FSDP's and those of norms and balance groups too, in a Traffic of its own.
+
+    It counts what each other member gets of the tensor, twice for an all-reduce, whatever route the backend takes.
+    """
 
     def __init__(self, node_size):
         super().__init__()
@@ -176,7 +212,7 @@ class CountAll(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-SENT = {                                   # operator of torch.distributed -> bytes for each of n members, by its arguments
+SENT = {                                   # operator of torch.distributed -> bytes for each of n members
     "_allgather_base_": lambda n, out, x, *_: [x.nbytes] * n,
     "_reduce_scatter_base_": lambda n, out, *_: [out.nbytes] * n,
     "allreduce_": lambda n, tensors, *_: [2 * sum(x.nbytes for x in tensors) // n] * n,
@@ -226,7 +262,7 @@ class Group:
 
 
 class SummedParts:
-    """A reduce-scatter as an all-to-all and a sum: gloo's own is an all-reduce, which sends twice the bytes (measured)."""
+    """A reduce-scatter as an all-to-all and a sum: gloo's own is an all-reduce and sends twice as much (measured)."""
 
     def __init__(self, out, x, group):
         self.out, self.parts = out, torch.empty_like(x)
@@ -242,8 +278,9 @@ class SummedParts:
 
 
 class Flight:
-    """One collective on its way, and its mirror image in backward. Between start and finish other work can run: in forward
-    what is called in between, in backward what autograd reaches in between, which is the same in reverse.
+    """One collective on its way, and its mirror image in backward. Between start and finish other work can run.
+
+    In forward that is what is called in between, in backward what autograd reaches in between: the same in reverse.
 
         rows = flight.start(x); shared = shared_experts(h); rows = flight.finish(rows)
     """
@@ -286,7 +323,7 @@ class Finish(torch.autograd.Function):
     def backward(ctx, grad):
         flight = ctx.flight
         flight.grad, flight.work = flight.backward(grad, "backward")
-        return grad, None                                                 # of the right shape; Start.backward returns the true one
+        return grad, None                                                 # of the right shape; Start has the true one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,21 +331,22 @@ class Finish(torch.autograd.Function):
 #
 # flat           one all-to-all of copies over all ranks of the expert group
 # hierarchical   the paper's: every node gets every token, by an all-gather between ranks of equal place in their nodes;
-#                then an all-to-all of copies inside the node; back by an all-to-all and a reduce-scatter of partial sums
+#                an all-to-all of copies inside the node; back by an all-to-all and a reduce-scatter of partial sums
 # dedup          as hierarchical, but a token goes to a node once if an expert there wants it, and not at all otherwise
 #
-# Weights travel with the tokens and are applied by the experts, so the slow hop carries sums of weighted rows alone. Each
-# dispatch makes the host wait once, in host_sizes. The shared expert runs while the first hop is under way.
+# Weights travel with the tokens and are applied by the experts, so on the way back the slow hop carries sums alone.
+# Each dispatch makes the host wait once, in host_sizes. The shared expert runs while the first hop, the slow one, is
+# under way; MindSpeed runs it during the fast one.
 
 
 def host_sizes(*sizes):
-    """The one host synchronisation of a dispatch: split sizes (int tensors, 1-d) -> lists. Fake-tensor runs replace it."""
+    """The one host synchronisation of a dispatch: split sizes (1-d tensors) -> lists. Fake-tensor runs replace it."""
     whole = torch.cat(sizes).tolist()
     return [[whole.pop(0) for _ in part] for part in sizes]
 
 
 class Route:
-    """How the copies of one dispatch travel over the last hop: sizes by member, and the places they start from and arrive at."""
+    """How the copies of one dispatch travel over the last hop: sizes by member, rows they start from and arrive at."""
 
     def __init__(self, leaving, arriving, send, recv):
         self.send, self.recv = send, recv                                 # rows to and from each member
@@ -413,7 +451,7 @@ class DedupDispatcher(HierarchicalDispatcher):
     def dispatch(self, x, ids, weights):
         nodes = self.outer.size
         ids = self.within_capacity(ids, weights)
-        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N, nodes) 0 or 1
+        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N, nodes)
         # one message a node: tokens that will come, and how many copies they hold for each of its experts
         copies = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
         message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1), "forward")
@@ -455,8 +493,8 @@ class Grid:
     Ranks that hold the same weights replicate them (zero=0) or cut them into shards (zero=1, 3).
     """
 
-    def __init__(self, plan, n_balance=1, device_type="cpu"):
-        self.plan = plan
+    def __init__(self, plan, n_balance=1, device_type="cpu", timeout=None):
+        self.plan, self.timeout = plan, timeout
         self.traffic = Traffic()
         self.groups = {}                                                  # members -> process group
         ranks = torch.arange(plan.world_size)
@@ -475,18 +513,18 @@ class Grid:
         self.exchange = mesh(("groups", "outer", "inner"), ranks.view(-1, plan.ep // plan.inner, plan.inner))
 
     def process_group(self, ranks, dim):
-        """This rank's group along a dimension of a grid of ranks. One for each set of members: their buffers are large."""
+        """This rank's group along a dimension of a grid of ranks; one for each set of members, as buffers are large."""
         lines = ranks.movedim(dim, -1).reshape(-1, ranks.size(dim)).tolist()
         members = next(tuple(line) for line in lines if rank() in line)
         if members not in self.groups:
-            self.groups[members] = dist.new_group(members, use_local_synchronization=True)
+            self.groups[members] = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
         return self.groups[members]
 
     def group(self, mesh, name):
         return Group(mesh[name].get_group(), self.plan.node_size, self.traffic)
 
     def dispatcher(self, config):
-        """What the plan says; without ranks to exchange with the local one, and flat where the group lies inside one node."""
+        """What the plan says; the local one with no rank to exchange with; flat where the group lies in one node."""
         plan = self.plan
         if plan.ep == 1:
             return LocalDispatcher(config)
@@ -500,9 +538,10 @@ class Grid:
 # parallelize: the one entry
 
 
-def parallelize(model, plan, device_type="cpu"):
-    """Turn a built model (filled, or on the meta device) into this rank's part of it, as the plan says. Returns its Grid.
+def parallelize(model, plan, device_type="cpu", timeout=None):
+    """Turn a built model (filled, or on the meta device) into this rank's part of it, as the plan says.
 
+    Returns its Grid, None for one process. timeout (timedelta): how long a collective may wait; None: torch's default.
     ValueError for a plan that does not fit, or that asks for what is not run here. Then fill it: init_weights.
     """
     refuse_what_is_not_run(plan)
@@ -510,7 +549,7 @@ def parallelize(model, plan, device_type="cpu"):
     if world_size() == 1:
         return None
     n_balance = max(1, balance_group(model.config, plan) // plan.micro_batch) * plan.cp * plan.tp
-    grid = Grid(plan, n_balance, device_type)
+    grid = Grid(plan, n_balance, device_type, timeout)
     for block in model.layers.values():
         if block.is_moe:
             keep_own_experts(block.mlp.experts, plan)
@@ -518,7 +557,7 @@ def parallelize(model, plan, device_type="cpu"):
                 block.mlp.gate.average_counts = partial(mean_over, grid.balance["balance"].get_group())
     if plan.dp * plan.cp > 1:
         shard(model, grid)
-    dispatcher = grid.dispatcher(model.config)                            # last: a process group can be neither copied nor saved
+    dispatcher = grid.dispatcher(model.config)                            # last: a group cannot be copied or saved
     for block in model.layers.values():
         if block.is_moe:
             block.mlp.dispatcher = dispatcher
@@ -528,7 +567,7 @@ def parallelize(model, plan, device_type="cpu"):
 def refuse_what_is_not_run(plan):
     for name in ("pp", "cp", "tp"):
         if getattr(plan, name) > 1:
-            raise ValueError(f"{name}={getattr(plan, name)} is planned and timed by sim.py, but not run yet: use {name}=1")
+            raise ValueError(f"{name}={getattr(plan, name)} is planned by sim.py but not run yet: use {name}=1")
     for name, only in (("overlap", "none"), ("recompute", ()), ("swap", ()), ("balance_live", 0)):
         if getattr(plan, name) != only:
             raise ValueError(f"{name} is planned and timed by sim.py, but not run yet: leave it out")
@@ -555,13 +594,13 @@ def mean_over(group, counts):
 
 
 def shard(model, grid):
-    """Wrap the model's parts, innermost first: a part's weights are gathered before it runs and its gradients summed after.
+    """Wrap the model's parts, innermost first: weights are gathered before they run, gradients summed after.
 
-    Experts live on a mesh of their own, since fewer ranks hold the same ones. The router keeps float32 whatever the rest
-    computes in. Embedding, last norm and head stay with the root, as they are used in more places than one. MTP's joining
-    layers are used before and after the block they belong to, so they are a part of their own.
+    Experts live on a mesh of their own, since fewer ranks hold the same ones. The router keeps float32 whatever the
+    rest computes in. Embedding, last norm and head stay with the root, as they are used in more places than one. MTP's
+    joining layers are used before and after the block they belong to, so they are a part of their own.
     """
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")   # nothing here is done in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")   # nothing is done in place
     plan = grid.plan
     dense, expert = grid.dense["replicate", "shard"], grid.expert["replicate", "shard"]
     low = torch.bfloat16 if plan.precision == "bf16" else None
@@ -585,13 +624,13 @@ def shard(model, grid):
     model.register_forward_pre_hook(hand_on_routing, with_kwargs=True)
     for part in model.modules():
         if isinstance(part, FSDPModule):
-            # the loss is a sum over the global batch's tokens, so gradients are summed; and plain sums are all that gloo has
+            # the loss is a sum over the global batch's tokens, so gradients are summed; gloo has nothing but plain sums
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
 
 
 class Routing(dict):
-    """A dict of chosen experts that FSDP's hooks hand on as it is (they copy plain ones); what is noted goes to the caller's."""
+    """A dict of chosen experts that FSDP's hooks hand on (plain ones they copy); what is noted goes to the caller's."""
 
     def __init__(self, given):
         super().__init__(given)
@@ -613,8 +652,10 @@ def cut_inside_experts(plan, weight):
 
 
 def reduce_gradients(model, plan, last):
-    """Call before each micro-batch: gradients are summed over ranks after the last one; with zero=3, which has no room for
-    whole gradients, after each."""
+    """Call before each micro-batch: gradients are summed over ranks after the last one.
+
+    With zero=3, which has no room for whole gradients, after each.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or plan.zero == 3)
 
@@ -632,7 +673,8 @@ def init_weights(model, seed=0):
         first = model.get_submodule(name.rpartition(".")[0]).first_expert if ".experts." in name else 0
         fill_initial(whole, model.config, name, seed, first)
         if isinstance(tensor, DTensor):
-            whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+            whole = whole.to(tensor.device)
+            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.copy_(whole)
 
 
@@ -651,17 +693,13 @@ def copies(name, tensor, grid):
 
 @torch.no_grad()
 def grad_norm(model, grid=None):
-    """Global norm of all gradients: each part counts once, however many ranks hold it. One all-reduce over all ranks."""
+    """Global norm of all gradients: each part counts once, however many ranks hold it. One all-reduce of all ranks."""
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm([local(p.grad) for _, p in named]))
     if grid is None:
         return norms.norm()
     shares = norms.new_tensor([1 / copies(name, p, grid) for name, p in named])
     return all_sum((norms.square() * shares).sum()).sqrt()
-
-
-def scale_gradients(model, factor):
-    torch._foreach_mul_([local(p.grad) for p in model.parameters() if p.grad is not None], factor)
 
 
 def param_groups(model):
@@ -691,13 +729,13 @@ def train_state(model, optimizer, progress):
 
 
 def whole_experts(state, grid):
-    """The state with every expert tensor (local experts, ...) as this rank's part of all experts, (E, ...), in the same memory.
+    """The state with every expert tensor (local experts, ...) as this rank's part of all, (E, ...), in the same memory.
 
     So a file knows whole tensors alone, and another plan can read it.
     """
     if grid is None:
         return state
-    return {key: part_of_whole(part, grid, key) if key in ("model", "optimizer") else part for key, part in state.items()}
+    return state | {key: part_of_whole(state[key], grid, key) for key in ("model", "optimizer") if key in state}
 
 
 def part_of_whole(tree, grid, name):
@@ -834,13 +872,15 @@ def check_files(folder):
 
 
 def load_state(folder, state, grid=None):
-    """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it. ValueError if damaged or of another
-    shape. Without a grid a rank reads by itself."""
+    """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it.
+
+    Without a grid a rank reads alone. ValueError if it is damaged or of another shape.
+    """
     try:
         dcp.load(whole_experts(state, grid), checkpoint_id=folder, no_dist=grid is None)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): give back "
-                         f"the config.json it was written with") from error
+        raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): "
+                              f"give back the config.json it was written with") from error
 
 
 def load_weights(folder, model):

@@ -4,6 +4,7 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     python train.py                                        # pre-trains `tiny` on real text, on whatever device is there
     python train.py pretrain --preset small --data DIR_OR_FILES --out runs/a --steps 2000 --set aux_loss_alpha=0.001
     python train.py pretrain --resume runs/a               # continues exactly
+    torchrun --nproc-per-node 4 train.py --ep 4 --node-size 2 --dispatch hierarchical   # --resume may take another plan
     python train.py sample --init runs/a --prompt "def "
 
 In this order: settings, tokenizer, data, phases, data order, one step, held-out text, the run's folder, the loop, the
@@ -37,6 +38,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,7 @@ OPTIONS = dict(
     save_every=(500, "steps between checkpoints; one is always written at the end"),
     keep=(3, "newest checkpoints kept"),
     eval_every=(0, "steps between evaluations on the whole held-out text; 0: at the end only"),
+    timeout=(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends"),
     max_skips=(5, "steps in a row with a loss or gradient that is not finite, before the run stops"),
     peak_tflops=(0.0, "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported"),
     # optimisation
@@ -94,8 +97,9 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
     tiny=dict(steps=700, lr=5e-3, min_lr=0.02, warmup_steps=30, seq_len=256, global_batch=12, micro_batch=12),
     small=dict(steps=10000, lr=6e-4, warmup_steps=500, seq_len=2048, global_batch=64, micro_batch=8),
 )
+# what --resume lets one change; with --data the text must be the same
 CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_every", "device", "threads", "peak_tflops",
-              "max_skips"}          # what --resume lets one change; with --data the text must be the same
+              "max_skips", "timeout", *(field.name for field in PLAN_FIELDS)} - {"global_batch", "seq_len"}
 
 
 class UserError(ValueError):
@@ -121,7 +125,18 @@ def settings_of(given):
     """All settings: what was given, else the preset's recipe, else the default."""
     recipe = RECIPES.get(given.get("preset", "tiny"), {})
     plan = {field.name: field.default for field in PLAN_FIELDS}
-    return {name: default for name, (default, _) in OPTIONS.items()} | plan | PLAN_DEFAULTS | recipe | given
+    defaults = {name: default for name, (default, _) in OPTIONS.items()} | plan | PLAN_DEFAULTS | recipe
+    return fit_to_world(defaults | given, given)
+
+
+def fit_to_world(settings, given):
+    """Where they are not given, dp takes what processes there are, and a micro-batch is no more than a rank's share."""
+    if "dp" not in given:
+        settings["dp"] = max(1, parallel.world_size() // (settings["pp"] * settings["cp"] * settings["tp"]))
+    if "micro_batch" not in given:
+        share = max(1, settings["global_batch"] // settings["dp"])
+        settings["micro_batch"] = max(n for n in range(1, settings["micro_batch"] + 1) if share % n == 0)
+    return settings
 
 
 def read_value(text):
@@ -534,7 +549,7 @@ def make_phases(settings, given):
     if not settings["phases"]:
         return [Phase(**single)]
     if settings["phases"] in PUBLISHED_PHASES:
-        return scaled(PUBLISHED_PHASES[settings["phases"]], given, settings["micro_batch"])
+        return scaled(PUBLISHED_PHASES[settings["phases"]], given, settings["micro_batch"] * settings["dp"])
     try:
         return [Phase(**(single | row)) for row in json.loads(Path(settings["phases"]).read_text())]
     except OSError:
@@ -553,7 +568,8 @@ def batch_ramp(settings):
         start, over = (int(float(value)) for value in settings["batch_warmup"])
     except ValueError:
         raise UserError("--batch-warmup takes two numbers: the first batch in sequences, and tokens") from None
-    sizes = [*range(start, settings["global_batch"], settings["micro_batch"]), settings["global_batch"]]
+    once = settings["micro_batch"] * settings["dp"]
+    sizes = [*range(start, settings["global_batch"], once), settings["global_batch"]]
     return [[over * i / max(1, len(sizes) - 1), size] for i, size in enumerate(sizes)]
 
 
@@ -649,53 +665,70 @@ def examples(windows, depths, device, document_end=None):
     return ids, targets, ends - (ids == document_end).long()              # END belongs to the document that it ends
 
 
-MEASURES = ("loss", "mtp_loss", "aux_loss", "grad_norm", "skipped", "max_vio", "drop_rate")   # what a step returns
+# what a step returns; stop: ranks that were asked to
+MEASURES = ("loss", "mtp_loss", "aux_loss", "grad_norm", "skipped", "max_vio", "drop_rate", "stop")
 
 
-def train_step(model, optimizer, batch, micro_batch, clip):
-    """One optimizer step on a global batch -> float32 tensor of MEASURES, still on the device: nothing waits for it.
+def own_samples(plan, size):
+    """This rank's places in a global batch of that size.
+
+    One micro-batch of all ranks is a run of neighbours: a balance group over ranks holds the same sequences as on one.
+    """
+    return np.arange(size).reshape(-1, plan.dp, plan.micro_batch)[:, parallel.data_rank(plan)].flatten()
+
+
+def train_step(model, optimizer, batch, plan, clip, grid=None, stop=False):
+    """One optimizer step on this rank's share of a global batch -> float32 tensor of MEASURES, those of all ranks.
+
+    It is still on the device: nothing waits for it. stop: whether this rank was asked to.
 
     A loss or gradient that is not finite leaves weights and moments as they are: the optimizer is told by found_inf.
     """
     ids, targets, doc_ids = batch
-    loss_tokens = (targets != -100).sum((0, 2)).float()
-    model.aux_scale = micro_batch / len(ids)
+    loss_tokens = parallel.all_sum((targets != -100).sum((0, 2)).float())
+    model.aux_scale = plan.micro_batch / (len(ids) * plan.dp)
     losses = 0
-    for start in range(0, len(ids), micro_batch):
-        part = slice(start, start + micro_batch)
+    for start in range(0, len(ids), plan.micro_batch):
+        part = slice(start, start + plan.micro_batch)
+        parallel.reduce_gradients(model, plan, last=part.stop == len(ids))
         out = model(ids[part], targets=targets[part], doc_ids=None if doc_ids is None else doc_ids[part],
                     loss_tokens=loss_tokens)
         out.total_loss.backward()
         losses = losses + torch.stack([out.loss, out.mtp_loss, out.aux_loss]).detach().float()
-    norm = parallel.grad_norm(model).float()
-    finite = torch.isfinite(norm) & torch.isfinite(losses).all()
+    stats = model.pop_stats()
+    loads = parallel.all_sum(stats["loads"])                              # (MoE layers, E)
+    sums = parallel.all_sum(torch.stack([*losses, stats["dropped"].float(), losses.new_tensor(stop)]))
+    norm = parallel.grad_norm(model, grid).float()
+    finite = torch.isfinite(norm) & torch.isfinite(sums).all()
     optimizer.found_inf = (~finite).float()
     optimizer.grad_scale = (norm / clip).clamp(min=1)                     # the fused optimizer divides by it
     optimizer.step()
     optimizer.zero_grad()
-    stats = model.pop_stats()
-    model.update_router_bias(stats["loads"] * finite)
-    loads = stats["loads"].float()                                        # (MoE layers, E)
+    model.update_router_bias(loads * finite)
+    *losses, dropped, stop = sums
+    loads = loads.float()
     max_vio = (loads.amax(1) / loads.mean(1).clamp(min=1) - 1).mean() if len(loads) else norm * 0
-    return torch.stack([*losses, norm, (~finite).float(), max_vio, stats["dropped"] / loads.sum().clamp(min=1)])
+    return torch.stack([*losses, norm, (~finite).float(), max_vio, dropped / loads.sum().clamp(min=1), stop])
 
 
 @torch.no_grad()
-def evaluate(model, corpus, seq_len, batch, document_end=None):
+def evaluate(model, corpus, plan, document_end=None):
     """Held-out loss (nats a token) and bits per UTF-8 byte. Every token is predicted once, END included.
 
     Windows overlap by half and only their second half counts, so that each token sees at least half a window before it.
     """
     device, depths = next(model.parameters()).device, 1 + model.config.num_nextn_predict_layers
-    stride, n = max(1, seq_len // 2), len(corpus.heldout) - 1
+    seq_len, batch, n = plan.seq_len, plan.micro_batch, len(corpus.heldout) - 1
+    stride = max(1, seq_len // 2)
     if not n:
         return {}                                                         # one piece of text: nothing is held out
     starts = range(0, max(1, n - (seq_len - stride)), stride)
-    padded = np.full(starts[-1] + batch * stride + seq_len + depths, -1, np.int64)
+    padded = np.full(starts[-1] + plan.dp * batch * stride + seq_len + depths, -1, np.int64)
     padded[:n + 1] = corpus.heldout
     nats = 0.0
     model.eval()
-    for i in range(0, len(starts), batch):
+    for i in range(0, len(starts), plan.dp * batch):
+        i += parallel.data_rank(plan) * batch
         first = range(i * stride, (i + batch) * stride, stride)
         windows = np.stack([padded[start:start + seq_len + depths] for start in first])
         ids, targets, doc_ids = examples(windows, depths, device, document_end)
@@ -703,11 +736,12 @@ def evaluate(model, corpus, seq_len, batch, document_end=None):
         counted[:, 0, seq_len - stride:] = targets[:, 0, seq_len - stride:]
         if i == 0:
             counted[0, 0] = targets[0, 0]
-        counted[len(starts) - i:] = -100                                  # past the end: there to keep the batch whole
+        counted[max(0, len(starts) - i):] = -100                          # past the end: there to keep the batch whole
         counted.masked_fill_(counted < 0, -100)
         one = torch.ones(depths, device=device)                           # a sum, not a mean
         nats += model(ids.clamp(min=0), targets=counted, doc_ids=doc_ids, loss_tokens=one).loss.item()
     model.train()
+    nats = parallel.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
     return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
 
 
@@ -715,18 +749,19 @@ def evaluate(model, corpus, seq_len, batch, document_end=None):
 # The run's folder
 
 
-def open_folder(settings):
-    """The run's folder, ours until the process ends: (path, lock)."""
+def open_folder(run):
+    """The run's folder, ours until the process ends."""
+    settings = run.settings
     out = Path(settings["out"]) if settings["out"] else free_folder(settings["preset"])
     if parallel.steps_in(out / "ckpt") and not settings["resume"]:
         raise UserError(f"{out} already holds a run: --resume {out} continues it, another --out starts one")
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")
+    run.lock = open(out / ".lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"{out} is in use by another run: wait for it, or choose another --out") from None
-    return out, lock
+    return out
 
 
 def free_folder(preset):
@@ -765,7 +800,7 @@ def resume_settings(given):
         if name not in CHANGEABLE | {"resume", "command"} and value != settings.get(name):
             raise UserError(f"--{name.replace('_', '-')} {value}: the run in {run} has {settings.get(name)!r}, and "
                             f"resuming cannot change it; leave it away, or start a new run")
-    return settings | given | dict(out=str(run)), stored, checkpoint
+    return fit_to_world(settings | given | dict(out=str(run)), given), stored, checkpoint
 
 
 def read_progress(checkpoint, progress):
@@ -806,7 +841,9 @@ class Stopper:
 
 
 def open_run(given):
-    """Everything that can be refused is refused here, before the first step."""
+    """Everything that can be refused is refused here, before the first step; a plan, before any rank waits."""
+    if parallel.is_restarted() and parallel.steps_in(Path(given.get("out", "")) / "ckpt"):
+        given = given | dict(resume=given["out"])
     settings, stored, checkpoint = resume_settings(given) if given.get("resume") else (settings_of(given), None, None)
     device = parallel.pick_device(settings["device"])
     fix_automatic(settings, device)
@@ -816,12 +853,15 @@ def open_run(given):
     run.phases = make_phases(settings, stored["given"] | given if stored else given)
     for phase in run.phases:
         for _, batch in phase.batches:
-            check_plan(run.config, replace(run.plan, seq_len=phase.seq_len, global_batch=batch), devices=1)
-    run.out, run.lock = open_folder(settings)
+            plan = replace(run.plan, seq_len=phase.seq_len, global_batch=batch)
+            check_plan(run.config, plan, devices=parallel.world_size())
+    parallel.join_world(device, timedelta(seconds=settings["timeout"]))
+    run.out = parallel.first_does(lambda: open_folder(run))
     try:
         fill_run(run, given, stored)
     except BaseException:
-        run.lock.close()
+        if parallel.rank() == 0:
+            run.lock.close()
         raise
     return run
 
@@ -831,11 +871,12 @@ def fill_run(run, given, stored):
     run.progress = dict(step=0, tokens=0, phase=0, phase_tokens=0, skipped=0, skipped_in_a_row=0)
     if run.checkpoint:
         read_progress(run.checkpoint, run.progress)
+    parallel.first_does(lambda: prepare(run.settings, run.config.vocab_size, run.out.parent) and None)
     run.corpus = prepare(run.settings, run.config.vocab_size, run.out.parent)
     run.config = settle(run)
     for phase in run.phases:
         order_of(run, phase)
-    continue_folder(run, stored) if stored else begin_folder(run, given)
+    parallel.first_does(lambda: continue_folder(run, stored) if stored else begin_folder(run, given))
 
 
 def fix_automatic(settings, device):
@@ -890,18 +931,21 @@ def config_of(run, phase):
 
 
 def build(run, phase, checkpoint):
-    """Model and optimizer for a phase, as the checkpoint left them or as initialised."""
+    """This rank's part of the model and its optimizer for a phase, as the checkpoint left them or as initialised."""
     torch.manual_seed(run.settings["seed"])
     with torch.device("meta"):
         model = Model(config_of(run, phase))
+    plan = replace(run.plan, seq_len=phase.seq_len)
+    grid = parallel.parallelize(model, plan, run.device.type, timedelta(seconds=run.settings["timeout"]))
     model.to_empty(device=run.device)
-    model.init_weights(run.settings["seed"])
+    parallel.init_weights(model, run.settings["seed"])
     model.compute_dtype = torch.bfloat16 if run.settings["precision"] == "bf16" else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(run.settings["beta1"], run.settings["beta2"]),
-                                  eps=1e-8, weight_decay=run.settings["weight_decay"], fused=True)
+    optimizer = torch.optim.AdamW(parallel.param_groups(model), lr=0.0, eps=1e-8, fused=True,
+                                  betas=(run.settings["beta1"], run.settings["beta2"]),
+                                  weight_decay=run.settings["weight_decay"])
     if checkpoint:
-        parallel.restore(checkpoint, model, optimizer, run.progress)
-    return model, optimizer
+        parallel.restore(checkpoint, model, optimizer, run.progress, grid)
+    return model, optimizer, plan, grid
 
 
 def pretrain(given):
@@ -913,53 +957,60 @@ def pretrain(given):
     total, depths = sum(phase.tokens for phase in phases), 1 + run.config.num_nextn_predict_layers
     document_end = run.corpus.end if settings["document_mask"] else None
     introduce(run)
-    stop = Stopper()
+    stop, stopped = Stopper(), False
     saver = parallel.Saver(run.out / "ckpt", settings["keep"])
-    log = open(run.out / "metrics.jsonl", "a", buffering=1)               # a line is written when it ends
+    # a line is written when it ends; rank 0 writes
+    log = open(run.out / "metrics.jsonl" if parallel.rank() == 0 else os.devnull, "a", buffering=1)
     first_token, busy = progress["tokens"], 0.0                           # of this session; seconds in steps
 
-    while not is_done(run) and not stop.asked:
+    while not is_done(run) and not stopped:
         phase = phases[progress["phase"]]
-        model, optimizer = build(run, phase, checkpoint)
+        model, optimizer, plan, grid = build(run, phase, checkpoint)
         order, flops = order_of(run, phase), flops_per_token(run.config, phase.seq_len)
 
-        while progress["phase_tokens"] < phase.tokens and not stop.asked:
+        while progress["phase_tokens"] < phase.tokens and not stopped:
             # 1. the batch: how many sequences, which, at what rate
             began = time.perf_counter()
             size = phase.batch(progress["phase_tokens"])
-            batch = examples(order.batch(progress["tokens"], size), depths, run.device, document_end)
+            windows = order.batch(progress["tokens"], size)[own_samples(plan, size)]
+            batch = examples(windows, depths, run.device, document_end)
             new_tokens = size * phase.seq_len
             for count, more in dict(step=1, tokens=new_tokens, phase_tokens=new_tokens).items():
                 progress[count] += more
-            lr = optimizer.param_groups[0]["lr"] = phase.learning_rate(progress["phase_tokens"])
+            lr = phase.learning_rate(progress["phase_tokens"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
             # 2. the step; tolist waits for the device, the only time
-            measures = train_step(model, optimizer, batch, settings["micro_batch"], settings["clip"])
+            measures = train_step(model, optimizer, batch, plan, settings["clip"], grid, stop.asked is not None)
             line = dict(zip(MEASURES, measures.tolist()))
             line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr) | line
+            stopped = line.pop("stop") > 0                                # all ranks at the same step
             count_skips(run, line)
 
             # 3. the log; once in a while held-out text and checkpoint
             seconds = time.perf_counter() - began
             busy += seconds
-            rate, peak = new_tokens / seconds, settings["peak_tflops"] * 1e12
+            rate, peak = new_tokens / seconds, settings["peak_tflops"] * 1e12 * parallel.world_size()
             line |= dict(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=rate * flops / peak if peak else None,
                          mem_gib=parallel.peak_memory(run.device) / 2**30)
             if is_done(run) or (settings["eval_every"] and progress["step"] % settings["eval_every"] == 0):
-                line |= evaluate(model, run.corpus, phase.seq_len, settings["micro_batch"], document_end)
+                line |= evaluate(model, run.corpus, plan, document_end)
             log.write(json.dumps(line) + "\n")
             print_step(run, line, total, busy * (total - progress["tokens"]) / (progress["tokens"] - first_token))
             saver.poll()
             if progress["step"] % settings["save_every"] == 0:
-                saver.save(progress["step"], parallel.train_state(model, optimizer, progress))
+                saver.save(progress["step"], parallel.train_state(model, optimizer, progress), grid)
 
         # 4. the end of a phase or an early one: the next phase goes on from this checkpoint, in a model built for it
         if progress["phase_tokens"] >= phase.tokens and not is_done(run):
             progress.update(phase=progress["phase"] + 1, phase_tokens=0)
-        saver.save(progress["step"], parallel.train_state(model, optimizer, progress))
+        saver.save(progress["step"], parallel.train_state(model, optimizer, progress), grid)
         saver.wait()
         checkpoint = run.out / "ckpt" / f"step_{progress['step']}"
 
+    if parallel.rank() > 0:
+        return
     if not is_done(run):
         print(f"stopped after step {progress['step']}; go on with: python train.py pretrain --resume {run.out}")
     else:
@@ -1074,13 +1125,22 @@ def parse(argv):
 
 def main(argv=None):
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # DCP tells that there is one process
+    if parallel.rank() > 0:
+        sys.stdout = open(os.devnull, "w")                                # rank 0 speaks for all
     command, given = parse(sys.argv[1:] if argv is None else argv)
     try:
         command(given)
+        parallel.leave_world()
     except (UserError, parallel.CheckpointError, OSError) as error:
         advice = "; make room, then --resume the run" if isinstance(error, parallel.SaveFailed) else ""
-        print(f"train.py: {error}{advice}", file=sys.stderr)
+        if parallel.rank() == 0 or not isinstance(error, UserError):      # what was typed, all ranks refuse
+            print(f"train.py: {error}{advice}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not parallel.is_lost_contact(error):
+            raise
+        sys.exit(f"train.py: rank {parallel.rank()} has lost contact; no sign of rank {parallel.missing_ranks()} "
+                 f"({str(error).splitlines()[0]})")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ The expert exchanges on two nodes that are made on one machine: times and bytes,
     python tests/bench_exchange.py --rate 200 --top-k 2 4 8
     python tests/bench_exchange.py --tiny                      # seconds; shows that it runs, not how fast
 
-A node is a network namespace with two ranks (gloo, one thread each). A veth pair joins the two, and tc's token bucket lets
-each send --rate megabits a second to the other; inside a node ranks talk through loopback. All exchanges are measured in
-the same processes and take turns; a time is the least of --repeats. One dispatch, wait and combine forward, and its
-backward, of --tokens tokens a rank; experts do nothing but weigh their rows.
+A node is a network namespace with two ranks (gloo, one thread each). A veth pair joins the two, and tc's token bucket
+lets each send --rate megabits a second to the other; inside a node ranks talk through loopback. All exchanges are
+measured in the same processes and take turns; a time is the least of --repeats. One dispatch, wait and combine forward,
+and its backward, of --tokens tokens a rank; experts do nothing but weigh their rows.
 
-The prediction takes --rate, shared by a node's ranks, for the slow tier; for the fast tier what an all-to-all between the
-two ranks of a node reaches here, measured first. Everything the script makes has its process id in its name and is taken
-down at the end, however that comes.
+The prediction takes --rate, shared by a node's ranks, for the slow tier; for the fast tier what an all-to-all between
+the two ranks of a node reaches here, measured first. Everything the script makes has its process id in its name and is
+taken down at the end, however that comes.
 """
 import argparse
 import json
@@ -46,7 +46,7 @@ def tool(*words, check=True):
 
 @contextmanager
 def two_nodes(megabits):
-    """Two namespaces whose link carries that rate each way -> their (names, addresses). Gone afterwards, whatever happens."""
+    """Two namespaces joined at that rate each way -> (names, addresses, links). Gone afterwards in any case."""
     names = [f"node{node}-{os.getpid()}" for node in range(NODES)]
     links = [f"v{node}-{os.getpid()}" for node in range(NODES)]           # a link's name has at most 15 letters
     addresses = [f"10.213.0.{node + 1}" for node in range(NODES)]
@@ -54,14 +54,15 @@ def two_nodes(megabits):
         for name in names:
             tool("ip", "netns", "add", name)
             tool("ip", "-n", name, "link", "set", "lo", "up")
-        tool("ip", "link", "add", links[0], "netns", names[0], "type", "veth", "peer", "name", links[1], "netns", names[1])
+        ends = [["name", link, "netns", name] for link, name in zip(links, names)]
+        tool("ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1])
         for name, link, address in zip(names, links, addresses):
             tool("ip", "-n", name, "address", "add", f"{address}/24", "dev", link)
             tool("ip", "-n", name, "link", "set", link, "up")
             # a bucket of 10 ms; a queue so long that nothing is dropped
             burst = max(65536, int(megabits * 1e6 / 8 * 0.01))
-            tool("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", link, "root", "tbf", "rate", f"{megabits}mbit",
-                 "burst", str(burst), "limit", str(64 << 20))
+            tool("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", link, "root", "tbf",
+                 "rate", f"{megabits}mbit", "burst", str(burst), "limit", str(64 << 20))
         yield names, addresses, links
     finally:
         for name in names:
@@ -74,8 +75,9 @@ def start_ranks(names, addresses, links, arguments):
     for rank in range(NODES * RANKS_A_NODE):
         node = rank // RANKS_A_NODE
         environment = dict(os.environ, GLOO_SOCKET_IFNAME=links[node], OMP_NUM_THREADS="1")
-        command = ["ip", "netns", "exec", names[node], sys.executable, __file__, "--rank", str(rank), "--address", addresses[0]]
-        ranks.append(subprocess.Popen(command + arguments, env=environment, stdout=subprocess.PIPE if rank == 0 else None))
+        command = ["ip", "netns", "exec", names[node], sys.executable, __file__]
+        command += ["--rank", str(rank), "--address", addresses[0], *arguments]
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE if rank == 0 else None))
     return ranks
 
 
@@ -115,7 +117,8 @@ def measure(args):
         for name, grid in grids.items():
             best = [min(column) for column in zip(*times[name][1:])]      # the first round makes connections
             sent = {f"{way} {tier}": n for (way, tier), n in grid.traffic.bytes.items()}
-            found["rows"].append(dict(top_k=top_k, dispatch=name, forward=best[0], backward=best[1], link=best[2], sent=sent))
+            row = dict(top_k=top_k, dispatch=name, forward=best[0], backward=best[1], link=best[2], sent=sent)
+            found["rows"].append(row)
     if args.rank == 0:
         print(json.dumps(found))
     dist.barrier()
@@ -133,7 +136,8 @@ def inputs(args, top_k):
     """ids (ranks, N, K), the same on all ranks: uniform; x (N,C) and weights (N,K) of this rank."""
     generator = torch.Generator().manual_seed(top_k)
     ids = torch.rand(NODES * RANKS_A_NODE, args.tokens, args.experts, generator=generator).topk(top_k).indices
-    return ids, torch.randn(args.tokens, args.hidden, requires_grad=True), torch.rand(args.tokens, top_k, requires_grad=True)
+    x = torch.randn(args.tokens, args.hidden, requires_grad=True)
+    return ids, x, torch.rand(args.tokens, top_k, requires_grad=True)
 
 
 def link_bytes():
@@ -142,7 +146,7 @@ def link_bytes():
 
 
 def exchange_once(grid, dispatcher, x, ids, weights):
-    """Seconds forward and backward, until the last rank has finished; bytes that left this node, for each of its ranks."""
+    """Seconds forward and backward, until the last rank has finished; bytes that left this node, per rank of it."""
     grid.traffic.reset()
     dist.barrier()
     before = link_bytes()
@@ -191,20 +195,22 @@ def predicted(args, top_k, dispatch, inner):
 
 
 def show(args, found):
-    print(f"2 nodes x 2 ranks, {args.rate} Mbit/s between them, {found['inner'] / 1e6:.0f} MB/s a rank inside (measured); "
-          f"{args.tokens} tokens a rank of {args.hidden} float32, {args.experts} experts; torch {torch.__version__}")
-    print("measured: least of", args.repeats, "in turns, ms; MB: sent by rank 0, counted; link: by its node's kernel, a rank; "
-          "simulated: sim.py, ms")
+    print(f"2 nodes x 2 ranks, {args.rate} Mbit/s between them, {found['inner'] / 1e6:.0f} MB/s a rank inside "
+          f"(measured); {args.tokens} tokens a rank of {args.hidden} float32, {args.experts} experts; "
+          f"torch {torch.__version__}")
+    print(f"measured: least of {args.repeats} in turns, ms; MB: sent by rank 0, counted; link: by its node's kernel, "
+          f"a rank; simulated: sim.py, ms")
     print(f"{'top-k':>5} {'exchange':<13}{'forward':>9}{'backward':>9}{'simulated':>16}{'inner MB':>10}{'outer MB':>10}"
           f"{'link MB':>9}{'flat / it':>11}")
     for row in found["rows"]:
         flat = next(r for r in found["rows"] if r["top_k"] == row["top_k"] and r["dispatch"] == "flat")
         row["speedup"] = (flat["forward"] + flat["backward"]) / (row["forward"] + row["backward"])
         simulated = predicted(args, row["top_k"], row["dispatch"], found["inner"])
-        inner, outer = (sum(n for name, n in row["sent"].items() if name.endswith(tier)) / 1e6 for tier in ("inner", "outer"))
+        inner, outer = (sum(n for name, n in row["sent"].items() if name.endswith(tier)) / 1e6
+                        for tier in ("inner", "outer"))
         print(f"{row['top_k']:>5} {row['dispatch']:<13}{row['forward'] * 1e3:>9.1f}{row['backward'] * 1e3:>9.1f}"
-              f"{simulated[0] * 1e3:>9.1f}{simulated[1] * 1e3:>7.1f}{inner:>10.2f}{outer:>10.2f}{row['link'] / 1e6:>9.2f}"
-              f"{row['speedup']:>11.2f}")
+              f"{simulated[0] * 1e3:>9.1f}{simulated[1] * 1e3:>7.1f}{inner:>10.2f}{outer:>10.2f}"
+              f"{row['link'] / 1e6:>9.2f}{row['speedup']:>11.2f}")
 
 
 def main():

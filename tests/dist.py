@@ -1,7 +1,7 @@
 """
-Ranks on one machine for tests: processes forked once per world size, one thread each, that run one function after another.
+Ranks on one machine for tests: processes forked once per world size, one thread each, that run function after function.
 
-    results = dist.run(4, check, config, plan)       # check(config, plan) on each of 4 gloo ranks -> [result of each rank]
+    results = dist.run(4, check, config, plan)       # check(config, plan) on each of 4 ranks -> [each one's result]
 
 The function is found by its name in its module, so it must be defined at the top level of one.
 """
@@ -20,7 +20,7 @@ POOLS = {}                                 # world size -> (processes, pipes)
 
 
 def run(world_size, function, *args):
-    """function(*args) on every rank; a list of what each returned. RuntimeError with the traceback of a rank that failed."""
+    """function(*args) on every rank -> list of what each returned. RuntimeError with a failed rank's traceback."""
     if world_size not in POOLS:
         POOLS[world_size] = start(world_size)
     processes, pipes = POOLS[world_size]

@@ -1,5 +1,5 @@
 """
-Checks for npu_fake.py: a training step on 16 fake NPU ranks, experts exchanged flat, hierarchically and without repeats.
+Checks for npu_fake.py: a training step on 16 fake NPU ranks; exchange flat, hierarchical and without repeats.
 
 The world is a fake process group: this process is rank 0 and the others never answer, so collectives give shapes alone.
 Split sizes have no values either; split_evenly puts even ones in their place.
@@ -19,7 +19,7 @@ TOKENS = 1024
 
 
 def split_evenly(rows_on_last_hop):
-    """parallel.host_sizes for fake tensors: the same number for every member, one more and one less for the first two."""
+    """parallel.host_sizes for fake tensors: the same number for all members, but one more and less for two."""
     def host_sizes(*sizes):
         *outer, send, recv = sizes
         tokens = [[TOKENS] * len(part) for part in outer]                 # dedup: every token to every node

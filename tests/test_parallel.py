@@ -17,8 +17,9 @@ from sim import Plan, exchange_bytes
 
 TINY = Config(
     vocab_size=64, hidden_size=24, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2, q_lora_rank=8,
-    kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=64, n_routed_experts=8,
-    num_experts_per_tok=3, moe_intermediate_size=16, rope_theta=100.0, balance_group=4, aux_loss_alpha=0.3)
+    kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=64,
+    n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, rope_theta=100.0, balance_group=4,
+    aux_loss_alpha=0.3)
 PLAN = Plan(micro_batch=1, global_batch=8, seq_len=12, precision="fp64", zero=0)      # of one process
 DTYPES = dict(fp64=torch.float64, fp32=torch.float32, bf16=torch.float32)
 EXACT = 1e-9                               # float64, relative to a tensor's largest value
@@ -53,7 +54,7 @@ def forced_routing(config, plan, experts):
 
 
 def step(model, grid, plan, batch_plan, experts=None, optimizer=None):
-    """Forward, backward, AdamW on this rank's share of the batch: total loss of all ranks, global norm, and the gradients."""
+    """Forward, backward, AdamW on this rank's share: total loss of all ranks, global norm, gradients, optimizer."""
     tokens, targets = batch(model.config, batch_plan)
     forced = forced_routing(model.config, batch_plan, experts) if experts else {}
     loss_tokens = (targets != -100).sum((0, 2)).to(DTYPES[plan.precision])
@@ -168,7 +169,7 @@ EXCHANGES = ("flat", "hierarchical", "dedup")
 @pytest.mark.parametrize("dispatch", EXCHANGES)
 @pytest.mark.parametrize("experts", [(0, 1, 0), (2, 5, 7), (6, 2, 3)], ids=str)
 def test_uneven_routing(folder, dispatch, experts):
-    """All tokens to the same few experts: ranks that get no token, empty experts, an expert twice, a node that is not needed."""
+    """All tokens to the same few experts: ranks without a token, empty experts, an expert twice, a node not needed."""
     plan = replace(TWO_NODES, dispatch=dispatch)
     equals_one_process(folder, plan, experts=experts, reference=WHOLE)
 
@@ -296,8 +297,8 @@ def count_step(config, plan):
 
 @pytest.mark.parametrize("zero", (0, 1, 3))
 def test_all_traffic_under_a_flag(zero):
-    """Data parallelism alone over two ranks of a node. zero=0 and 1: every gradient goes once there and once back, in an
-    all-reduce, or in a reduce-scatter while weights are gathered. zero=3 gathers the blocks' weights a second time."""
+    """Data parallelism alone over two ranks of a node. zero=0: gradients are summed and come back, in an all-reduce.
+    zero=1: a reduce-scatter of gradients and a gathering of weights. zero=3 gathers the blocks' weights twice."""
     plan = replace(PLAN, dp=2, ep=1, micro_batch=4, zero=zero)
     config = replace(TINY, hidden_size=32, num_attention_heads=4)          # every tensor's first dimension is even
     for exchanged, total, weights in dist.run(2, count_step, config, plan):
@@ -315,7 +316,7 @@ def test_all_traffic_under_a_flag(zero):
 
 
 def check_start(plans):
-    """Every tensor's numbers under each plan, put together again, are those of model.init_weights; NaN would be left."""
+    """Every tensor's numbers under each plan are this rank's part of model.init_weights'; a NaN would be left."""
     whole = Model(TINY)
     whole.init_weights(3)
     want = whole.state_dict()
@@ -344,7 +345,8 @@ def refusal(plan):
 
 
 @pytest.mark.parametrize("plan,words", [
-    (replace(PLAN, dp=4), "for 2 devices: use dp=2"), (replace(PLAN, dp=2, ep=4, micro_batch=2), "ep=4 does not divide"),
+    (replace(PLAN, dp=4), "for 2 devices: use dp=2"),
+    (replace(PLAN, dp=2, ep=4, micro_batch=2), "ep=4 does not divide"),
     (replace(PLAN, dp=2, recompute=("act",)), "recompute"), (replace(PLAN, dp=2, precision="fp8"), "fp32 or bf16")])
 def test_refused_before_anybody_waits(plan, words):
     """Every rank refuses by itself, in one line."""

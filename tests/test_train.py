@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import parallel  # noqa: E402
 import train  # noqa: E402
+from sim import Plan  # noqa: E402
 
 TINY = ("--set hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
         "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
@@ -281,14 +282,16 @@ def random_batch(sequences=4, seed=0):
 
 def test_step_that_is_not_finite_changes_nothing():
     model, optimizer = small_model()
-    train.train_step(model, optimizer, random_batch(), 2, 1.0)
+    train.train_step(model, optimizer, random_batch(), Plan(micro_batch=2), 1.0)
     before = [t.clone() for t in (*model.parameters(), *(v for s in optimizer.state.values() for v in s.values()))]
     hook = model.norm.register_forward_hook(lambda module, inputs, out: out * math.nan)
-    measures = dict(zip(train.MEASURES, train.train_step(model, optimizer, random_batch(), 2, 1.0).tolist()))
+    measures = train.train_step(model, optimizer, random_batch(), Plan(micro_batch=2), 1.0).tolist()
+    measures = dict(zip(train.MEASURES, measures))
     hook.remove()
     after = [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
     assert measures["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, after))
-    assert train.train_step(model, optimizer, random_batch(), 2, 1.0)[train.MEASURES.index("skipped")] == 0
+    measures = train.train_step(model, optimizer, random_batch(), Plan(micro_batch=2), 1.0)
+    assert measures[train.MEASURES.index("skipped")] == 0
 
 
 def test_accumulation_and_clipping():
@@ -297,7 +300,7 @@ def test_accumulation_and_clipping():
     for micro in (1, 4):
         model, optimizer = small_model(balance="sequence")
         model.double()
-        measures = train.train_step(model, optimizer, random_batch(), micro, 0.1)
+        measures = train.train_step(model, optimizer, random_batch(), Plan(micro_batch=micro), 0.1)
         results.append((measures[:4], torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
     assert (results[0][1] - results[1][1]).abs().max() < 1e-9
@@ -317,7 +320,7 @@ def test_evaluation_counts_every_token_once():
     torch.nn.init.zeros_(model.lm_head.weight)
     for n in (2, 17, 18, 40, 41, 100):
         corpus = train.Corpus(None, 0, {}, np.arange(n) % 300, dict(heldout_bytes=2 * n))
-        found = train.evaluate(model, corpus, 16, 3)
+        found = train.evaluate(model, corpus, Plan(seq_len=16, micro_batch=3))
         assert found["val_loss"] == pytest.approx(math.log(300), rel=1e-5), n
         assert found["val_bpb"] == pytest.approx(math.log2(300) * (n - 1) / (2 * n), rel=1e-5)
 
