@@ -26,7 +26,6 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from itertools import accumulate, chain, islice, product, zip_longest
 from typing import NamedTuple
 
@@ -103,20 +102,22 @@ class Plan:
         return self.dp * self.cp * self.tp // self.ep
 
     @property
-    def tokens(self):
-        """Tokens of one micro-batch on a rank's residual stream, which are those it sends to experts."""
-        return self.gathered_tokens // (self.tp if self.sp else 1)
+    def gathered_tokens(self):  # of one micro-batch in the matmuls that the tensor group cuts
+        return self.micro_batch * self.seq_len // self.cp
 
     @property
-    def gathered_tokens(self):
-        """Tokens of one micro-batch in the matmuls that the tensor group cuts."""
-        return self.micro_batch * self.seq_len // self.cp
+    def tokens(self):  # of one micro-batch on a rank's residual stream: those it sends to experts
+        return self.gathered_tokens // (self.tp if self.sp else 1)
 
     def stages_of(self, rank):
         """Stages that a pipeline rank holds: V-shaped for zbv and dualpipev, else round robin."""
         if self.schedule in ("zbv", "dualpipev"):
             return [rank, 2 * self.pp - 1 - rank]
         return [chunk * self.pp + rank for chunk in range(self.vpp)]
+
+    def homes(self):
+        """Stage -> the pipeline rank that holds it."""
+        return {stage: rank for rank in range(self.pp) for stage in self.stages_of(rank)}
 
 
 def parse_plan(text, **defaults):
@@ -125,16 +126,19 @@ def parse_plan(text, **defaults):
     values = dict(defaults)
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
-        if name not in types:
-            raise ValueError(f"unknown plan key {name!r}: use one of {', '.join(types)}")
+        require(name in types, f"unknown plan key {name!r}: use one of {', '.join(types)}")
+        if types[name] is tuple:
+            value = [int(part) if part.isdigit() else part for part in value.split("+") if part]
         try:
-            if types[name] is tuple:
-                values[name] = tuple(int(part) if part.isdigit() else part for part in value.split("+") if part)
-            else:
-                values[name] = types[name](value)
+            values[name] = types[name](value)
         except ValueError:
             raise ValueError(f"{name}={value!r}: write a value of type {types[name].__name__}") from None
     return Plan(**values)
+
+
+def require(ok, message):
+    if not ok:
+        raise ValueError(message)
 
 
 def divisors(n):
@@ -142,12 +146,7 @@ def divisors(n):
 
 
 def has_experts(config):
-    return config.num_hidden_layers > config.first_k_dense_replace or config.num_nextn_predict_layers > 0
-
-
-def require(ok, message):
-    if not ok:
-        raise ValueError(message)
+    return {"moe", "mtp"} & set(layer_kinds(config)) != set()
 
 
 def check_plan(config, plan, hardware=None, devices=None):
@@ -175,7 +174,8 @@ def check_cuts(config, plan):
             ("ep", "n_routed_experts" if moe else "experts of a dense model", c.n_routed_experts if moe else 1),
             ("ep", "dp*cp*tp", plan.dp * plan.cp * plan.tp)):
         value = getattr(plan, name)
-        require(total % value == 0, f"{name}={value} does not divide {what}={total}: use one of {divisors(total)[:16]}")
+        if total % value:
+            raise ValueError(f"{name}={value} does not divide {what}={total}: use one of {divisors(total)[:16]}")
     require(not moe or plan.tp == 1 or plan.sp,
             f"tp={plan.tp} with sp=0 would send each token to its experts {plan.tp} times: use sp=1")
     require(plan.seq_len <= c.max_position_embeddings,
@@ -329,10 +329,7 @@ class Shape(Config):
 
 
 def as_shape(config):
-    if isinstance(config, Shape):
-        return config
-    values = {field.name: getattr(config, field.name) for field in fields(Config)}
-    return Shape(**{**values, "rope_scaling": None})       # of no account here, and a dict cannot be hashed
+    return config if isinstance(config, Shape) else Shape(**vars(config))
 
 
 class Op(NamedTuple):
@@ -347,8 +344,8 @@ class Op(NamedTuple):
 class Work:
     """What a layer, the embedding or the head is for one rank and one micro-batch."""
 
-    def __init__(self, shape, plan):
-        self.shape, self.plan = shape, plan
+    def __init__(self, shape, plan, kind):
+        self.shape, self.plan, self.kind = shape, plan, kind
         self.element, self.wide = BYTES_OF[plan.precision], max(4, BYTES_OF[plan.precision])
         self.ops = []
         self.saved = {}                                    # tensor -> bytes kept for backward
@@ -400,30 +397,32 @@ def layer_kinds(shape):
 
 def count_work(shape, plan, kind):
     """kind: embedding, head, or one of layer_kinds."""
-    work = Work(shape, plan)
-    if kind == "embedding":
-        _embedding(work)
-    elif kind == "head":
-        _head(work)
-    else:
-        _layer(work, kind)
+    work = Work(shape, plan, kind)
+    {"embedding": _embedding, "head": _head}.get(kind, _layer)(work)
     return work
 
 
-def _layer(work, kind):
+def _embedding(work):
+    c, plan = work.shape, work.plan
+    work.vector("attend", "embed_tokens", 2 * plan.tokens * c.hidden_size)
+    work.params["dense"] = c.vocab_size // plan.tp * c.hidden_size
+    work.saved["token_ids"] = plan.gathered_tokens * 8
+
+
+def _layer(work):
     c, own, sandwich = work.shape, work.plan.tokens, work.shape.norm != "pre"
     work.norm("attend", "input_layernorm", own, c.hidden_size)
     (_latent_attention if c.attn_type == "mla" else _plain_attention)(work)
     if sandwich:
         work.norm("attend", "post_attention_layernorm", own, c.hidden_size, residual=True)
     work.norm("attend", "pre_mlp_layernorm", own, c.hidden_size)
-    if kind == "dense":
+    if work.kind == "dense":
         _mlp(work, "experts", "mlp", c.intermediate_size)
     else:
         _experts(work)
     if sandwich:
         work.norm("combine", "post_mlp_layernorm", own, c.hidden_size, residual=True)
-    if kind == "mtp":
+    if work.kind == "mtp":
         _join(work)
 
 
@@ -547,13 +546,6 @@ def _head(work):
         work.saved[f"grad_w.{depth}"] = vocab * c.hidden_size * work.wide
     tied = c.tie_word_embeddings and plan.pp == 1
     work.params["dense"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
-
-
-def _embedding(work):
-    c, plan = work.shape, work.plan
-    work.vector("attend", "embed_tokens", 2 * plan.tokens * c.hidden_size)
-    work.params["dense"] = c.vocab_size // plan.tp * c.hidden_size
-    work.saved["token_ids"] = plan.gathered_tokens * 8
 
 
 def stage_layers(config, plan):
@@ -890,24 +882,21 @@ def account(streams):
     Parts: computation by name; `exchange`, while rows travel and nothing is computed; `collectives`, all other waits.
     """
     end, parts = max(streams.free.values()), Counter()
-    computing = [task for task in streams.tasks if task[1] == "compute"]
-    for name, _, start, stop in computing:
-        parts[name.split()[0]] += stop - start
-    idle = zip([0.0] + [task[3] for task in computing], [task[2] for task in computing] + [end])
-    travel = sorted(task[2:] for task in streams.tasks if task[0].startswith("exchange"))
-    exposed = sum(_covered(start, stop, travel) for start, stop in idle)
-    parts["collectives"] = max(0.0, end - sum(parts.values()) - exposed)   # rounding aside
-    parts["exchange"] = exposed
+    computing = [task[2:] for task in streams.tasks if task[1] == "compute"]
+    travel = [task[2:] for task in streams.tasks if task[0].startswith("exchange")]
+    for name, stream, start, stop in streams.tasks:
+        if stream == "compute":
+            parts[name.split()[0]] += stop - start
+    parts["exchange"] = max(0.0, _busy(computing + travel) - _busy(computing))             # rounding aside
+    parts["collectives"] = max(0.0, end - _busy(computing + travel))
     return end, parts, sum(stop - start for start, stop in travel)
 
 
-def _covered(start, end, intervals):
-    """Seconds between start and end in which at least one of the sorted intervals runs."""
-    total = 0.0
-    for first, last in intervals:
-        first, last = max(first, start), min(last, end)
-        if last > first:
-            total, start = total + last - first, last
+def _busy(spans):
+    """Seconds in which at least one of the spans runs."""
+    total = last = 0.0
+    for start, end in sorted(spans):
+        total, last = total + max(0.0, end - max(start, last)), max(last, end)
     return total
 
 
@@ -1013,14 +1002,9 @@ def _number(words, stages, n):
     return [action for action in actions if action.microbatch < n]
 
 
-def homes(plan):
-    """Stage -> pipeline rank."""
-    return {stage: rank for rank in range(plan.pp) for stage in plan.stages_of(rank)}
-
-
 def check_table(plan, table):
     """AssertionError if a table is no right schedule. Returns each rank's most micro-batches (per chunk) in flight."""
-    home, in_flight, sent, received = homes(plan), [], {}, {}
+    home, in_flight, sent, received = plan.homes(), [], {}, {}
     for rank, actions in enumerate(table):
         seen, live, most = set(), 0, 0
         for what in (part for action in actions for part in action.parts()):
@@ -1052,7 +1036,7 @@ def play(plan, table, duration, link=0.0):
     duration(action): seconds that it holds its rank. link: seconds from the end of an action until a neighbour has its
     output; sends are asynchronous, only the receiver waits. A pair starts when both of its inputs are there.
     """
-    home, last = homes(plan), plan.n_stages - 1
+    home, last = plan.homes(), plan.n_stages - 1
     # (forward?, stage, microbatch) -> time at which the stage has the input
     there = {(forward, 0 if forward else last, m): 0.0 for forward in (True, False) for m in range(plan.n_micro)}
     spans, now, progress = [[] for _ in table], [0.0] * plan.pp, True
@@ -1151,7 +1135,7 @@ class Simulation:
 
     def bytes_by_tier(self):
         """Bytes that a device sends while the pipeline runs, a mean over pipeline ranks; zero=3's weights apart."""
-        plan, home, total = self.plan, homes(self.plan), Counter(inner=0, outer=0)
+        plan, home, total = self.plan, self.plan.homes(), Counter(inner=0, outer=0)
         for kind in chain(*self.stages):
             total.update(self.times[kind].sent)
         crossings = sum(home[stage] != home[stage + 1] for stage in range(plan.n_stages - 1))
