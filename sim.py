@@ -1,17 +1,13 @@
 """
 Plans, counts, schedules and the clock: what a training step will do, computed without a device.
 
-sim.py plans, parallel.py executes. The schedule that is timed here is the table that parallel.py runs, the bytes
-counted here are the bytes it sends, the tensors listed here are those a layer saves; tests compare. Nothing here builds
-a tensor, and nothing here was compared with a run on an NPU.
-
     python sim.py                                # Pangu Ultra MoE on 6,144 Ascend 910B, the published run beside it
     python sim.py predict --model M --hardware H --devices N --plan tp=8,pp=16,... [--json]
     python sim.py plans --model M --hardware H --devices N --global-batch B
     python sim.py trace --out trace.json         # a timeline for Perfetto or chrome://tracing; --png draws the pipeline
 
-In this order: the plan and its check; bytes of the expert exchange; counts by operator; stages; hardware and cost;
-schedules; the clock; memory; predict; search; the command.
+sim.py plans, parallel.py executes: it runs the schedules timed here, sends the bytes and saves the tensors counted
+here; tests compare. Nothing here builds a tensor, and nothing here was compared with a run on an NPU.
 
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
@@ -100,6 +96,10 @@ class Plan:
     @property
     def edp(self):  # ranks that hold the same experts
         return self.dp * self.cp * self.tp // self.ep
+
+    @property
+    def holders(self):  # axis -> ranks that hold the same weights: dp those of dense parts, edp those of experts
+        return dict(dp=self.dp * self.cp, edp=self.edp)
 
     @property
     def gathered_tokens(self):  # of one micro-batch in the matmuls that the tensor group cuts
@@ -349,19 +349,15 @@ class Work:
         self.element, self.wide = BYTES_OF[plan.precision], max(4, BYTES_OF[plan.precision])
         self.ops = []
         self.saved = {}                                    # tensor -> bytes kept for backward
-        self.params = {"dense": 0, "expert": 0}            # held by this rank; only edp ranks hold the same experts
-        self.sent = {}                                     # (axis, part) -> bytes sent in that group, forward
-
-    @property
-    def flops(self):
-        return sum(op.flops for op in self.ops)
+        self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
+        self.sent = Counter()                              # (axis, part) -> bytes sent in that group, forward
 
     def matmul(self, part, name, m, k, n, keep=None, experts=0):
         """(m, k) by (k, n), whose input is kept under the name `keep`; experts: so many matrices share the m rows."""
         matrices = max(1, experts)
         moved = self.element * (m * k + matrices * k * n + m * n)
         self.ops.append(Op(part, name, "matmul", 2 * m * k * n, moved))
-        self.params["expert" if experts else "dense"] += matrices * k * n
+        self.params["edp" if experts else "dp"] += matrices * k * n
         if keep:
             self.keep(keep, m * k)
 
@@ -372,7 +368,7 @@ class Work:
     def norm(self, part, name, tokens, width, residual=False):
         """residual: followed by the sum with the residual stream, which is read and written too."""
         self.vector(part, name, (5 if residual else 2) * tokens * width)
-        self.params["dense"] += width
+        self.params["dp"] += width
         self.keep(name, tokens * width)                    # its input ...
         self.saved[name + ".scale"] = tokens * self.wide   # ... and 1 / rms of each token
 
@@ -381,8 +377,7 @@ class Work:
 
     def gather(self, axis, part, tokens, width):
         """All-gather of each rank's `tokens`, or the reduce-scatter that is as long; an all-reduce is both."""
-        sent = (getattr(self.plan, axis) - 1) * tokens * width * self.element
-        self.sent[axis, part] = self.sent.get((axis, part), 0) + sent
+        self.sent[axis, part] += (getattr(self.plan, axis) - 1) * tokens * width * self.element
 
     def gather_stream(self, part):
         """Residual stream to all tokens and the result back (sp=1), or the all-reduce of the result (sp=0)."""
@@ -405,7 +400,7 @@ def count_work(shape, plan, kind):
 def _embedding(work):
     c, plan = work.shape, work.plan
     work.vector("attend", "embed_tokens", 2 * plan.tokens * c.hidden_size)
-    work.params["dense"] = c.vocab_size // plan.tp * c.hidden_size
+    work.params["dp"] = c.vocab_size // plan.tp * c.hidden_size
     work.saved["token_ids"] = plan.gathered_tokens * 8
 
 
@@ -545,7 +540,7 @@ def _head(work):
         work.keep(f"grad_h.{depth}", tokens * c.hidden_size)
         work.saved[f"grad_w.{depth}"] = vocab * c.hidden_size * work.wide
     tied = c.tie_word_embeddings and plan.pp == 1
-    work.params["dense"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
+    work.params["dp"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
 
 
 def stage_layers(config, plan):
@@ -579,10 +574,9 @@ def _even_split(shape, plan):
 
 def layer_flops(shape, seq_len):
     """Forward FLOPs of a sequence in each hidden layer, and last those of head and MTP together."""
-    plan, kinds = Plan(seq_len=seq_len), layer_kinds(shape)
-    flops = {kind: count_work(shape, plan, kind).flops for kind in {*kinds, "head"}}
-    each = [flops[kind] for kind in kinds]
-    return each[:shape.num_hidden_layers] + [flops["head"] + sum(each[shape.num_hidden_layers:])]
+    kinds, n = layer_kinds(shape) + ["head"], shape.num_hidden_layers
+    flops = {kind: sum(op.flops for op in count_work(shape, Plan(seq_len=seq_len), kind).ops) for kind in set(kinds)}
+    return [flops[kind] for kind in kinds[:n]] + [sum(flops[kind] for kind in kinds[n:])]
 
 
 def model_flops(shape, seq_len):
@@ -715,64 +709,50 @@ def op_seconds(op, plan, hardware):
     return busy + start, BACKWARD[op.kind] * busy + start, 0.0
 
 
-def weight_groups(plan):
-    """Who holds the same weights: (kind of parameters, axis, ranks)."""
-    return ("dense", "dp", plan.dp * plan.cp), ("expert", "edp", plan.edp)
-
-
 def weights_seconds(plan, hardware, params, size):
     """Seconds to gather weights of `size` bytes each from the ranks that hold a part, or to scatter their gradients."""
-    seconds = 0.0
-    for kind, axis, ranks in weight_groups(plan):
-        sent = (ranks - 1) / ranks * params[kind] * size
-        seconds += collective_seconds(hardware, tier_of(plan, axis), ranks, sent)
-    return seconds
+    return sum(collective_seconds(hardware, tier_of(plan, axis), ranks, (ranks - 1) / ranks * params[axis] * size)
+               for axis, ranks in plan.holders.items())
 
 
 class LayerTime:
-    """Seconds of one layer, embedding or head on one rank. max_vio: the busiest expert's load over the mean, - 1.
+    """Seconds of one layer, embedding or head on one rank. What a backward runs again is the part `recompute`.
 
-    What the backward runs again is the part `recompute` of a forward.
+    max_vio: the busiest expert's load over the mean, minus one.
     """
 
-    def __init__(self, kind, work, hardware, max_vio):
-        self.name, plan, (_, again) = kind if kind in ("embedding", "head") else "", work.plan, recomputed(work)
-        self.whole_again = "input_layernorm" in again and "layer" in plan.recompute
+    def __init__(self, work, hardware, max_vio):
+        plan, again, slower = work.plan, recomputed(work)[1], 1 + max_vio
+        self.name = work.kind if work.kind in ("embedding", "head") else ""
+        self.whole_again = "layer" in plan.recompute and "input_layernorm" in again
         # dropped rows travel again: before anything is recomputed from them, or else for the weight gradients alone
         self.rows_again = "" if "permute" not in again else "first" if "expert.gate_up" in again else "for weights"
         self.compute = Counter()                           # (part, pass) -> seconds; pass: F, or backward's I and W
         for op in work.ops:
-            slower = 1 + max_vio if op.name.startswith("expert.") else 1
-            for one, seconds in zip("FIW", op_seconds(op, plan, hardware)):
-                self.compute[op.part, one] += slower * seconds
-                if one == "F" and op.name in again:
-                    self.compute["recompute", "F"] += slower * seconds
-        self.sent = Counter()                              # tier -> bytes of a forward and a backward
+            seconds = [one * (slower if op.name.startswith("expert.") else 1) for one in op_seconds(op, plan, hardware)]
+            self.compute.update(dict(zip(product([op.part], "FIW"), seconds)))
+            self.compute["recompute", "F"] += seconds[0] if op.name in again else 0.0
         self.collectives = defaultdict(list)               # part -> list of (axis, tier, seconds) of one pass
+        self.exchange = {"F": Counter(), "B": Counter()}   # pass -> tier -> seconds of one way
+        self.sent = Counter()                              # tier -> bytes of a forward and a backward
         for (axis, part), sent in work.sent.items():
-            tier = tier_of(plan, axis)
-            parts = [part] + ["recompute"] * (self.whole_again or (part == "attend" and "attention" in plan.recompute))
+            tier, parts = tier_of(plan, axis), [part]
+            if self.whole_again or (part == "attend" and "attention" in plan.recompute):
+                parts.append("recompute")
             for one in parts:
                 seconds = collective_seconds(hardware, tier, getattr(plan, axis), sent)
                 self.collectives[one].append((axis, tier, seconds))
             self.sent[tier] += sent * (1 + len(parts))
-        self.exchange = {"F": Counter(), "B": Counter()}   # pass -> tier -> seconds of one way
-        if any(op.name == "router" for op in work.ops):
-            self._time_exchange(work, hardware, 1 + max_vio)
+        sent, outer = exchange_bytes(work.shape, plan), plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
+        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel
+        for one, (tier, ranks) in product("FB", dict(inner=plan.inner, outer=outer).items()) if work.params["edp"] else ():
+            way = sent["forward" if one == "F" else "backward"][tier][0] / 2
+            self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way)
+            self.sent[tier] += times[one] * way
         self.swap = saved_bytes(work)[1] / hardware.host_bandwidth
         # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it; (tier, seconds)
         self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
                                          if plan.zero == 3 else 0.0) for size in (work.element, 4)]
-
-    def _time_exchange(self, work, hardware, slower):
-        """Dispatch and combine take half of the bytes each."""
-        plan, sent = work.plan, exchange_bytes(work.shape, work.plan)
-        ways = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)
-        for tier, ranks in (("inner", plan.inner), ("outer", plan.ep // (1 if plan.dispatch == "flat" else plan.inner))):
-            for one, way in (("F", "forward"), ("B", "backward")):
-                half = sent[way][tier][0] / 2
-                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * half)
-                self.sent[tier] += ways[one] * half
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1084,7 +1064,7 @@ class Simulation:
         self.shape = replace(as_shape(config), value_padded=hardware.value_padded)
         self.stages = stage_kinds(self.shape, plan)
         self.works = {kind: count_work(self.shape, plan, kind) for kind in set(chain(*self.stages))}
-        self.times = {kind: LayerTime(kind, work, hardware, max_vio) for kind, work in self.works.items()}
+        self.times = {kind: LayerTime(work, hardware, max_vio) for kind, work in self.works.items()}
         self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
         link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
         self.played = {}                                   # what an action runs -> (Streams, account of them)
@@ -1105,9 +1085,9 @@ class Simulation:
         return [self.works[kind] for stage in self.plan.stages_of(rank) for kind in self.stages[stage]]
 
     def params(self, rank):
-        """(parameters that a pipeline rank holds: dict of dense and expert; how many it keeps where they are cut)."""
-        held = {kind: sum(work.params[kind] for work in self.works_of(rank)) for kind in ("dense", "expert")}
-        return held, sum(held[kind] / (ranks if self.plan.zero else 1) for kind, _, ranks in weight_groups(self.plan))
+        """(parameters that a pipeline rank holds, by axis of Plan.holders; how many it keeps where they are cut)."""
+        held = sum((work.params for work in self.works_of(rank)), Counter())
+        return held, sum(held[axis] / (ranks if self.plan.zero else 1) for axis, ranks in self.plan.holders.items())
 
     def after_pipeline(self, rank):
         """(seconds of reducing gradients and gathering weights, seconds of the optimizer) on a pipeline rank."""
@@ -1126,9 +1106,11 @@ class Simulation:
             sync, optimizer = self.after_pipeline(rank)
             step = max(step, row[-1][1] + sync + optimizer)
             parts.update(gradients=sync, optimizer=optimizer)
-            for _, by_part, seconds in [self.action(action)[1] for _, _, action in row]:
-                parts.update(by_part)
-                travel += seconds
+            for action, times in Counter(action._replace(microbatch=0, backward=action.backward[:1])
+                                         for _, _, action in row).items():
+                _, by_part, seconds = self.action(action)[1]
+                parts.update({name: times * spent for name, spent in by_part.items()})
+                travel += times * seconds
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
         parts["bubble"] = step - sum(parts.values())
         return parts, travel / self.plan.pp
@@ -1212,22 +1194,20 @@ def draw_png(run, path):
     """The pipeline as a picture, a row per rank, later chunks darker."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-    plan, colours = run.plan, {"F": "tab:blue", "B": "tab:orange", "I": "tab:orange", "W": "tab:green"}
-    figure, axes = pyplot.subplots(figsize=(16, 1.2 + 0.4 * plan.pp))
-    bars = {}                                              # (bottom, height, kind, chunk) -> spans of one colour
+    from matplotlib import colors, pyplot
+    plan, colours, bars = run.plan, dict(F="tab:blue", B="tab:orange", I="tab:orange", W="tab:green"), []
     for rank, row in enumerate(run.spans):
         for start, end, action in row:
-            height = 0.9 / len(action.parts())
-            for i, (kind, stage, _) in enumerate(action.parts()):
-                key = rank - 0.45 + i * height, height, kind, plan.stages_of(rank).index(stage)
-                bars.setdefault(key, []).append((start, end - start))
-    for (bottom, height, kind, chunk), spans in bars.items():
-        shade = 0.4 + 0.6 * (1 + chunk) / plan.vpp
-        axes.broken_barh(spans, (bottom, height), facecolor=colours[kind], alpha=shade, edgecolor="white", lw=0.3)
+            parts = action.parts()
+            for i, (kind, stage, _) in enumerate(parts):
+                shade = 0.4 + 0.6 * (1 + plan.stages_of(rank).index(stage)) / plan.vpp
+                y = rank + (i + 0.5) / len(parts) - 0.5
+                bars.append((y, start, end, colors.to_rgba(colours[kind], shade), 24 / len(parts)))
+    figure, axes = pyplot.subplots(figsize=(16, 1.2 + 0.4 * plan.pp), layout="tight")
+    y, start, end, colour, width = zip(*bars)
+    axes.hlines(y, start, end, colour, linewidth=width)
     axes.set(xlabel="seconds, simulated", ylabel="pipeline rank", ylim=(plan.pp - 0.5, -0.5),
              title=f"{plan.schedule}, {plan.n_micro} micro-batches: forward blue, backward orange, weights green")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
