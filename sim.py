@@ -1155,21 +1155,20 @@ def predict(config, plan, hardware, max_vio=0.0):
     check_plan(config, plan, hardware)
     run = Simulation(config, plan, hardware, max_vio)
     parts, travel = run.breakdown()
-    step = sum(parts.values())
-    memory = [run.memory(rank) for rank in range(plan.pp)]
-    needed, peak = max((sum(memory[rank].values()), rank) for rank in range(plan.pp))
-    rate = plan.global_batch * plan.seq_len / step / plan.world_size
-    flops, fits, why_not = rate * model_flops(run.shape, plan.seq_len), needed <= hardware.memory, ""
-    if not fits:
+    step, memory = sum(parts.values()), [run.memory(rank) for rank in range(plan.pp)]
+    peak = max(range(plan.pp), key=lambda rank: sum(memory[rank].values()))
+    needed, rate = sum(memory[peak].values()), plan.global_batch * plan.seq_len / step
+    flops, why_not = rate / plan.world_size * model_flops(run.shape, plan.seq_len), ""
+    if needed > hardware.memory:
         most = max(memory[peak], key=memory[peak].get)
         why_not = (f"pipeline rank {peak} needs {needed / 2**30:.1f} of {hardware.memory / 2**30:.1f} GiB, most of it "
                    f"{most}: use more recompute, pp, tp or zero=3, or a smaller micro_batch")
     return dict(
-        step_time_s=step, tokens_per_s=rate * plan.world_size, tokens_per_s_per_device=rate,
-        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12,
-        mem_gib=needed / 2**30, fits=fits, why_not=why_not, peak_rank=peak, bubble=parts["bubble"] / step,
-        exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
-        hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0, breakdown=parts,
+        step_time_s=step, tokens_per_s=rate, tokens_per_s_per_device=rate / plan.world_size,
+        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12, mem_gib=needed / 2**30,
+        bubble=parts["bubble"] / step, exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
+        hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0,
+        fits=not why_not, why_not=why_not, peak_rank=peak, breakdown=parts,
         memory_by_stage=[{name: size / 2**30 for name, size in rank.items()} for rank in memory],
         bytes_by_tier=run.bytes_by_tier(), plan=asdict(plan))
 
@@ -1178,16 +1177,14 @@ def write_trace(run, path):
     """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds."""
     threads, events = ["schedule", "compute", "inner", "outer", "host"], []
     for rank, row in enumerate(run.spans):
-        events.append(dict(ph="M", name="process_name", pid=rank, tid=0, args={"name": f"pipeline rank {rank}"}))
-        for i, name in enumerate(threads):
-            events.append(dict(ph="M", name="thread_name", pid=rank, tid=i, args={"name": name}))
+        names = [("process_name", 0, f"pipeline rank {rank}")] + [("thread_name", *one) for one in enumerate(threads)]
+        events += [dict(ph="M", name=kind, pid=rank, tid=thread, args={"name": name}) for kind, thread, name in names]
         for start, end, action in row:
-            whole = str(action), "schedule", 0.0, end - start
-            for name, stream, first, last in (whole, *run.action(action)[0].tasks):
-                events.append(dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream),
-                                   ts=1e6 * (start + first), dur=1e6 * (last - first)))
+            tasks = [(str(action), "schedule", 0.0, end - start)] + run.action(action)[0].tasks
+            events += [dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream), ts=1e6 * (start + first),
+                            dur=1e6 * (last - first)) for name, stream, first, last in tasks]
     with open(path, "w") as file:
-        file.write(json.dumps(dict(traceEvents=events, displayTimeUnit="ms")))
+        json.dump(dict(traceEvents=events, displayTimeUnit="ms"), file)
 
 
 def draw_png(run, path):
@@ -1206,6 +1203,7 @@ def draw_png(run, path):
     figure, axes = pyplot.subplots(figsize=(16, 1.2 + 0.4 * plan.pp), layout="tight")
     y, start, end, colour, width = zip(*bars)
     axes.hlines(y, start, end, colour, linewidth=width)
+    axes.margins(x=0.01)
     axes.set(xlabel="seconds, simulated", ylabel="pipeline rank", ylim=(plan.pp - 0.5, -0.5),
              title=f"{plan.schedule}, {plan.n_micro} micro-batches: forward blue, backward orange, weights green")
     figure.savefig(path, dpi=120)
@@ -1225,11 +1223,11 @@ def candidate_plans(config, hardware, devices, **batch):
     for tp, pp, ep, vpp, micro_batch in product(sizes, sizes, experts, (1, 2), (1, 2, 4)):
         if tp > node or devices % (tp * pp) or ep > devices // pp or (vpp > 1 and pp == 1):
             continue
-        axes = dict(tp=tp, sp=int(tp > 1), pp=pp, dp=devices // (tp * pp), ep=ep, vpp=vpp, node_size=node)
+        plan = Plan(tp=tp, sp=int(tp > 1), pp=pp, dp=devices // (tp * pp), ep=ep, vpp=vpp, micro_batch=micro_batch,
+                    node_size=node, **batch)
         dispatches = ("flat", "hierarchical") if ep > node else ("flat",)  # inside one node they are the same
         for dispatch, overlap, recompute in product(dispatches, ("none", "adaptive"), RECOMPUTE_SETS):
-            yield Plan(**axes, **batch, micro_batch=micro_batch, dispatch=dispatch, overlap=overlap,
-                       recompute=recompute)
+            yield replace(plan, dispatch=dispatch, overlap=overlap, recompute=recompute, schedule="")
 
 
 def search_plans(config, hardware, devices, **batch):
@@ -1238,12 +1236,11 @@ def search_plans(config, hardware, devices, **batch):
     for plan in candidate_plans(config, hardware, devices, **batch):
         try:
             result = predict(config, plan, hardware)
-            message = result["why_not"]
         except ValueError as error:
-            message = str(error)
-        if message:
-            kind = re.sub(r"[0-9.]+", "#", message)
-            refused[kind] = refused.get(kind, (0,))[0] + 1, message
+            result = dict(why_not=str(error))
+        if result["why_not"]:
+            kind = re.sub(r"[0-9.]+", "#", result["why_not"])
+            refused[kind] = refused.get(kind, (0,))[0] + 1, result["why_not"]
         else:
             found.append(result)
     return sorted(found, key=lambda result: result["step_time_s"]), refused
@@ -1265,41 +1262,37 @@ def print_paper():
           "norms, the baseline's plan, balanced experts. MFU: causal attention, over the bin's bf16 peak.\n\n"
           "                                         | published          | simulated\n"
           "run         NPUs  bin             length |   tokens/s     MFU |   tokens/s     MFU   step s  GiB, fits 64?")
-    shown = None
+    results = []
     for (name, run), hardware, seq_len in product(PAPER.items(), list(HARDWARE.values())[:3], (4096, 8192)):
         plan = Plan(seq_len=seq_len, **run["plan"])
-        result = predict(PRESETS["pangu-ultra-moe-718b"], plan, hardware)
-        shown = shown or result
-        published = f"{run['tokens_per_s']:10.3g} {run['mfu']:7.1%}"
-        simulated = f"{result['tokens_per_s']:10.3g} {result['mfu']:7.1%} {result['step_time_s']:8.2f}"
-        memory = f"{result['mem_gib']:6.1f} {'yes' if result['fits'] else 'no'}"
-        print(f"{name:10} {plan.world_size:5}  {hardware.name} {seq_len:6} | {published} | {simulated} {memory}")
+        results.append(result := predict(PRESETS["pangu-ultra-moe-718b"], plan, hardware))
+        print(f"{name:10} {plan.world_size:5}  {hardware.name} {seq_len:6} | {run['tokens_per_s']:10.3g} {run['mfu']:7.1%} "
+              "| {tokens_per_s:10.3g} {mfu:7.1%} {step_time_s:8.2f} {mem_gib:6.1f}".format(**result),
+              "yes" if result["fits"] else "no")
     print(f"\nThe first row, {next(iter(HARDWARE))} at 4096 (all simulated)")
-    print_prediction(shown)
+    print_prediction(results[0])
 
 
 def print_prediction(result):
-    for name in ("step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "tflops_per_device", "mem_gib",
-                 "bubble", "exposed_comm_s", "hidden_comm_fraction"):
+    for name in [name for name, value in result.items() if isinstance(value, float)]:
         print(f"{name:24} {result[name]:12.4g}")
     print("\nwhere the step goes         seconds   share   (mean over pipeline ranks)")
     for name, seconds in sorted(result["breakdown"].items(), key=lambda item: -item[1]):
         print(f"{name:24} {seconds:10.3f} {seconds / result['step_time_s']:7.1%}")
     inner, outer = result["bytes_by_tier"].values()
     print(f"\nsent by a device: {inner / 1e9:.2f} GB inside its node, {outer / 1e9:.2f} GB between nodes")
-    names = list(result["memory_by_stage"][0])
-    print("\nGiB at the peak\nrank " + " ".join(f"{name:>11}" for name in names) + "         sum")
+    print("\nGiB at the peak\nrank ", *(f"{name:>11}" for name in result["memory_by_stage"][0]), "        sum")
     for rank, parts in enumerate(result["memory_by_stage"]):
-        mark = "  <- peak" if rank == result["peak_rank"] else ""
-        print(f"{rank:4} " + " ".join(f"{parts[name]:11.2f}" for name in names) + f" {sum(parts.values()):11.2f}{mark}")
+        sizes = [*parts.values(), sum(parts.values())]
+        print(f"{rank:5}", *(f"{size:11.2f}" for size in sizes), " <- peak" if rank == result["peak_rank"] else "")
     print(f"\nfits: {'yes' if result['fits'] else 'no, ' + result['why_not']}")
 
 
 def print_plans(found, refused, top):
     print("step s     MFU     GiB  plan (all simulated)")
     for result in found[:top]:
-        chosen = result["plan"]
-        plan = " ".join(f"{f.name}={chosen[f.name]}" for f in fields(Plan) if chosen[f.name] != f.default)
+        chosen = [(field.name, result["plan"][field.name], field.default) for field in fields(Plan)]
+        plan = " ".join(f"{name}={value}" for name, value, default in chosen if value != default)
         print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {plan}")
     print(f"\n{len(found)} plans fit. Refused, with one example each:")
     for times, message in sorted(refused.values(), reverse=True):
