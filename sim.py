@@ -77,37 +77,20 @@ class Plan:
             plain = "1f1b" if self.vpp == 1 else "interleaved"
             object.__setattr__(self, "schedule", "paired" if self.overlap == "adaptive" else plain)
 
-    @property
-    def world_size(self):
-        return self.pp * self.dp * self.cp * self.tp
-
-    @property
-    def n_stages(self):
-        return self.pp * self.vpp
-
-    @property
-    def n_micro(self):  # micro-batches of one step on each replica
-        return self.global_batch // (self.dp * self.micro_batch)
-
-    @property
-    def inner(self):  # ranks of an expert group inside one node; ep // inner nodes form the outer group
-        return min(self.ep, self.node_size)
-
-    @property
-    def edp(self):  # ranks that hold the same experts
-        return self.dp * self.cp * self.tp // self.ep
-
-    @property
-    def holders(self):  # axis -> ranks that hold the same weights: dp those of dense parts, edp those of experts
-        return dict(dp=self.dp * self.cp, edp=self.edp)
-
-    @property
-    def gathered_tokens(self):  # of one micro-batch in the matmuls that the tensor group cuts
-        return self.micro_batch * self.seq_len // self.cp
-
-    @property
-    def tokens(self):  # of one micro-batch on a rank's residual stream: those it sends to experts
-        return self.gathered_tokens // (self.tp if self.sp else 1)
+    world_size = property(lambda self: self.pp * self.dp * self.cp * self.tp)
+    n_stages = property(lambda self: self.pp * self.vpp)
+    # micro-batches of one step on each replica
+    n_micro = property(lambda self: self.global_batch // (self.dp * self.micro_batch))
+    # ranks of an expert group inside one node; ep // inner nodes form the outer group
+    inner = property(lambda self: min(self.ep, self.node_size))
+    # ranks that hold the same experts
+    edp = property(lambda self: self.dp * self.cp * self.tp // self.ep)
+    # axis -> ranks that hold the same weights: dp those of dense parts, edp those of experts
+    holders = property(lambda self: dict(dp=self.dp * self.cp, edp=self.edp))
+    # tokens of one micro-batch in the matmuls that the tensor group cuts
+    gathered_tokens = property(lambda self: self.micro_batch * self.seq_len // self.cp)
+    # those on a rank's residual stream, which it sends to experts
+    tokens = property(lambda self: self.gathered_tokens // (self.tp if self.sp else 1))
 
     def stages_of(self, rank):
         """Stages that a pipeline rank holds: V-shaped for zbv and dualpipev, else round robin."""
@@ -342,7 +325,10 @@ class Op(NamedTuple):
 
 
 class Work:
-    """What a layer, the embedding or the head is for one rank and one micro-batch."""
+    """What a layer, the embedding or the head is for one rank and one micro-batch. kind: one of layer_kinds, or these.
+
+    Below the recorders, each part of the model is a method that records what the part is.
+    """
 
     def __init__(self, shape, plan, kind):
         self.shape, self.plan, self.kind = shape, plan, kind
@@ -351,6 +337,7 @@ class Work:
         self.saved = {}                                    # tensor -> bytes kept for backward
         self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
         self.sent = Counter()                              # (axis, part) -> bytes sent in that group, forward
+        {"embedding": self.embedding, "head": self.head}.get(kind, self.layer)()
 
     def matmul(self, part, name, m, k, n, keep=None, experts=0):
         """(m, k) by (k, n), whose input is kept under the name `keep`; experts: so many matrices share the m rows."""
@@ -383,164 +370,148 @@ class Work:
         """Residual stream to all tokens and the result back (sp=1), or the all-reduce of the result (sp=0)."""
         self.gather("tp", part, 2 * self.plan.gathered_tokens / self.plan.tp, self.shape.hidden_size)
 
+    def embedding(self):
+        c, plan = self.shape, self.plan
+        self.vector("attend", "embed_tokens", 2 * plan.tokens * c.hidden_size)
+        self.params["dp"] = c.vocab_size // plan.tp * c.hidden_size
+        self.saved["token_ids"] = plan.gathered_tokens * 8
+
+    def layer(self):
+        c, own, sandwich = self.shape, self.plan.tokens, self.shape.norm != "pre"
+        self.norm("attend", "input_layernorm", own, c.hidden_size)
+        (self.latent_attention if c.attn_type == "mla" else self.plain_attention)()
+        if sandwich:
+            self.norm("attend", "post_attention_layernorm", own, c.hidden_size, residual=True)
+        self.norm("attend", "pre_mlp_layernorm", own, c.hidden_size)
+        if self.kind == "dense":
+            self.mlp("experts", "mlp", c.intermediate_size)
+        else:
+            self.experts()
+        if sandwich:
+            self.norm("combine", "post_mlp_layernorm", own, c.hidden_size, residual=True)
+        if self.kind == "mtp":
+            self.join()
+
+    def latent_attention(self):
+        """Latents are made from a rank's own tokens by whole matrices, then gathered; heads are cut by tensor ranks."""
+        c, plan = self.shape, self.plan
+        own, tokens, heads = plan.tokens, plan.gathered_tokens, c.num_attention_heads // plan.tp
+        keys = tokens * plan.cp                                # of the whole sequence, made on each rank of a context group
+        qk, latent = c.qk_nope_head_dim + c.qk_rope_head_dim, c.kv_lora_rank + c.qk_rope_head_dim
+        self.matmul("attend", "q_a_proj", own, c.hidden_size, c.q_lora_rank, keep="attn_in")
+        self.norm("attend", "q_a_layernorm", own, c.q_lora_rank)
+        self.matmul("attend", "kv_a_proj_with_mqa", own, c.hidden_size, latent)    # the same input
+        self.norm("attend", "kv_a_layernorm", own, c.kv_lora_rank)
+        self.keep("kv_a_layernorm", own * latent)              # its input is a slice, which keeps the whole tensor
+        if plan.sp:
+            self.gather("tp", "attend", own, c.q_lora_rank + latent)
+        self.gather("cp", "attend", tokens, latent)
+        self.matmul("attend", "q_b_proj", tokens, c.q_lora_rank, heads * qk, keep="q_latent")
+        up = heads * (c.qk_nope_head_dim + c.v_head_dim)
+        self.matmul("attend", "kv_b_proj", keys, c.kv_lora_rank, up, keep="kv_latent")
+        self.vector("attend", "rope", 2 * (tokens + keys) * heads * qk)        # queries and keys, read and written
+        self.core_attention(heads, heads, qk, c.v_head_dim)
+        self.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
+
+    def plain_attention(self):
+        c, plan = self.shape, self.plan
+        tokens, heads = plan.gathered_tokens, c.num_attention_heads // plan.tp
+        kv_heads = max(1, (c.num_key_value_heads or c.num_attention_heads) // plan.tp)
+        self.gather_stream("attend")
+        self.matmul("attend", "qkv_proj", tokens, c.hidden_size, (heads + 2 * kv_heads) * c.head_dim, keep="attn_in")
+        self.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
+        self.vector("attend", "rope", 2 * tokens * (heads + kv_heads) * c.head_dim)
+        self.core_attention(heads, kv_heads, c.head_dim, c.head_dim)
+
+    def core_attention(self, heads, kv_heads, qk, v):
+        """Scores, softmax, values, output projection. A context group's keys are on every one of its ranks."""
+        c, plan = self.shape, self.plan
+        tokens, keys = plan.gathered_tokens, plan.gathered_tokens * plan.cp
+        scores, padded = tokens * plan.seq_len * heads, qk if c.value_padded else v
+        moved = tokens * heads * (qk + v) + keys * kv_heads * (qk + v)
+        flops = 2 * scores * (qk + v)
+        self.keep("q", tokens * heads * qk)
+        self.keep("k", keys * kv_heads * qk)
+        self.keep("v", keys * kv_heads * padded)
+        if c.attn_kernel == "unfused":
+            moved += 4 * scores
+            self.keep("probabilities", scores)
+        else:
+            flops /= 2                                         # the causal half
+            self.saved["log_sum"] = tokens * heads * self.wide
+        if padded != v:
+            self.keep("attn_padded", tokens * heads * padded)
+        self.ops.append(Op("attend", "attention", c.attn_kernel, flops, moved * self.element))
+        self.matmul("attend", "o_proj", tokens, heads * v, c.hidden_size, keep="attn_out")
+
+    def mlp(self, part, name, inner):
+        """SwiGLU, its inner width cut by tensor ranks. Gate and up count as one matmul."""
+        c, plan = self.shape, self.plan
+        tokens, inner, into = plan.gathered_tokens, inner // plan.tp, 2 if c.gated_mlp else 1
+        self.gather_stream(part)
+        self.matmul(part, name + ".gate_up", tokens, c.hidden_size, into * inner, keep="mlp_in")
+        self.vector(part, name + ".act", (into + 1) * tokens * inner)
+        self.keep(name + "_gate_up", into * tokens * inner)
+        self.matmul(part, name + ".down", tokens, inner, c.hidden_size, keep=name + "_hidden")
+
+    def experts(self):
+        """Router, permutation, shared and routed experts. A rank computes as many rows as it sends, on average."""
+        c, plan, wide = self.shape, self.plan, self.wide       # router and losses are computed in float32 or better
+        own, k, width, inner = plan.tokens, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size
+        rows, into, experts = math.ceil(own * k * (c.capacity_factor or 1)), 2 if c.gated_mlp else 1, c.n_routed_experts
+        self.matmul("attend", "router", own, width, experts, keep="mlp_in")
+        if wide > self.element:
+            self.saved["router_in"] = own * width * wide       # cast
+        self.vector("attend", "choose", 6 * own * experts * wide / self.element)
+        self.saved.update(scores=own * experts * wide, ids=own * k * 8, slot=own * k * 8)
+        if c.norm_topk_prob:
+            self.saved.update({"weights": own * k * wide, "weights.sum": own * wide})
+        if c.balance != "none" and c.aux_loss_alpha:
+            size = {"sequence": 1, "micro_batch": plan.micro_batch}.get(c.balance, c.balance_group or plan.micro_batch)
+            groups = plan.micro_batch // min(size, plan.micro_batch)           # of the balance loss
+            self.saved["balance"] = groups * experts * wide    # load of each group's experts
+            self.saved["balance.sum"] = own * wide if c.aux_scores == "normalized" else 0
+        self.vector("attend", "permute", (own + rows) * width)
+        if c.n_shared_experts:
+            self.mlp("shared", "shared", c.n_shared_experts * inner)
+        self.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=experts // plan.ep)
+        self.vector("experts", "expert.act", (into + 1) * rows * inner)
+        self.keep("expert_gate_up", into * rows * inner)
+        self.matmul("experts", "expert.down", rows, inner, width, keep="expert_hidden", experts=experts // plan.ep)
+        self.keep("row_weights", rows + (wide == self.element))                # a cast drops the spare last one
+        self.saved["counts"] = experts // plan.ep * 8
+        if c.expert_weight == "after_down":
+            self.keep("expert_out", rows * width)
+            self.vector("experts", "expert.weight", 2 * rows * width)
+        self.vector("combine", "unpermute", (rows + 2 * own) * width)
+
+    def join(self):
+        c, own = self.shape, self.plan.tokens
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            self.norm("attend", name, own, c.hidden_size)
+        if c.mtp_hidden == "pre_norm":
+            del self.saved["hnorm"]                            # the same tensor as the input of the last norm before
+        self.matmul("attend", "eh_proj", own, 2 * c.hidden_size, c.hidden_size, keep="eh_in")
+
+    def head(self):
+        """Last norm, then head and loss of every depth, the vocabulary cut by tensor ranks."""
+        c, plan, tokens, vocab = self.shape, self.plan, self.plan.gathered_tokens, self.shape.vocab_size // self.plan.tp
+        self.norm("attend", "norm", plan.tokens, c.hidden_size)
+        for depth in range(1 + c.num_nextn_predict_layers):
+            self.gather_stream("attend")
+            self.matmul("attend", "lm_head", tokens, c.hidden_size, vocab)
+            self.vector("attend", "loss", 4 * tokens * vocab * self.wide / self.element)
+            # the loss makes its gradients in forward: of its input, and of the head's weight in float32 or better
+            self.keep(f"grad_h.{depth}", tokens * c.hidden_size)
+            self.saved[f"grad_w.{depth}"] = vocab * c.hidden_size * self.wide
+        tied = c.tie_word_embeddings and plan.pp == 1
+        self.params["dp"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
+
 
 def layer_kinds(shape):
     """Kind of each layer: dense, moe or mtp (moe, with what joins it to the embedding). Layers of a kind are alike."""
     n_dense = min(shape.first_k_dense_replace, shape.num_hidden_layers)
     return ["dense"] * n_dense + ["moe"] * (shape.num_hidden_layers - n_dense) + ["mtp"] * shape.num_nextn_predict_layers
-
-
-def count_work(shape, plan, kind):
-    """kind: embedding, head, or one of layer_kinds."""
-    work = Work(shape, plan, kind)
-    {"embedding": _embedding, "head": _head}.get(kind, _layer)(work)
-    return work
-
-
-def _embedding(work):
-    c, plan = work.shape, work.plan
-    work.vector("attend", "embed_tokens", 2 * plan.tokens * c.hidden_size)
-    work.params["dp"] = c.vocab_size // plan.tp * c.hidden_size
-    work.saved["token_ids"] = plan.gathered_tokens * 8
-
-
-def _layer(work):
-    c, own, sandwich = work.shape, work.plan.tokens, work.shape.norm != "pre"
-    work.norm("attend", "input_layernorm", own, c.hidden_size)
-    (_latent_attention if c.attn_type == "mla" else _plain_attention)(work)
-    if sandwich:
-        work.norm("attend", "post_attention_layernorm", own, c.hidden_size, residual=True)
-    work.norm("attend", "pre_mlp_layernorm", own, c.hidden_size)
-    if work.kind == "dense":
-        _mlp(work, "experts", "mlp", c.intermediate_size)
-    else:
-        _experts(work)
-    if sandwich:
-        work.norm("combine", "post_mlp_layernorm", own, c.hidden_size, residual=True)
-    if work.kind == "mtp":
-        _join(work)
-
-
-def _latent_attention(work):
-    """Latents are made from a rank's own tokens by whole matrices, then gathered; heads are cut by tensor ranks."""
-    c, plan = work.shape, work.plan
-    own, tokens, heads = plan.tokens, plan.gathered_tokens, c.num_attention_heads // plan.tp
-    keys = tokens * plan.cp                                # of the whole sequence, made on each rank of a context group
-    qk, latent = c.qk_nope_head_dim + c.qk_rope_head_dim, c.kv_lora_rank + c.qk_rope_head_dim
-    work.matmul("attend", "q_a_proj", own, c.hidden_size, c.q_lora_rank, keep="attn_in")
-    work.norm("attend", "q_a_layernorm", own, c.q_lora_rank)
-    work.matmul("attend", "kv_a_proj_with_mqa", own, c.hidden_size, latent)    # the same input
-    work.norm("attend", "kv_a_layernorm", own, c.kv_lora_rank)
-    work.keep("kv_a_layernorm", own * latent)              # its input is a slice, which keeps the whole tensor
-    if plan.sp:
-        work.gather("tp", "attend", own, c.q_lora_rank + latent)
-    work.gather("cp", "attend", tokens, latent)
-    work.matmul("attend", "q_b_proj", tokens, c.q_lora_rank, heads * qk, keep="q_latent")
-    up = heads * (c.qk_nope_head_dim + c.v_head_dim)
-    work.matmul("attend", "kv_b_proj", keys, c.kv_lora_rank, up, keep="kv_latent")
-    work.vector("attend", "rope", 2 * (tokens + keys) * heads * qk)        # queries and keys, read and written
-    _core_attention(work, heads, heads, qk, c.v_head_dim)
-    work.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
-
-
-def _plain_attention(work):
-    c, plan = work.shape, work.plan
-    tokens, heads = plan.gathered_tokens, c.num_attention_heads // plan.tp
-    kv_heads = max(1, (c.num_key_value_heads or c.num_attention_heads) // plan.tp)
-    work.gather_stream("attend")
-    work.matmul("attend", "qkv_proj", tokens, c.hidden_size, (heads + 2 * kv_heads) * c.head_dim, keep="attn_in")
-    work.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
-    work.vector("attend", "rope", 2 * tokens * (heads + kv_heads) * c.head_dim)
-    _core_attention(work, heads, kv_heads, c.head_dim, c.head_dim)
-
-
-def _core_attention(work, heads, kv_heads, qk, v):
-    """Scores, softmax, values, output projection. A context group's keys are on every one of its ranks."""
-    c, plan = work.shape, work.plan
-    tokens, keys = plan.gathered_tokens, plan.gathered_tokens * plan.cp
-    scores, padded = tokens * plan.seq_len * heads, qk if c.value_padded else v
-    moved = tokens * heads * (qk + v) + keys * kv_heads * (qk + v)
-    flops = 2 * scores * (qk + v)
-    work.keep("q", tokens * heads * qk)
-    work.keep("k", keys * kv_heads * qk)
-    work.keep("v", keys * kv_heads * padded)
-    if c.attn_kernel == "unfused":
-        moved += 4 * scores
-        work.keep("probabilities", scores)
-    else:
-        flops /= 2                                         # the causal half
-        work.saved["log_sum"] = tokens * heads * work.wide
-    if padded != v:
-        work.keep("attn_padded", tokens * heads * padded)
-    work.ops.append(Op("attend", "attention", c.attn_kernel, flops, moved * work.element))
-    work.matmul("attend", "o_proj", tokens, heads * v, c.hidden_size, keep="attn_out")
-
-
-def _mlp(work, part, name, inner):
-    """SwiGLU, its inner width cut by tensor ranks. Gate and up count as one matmul."""
-    c, plan = work.shape, work.plan
-    tokens, inner, into = plan.gathered_tokens, inner // plan.tp, 2 if c.gated_mlp else 1
-    work.gather_stream(part)
-    work.matmul(part, name + ".gate_up", tokens, c.hidden_size, into * inner, keep="mlp_in")
-    work.vector(part, name + ".act", (into + 1) * tokens * inner)
-    work.keep(name + "_gate_up", into * tokens * inner)
-    work.matmul(part, name + ".down", tokens, inner, c.hidden_size, keep=name + "_hidden")
-
-
-def _experts(work):
-    """Router, permutation, shared and routed experts. A rank computes as many rows as it sends, on average."""
-    c, plan, wide = work.shape, work.plan, work.wide       # router and losses are computed in float32 or better
-    own, k, width, inner = plan.tokens, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size
-    rows, into, experts = math.ceil(own * k * (c.capacity_factor or 1)), 2 if c.gated_mlp else 1, c.n_routed_experts
-    work.matmul("attend", "router", own, width, experts, keep="mlp_in")
-    if wide > work.element:
-        work.saved["router_in"] = own * width * wide       # cast
-    work.vector("attend", "choose", 6 * own * experts * wide / work.element)
-    work.saved.update(scores=own * experts * wide, ids=own * k * 8, slot=own * k * 8)
-    if c.norm_topk_prob:
-        work.saved.update({"weights": own * k * wide, "weights.sum": own * wide})
-    if c.balance != "none" and c.aux_loss_alpha:
-        size = {"sequence": 1, "micro_batch": plan.micro_batch}.get(c.balance, c.balance_group or plan.micro_batch)
-        groups = plan.micro_batch // min(size, plan.micro_batch)           # of the balance loss
-        work.saved["balance"] = groups * experts * wide    # load of each group's experts
-        work.saved["balance.sum"] = own * wide if c.aux_scores == "normalized" else 0
-    work.vector("attend", "permute", (own + rows) * width)
-    if c.n_shared_experts:
-        _mlp(work, "shared", "shared", c.n_shared_experts * inner)
-    work.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=experts // plan.ep)
-    work.vector("experts", "expert.act", (into + 1) * rows * inner)
-    work.keep("expert_gate_up", into * rows * inner)
-    work.matmul("experts", "expert.down", rows, inner, width, keep="expert_hidden", experts=experts // plan.ep)
-    work.keep("row_weights", rows + (wide == work.element))                # a cast drops the spare last one
-    work.saved["counts"] = experts // plan.ep * 8
-    if c.expert_weight == "after_down":
-        work.keep("expert_out", rows * width)
-        work.vector("experts", "expert.weight", 2 * rows * width)
-    work.vector("combine", "unpermute", (rows + 2 * own) * width)
-
-
-def _join(work):
-    c, own = work.shape, work.plan.tokens
-    for name in ("enorm", "hnorm", "shared_head.norm"):
-        work.norm("attend", name, own, c.hidden_size)
-    if c.mtp_hidden == "pre_norm":
-        del work.saved["hnorm"]                            # the same tensor as the input of the last norm before
-    work.matmul("attend", "eh_proj", own, 2 * c.hidden_size, c.hidden_size, keep="eh_in")
-
-
-def _head(work):
-    """Last norm, then head and loss of every depth, the vocabulary cut by tensor ranks."""
-    c, plan, tokens, vocab = work.shape, work.plan, work.plan.gathered_tokens, work.shape.vocab_size // work.plan.tp
-    work.norm("attend", "norm", plan.tokens, c.hidden_size)
-    for depth in range(1 + c.num_nextn_predict_layers):
-        work.gather_stream("attend")
-        work.matmul("attend", "lm_head", tokens, c.hidden_size, vocab)
-        work.vector("attend", "loss", 4 * tokens * vocab * work.wide / work.element)
-        # the loss makes its gradients in forward: of its input, and of the head's weight in float32 or better
-        work.keep(f"grad_h.{depth}", tokens * c.hidden_size)
-        work.saved[f"grad_w.{depth}"] = vocab * c.hidden_size * work.wide
-    tied = c.tie_word_embeddings and plan.pp == 1
-    work.params["dp"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
 
 
 def stage_layers(config, plan):
@@ -575,7 +546,7 @@ def _even_split(shape, plan):
 def layer_flops(shape, seq_len):
     """Forward FLOPs of a sequence in each hidden layer, and last those of head and MTP together."""
     kinds, n = layer_kinds(shape) + ["head"], shape.num_hidden_layers
-    flops = {kind: sum(op.flops for op in count_work(shape, Plan(seq_len=seq_len), kind).ops) for kind in set(kinds)}
+    flops = {kind: sum(op.flops for op in Work(shape, Plan(seq_len=seq_len), kind).ops) for kind in set(kinds)}
     return [flops[kind] for kind in kinds[:n]] + [sum(flops[kind] for kind in kinds[n:])]
 
 
@@ -1063,7 +1034,7 @@ class Simulation:
         self.plan, self.hardware = plan, hardware
         self.shape = replace(as_shape(config), value_padded=hardware.value_padded)
         self.stages = stage_kinds(self.shape, plan)
-        self.works = {kind: count_work(self.shape, plan, kind) for kind in set(chain(*self.stages))}
+        self.works = {kind: Work(self.shape, plan, kind) for kind in set(chain(*self.stages))}
         self.times = {kind: LayerTime(work, hardware, max_vio) for kind, work in self.works.items()}
         self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
         link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)

@@ -231,7 +231,7 @@ def test_overlap_hides_an_exchange_as_long_as_the_compute():
 
 def stage_works(shape, plan):
     shape = sim.as_shape(shape)
-    return [[(kind, sim.count_work(shape, plan, kind)) for kind in kinds] for kinds in sim.stage_kinds(shape, plan)]
+    return [[(kind, sim.Work(shape, plan, kind)) for kind in kinds] for kinds in sim.stage_kinds(shape, plan)]
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -293,7 +293,7 @@ def test_saved_tensors_are_those_that_hooks_see(variant, dtype):
         seen, _ = storages(model, lambda: model.layers[str(index)](x, (cos, sin)))
         for size in table:                                                 # angles belong to the model, not to a layer
             seen.remove(size), seen.remove(size)
-        counted = sorted(size for size in sim.count_work(shape, plan, kind).saved.values() if size)
+        counted = sorted(size for size in sim.Work(shape, plan, kind).saved.values() if size)
         assert seen == counted, f"{kind}: seen {sum(seen)}, counted {sum(counted)}"
 
 
@@ -319,7 +319,7 @@ def test_recomputing_a_layer_keeps_its_input_alone():
     table = sum(t.untyped_storage().nbytes() for t in angles)
     seen, _ = storages(model, lambda: checkpoint(model.layers["1"], x, angles, use_reentrant=False))
     plan = Plan(micro_batch=2, seq_len=24, precision="fp32", recompute=("layer",))
-    kept, _ = sim.saved_bytes(sim.count_work(replace(sim.as_shape(TINY), value_padded=True), plan, "moe"))
+    kept, _ = sim.saved_bytes(sim.Work(replace(sim.as_shape(TINY), value_padded=True), plan, "moe"))
     assert kept == 2 * 24 * TINY.hidden_size * 4
     assert kept <= sum(seen) <= kept + table + 64
 
@@ -329,7 +329,7 @@ def test_recompute_and_swap_choices_keep_less_and_less():
     shape = sim.as_shape(replace(TINY, expert_weight="after_down"))
 
     def kept(recompute=(), swap=()):
-        return sim.saved_bytes(sim.count_work(shape, Plan(recompute=recompute, swap=swap), "moe"))
+        return sim.saved_bytes(sim.Work(shape, Plan(recompute=recompute, swap=swap), "moe"))
 
     whole = kept()[0]
     saving = {item: whole - kept((item,))[0] for item in sim.RECOMPUTE}
@@ -340,7 +340,7 @@ def test_recompute_and_swap_choices_keep_less_and_less():
         on_device, away = kept(swap=(item,))
         assert on_device + away == whole and away > 0
     for item in sim.RECOMPUTE:
-        assert sim.recomputed(sim.count_work(shape, Plan(recompute=(item,)), "moe"))[1]
+        assert sim.recomputed(sim.Work(shape, Plan(recompute=(item,)), "moe"))[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
