@@ -135,10 +135,12 @@ def has_experts(config):
 def check_plan(config, plan, hardware=None, devices=None):
     """ValueError, in one line with the numbers and what would fit, for a plan that cannot run this shape here."""
     for name, allowed in PLAN_CHOICES.items():
-        value = getattr(plan, name)
-        unknown = sorted(set(value if isinstance(value, tuple) else [value]) - set(allowed))
-        require(not unknown, f"{name}={'+'.join(map(str, unknown))}: use {'any' if isinstance(value, tuple) else 'one'} "
-                             f"of {', '.join(map(str, allowed))}")
+        value, use = getattr(plan, name), "use one of " + ", ".join(map(str, allowed))
+        if isinstance(value, tuple):
+            unknown = set(value) - set(allowed)
+            require(not unknown, f"{name}={'+'.join(map(str, unknown))}: {use.replace('one', 'any', 1)}")
+        else:
+            require(value in allowed, f"{name}={value!r}: {use}")
     for name in ("pp", "dp", "cp", "tp", "ep", "vpp", "node_size", "micro_batch", "global_batch", "seq_len"):
         require(getattr(plan, name) >= 1, f"{name}={getattr(plan, name)}: must be at least 1")
     check_cuts(config, plan)
@@ -396,7 +398,7 @@ class Work:
         """Latents are made from a rank's own tokens by whole matrices, then gathered; heads are cut by tensor ranks."""
         c, plan = self.shape, self.plan
         own, tokens, heads = plan.tokens, plan.gathered_tokens, c.num_attention_heads // plan.tp
-        keys = tokens * plan.cp                                # of the whole sequence, made on each rank of a context group
+        keys = tokens * plan.cp                            # of the whole sequence, on each rank of a context group
         qk, latent = c.qk_nope_head_dim + c.qk_rope_head_dim, c.kv_lora_rank + c.qk_rope_head_dim
         self.matmul("attend", "q_a_proj", own, c.hidden_size, c.q_lora_rank, keep="attn_in")
         self.norm("attend", "q_a_layernorm", own, c.q_lora_rank)
@@ -511,7 +513,8 @@ class Work:
 def layer_kinds(shape):
     """Kind of each layer: dense, moe or mtp (moe, with what joins it to the embedding). Layers of a kind are alike."""
     n_dense = min(shape.first_k_dense_replace, shape.num_hidden_layers)
-    return ["dense"] * n_dense + ["moe"] * (shape.num_hidden_layers - n_dense) + ["mtp"] * shape.num_nextn_predict_layers
+    n_moe, n_mtp = shape.num_hidden_layers - n_dense, shape.num_nextn_predict_layers
+    return ["dense"] * n_dense + ["moe"] * n_moe + ["mtp"] * n_mtp
 
 
 def stage_layers(config, plan):
@@ -603,7 +606,7 @@ def saved_bytes(work):
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device, its node and its network. Bandwidths are of one direction and one device.
+    """One device, its node and its network. Bandwidths are of one direction and one device; efficiencies of a peak.
 
     Sources. Ascend 910B: Ascend/msmodeling, tensor_cast/device.py, which marks its efficiencies and static costs as not
     calibrated; node of 8 and RoCE: arXiv:2504.07866, section 5. H200: NVIDIA's data sheet, 400 Gb/s of network a GPU as
@@ -631,19 +634,14 @@ class Hardware:
     value_padded: bool = False             # its attention kernel wants values as wide as keys
 
 
-def _ascend_910b(name, cube_cores, clock, fp32):
-    """The bins differ in cube cores (8192 FLOP a cycle) and clock alone. Full mesh of 8: 7 links of 28 GB/s each."""
-    peak = cube_cores * 8192 * clock
-    return Hardware(name, {"bf16": peak, "fp16": peak, "fp32": fp32}, 64 * 2**30, 1638.4 * 2**30, topology="mesh",
-                    inner_bandwidth=196e9, outer_bandwidth=25e9)
-
-
-HARDWARE = {hardware.name: hardware for hardware in (
-    _ascend_910b("ascend_910b_376", 24, 1.8e9, 99.5e12),
-    _ascend_910b("ascend_910b_313", 20, 1.8e9, 83e12),
-    _ascend_910b("ascend_910b_280", 20, 1.5e9, 75e12),
-    Hardware("h200_sxm", {"bf16": 989.5e12, "fp16": 989.5e12, "fp8": 1979e12}, 141e9, 4800e9, inner_bandwidth=450e9,
-             outer_bandwidth=50e9, host_bandwidth=64e9))}
+# The 910B's bins differ in cube cores (8192 FLOP a cycle) and clock alone. Full mesh of 8: 7 links of 28 GB/s each.
+HARDWARE = {name: Hardware(name, dict.fromkeys(("bf16", "fp16"), cores * 8192 * clock) | {"fp32": fp32}, 64 * 2**30,
+                           1638.4 * 2**30, topology="mesh", inner_bandwidth=196e9, outer_bandwidth=25e9)
+            for name, cores, clock, fp32 in (("ascend_910b_376", 24, 1.8e9, 99.5e12),
+                                             ("ascend_910b_313", 20, 1.8e9, 83e12),
+                                             ("ascend_910b_280", 20, 1.5e9, 75e12))}
+HARDWARE["h200_sxm"] = Hardware("h200_sxm", {"bf16": 989.5e12, "fp16": 989.5e12, "fp8": 1979e12}, 141e9, 4800e9,
+                                inner_bandwidth=450e9, outer_bandwidth=50e9, host_bandwidth=64e9)
 
 
 def tier_of(plan, axis):
@@ -666,12 +664,12 @@ def collective_seconds(hardware, tier, ranks, sent):
     return hardware.static_collective + steps * latency + sent / (bandwidth * hardware.link_efficiency)
 
 
-# a backward's work over its forward's: flash attention computes the scores again, a vector operator reads a gradient more
+# a backward's work over its forward's: flash attention computes the scores again, vectors read a gradient more
 BACKWARD = {"flash": 2.5, "unfused": 2.0, "vector": 1.5}
 
 
 def op_seconds(op, plan, hardware):
-    """Seconds of (forward, backward for inputs, backward for weights): arithmetic or memory, the slower, and a start."""
+    """Seconds of (forward, backward for inputs, for weights): arithmetic or memory, the slower, and a start."""
     busy = op.flops / (hardware.peak[plan.precision] * hardware.matmul_efficiency)
     busy = max(busy, op.moved / (hardware.bandwidth * hardware.memory_efficiency))
     start = hardware.static_vector if op.kind == "vector" else hardware.static_matmul
@@ -714,12 +712,14 @@ class LayerTime:
                 seconds = collective_seconds(hardware, tier, getattr(plan, axis), sent)
                 self.collectives[one].append((axis, tier, seconds))
             self.sent[tier] += sent * (1 + len(parts))
-        sent, outer = exchange_bytes(work.shape, plan), plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
-        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel
-        for one, (tier, ranks) in product("FB", dict(inner=plan.inner, outer=outer).items()) if work.params["edp"] else ():
-            way = sent["forward" if one == "F" else "backward"][tier][0] / 2
-            self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way)
-            self.sent[tier] += times[one] * way
+        outer = plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
+        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel, dispatch as far as combine
+        sent = exchange_bytes(work.shape, plan) if work.params["edp"] else {}
+        for one, tiers in zip("FB", sent.values()):
+            for tier, ranks in (("inner", plan.inner), ("outer", outer)):
+                way = tiers[tier][0] / 2
+                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way)
+                self.sent[tier] += times[one] * way
         self.swap = saved_bytes(work)[1] / hardware.host_bandwidth
         # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it; (tier, seconds)
         self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
@@ -877,34 +877,27 @@ class Action(NamedTuple):
 
 
 def schedule_table(plan):
-    """list (pp) of lists of Action, in the order in which each rank runs them."""
-    pp, n, table = plan.pp, plan.n_micro, []
-    for rank in range(pp):
-        if plan.schedule == "zbv":
-            words = _zbv(pp, rank, max(n, 2 * pp - 1))
-        elif plan.schedule == "dualpipev":
-            words = _dualpipev(pp, rank, n)
-        else:
-            words = _one_forward_one_backward(pp, plan.vpp, rank, n, plan.schedule)
-        table.append(_number(words, plan.stages_of(rank), n))
-    return table
+    """list (pp) of lists of Action, in the order in which each rank runs them.
+
+    A rank's order is made as a list of words: F0 is "the next forward of my chunk 0", F0+B1 a pair, W0 the oldest weight
+    gradient that chunk 0 still owes, W the oldest of all. Which micro-batch is meant follows from counting.
+    """
+    words = dict(zbv=_zbv, dualpipev=_dualpipev).get(plan.schedule, _one_forward_one_backward)
+    return [_number(words(plan, rank), plan.stages_of(rank), plan.n_micro) for rank in range(plan.pp)]
 
 
-# A rank's order is a list of words: F0 is "the next forward of my chunk 0", F0+B1 a pair, W0 the oldest weight gradient
-# that chunk 0 still owes, W the oldest of all. Which micro-batch is meant follows from counting.
-
-
-def _one_forward_one_backward(pp, vpp, rank, n, schedule):
+def _one_forward_one_backward(plan, rank):
     """1f1b; interleaved, in which chunks take turns of about pp micro-batches (arXiv:2104.04473, section 2.2); paired.
 
     paired: one more warm-up, so that each steady step holds a forward and a backward that do not wait for each other.
     """
-    turn, hops = n // max(1, n // pp), pp - 1 - rank
+    n, vpp, hops = plan.n_micro, plan.vpp, plan.pp - 1 - rank
+    turn = n // max(1, n // plan.pp)
     forward = [f"F{i // turn % vpp}" for i in range(n * vpp)]
     backward = [f"B{vpp - 1 - i // turn % vpp}" for i in range(n * vpp)]
-    warm_up = {"1f1b": hops, "interleaved": 2 * hops, "paired": 2 * hops + 1}[schedule] + (vpp - 1) * turn
-    warm_up = min(n * vpp, warm_up)
-    join = "+" if schedule == "paired" else " "
+    first = {"1f1b": hops, "interleaved": 2 * hops, "paired": 2 * hops + 1}[plan.schedule]
+    warm_up = min(n * vpp, first + (vpp - 1) * turn)
+    join = "+" if plan.schedule == "paired" else " "
     steady = [f + join + b for f, b in zip(forward[warm_up:], backward)]
     return " ".join(forward[:warm_up] + steady + backward[n * vpp - warm_up:]).split()
 
@@ -913,17 +906,18 @@ def _phases(*phases):
     return [word for times, words in phases for word in words.split() * times]
 
 
-def _zbv(pp, rank, n):
-    """Zero bubble on a V of two chunks (arXiv:2401.10241, section 6), for n >= 2*pp - 1."""
+def _zbv(plan, rank):
+    """Zero bubble on a V of two chunks (arXiv:2401.10241, section 6), for 2*pp - 1 micro-batches or more."""
+    pp, n = plan.pp, max(plan.n_micro, 2 * plan.pp - 1)
     left = pp - rank                                       # ranks from here to the turn of the V, this one included
     return _phases((2 * left - 1, "F0"), (rank, "F1 F0"), (left, "F1 I1 W1"),
                    (n - 2 * pp + rank + 1, "F0 I0 W0 F1 I1 W1"), (left - 1, "I0 W0 F1 I1 W1"),
                    (rank, "I0 I1"), (left, "I0 W0"), (rank, "W1"), (rank, "W0"))
 
 
-def _dualpipev(pp, rank, n):
+def _dualpipev(plan, rank):
     """DualPipe cut in half (github.com/deepseek-ai/DualPipe): steady pairs, with split backwards at both ends."""
-    left, main, half, odd = pp - rank - 1, n - 2 * pp + rank + 1, (rank + 1) // 2, rank % 2
+    left, main, half, odd = plan.pp - rank - 1, plan.n_micro - 2 * plan.pp + rank + 1, (rank + 1) // 2, rank % 2
     # on the last rank the first pair's backward is of the forward just before it: these two run one after the other
     first = 1 if left == 0 else 0
     return _phases((2 * left, "F0"), (rank + 1, "F0 F1"), (left, "I1 W F1"),
@@ -1152,8 +1146,8 @@ def write_trace(run, path):
         events += [dict(ph="M", name=kind, pid=rank, tid=thread, args={"name": name}) for kind, thread, name in names]
         for start, end, action in row:
             tasks = [(str(action), "schedule", 0.0, end - start)] + run.action(action)[0].tasks
-            events += [dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream), ts=1e6 * (start + first),
-                            dur=1e6 * (last - first)) for name, stream, first, last in tasks]
+            events += [dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream),
+                            ts=1e6 * (start + first), dur=1e6 * (last - first)) for name, stream, first, last in tasks]
     with open(path, "w") as file:
         json.dump(dict(traceEvents=events, displayTimeUnit="ms"), file)
 
@@ -1237,7 +1231,8 @@ def print_paper():
     for (name, run), hardware, seq_len in product(PAPER.items(), list(HARDWARE.values())[:3], (4096, 8192)):
         plan = Plan(seq_len=seq_len, **run["plan"])
         results.append(result := predict(PRESETS["pangu-ultra-moe-718b"], plan, hardware))
-        print(f"{name:10} {plan.world_size:5}  {hardware.name} {seq_len:6} | {run['tokens_per_s']:10.3g} {run['mfu']:7.1%} "
+        print(f"{name:10} {plan.world_size:5}  {hardware.name} {seq_len:6} |",
+              "{tokens_per_s:10.3g} {mfu:7.1%}".format(**run),
               "| {tokens_per_s:10.3g} {mfu:7.1%} {step_time_s:8.2f} {mem_gib:6.1f}".format(**result),
               "yes" if result["fits"] else "no")
     print(f"\nThe first row, {next(iter(HARDWARE))} at 4096 (all simulated)")
