@@ -104,16 +104,37 @@ def is_restarted():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def open_store():
+    """torchrun's key-value store; keys of a run that was started again are not those of the run before."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def beat():
+    """Says every second that this process runs; a thread does, so collectives do not keep it from it."""
+    store = open_store()
+    for count in itertools.count():
+        store.set(f"pulse of {rank()}", str(count))
+        if LEAVING.wait(1):
+            return
+
+
+PULSE, LEAVING = threading.Thread(target=beat, daemon=True), threading.Event()
+
+
 def join_world(device, timeout):
     """Meet the other processes; a process alone meets nobody. timeout: how long a collective may wait for a rank."""
     if world_size() > 1 and not dist.is_initialized():
         accelerator = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        dist.init_process_group("gloo" if device.type == "cpu" else accelerator, timeout=timeout)
-        threading.Thread(target=beat, args=[open_store()], daemon=True).start()
+        dist.init_process_group("gloo" if device.type == "cpu" else accelerator, timeout=timeout, store=open_store(),
+                                rank=rank(), world_size=world_size())
+        PULSE.start()
 
 
 def leave_world():
     if dist.is_initialized():
+        LEAVING.set()
+        PULSE.join()
         dist.destroy_process_group()
 
 
@@ -139,25 +160,13 @@ def is_lost_contact(error):
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def open_store():
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return dist.PrefixStore(f"pulse {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def beat(store):
-    """Says every second that this process runs; a thread does, so collectives do not keep it from it."""
-    for count in itertools.count():
-        store.set(str(rank()), str(count))
-        time.sleep(1)
-
-
 def missing_ranks(patience=4.0):
     """Ranks that say nothing for so many seconds: gone, or standing still. Who asks first decides for all."""
-    store, names = open_store(), [str(other) for other in range(world_size())]
+    store, names = open_store(), [f"pulse of {other}" for other in range(world_size())]
     if not store.check(["missing"]):
         before = store.multi_get(names)
         time.sleep(patience)
-        silent = [name for name, old, new in zip(names, before, store.multi_get(names)) if old == new]
+        silent = [name.split()[-1] for name, old, new in zip(names, before, store.multi_get(names)) if old == new]
         store.compare_set("missing", "", ", ".join(silent))
     return store.get("missing").decode()
 
