@@ -674,21 +674,21 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_expert(name):
+    return ".experts." in name
+
+
 @torch.no_grad()
 def init_weights(model, seed=0):
     """model.init_weights for a model that may be cut: the same numbers under every plan, one whole tensor at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)
-        first = model.get_submodule(name.rpartition(".")[0]).first_expert if ".experts." in name else 0
+        first = model.get_submodule(name.rpartition(".")[0]).first_expert if is_expert(name) else 0
         fill_initial(whole, model.config, name, seed, first)
         if isinstance(tensor, DTensor):
             whole = whole.to(tensor.device)
             whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.copy_(whole)
-
-
-def is_expert(name):
-    return ".experts." in name
 
 
 def copies(name, tensor, grid):

@@ -3,8 +3,13 @@ Tests of parallel.py: many processes equal one. Ranks are forked once per world 
 
 Exact comparisons run in float64: loss, every gradient, the global norm and every weight after one AdamW step.
 """
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,6 +314,16 @@ def test_all_traffic_under_a_flag(zero):
             assert abs(total["forward", "inner"] / (weights / 2) - 1) < 0.02
             again = total["backward", "inner"] / (weights / 2) - 1
             assert abs(again) < 0.02 if zero == 1 else 0.5 < again < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("tc"), reason="namespaces need root, iproute2")
+def test_bench_exchange_runs():
+    script = Path(__file__).parent / "bench_exchange.py"
+    result = subprocess.run([sys.executable, script, "--tiny"], capture_output=True, text=True)
+    assert result.returncode == 0 and "dedup" in result.stdout, result.stderr
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert "node0-" not in left and "node1-" not in left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
