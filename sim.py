@@ -20,7 +20,7 @@ import json
 import math
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, chain, islice, product, zip_longest
 from typing import NamedTuple
@@ -317,13 +317,9 @@ def as_shape(config):
     return config if isinstance(config, Shape) else Shape(**vars(config))
 
 
-class Op(NamedTuple):
-    """One operator. part: the block's call it belongs to: attend (with routing), shared, experts or combine."""
-    part: str
-    name: str
-    kind: str                      # matmul | flash | unfused | vector
-    flops: float                   # forward; each half of a matmul's backward has as many
-    moved: float                   # bytes read and written, forward
+# part: the block's call it belongs to: attend (with routing), shared, experts or combine. kind: matmul | vector |
+# flash | unfused. flops: forward; each half of a matmul's backward has as many. moved: bytes read and written.
+Op = namedtuple("Op", "part name kind flops moved")
 
 
 class Work:
@@ -553,11 +549,6 @@ def layer_flops(shape, seq_len):
     return [flops[kind] for kind in kinds[:n]] + [sum(flops[kind] for kind in kinds[n:])]
 
 
-def model_flops(shape, seq_len):
-    """FLOPs of training on one token: three forwards of matmuls and causal attention, as model.flops_per_token."""
-    return 3 * sum(layer_flops(shape, seq_len)) / seq_len
-
-
 def stage_kinds(shape, plan):
     """list (pp*vpp) of tuples in the order of forward: embedding, kinds of layers, head."""
     kinds = layer_kinds(shape)
@@ -713,7 +704,7 @@ class LayerTime:
                 self.collectives[one].append((axis, tier, seconds))
             self.sent[tier] += sent * (1 + len(parts))
         outer = plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
-        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel, dispatch as far as combine
+        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel one way
         sent = exchange_bytes(work.shape, plan) if work.params["edp"] else {}
         for one, tiers in zip("FB", sent.values()):
             for tier, ranks in (("inner", plan.inner), ("outer", outer)):
@@ -768,50 +759,49 @@ class Streams:
         """zero=3: weights are gathered ahead, so the link alone decides when."""
         return max(after, self.run("weights", *layer.weights))
 
+    def forward_steps(self, layers):
+        """Four steps a layer, as backward_steps, so that a pair's steps can take turns.
 
-# What a layer's forward and backward queue, in four steps each, so that a pair's steps can take turns. In a pair,
-# attention F hides combine B, experts B dispatch F, their weight gradients dispatch B, attention B combine F.
+        In a pair, attention F hides combine B, experts B dispatch F, their weight gradients dispatch B, attention B
+        combine F. Alone, the shared expert hides a part of the way out.
+        """
+        ready = 0.0
+        for layer in layers:
+            attended = self.compute(layer, "attend", "F", self.weights(layer, ready))
+            yield
+            arrived = self.exchange(layer, "F", "out", attended)
+            yield
+            self.compute(layer, "shared", "F", attended)
+            computed = self.compute(layer, "experts", "F", arrived)
+            self.run("swap", "host", layer.swap, computed)
+            returned = self.exchange(layer, "F", "back", computed)
+            yield
+            ready = self.compute(layer, "combine", "F", returned)
+            yield
 
-
-def forward_steps(streams, layers):
-    """The shared expert hides a part of the way out."""
-    ready = 0.0
-    for layer in layers:
-        attended = streams.compute(layer, "attend", "F", streams.weights(layer, ready))
-        yield
-        arrived = streams.exchange(layer, "F", "out", attended)
-        yield
-        streams.compute(layer, "shared", "F", attended)
-        computed = streams.compute(layer, "experts", "F", arrived)
-        streams.run("swap", "host", layer.swap, computed)
-        returned = streams.exchange(layer, "F", "back", computed)
-        yield
-        ready = streams.compute(layer, "combine", "F", returned)
-        yield
-
-
-def backward_steps(streams, layers, which, defer):
-    """which: B or I. defer: the experts' weight gradients wait, to hide the way back."""
-    ready = streams.free["compute"]
-    for layer in reversed(layers):
-        ready = max(streams.weights(layer, ready), streams.run("swap", "host", layer.swap))
-        rows = streams.exchange(layer, "F", "out", ready) if layer.rows_again == "first" else ready
-        again = streams.compute(layer, "recompute", "F", rows)
-        again = streams.exchange(layer, "F", "back", again) if layer.whole_again else again
-        arrived = streams.exchange(layer, "B", "out", streams.compute(layer, "combine", "I", ready))
-        yield
-        streams.compute(layer, "shared", which, again)
-        yield
-        rows = streams.exchange(layer, "F", "out", ready) if layer.rows_again == "for weights" else ready
-        later = defer or which == "I"
-        computed = streams.compute(layer, "experts", "I" if later else "B", max(arrived, again, 0.0 if later else rows))
-        returned = streams.exchange(layer, "B", "back", computed)
-        if defer and which == "B":
-            streams.compute(layer, "experts", "W", max(computed, rows))
-        yield
-        ready = streams.compute(layer, "attend", which, returned)
-        streams.run("gradients", *layer.gradients, ready)
-        yield
+    def backward_steps(self, layers, which, defer):
+        """which: B or I. defer: the experts' weight gradients wait, to hide the way back."""
+        ready = self.free["compute"]
+        for layer in reversed(layers):
+            ready = max(self.weights(layer, ready), self.run("swap", "host", layer.swap))
+            rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "first" else ready
+            again = self.compute(layer, "recompute", "F", rows)
+            again = self.exchange(layer, "F", "back", again) if layer.whole_again else again
+            arrived = self.exchange(layer, "B", "out", self.compute(layer, "combine", "I", ready))
+            yield
+            self.compute(layer, "shared", which, again)
+            yield
+            rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "for weights" else ready
+            later = defer or which == "I"
+            inputs = max(arrived, again) if later else max(arrived, again, rows)
+            computed = self.compute(layer, "experts", "I" if later else "B", inputs)
+            returned = self.exchange(layer, "B", "back", computed)
+            if defer and which == "B":
+                self.compute(layer, "experts", "W", max(computed, rows))
+            yield
+            ready = self.compute(layer, "attend", which, returned)
+            self.run("gradients", *layer.gradients, ready)
+            yield
 
 
 def play_action(plan, kind, forward, backward):
@@ -821,7 +811,7 @@ def play_action(plan, kind, forward, backward):
         for layer, part in product(backward, ("attend", "shared", "experts")):
             streams.compute(layer, part, "W", 0.0)
         return streams
-    f, b = forward_steps(streams, forward), backward_steps(streams, backward, kind[-1], adaptive)
+    f, b = streams.forward_steps(forward), streams.backward_steps(backward, kind[-1], adaptive)
     for _ in zip_longest(b, f) if adaptive else chain(f, b):
         pass
     return streams
@@ -879,8 +869,8 @@ class Action(NamedTuple):
 def schedule_table(plan):
     """list (pp) of lists of Action, in the order in which each rank runs them.
 
-    A rank's order is made as a list of words: F0 is "the next forward of my chunk 0", F0+B1 a pair, W0 the oldest weight
-    gradient that chunk 0 still owes, W the oldest of all. Which micro-batch is meant follows from counting.
+    A rank's order is made as words: F0 is "the next forward of my chunk 0", F0+B1 a pair, W0 the oldest weight gradient
+    that chunk 0 still owes, W the oldest of all. Which micro-batch is meant follows from counting.
     """
     words = dict(zbv=_zbv, dualpipev=_dualpipev).get(plan.schedule, _one_forward_one_backward)
     return [_number(words(plan, rank), plan.stages_of(rank), plan.n_micro) for rank in range(plan.pp)]
@@ -1123,7 +1113,8 @@ def predict(config, plan, hardware, max_vio=0.0):
     step, memory = sum(parts.values()), [run.memory(rank) for rank in range(plan.pp)]
     peak = max(range(plan.pp), key=lambda rank: sum(memory[rank].values()))
     needed, rate = sum(memory[peak].values()), plan.global_batch * plan.seq_len / step
-    flops, why_not = rate / plan.world_size * model_flops(run.shape, plan.seq_len), ""
+    # training is three forwards; tokens/s of a device times FLOPs of a token
+    flops, why_not = 3 * sum(layer_flops(run.shape, plan.seq_len)) / plan.seq_len * rate / plan.world_size, ""
     if needed > hardware.memory:
         most = max(memory[peak], key=memory[peak].get)
         why_not = (f"pipeline rank {peak} needs {needed / 2**30:.1f} of {hardware.memory / 2**30:.1f} GiB, most of it "

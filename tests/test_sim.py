@@ -248,8 +248,41 @@ def test_parameters_and_flops_add_up_to_the_models(preset):
     assert counted == sum(p.numel() for p in model.parameters())
     assert counted == count_params(config)["total"] + count_params(config)["mtp"]
     for seq_len in (256, 4096):
-        counted = sim.model_flops(sim.as_shape(config), seq_len)
+        counted = 3 * sum(sim.layer_flops(sim.as_shape(config), seq_len)) / seq_len
         assert math.isclose(counted, flops_per_token(config, seq_len), rel_tol=1e-12)
+
+
+def test_one_device_takes_the_sum_of_its_operators():
+    """No link, no bubble: n_micro times forward and both halves of backward of every operator, then the optimizer."""
+    plan = Plan(micro_batch=2, global_batch=6, seq_len=64)
+    works = [work for _, work in stage_works(replace(sim.as_shape(TINY), value_padded=False), plan)[0]]
+    seconds = sum(sum(sim.op_seconds(op, plan, ASCEND)) for work in works for op in work.ops)
+    result = predict(TINY, plan, ASCEND)
+    assert result["step_time_s"] == pytest.approx(3 * seconds + result["breakdown"]["optimizer"])
+    again = predict(TINY, replace(plan, recompute=("layer",)), ASCEND)
+    forward = sum(sim.op_seconds(op, plan, ASCEND)[0] for work in works if "input_layernorm" in work.saved
+                  for op in work.ops)
+    assert again["step_time_s"] - result["step_time_s"] == pytest.approx(3 * forward)
+
+
+def test_keys_and_values_of_the_whole_sequence_on_each_rank_of_a_context_group():
+    """Latents are gathered, so kv_b_proj has as many rows with cp=2 as with cp=1, and q_b_proj half of them."""
+    whole, cut = ({op.name: op.flops for op in sim.Work(sim.as_shape(TINY), Plan(cp=cp, dp=2 // cp), "moe").ops}
+                  for cp in (1, 2))
+    assert cut["kv_b_proj"] == whole["kv_b_proj"]
+    assert cut["q_b_proj"] == whole["q_b_proj"] / 2 and cut["attention"] == whole["attention"] / 2
+
+
+def test_rows_that_travel_again_are_counted():
+    """Dropped rows are sent once more, half of a forward's exchange; a whole layer's forward both ways."""
+    plan = Plan(dp=4, ep=4, node_size=2, dispatch="hierarchical", global_batch=4, seq_len=64)
+    moe_layers = TINY.num_hidden_layers - TINY.first_k_dense_replace + TINY.num_nextn_predict_layers
+    once = {tier: moe_layers * sent[0] for tier, sent in exchange_bytes(TINY, plan)["forward"].items()}
+    plain = predict(TINY, plan, ASCEND)["bytes_by_tier"]
+    for recompute, share in (("act", 0), ("permute", 0.5), ("layer", 1)):
+        sent = predict(TINY, replace(plan, recompute=(recompute,)), ASCEND)["bytes_by_tier"]
+        assert {tier: sent[tier] - plain[tier] for tier in sent} == pytest.approx(
+            {tier: share * size for tier, size in once.items()})
 
 
 VARIANTS = {
@@ -508,6 +541,9 @@ def test_layers_are_split_evenly_or_as_told():
     stages = sim.stage_layers(PANGU, Plan(pp=16, vpp=2, global_batch=32, seq_len=8192))
     # head and MTP weigh about as much as five layers: their stage gets no other, its rank's first stage a single one
     assert [len(stage) for stage in stages] == [2] * 15 + [1] + [2] * 15 + [1]
+    # two ranks: head and MTP stand for 4.5 layers, so 33 and 28 hidden layers
+    stages = sim.stage_layers(PANGU, Plan(pp=2, global_batch=2, seq_len=4096))
+    assert [len(stage) for stage in stages] == [33, 28 + 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
