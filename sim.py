@@ -1271,8 +1271,13 @@ def load(kind, cls, presets, name):
     return replace(base, **values) if base else cls(**values)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                              # one line, like all that refuses what a user typed
+        raise ValueError(message)
+
+
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
+    parser = Parser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
     for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
                         ("trace", "one step as a timeline")):
@@ -1322,6 +1327,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"sim.py: {error}", file=sys.stderr)
         sys.exit(2)
