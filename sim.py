@@ -259,7 +259,8 @@ def exchange_bytes(config, plan, ids=None):
         by_expert = inside or plan.dispatch == "flat"      # else a token crosses once, with all of its choices
         if source == peer or not (by_expert or same_place):
             continue
-        tier, there, back = "inner" if inside else "outer", rows[source, peer], rows[peer, source]
+        tier = "inner" if inside else "outer"
+        there, back = [rows[inside]] * 2 if ids is None else (rows[source, peer], rows[peer, source])
         weights = e if by_expert else k * e
         first = counts if by_expert else node_counts + there * k * INDEX_BYTES
         sent["forward"][tier][source] += first + there * (row + weights) + back * row
@@ -270,13 +271,12 @@ def exchange_bytes(config, plan, ids=None):
 
 
 def _expected_rows(config, plan):
-    """{(source, peer): rows that go from one to the other}, as _routed_rows, under uniform routing."""
+    """Rows from a rank to (another of another node, of its own node), as _routed_rows, under uniform routing."""
     experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
-    copies = plan.tokens * k / (plan.ep if plan.dispatch == "flat" else plan.inner)
+    if plan.dispatch == "flat":
+        return [plan.tokens * k / plan.ep] * 2
     missed = math.comb(experts - experts // nodes, k) / math.comb(experts, k) if plan.dispatch == "dedup" else 0.0
-    crossing = copies if plan.dispatch == "flat" else plan.tokens * (1 - missed)
-    pairs = product(range(plan.ep), repeat=2)
-    return {pair: copies if pair[0] // plan.inner == pair[1] // plan.inner else crossing for pair in pairs}
+    return plan.tokens * (1 - missed), plan.tokens * k / plan.inner
 
 
 def _routed_rows(config, plan, ids):
@@ -995,16 +995,13 @@ def play(plan, table, duration, link=0.0):
 
 def draw_text(spans, columns=120):
     """A played table as text, a line per rank: micro-batches are digits forward, letters backward, = in pairs."""
-    scale, lines = columns / max(row[-1][1] for row in spans), []
-    for row in spans:
-        line = [" "] * columns
+    scale, lines = columns / max(row[-1][1] for row in spans), [[" "] * columns for _ in spans]
+    for line, row in zip(lines, spans):
         for start, end, (kind, _, microbatch, _) in row:
-            letter = chr(ord("a") + microbatch % 26)
-            mark = {"F": str(microbatch % 10), "FB": "=", "W": "w"}.get(kind, letter)
+            mark = {"F": str(microbatch % 10), "FB": "=", "W": "w"}.get(kind, chr(ord("a") + microbatch % 26))
             first, last = round(start * scale), round(end * scale)
             line[first:last] = mark * (last - first)
-        lines.append("".join(line))
-    return "\n".join(lines)
+    return "\n".join(map("".join, lines))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
