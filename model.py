@@ -10,6 +10,7 @@ process groups. parallel.py takes a built model and spreads it; what the model c
     Linear.store            a WeightGradStore that delays weight gradients, so that they can hide an exchange
     Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
+    Experts.with_copies     the identity here; there it adds copies of experts that live on other ranks
     Experts.first_expert    the number of the first expert held here, so that seeding does not depend on the cut
 
 Legend of dimensions: B batch, T sequence, C model width, H heads, D head width, N tokens (B*T), K experts per token,
@@ -769,15 +770,16 @@ class Experts(nn.Module):
         self.weight_before_down = c.expert_weight == "before_down"
         self.first_expert = 0                                             # global number of the first one held here
         self.store = None                                                 # a WeightGradStore: gradients are deferred
+        self.with_copies = lambda weight: weight                          # parallel.py: and copies from other ranks
 
     def forward(self, rows, counts, row_weights):
         """rows (M,C) sorted by expert, counts (E,), row_weights (M,) -> (M,C), weighted.
 
         Weighting the expert-wide activation costs less than the model-wide output, and keeps no output for backward.
         """
-        gate_up = grouped_matmul(rows, self.gate_up_proj, counts, self.store)                # (M,2I)
-        hidden = swiglu(gate_up, row_weights if self.weight_before_down else None)           # (M,I)
-        out = grouped_matmul(hidden, self.down_proj, counts, self.store)                     # (M,C)
+        gate_up = grouped_matmul(rows, self.with_copies(self.gate_up_proj), counts, self.store)    # (M,2I)
+        hidden = swiglu(gate_up, row_weights if self.weight_before_down else None)                 # (M,I)
+        out = grouped_matmul(hidden, self.with_copies(self.down_proj), counts, self.store)         # (M,C)
         return out if self.weight_before_down else out * row_weights.unsqueeze(-1)
 
 

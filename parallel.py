@@ -29,10 +29,13 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -44,7 +47,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GatherRows, LocalDispatcher, MTPLayer, count_ids, fill_initial, permute, sorted_slots, unpermute
-from sim import balance_group, check_plan
+from sim import (balance_group, check_plan, decide, first_placement, imbalance, moved_experts, plan_placement,
+                 predict_load)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
@@ -570,6 +574,7 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
     for block in model.layers.values():
         if block.is_moe:
             block.mlp.dispatcher = dispatcher
+    grid.live = LiveBalance(model, grid) if plan.balance_live else None
     return grid
 
 
@@ -577,7 +582,7 @@ def refuse_what_is_not_run(plan):
     for name in ("pp", "cp", "tp"):
         if getattr(plan, name) > 1:
             raise ValueError(f"{name}={getattr(plan, name)} is planned by sim.py but not run yet: use {name}=1")
-    for name, only in (("overlap", "none"), ("recompute", ()), ("swap", ()), ("balance_live", 0)):
+    for name, only in (("overlap", "none"), ("recompute", ()), ("swap", ())):
         if getattr(plan, name) != only:
             raise ValueError(f"{name} is planned and timed by sim.py, but not run yet: leave it out")
     if plan.precision not in ("fp32", "bf16", "fp64"):
@@ -715,6 +720,168 @@ def param_groups(model):
     """Parameters for an optimizer, experts apart, since fused and foreach steps refuse tensors of different meshes."""
     named = list(model.named_parameters())
     return [dict(params=[p for name, p in named if is_expert(name) == experts]) for experts in (False, True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Live load balance: experts move to where the load is
+#
+# sim.py predicts loads and plans placements, the same on every rank; here they are carried out. Router, its optimizer
+# state and bias, loads and the balance loss know experts by their own numbers, so nothing of them moves: only dispatch
+# looks up in which slot an expert is now. Checkpoints hold experts in order of their numbers, for any plan and reader.
+
+
+class PlacedDispatcher:
+    """Sends rows to the slot where their expert is now, through one of the exchanges above, to which slots are experts.
+
+    Tokens take turns between the copies of a hot expert.
+    """
+
+    def __init__(self, exchange):
+        self.exchange = exchange
+        self.wait, self.combine = exchange.wait, exchange.combine
+
+    def place(self, placement, device):
+        """placement: (ep, slots) of expert numbers."""
+        flat = placement.flatten()
+        slots = [np.flatnonzero(flat == expert) for expert in range(flat.max() + 1)]
+        most = max(map(len, slots))
+        self.slots = torch.tensor(np.stack([np.resize(each, most) for each in slots]), device=device)      # (E, most)
+        self.copies = torch.tensor([len(each) for each in slots], device=device)                            # (E,)
+
+    def dispatch(self, x, ids, weights):
+        turn = torch.arange(len(ids), device=ids.device).unsqueeze(1) % self.copies[ids]
+        return self.exchange.dispatch(x, self.slots[ids, turn], weights)
+
+    @property
+    def dropped(self):
+        return self.exchange.dropped
+
+
+def leaving_and_arriving(old, new, me):
+    """Slots that rank `me` sends from, and to, for each member of its group, both in the order of the receiver's slots.
+
+    old, new: (ep, slots) of expert numbers. What stays in its slot is left out.
+    """
+    leaving = [[i for j, expert in enumerate(row) for i in np.flatnonzero(old[me] == expert) if (member, j) != (me, i)]
+               for member, row in enumerate(new)]
+    arriving = [[j for j, expert in enumerate(new[me]) if expert in row and (member != me or row[j] != expert)]
+                for member, row in enumerate(old)]
+    return leaving, arriving
+
+
+def move_homes(tensors, old, new, group):
+    """Experts of one layer to their new homes, by one all-to-all of slices. old, new: (ep, homes).
+
+    tensors: (homes, ...) on this rank, weights and optimizer states, cut alike on all ranks of the group.
+    """
+    leaving, arriving = leaving_and_arriving(old, new, group.rank)
+    rows = torch.cat([t[sum(leaving, [])].flatten(1) for t in tensors], 1)
+    rows, work = group.all_to_all(rows, "forward", list(map(len, leaving)), list(map(len, arriving)))
+    work.wait()
+    for tensor, part in zip(tensors, rows.split([t[0].numel() for t in tensors], 1)):
+        tensor[sum(arriving, [])] = part.view(-1, *tensor.shape[1:])
+
+
+def with_copies(group, leaving, arriving, weight):
+    """weight (homes, ...) of this rank -> (slots, ...): copies of hot experts come from their homes before each use.
+
+    In backward their gradients return and are summed there, so copies need no optimizer.
+    """
+    send, recv = list(map(len, leaving)), list(map(len, arriving))
+    flight = Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
+    came = flight.whole(weight[sum(leaving, [])])                         # by rank they came from
+    return torch.cat((weight, came[np.argsort(sum(arriving, []))]))
+
+
+class LiveBalance:
+    """Where the experts of each MoE layer are, what load they are expected to get, and their moves.
+
+        line |= live.after_step(step, loads, optimizer)      # observes, and every plan.balance_live steps rebalances
+        with live.at_home(optimizer):                        # while a checkpoint is taken
+    """
+
+    def __init__(self, model, grid):
+        plan, n_experts = grid.plan, model.config.n_routed_experts
+        self.plan, self.moes = plan, [block.mlp for block in model.layers.values() if block.is_moe]
+        self.n_homes, self.first = n_experts // plan.ep, first_placement(n_experts, plan)
+        self.group = Group(grid.expert["ep"].get_group(), plan.node_size, Traffic())
+        self.device = torch.device(grid.dense.device_type)
+        slots = SimpleNamespace(n_routed_experts=self.first.size, capacity_factor=model.config.capacity_factor)
+        exchange = grid.dispatcher(slots)
+        for moe in self.moes:
+            moe.dispatcher = PlacedDispatcher(exchange)
+        self.expected = torch.zeros(len(self.moes), n_experts, device=self.device)
+        self.share = self.expected.new_zeros(len(self.moes), n_experts, plan.ep)     # of an expert's load on a rank
+        self.placements = [None] * len(self.moes)
+        for layer in range(len(self.moes)):
+            self.place(layer, self.first)
+
+    def place(self, layer, placement):
+        moe, self.placements[layer] = self.moes[layer], placement
+        moe.dispatcher.place(placement, self.device)
+        holds = (placement[:, :, None] == np.arange(self.first.max() + 1)).any(1)            # (ep, E)
+        self.share[layer] = torch.tensor(holds / holds.sum(0)).T
+        if self.plan.balance_replicas:
+            homes, copied = placement[:, :self.n_homes], placement[:, self.n_homes:]
+            slots = leaving_and_arriving(homes, copied, self.group.rank)
+            moe.experts.with_copies = partial(with_copies, self.group, *slots)
+
+    def after_step(self, step, loads, optimizer):
+        """What metrics.jsonl tells of the step; see observe and rebalance."""
+        line = dict(device_vio=self.observe(loads).item())
+        return line | self.rebalance(optimizer) if step % self.plan.balance_live == 0 else line
+
+    def observe(self, loads):
+        """loads (MoE layers, E) of a step, summed over all ranks -> imbalance of the ranks, a mean over layers."""
+        loads = loads.to(self.expected)
+        self.expected = predict_load(self.expected, loads)
+        on_rank = torch.einsum("le,led->ld", loads, self.share)
+        return (on_rank.amax(1) / on_rank.mean(1) - 1).mean()
+
+    def imbalance(self, loads):
+        return float(np.mean([imbalance(*layer) for layer in zip(loads, self.placements)]))
+
+    def rebalance(self, optimizer):
+        """Plan by the expected loads, and move: what metrics.jsonl tells of it."""
+        began, old, expected = time.perf_counter(), self.placements, self.expected.double().cpu().numpy()
+        before = self.imbalance(expected)
+        self.move_to([decide(*layer, self.plan) for layer in zip(expected, old)], optimizer)
+        moved = sum(moved_experts(*pair, expected.shape[1]) for pair in zip(old, self.placements))
+        return dict(balance_before=before, balance_after=self.imbalance(expected), balance_moved=moved,
+                    balance_s=time.perf_counter() - began)
+
+    @torch.no_grad()
+    def move_to(self, placements, optimizer):
+        """Weights and what the optimizer keeps of them: every state of a weight's own shape."""
+        old, self.placements = self.placements, list(self.placements)
+        for layer, (moe, here, there) in enumerate(zip(self.moes, old, placements)):
+            state = [local(tensor) for weight in moe.experts.parameters()
+                     for tensor in (weight, *optimizer.state[weight].values()) if tensor.shape == weight.shape]
+            if (here != there).any():
+                move_homes(state, here[:, :self.n_homes], there[:, :self.n_homes], self.group)
+                self.place(layer, there)
+
+    @contextmanager
+    def at_home(self, optimizer):
+        """Experts stand in order of their numbers, as checkpoints hold them."""
+        placements = self.placements
+        self.move_to([self.first] * len(self.moes), optimizer)
+        yield
+        self.move_to(placements, optimizer)
+
+    def state(self):
+        """For a checkpoint: lists of plain numbers, the same on every rank."""
+        return dict(placement=[placement.tolist() for placement in self.placements], expert_load=self.expected.tolist())
+
+    def restore(self, state, optimizer):
+        """After weights and optimizer, which are at home, were read. Placements of another plan are planned again."""
+        if not state["placement"]:
+            return
+        self.expected.copy_(torch.tensor(state["expert_load"]))
+        placements = [np.array(placement) for placement in state["placement"]]
+        if placements[0].shape != self.first.shape:
+            placements = [plan_placement(load, self.first) for load in self.expected.double().cpu().numpy()]
+        self.move_to(placements, optimizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -897,6 +1064,15 @@ def load_weights(folder, model):
     load_state(folder, dict(model=model.state_dict()))
 
 
+def save(saver, model, optimizer, progress, grid=None):
+    """A checkpoint of step progress["step"], with experts in order of their numbers wherever they live."""
+    live = grid and grid.live
+    if live:
+        progress.update(live.state())
+    with live.at_home(optimizer) if live else nullcontext():
+        saver.save(progress["step"], train_state(model, optimizer, progress), grid)
+
+
 def restore(folder, model, optimizer, progress, grid=None):
     """Model, optimizer, random state and progress as saved, all filled in place."""
     state = train_state(model, optimizer, progress)
@@ -904,3 +1080,5 @@ def restore(folder, model, optimizer, progress, grid=None):
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["random"])
     progress.update(state["progress"])
+    if grid is not None and grid.live:
+        grid.live.restore(progress, optimizer)

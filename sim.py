@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, chain, islice, product, zip_longest
 from typing import NamedTuple
 
+import numpy as np
+
 from model import PRESETS, Config
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +149,7 @@ def check_plan(config, plan, hardware=None, devices=None):
     check_layers(config, plan)
     check_grid(plan, hardware, devices)
     check_schedule(plan)
+    check_live(config, plan)
 
 
 def check_cuts(config, plan):
@@ -199,6 +202,20 @@ def check_grid(plan, hardware, devices):
                 f"node_size={node}: {hardware.name} has nodes of {hardware.node_size}, use at most that")
         require(plan.precision in hardware.peak, f"precision={plan.precision}: {hardware.name} has no peak for it, "
                                                  f"use one of {', '.join(hardware.peak)}")
+
+
+def check_live(config, plan):
+    live, replicas, own = plan.balance_live, plan.balance_replicas, config.n_routed_experts // plan.ep
+    require(live == 0 or plan.ep > 1, f"balance_live={live} moves experts between ranks, ep={plan.ep}: use ep above 1")
+    require(live or not replicas, f"balance_replicas={replicas} are placed by live balance: use balance_live above 0")
+    require(0 <= replicas <= own, f"balance_replicas={replicas} beside {own} experts of a rank: use 0 to {own}")
+    cuts_inside = plan.zero == 0 or config.hidden_size % plan.edp == 0 or config.moe_intermediate_size % plan.edp == 0
+    require(live == 0 or cuts_inside,
+            f"zero={plan.zero} over {plan.edp} ranks would cut between experts, which then cannot move: use zero=0")
+    require(not replicas or plan.overlap == "none",
+            f"balance_replicas={replicas} with overlap={plan.overlap}, which defers weight gradients: use one of both")
+    require(not replicas or config.capacity_factor == 0,
+            f"capacity_factor={config.capacity_factor} drops by expert, not by copy: use balance_replicas=0")
 
 
 def balance_group(config, plan):
@@ -259,8 +276,7 @@ def exchange_bytes(config, plan, ids=None):
         by_expert = inside or plan.dispatch == "flat"      # else a token crosses once, with all of its choices
         if source == peer or not (by_expert or same_place):
             continue
-        tier = "inner" if inside else "outer"
-        there, back = [rows[inside]] * 2 if ids is None else (rows[source, peer], rows[peer, source])
+        tier, there, back = "inner" if inside else "outer", rows[source, peer], rows[peer, source]
         weights = e if by_expert else k * e
         first = counts if by_expert else node_counts + there * k * INDEX_BYTES
         sent["forward"][tier][source] += first + there * (row + weights) + back * row
@@ -270,13 +286,21 @@ def exchange_bytes(config, plan, ids=None):
     return sent
 
 
+def copied_bytes(config, plan):
+    """Bytes by tier that a rank sends of hot experts' weights to their copies, in a layer's forward or backward."""
+    expert = 3 * config.hidden_size * config.moe_intermediate_size * BYTES_OF[plan.precision]
+    whole = plan.ep == plan.inner                          # else all are taken to cross between nodes
+    return dict(inner=plan.balance_replicas * expert * whole, outer=plan.balance_replicas * expert * (not whole))
+
+
 def _expected_rows(config, plan):
-    """Rows from a rank to (another of another node, of its own node), as _routed_rows, under uniform routing."""
+    """{(source, peer): rows that go from one to the other}, as _routed_rows, under uniform routing."""
     experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
-    if plan.dispatch == "flat":
-        return [plan.tokens * k / plan.ep] * 2
+    copies = plan.tokens * k / (plan.ep if plan.dispatch == "flat" else plan.inner)
     missed = math.comb(experts - experts // nodes, k) / math.comb(experts, k) if plan.dispatch == "dedup" else 0.0
-    return plan.tokens * (1 - missed), plan.tokens * k / plan.inner
+    crossing = copies if plan.dispatch == "flat" else plan.tokens * (1 - missed)
+    pairs = product(range(plan.ep), repeat=2)
+    return {pair: copies if pair[0] // plan.inner == pair[1] // plan.inner else crossing for pair in pairs}
 
 
 def _routed_rows(config, plan, ids):
@@ -293,6 +317,187 @@ def _routed_rows(config, plan, ids):
         rows.update((source, forwarders[node]) for node in needed if forwarders[node] != source)
         rows.update((forwarders[owner // plan.inner], owner) for owner in owners)
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Live load balance: which device holds which expert
+#
+# A placement is an array (devices, slots) of expert numbers. The first E / devices slots of a device are homes: an
+# expert has one, its weights and optimizer state live there. Further slots hold copies of hot experts, which share
+# their load.
+
+PREDICTOR_DECAY = 0.9      # a step, of the moving average of loads (recipe of MindSpeed; the paper's is not published)
+NEAR_ENOUGH = 1e-3         # busiest device over the mean, minus one, below which no better placement is looked for
+TRIES = 32                 # starts of the planner's search
+
+
+def predict_load(past, load):
+    """The load expected next, from what was expected and what came: (..., E), arrays or tensors. Starts from zeros."""
+    return PREDICTOR_DECAY * past + (1 - PREDICTOR_DECAY) * load
+
+
+def first_placement(n_experts, plan):
+    """(ep, slots): experts in order; the copies, until loads are known, are of the next device's first experts."""
+    homes = np.arange(n_experts).reshape(plan.ep, -1)
+    return np.concatenate((homes, np.roll(homes, -1, 0)[:, :plan.balance_replicas]), 1)
+
+
+def count_copies(placement, n_experts):
+    """(E,) how often each expert stands in a placement, whose free slots are -1."""
+    return np.bincount(placement[placement >= 0], minlength=n_experts)
+
+
+def device_loads(load, placement):
+    """load (E,) -> (devices,)."""
+    return (load / count_copies(placement, len(load)))[placement].sum(1)
+
+
+def imbalance(load, placement):
+    """The busiest device's load over the mean, minus one."""
+    loads = device_loads(load, placement)
+    return loads.max() / loads.mean() - 1
+
+
+def place_greedily(load, devices, replicas=0, homes=None):
+    """The paper's greedy: experts by falling load, each to the least loaded device with a free slot.
+
+    With replicas, the hottest experts are first given further copies, and a device never gets the same expert twice.
+    homes (devices, E / devices), if given, are kept: only the copies are placed.
+    """
+    n_homes = len(load) // devices
+    copies = np.ones(len(load), int)
+    for _ in range(devices * replicas):
+        copies[np.where(copies < devices, load / copies, -1).argmax()] += 1
+    share = load / copies
+    placement = np.full((devices, n_homes + replicas), -1)
+    if homes is not None:
+        placement[:, :n_homes] = homes
+    for expert in np.argsort(-share, kind="stable"):
+        if homes is None:
+            _put(placement, slice(n_homes), expert, share)
+        for _ in range(copies[expert] - 1):
+            _put(placement, slice(n_homes, None), expert, share)
+    for device, slot in np.argwhere(placement < 0):        # no device without this expert was left for some copy
+        wanted = load / count_copies(placement, len(load))
+        wanted[placement[device]] = -1
+        placement[device, slot] = wanted.argmax()
+    return placement
+
+
+def _put(placement, columns, expert, share):
+    """Expert to a free slot of the least loaded device that has one, and that does not hold this expert."""
+    slots = placement[:, columns]
+    possible = (slots < 0).any(1) & (placement != expert).all(1)
+    if possible.any():
+        loads = np.where(placement >= 0, share[placement], 0).sum(1)
+        device = np.where(possible, loads, np.inf).argmin()
+        slots[device, (slots[device] < 0).argmax()] = expert
+
+
+def _best_swap(share, placement, columns):
+    """Swap an expert of the busiest device with one elsewhere, so that the busier has least. False: no swap helps."""
+    loads = share[placement].sum(1)                                       # (devices,)
+    busiest = loads.argmax()
+    mine, theirs = placement[busiest, columns], placement[:, columns]     # (slots,), (devices, slots)
+    shift = share[mine][:, None, None] - share[theirs]                    # (slots, devices, slots)
+    after = np.maximum(loads[busiest] - shift, loads[:, None] + shift)
+    holds = (placement[:, :, None] == np.arange(len(share))).any(1)       # (devices, E)
+    after = np.where(holds[:, mine].T[:, :, None] | holds[busiest][theirs], np.inf, after)
+    i, device, j = np.unravel_index(after.argmin(), after.shape)
+    if after[i, device, j] >= loads[busiest] * (1 - 1e-9):
+        return False
+    theirs[device, j], placement[busiest, columns][i] = mine[i], theirs[device, j]
+    return True
+
+
+def _refined(load, placement, n_homes, goal):
+    """Swaps until the busiest device has at most `goal` or no swap helps: homes with homes, copies with copies."""
+    placement, share = placement.copy(), load / count_copies(placement, len(load))
+    kinds = [slice(n_homes), slice(n_homes, None)][:1 + (placement.shape[1] > n_homes)]
+    while share[placement].sum(1).max() > goal and any(_best_swap(share, placement, columns) for columns in kinds):
+        pass
+    return placement
+
+
+def _kicked(homes, random):
+    """homes with two random pairs of experts swapped: a new start near a placement that no single swap improves."""
+    flat = homes.flatten()
+    for _ in range(2):
+        pair = random.choice(len(flat), 2, replace=False)
+        flat[pair] = flat[pair[::-1]]
+    return flat.reshape(homes.shape)
+
+
+def plan_placement(load, current):
+    """A placement for the predicted load (E,), never worse than `current` by its busiest device.
+
+    A search by swaps from where experts are, so that few move; if that is not near the mean, then from the paper's
+    greedy and from random changes of the best so far. Experts that stay on their device stay in their slot.
+    """
+    def busiest(placement):
+        return device_loads(load, placement).max()
+
+    devices, n_homes = len(current), len(load) // len(current)
+    replicas = current.shape[1] - n_homes
+    goal, random = _goal(load, devices, replicas), np.random.default_rng(0)
+    best = current
+    for attempt in range(TRIES):
+        homes = best[:, :n_homes] if attempt == 0 else _kicked(best[:, :n_homes], random) if attempt > 1 else None
+        start = place_greedily(load, devices, replicas, homes)
+        best = min(best, _refined(load, start, n_homes, goal), key=busiest)
+        if busiest(best) <= goal:
+            break
+    return _in_old_slots(best, current, n_homes)
+
+
+def _goal(load, devices, replicas):
+    """A busiest device with this needs no better: hardly above the mean, or the hottest expert with the lightest."""
+    beside = np.sort(load)[:len(load) // devices - 1].sum()
+    return max(load.mean() * len(load) / devices, 0 if replicas else load.max() + beside) * (1 + NEAR_ENOUGH)
+
+
+def _in_old_slots(placement, current, n_homes):
+    kept = placement.copy()
+    for new, old in zip(kept[:, :n_homes], current[:, :n_homes]):
+        arriving, stays = new[~np.isin(new, old)], np.isin(old, new)
+        new[stays], new[~stays] = old[stays], arriving
+    return kept
+
+
+def decide(load, current, plan):
+    """The planned placement; the current one where std / mean of the devices' loads would not fall by the threshold."""
+    def deviation(placement):
+        loads = device_loads(load, placement)
+        return loads.std(ddof=1) / loads.mean()
+
+    planned = plan_placement(load, current)
+    return planned if deviation(current) - deviation(planned) >= plan.balance_threshold else current
+
+
+def moved_experts(old, new, n_experts):
+    """How many experts change their home device."""
+    n_homes = n_experts // len(old)
+    return int((~(new[:, :n_homes, None] == old[:, None, :n_homes]).any(2)).sum())
+
+
+def replay_loads(loads, plan):
+    """Recorded loads (steps, layers, E) under a plan: the devices' imbalance without and with live balance, a mean
+    over layers and steps from the first decision on, and homes moved. A placement is made from earlier steps alone.
+    """
+    steps, layers, n_experts = loads.shape
+    first = first_placement(n_experts, replace(plan, balance_replicas=0))
+    placements = [first_placement(n_experts, plan)] * layers
+    expected, moved, found = np.zeros((layers, n_experts)), 0, []
+    for step, load in enumerate(loads):
+        if plan.balance_live and step and step % plan.balance_live == 0:
+            planned = [decide(*layer, plan) for layer in zip(expected, placements)]
+            moved += sum(moved_experts(*pair, n_experts) for pair in zip(placements, planned))
+            placements = planned
+        if step >= plan.balance_live:
+            found.append([(imbalance(each, first), imbalance(each, now)) for each, now in zip(load, placements)])
+        expected = predict_load(expected, load)
+    fixed, live = np.mean(found, (0, 1))
+    return dict(fixed=float(fixed), live=float(live) if plan.balance_live else float(fixed), moved=moved)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,6 +680,8 @@ class Work:
         self.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=experts // plan.ep)
         self.vector("experts", "expert.act", (into + 1) * rows * inner)
         self.keep("expert_gate_up", into * rows * inner)
+        if plan.balance_replicas:                              # weights of homes and copies, put together for each use
+            self.keep("expert_weights", (experts // plan.ep + plan.balance_replicas) * (into + 1) * width * inner)
         self.matmul("experts", "expert.down", rows, inner, width, keep="expert_hidden", experts=experts // plan.ep)
         self.keep("row_weights", rows + (wide == self.element))                # a cast drops the spare last one
         self.saved["counts"] = experts // plan.ep * 8
@@ -706,11 +913,12 @@ class LayerTime:
         outer = plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
         times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel one way
         sent = exchange_bytes(work.shape, plan) if work.params["edp"] else {}
+        copied = copied_bytes(work.shape, plan)
         for one, tiers in zip("FB", sent.values()):
             for tier, ranks in (("inner", plan.inner), ("outer", outer)):
                 way = tiers[tier][0] / 2
-                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way)
-                self.sent[tier] += times[one] * way
+                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way + copied[tier] / 2)
+                self.sent[tier] += times[one] * way + copied[tier]
         self.swap = saved_bytes(work)[1] / hardware.host_bandwidth
         # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it; (tier, seconds)
         self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
@@ -995,13 +1203,16 @@ def play(plan, table, duration, link=0.0):
 
 def draw_text(spans, columns=120):
     """A played table as text, a line per rank: micro-batches are digits forward, letters backward, = in pairs."""
-    scale, lines = columns / max(row[-1][1] for row in spans), [[" "] * columns for _ in spans]
-    for line, row in zip(lines, spans):
+    scale, lines = columns / max(row[-1][1] for row in spans), []
+    for row in spans:
+        line = [" "] * columns
         for start, end, (kind, _, microbatch, _) in row:
-            mark = {"F": str(microbatch % 10), "FB": "=", "W": "w"}.get(kind, chr(ord("a") + microbatch % 26))
+            letter = chr(ord("a") + microbatch % 26)
+            mark = {"F": str(microbatch % 10), "FB": "=", "W": "w"}.get(kind, letter)
             first, last = round(start * scale), round(end * scale)
             line[first:last] = mark * (last - first)
-    return "\n".join(map("".join, lines))
+        lines.append("".join(line))
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1126,6 +1337,33 @@ def predict(config, plan, hardware, max_vio=0.0):
         bytes_by_tier=run.bytes_by_tier(), plan=asdict(plan))
 
 
+def read_load(text, config, plan):
+    """--load: max_vio=X or a recording (steps, layers, E) -> what replay_loads says of it."""
+    match = re.fullmatch(r"max_vio=(\d+\.?\d*)", text)
+    if match:
+        return dict(fixed=float(match[1]), live=float(match[1]))
+    try:
+        loads = np.load(text)
+    except (OSError, ValueError):
+        raise ValueError(f"load={text!r}: write max_vio=X with X at least 0, or the loads.npy of a run") from None
+    loads = loads["loads"] if text.endswith(".npz") else loads
+    require(loads.ndim == 3 and loads.shape[2] == config.n_routed_experts,
+            f"load={text}: {loads.shape} recorded, needs (steps, layers, n_routed_experts={config.n_routed_experts})")
+    require(len(loads) > plan.balance_live,
+            f"load={text}: {len(loads)} steps recorded, balance_live={plan.balance_live} decides later: use less")
+    return replay_loads(loads, plan)
+
+
+def predict_under_load(config, plan, hardware, load):
+    """predict, and under `load` for a plan with live balance what the same plan takes without, and the gain."""
+    result = predict(config, plan, hardware, load["live"])
+    if load["live"] != load["fixed"]:
+        fixed_plan = replace(plan, balance_live=0, balance_replicas=0)
+        seconds = predict(config, fixed_plan, hardware, load["fixed"])["step_time_s"]
+        load = load | dict(step_time_fixed_s=seconds, gain=seconds / result["step_time_s"] - 1)
+    return result | dict(load=load)
+
+
 def write_trace(run, path):
     """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds."""
     threads, events = ["schedule", "compute", "inner", "outer", "host"], []
@@ -1230,6 +1468,9 @@ def print_paper():
 def print_prediction(result):
     for name in [name for name, value in result.items() if isinstance(value, float)]:
         print(f"{name:24} {result[name]:12.4g}")
+    if "gain" in result.get("load", {}):
+        print("live balance: imbalance {fixed:.3f} to {live:.3f}, {moved} experts moved, {step_time_fixed_s:.4g} s "
+              "without, {gain:.1%} gained (simulated from recorded loads)".format(**result["load"]))
     print("\nwhere the step goes         seconds   share   (mean over pipeline ranks)")
     for name, seconds in sorted(result["breakdown"].items(), key=lambda item: -item[1]):
         print(f"{name:24} {seconds:10.3f} {seconds / result['step_time_s']:7.1%}")
@@ -1268,13 +1509,8 @@ def load(kind, cls, presets, name):
     return replace(base, **values) if base else cls(**values)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                              # one line, like all that refuses what a user typed
-        raise ValueError(message)
-
-
 def parse_arguments(argv):
-    parser = Parser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
+    parser = argparse.ArgumentParser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
     for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
                         ("trace", "one step as a timeline")):
@@ -1288,7 +1524,8 @@ def parse_arguments(argv):
             command.add_argument("--top", type=int, default=10, help="plans to print")
             continue
         command.add_argument("--plan", default="", help="key=value,... with lists joined by +; default: the paper's")
-        command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest expert's load / mean - 1")
+        command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1; or "
+                             "the loads.npy of a run, played under the plan's ep and balance_live")
         if name == "predict":
             command.add_argument("--json", action="store_true", help="one JSON object on stdout: s, GiB, bytes")
         else:
@@ -1308,13 +1545,12 @@ def main(argv=None):
     plan = Plan(seq_len=4096, **PAPER["optimised"]["plan"])
     if args.plan:
         plan = parse_plan(args.plan, node_size=hardware.node_size)
-    match = re.fullmatch(r"max_vio=(\d+\.?\d*)", args.load)
-    require(match, f"load={args.load!r}: write max_vio=X with X at least 0")
     check_plan(config, plan, hardware, args.devices)
+    load_found = read_load(args.load, config, plan)
     if args.command == "predict":
-        result = predict(config, plan, hardware, float(match[1]))
+        result = predict_under_load(config, plan, hardware, load_found)
         return print(json.dumps(result)) if args.json else print_prediction(result)
-    run = Simulation(config, plan, hardware, float(match[1]))
+    run = Simulation(config, plan, hardware, load_found["live"])
     write_trace(run, args.out)
     print(draw_text(run.spans))
     if args.png:
@@ -1324,6 +1560,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"sim.py: {error}", file=sys.stderr)
         sys.exit(2)

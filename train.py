@@ -65,6 +65,7 @@ OPTIONS = dict(
     heldout=(0.02, "share of the documents held out, at most 8 MiB of them"),
     document_mask=(0, "1: attention does not cross document boundaries"),
     # run
+    record_loads=(0, "1: write loads.npy, the copies that each expert got: steps x layers x experts"),
     out=("", "the run's folder; default: runs/PRESET, or the first free runs/PRESET-N"),
     resume=("", "a run's folder or one of its ckpt/step_N: continue exactly"),
     seed=(0, "of weights and data order"),
@@ -99,7 +100,8 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
 )
 # what --resume lets one change; with --data the text must be the same
 CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_every", "device", "threads", "peak_tflops",
-              "max_skips", "timeout", *(field.name for field in PLAN_FIELDS)} - {"global_batch", "seq_len"}
+              "max_skips", "timeout", "record_loads"}
+CHANGEABLE |= {field.name for field in PLAN_FIELDS} - {"global_batch", "seq_len"}
 
 
 class UserError(ValueError):
@@ -677,10 +679,11 @@ def own_samples(plan, size):
     return np.arange(size).reshape(-1, plan.dp, plan.micro_batch)[:, parallel.data_rank(plan)].flatten()
 
 
-def train_step(model, optimizer, batch, plan, clip, grid=None, stop=False):
+def train_step(model, optimizer, batch, plan, clip, grid=None, stop=False, watch=None):
     """One optimizer step on this rank's share of a global batch -> float32 tensor of MEASURES, those of all ranks.
 
-    It is still on the device: nothing waits for it. stop: whether this rank was asked to.
+    It is still on the device: nothing waits for it. stop: whether this rank was asked to. watch, if given, is called
+    with the copies that went to each expert, (MoE layers, E), of all ranks.
 
     A loss or gradient that is not finite leaves weights and moments as they are: the optimizer is told by found_inf.
     """
@@ -705,6 +708,8 @@ def train_step(model, optimizer, batch, plan, clip, grid=None, stop=False):
     optimizer.step()
     optimizer.zero_grad()
     model.update_router_bias(loads * finite)
+    if watch:
+        watch(loads)
     *losses, dropped, stop = sums
     loads = loads.float()
     max_vio = (loads.amax(1) / loads.mean(1).clamp(min=1) - 1).mean() if len(loads) else norm * 0
@@ -868,7 +873,8 @@ def open_run(given):
 
 def fill_run(run, given, stored):
     """The part of open_run that needs the folder."""
-    run.progress = dict(step=0, tokens=0, phase=0, phase_tokens=0, skipped=0, skipped_in_a_row=0)
+    run.progress = dict(step=0, tokens=0, phase=0, phase_tokens=0, skipped=0, skipped_in_a_row=0,
+                        placement=[], expert_load=[])                     # of live balance
     if run.checkpoint:
         read_progress(run.checkpoint, run.progress)
     parallel.first_does(lambda: prepare(run.settings, run.config.vocab_size, run.out.parent) and None)
@@ -945,6 +951,8 @@ def build(run, phase, checkpoint):
                                   weight_decay=run.settings["weight_decay"])
     if checkpoint:
         parallel.restore(checkpoint, model, optimizer, run.progress, grid)
+    if not plan.balance_live:
+        run.progress.update(placement=[], expert_load=[])                 # would be out of date when it is turned on
     return model, optimizer, plan, grid
 
 
@@ -982,11 +990,14 @@ def pretrain(given):
                 group["lr"] = lr
 
             # 2. the step; tolist waits for the device, the only time
-            measures = train_step(model, optimizer, batch, plan, settings["clip"], grid, stop.asked is not None)
+            loads = []
+            measures = train_step(model, optimizer, batch, plan, settings["clip"], grid, stop.asked is not None,
+                                  watch=loads.append)
             line = dict(zip(MEASURES, measures.tolist()))
             line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr) | line
             stopped = line.pop("stop") > 0                                # all ranks at the same step
             count_skips(run, line)
+            line |= watch_loads(run, grid, optimizer, *loads)
 
             # 3. the log; once in a while held-out text and checkpoint
             seconds = time.perf_counter() - began
@@ -1000,12 +1011,12 @@ def pretrain(given):
             print_step(run, line, total, busy * (total - progress["tokens"]) / (progress["tokens"] - first_token))
             saver.poll()
             if progress["step"] % settings["save_every"] == 0:
-                saver.save(progress["step"], parallel.train_state(model, optimizer, progress), grid)
+                parallel.save(saver, model, optimizer, progress, grid)
 
         # 4. the end of a phase or an early one: the next phase goes on from this checkpoint, in a model built for it
         if progress["phase_tokens"] >= phase.tokens and not is_done(run):
             progress.update(phase=progress["phase"] + 1, phase_tokens=0)
-        saver.save(progress["step"], parallel.train_state(model, optimizer, progress), grid)
+        parallel.save(saver, model, optimizer, progress, grid)
         saver.wait()
         checkpoint = run.out / "ckpt" / f"step_{progress['step']}"
 
@@ -1022,6 +1033,27 @@ def pretrain(given):
 def is_done(run):
     last = len(run.phases) - 1
     return run.progress["phase"] == last and run.progress["phase_tokens"] >= run.phases[last].tokens
+
+
+def watch_loads(run, grid, optimizer, loads):
+    """Record a step's loads (MoE layers, E), and let live balance see them and act: what the log tells of it."""
+    if run.settings["record_loads"] and parallel.rank() == 0:
+        record_loads(run.out / "loads.npy", run.progress["step"], loads.cpu().numpy().astype(np.int32))
+    return grid.live.after_step(run.progress["step"], loads, optimizer) if grid and grid.live else {}
+
+
+def record_loads(path, step, loads):
+    """Put a step's loads into an array file (steps, layers, experts) and end it there; steps not recorded are zeros.
+
+    The header says how many steps there are; numpy gives it the same length for any number.
+    """
+    path.touch()
+    with open(path, "r+b") as file:
+        header = dict(descr=loads.dtype.str, fortran_order=False, shape=(step, *loads.shape))
+        np.lib.format.write_array_header_1_0(file, header)
+        file.seek((step - 1) * loads.nbytes, os.SEEK_CUR)
+        file.write(loads.tobytes())
+        file.truncate()
 
 
 def count_skips(run, line):

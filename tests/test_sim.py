@@ -567,8 +567,6 @@ def test_predict_prints_one_json_object(capsys):
     (("predict", "--model", "none"), "model 'none': use a JSON file or one of"),
     (("predict", "--hardware", "none"), "hardware 'none': use a JSON file or one of"),
     (("predict", "--devices", "5"), "for 5 devices"),
-    (("predict", "--devices", "many"), "invalid int value: 'many'"),
-    (("shapes",), "invalid choice: 'shapes' (choose from "),
     (("predict", "--load", "5"), "max_vio=X")])
 def test_what_a_user_mistypes_is_refused(args, words):
     with pytest.raises(ValueError) as refusal:
