@@ -963,10 +963,6 @@ class Streams:
             after = self.run(name, tier, seconds[tier], after)
         return after
 
-    def weights(self, layer, after):
-        """zero=3: weights are gathered ahead, so the link alone decides when."""
-        return max(after, self.run("weights", *layer.weights))
-
     def forward_steps(self, layers):
         """Four steps a layer, as backward_steps, so that a pair's steps can take turns.
 
@@ -975,7 +971,8 @@ class Streams:
         """
         ready = 0.0
         for layer in layers:
-            attended = self.compute(layer, "attend", "F", self.weights(layer, ready))
+            gathered = self.run("weights", *layer.weights)                 # ahead, so the link alone decides when
+            attended = self.compute(layer, "attend", "F", max(ready, gathered))
             yield
             arrived = self.exchange(layer, "F", "out", attended)
             yield
@@ -991,7 +988,7 @@ class Streams:
         """which: B or I. defer: the experts' weight gradients wait, to hide the way back."""
         ready = self.free["compute"]
         for layer in reversed(layers):
-            ready = max(self.weights(layer, ready), self.run("swap", "host", layer.swap))
+            ready = max(ready, self.run("weights", *layer.weights), self.run("swap", "host", layer.swap))
             rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "first" else ready
             again = self.compute(layer, "recompute", "F", rows)
             again = self.exchange(layer, "F", "back", again) if layer.whole_again else again
