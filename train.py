@@ -11,8 +11,8 @@ In this order: settings, tokenizer, data, phases, data order, one step, held-out
 commands. Everything that a step needs is a function of (settings, tokens seen so far): which phase, how many sequences,
 which learning rate, which windows of text. So a resumed run is the same run.
 
-A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N and sample.txt. The
-tokens of a corpus lie beside the runs, in data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
+A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N, sample.txt and, with
+--record-loads 1, loads.npy, which `sim.py predict --load` reads. The tokens of a corpus lie beside the runs, in data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 """
 import argparse
 import base64
