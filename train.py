@@ -12,7 +12,8 @@ commands. Everything that a step needs is a function of (settings, tokens seen s
 which learning rate, which windows of text. So a resumed run is the same run.
 
 A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N, sample.txt and, with
---record-loads 1, loads.npy, which `sim.py predict --load` reads. The tokens of a corpus lie beside the runs, in data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
+--record-loads 1, loads.npy, which `sim.py predict --load` reads. The tokens of a corpus lie beside the runs, in
+data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 """
 import argparse
 import base64
