@@ -73,6 +73,11 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+def fused_skips(device):
+    """Whether the fused AdamW of a device takes grad_scale and found_inf; torch_npu's does not."""
+    return device.type != "npu"
+
+
 def auto_precision(device):
     """A static rule: bf16 (float32 master weights) on accelerators, float32 on the CPU."""
     return "fp32" if device.type == "cpu" else "bf16"

@@ -704,9 +704,13 @@ def train_step(model, optimizer, batch, plan, clip, grid=None, stop=False, watch
     sums = parallel.all_sum(torch.stack([*losses, stats["dropped"].float(), losses.new_tensor(stop)]))
     norm = parallel.grad_norm(model, grid).float()
     finite = torch.isfinite(norm) & torch.isfinite(sums).all()
-    optimizer.found_inf = (~finite).float()
-    optimizer.grad_scale = (norm / clip).clamp(min=1)                     # the fused optimizer divides by it
-    optimizer.step()
+    cut = (norm / clip).clamp(min=1)                                      # what clipping divides gradients by
+    if parallel.fused_skips(ids.device):
+        optimizer.found_inf, optimizer.grad_scale = (~finite).float(), cut
+        optimizer.step()
+    elif finite:                                                          # here the host waits
+        torch._foreach_div_([parallel.local(p.grad) for p in model.parameters() if p.grad is not None], cut)
+        optimizer.step()
     optimizer.zero_grad()
     model.update_router_bias(loads * finite)
     if watch:

@@ -39,7 +39,8 @@ def main(kills, steps, seed):
     words = (ROOT / "train.py").read_text().split()
     for number in range(8):
         (folder / f"text{number}.txt").write_text(" ".join(rng.choices(words, k=2000)))
-    options = ["--data", *(f"text{number}.txt" for number in range(8)), "--steps", str(steps), "--save-every", "2", *TINY]
+    texts = [f"text{number}.txt" for number in range(8)]
+    options = ["--data", *texts, "--steps", str(steps), "--save-every", "2", *TINY]
     whole = launch(folder, [*options, "--out", "runs/whole"])
     times = [float(line.split(" ms")[0].split()[-1]) / 1e3 for line in whole.stdout if line.startswith("step ")]
     assert whole.wait() == 0, (folder / "errors.log").read_text()[-2000:]

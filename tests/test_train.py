@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import parallel  # noqa: E402
 import train  # noqa: E402
+from model import PRESETS, Model  # noqa: E402
 from sim import Plan  # noqa: E402
 
 TINY = ("--set hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
@@ -503,3 +505,20 @@ def test_large_text_in_bounded_memory(at):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "tokenising: " in out and " left" in out
     assert int(out.split()[-1]) < 1500, out
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_step_without_the_fused_skip_equals_one_with_it(monkeypatch, broken):
+    """torch_npu's fused AdamW takes neither grad_scale nor found_inf: clipping and skipping are then done before it."""
+    weights = []
+    for takes in (True, False):
+        monkeypatch.setattr(parallel, "fused_skips", lambda device: takes)
+        model = Model(replace(PRESETS["tiny"], vocab_size=64, num_hidden_layers=2))
+        model.init_weights(0)
+        model.norm.weight.data[0] = float("nan") if broken else 1.0
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        ids = torch.arange(36).view(2, 18) % 64
+        batch = ids[:, :16], torch.stack((ids[:, 1:17], ids[:, 2:18]), 1), None
+        train.train_step(model, optimizer, batch, Plan(micro_batch=2, global_batch=2, seq_len=16), clip=0.01)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7, equal_nan=True)
