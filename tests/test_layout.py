@@ -100,7 +100,7 @@ def section_lines(path, title):
 
 
 def test_device_words_only_where_a_device_is_picked():
-    """model.py: only among its operators. parallel.py: only in the functions that pick device, backend and optimizer."""
+    """model.py: only among its operators. parallel.py: only where device, backend and optimizer are picked."""
     found = {path.name: list(device_words(path)) for path in FILES}
     if found["model.py"]:
         allowed = section_lines(ROOT / "model.py", "Operators")
