@@ -7,6 +7,7 @@ process groups. parallel.py takes a built model and spreads it; what the model c
 
     MoE.dispatcher          who brings rows to experts and back; here the local one, there an exchange between ranks
     Router.average_counts   the identity here, an average over the ranks of a balance group there
+    Attention.gather_context   the identity here, latents of the whole sequence there, where ranks hold parts of one
     Linear.store            a WeightGradStore that delays weight gradients, so that they can hide an exchange
     Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
@@ -634,6 +635,7 @@ class Attention(nn.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(heads * c.v_head_dim, dim)
         self.nope, self.rope, self.v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.gather_context = lambda latent, k_rope: (latent, k_rope)     # parallel.py: those of a whole sequence
         self.scale = c.qk_head_dim ** -0.5
         if c.rope_scaling is not None:                                    # as in DeepSeek-V3's code
             self.scale *= yarn_mscale(c.rope_scaling, "mscale_all_dim") ** 2
@@ -644,9 +646,10 @@ class Attention(nn.Module):
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(B, T, -1, self.nope + self.rope)
         q_nope, q_rope = q.split((self.nope, self.rope), -1)              # (B,T,H,*)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.kv_a_layernorm.weight.numel(), self.rope), -1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(B, T, -1, self.nope + self.v)
+        latent, k_rope = self.gather_context(latent, rope(k_rope.unsqueeze(2), *angles))
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (-1, self.nope + self.v))
         k_nope, v = kv.split((self.nope, self.v), -1)                     # (B,T,H,*)
-        k_rope = rope(k_rope.unsqueeze(2), *angles).expand(-1, -1, k_nope.size(2), -1)   # one rope key for all heads
+        k_rope = k_rope.expand(-1, -1, k_nope.size(2), -1)                # one rope key for all heads
         q = torch.cat((q_nope, rope(q_rope, *angles)), -1)                # (B,T,H,Dqk)
         k = torch.cat((k_nope, k_rope), -1)                               # (B,T,H,Dqk)
         return self.o_proj(attention(q, k, v, self.scale, mask).flatten(2))
@@ -987,10 +990,7 @@ class Model(nn.Module):
         """x (B,T,C) -> hidden states of depths 1, 2, ... before the head, each made from the one before."""
         layers = [layer for layer in self.layers.values() if isinstance(layer, MTPLayer)]
         if layers and next_ids is None:
-            next_ids = shifted(ids, range(1, 1 + len(layers)), 0)
-            if targets is not None:                                       # knows the tokens past the end
-                known = targets[:, :len(layers)]
-                next_ids = torch.where(known >= 0, known, next_ids)
+            next_ids = next_tokens(ids, targets, len(layers))
         h = x if self.config.mtp_hidden == "pre_norm" else self.norm(x)
         hiddens = []
         for depth, layer in enumerate(layers):
@@ -1061,10 +1061,19 @@ def shifted(ids, distances, fill):
     return torch.stack([F.pad(ids, (0, d), value=fill)[:, d:d + T] for d in distances], 1)
 
 
+def next_tokens(ids, targets, depths):
+    """Tokens i+1, i+2, ... that MTP reads at i: ids (B,T), targets (B,1+MTP,T) or None -> (B,depths,T)."""
+    next_ids = shifted(ids, range(1, 1 + depths), 0)
+    if targets is None:
+        return next_ids
+    known = targets[:, :depths]                                           # past the end too
+    return torch.where(known >= 0, known, next_ids)
+
+
 def document_mask(doc_ids):
-    """doc_ids (B,T) -> (B,1,T,T), True where i may see j: same document, not later. None stays None: causal alone."""
-    if doc_ids is None:
-        return None
+    """doc_ids (B,T) -> (B,1,T,T), True where i may see j: same document, not later. None stays None, a mask a mask."""
+    if doc_ids is None or doc_ids.dim() == 4:
+        return doc_ids
     return (doc_ids.unsqueeze(2) == doc_ids.unsqueeze(1)).tril().unsqueeze(1)
 
 

@@ -30,25 +30,30 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GatherRows, LocalDispatcher, MTPLayer, count_ids, fill_initial, permute, sorted_slots, unpermute
+from model import (MLP, Attention, GatherRows, LocalDispatcher, MTPLayer, Output, WeightGradStore, count_ids,
+                   document_mask, fill_initial, next_tokens, permute, rope_table, sorted_slots, unpermute)
 from sim import (balance_group, check_plan, decide, first_placement, imbalance, moved_experts, plan_placement,
-                 predict_load)
+                 predict_load, schedule_table, stage_layers)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
@@ -313,9 +318,6 @@ class Flight:
     def finish(self, out):
         return Finish.apply(out, self)
 
-    def whole(self, x):
-        return self.finish(self.start(x))
-
 
 class Start(torch.autograd.Function):
     @staticmethod
@@ -369,6 +371,7 @@ class Route:
     def __init__(self, leaving, arriving, send, recv):
         self.send, self.recv = send, recv                                 # rows to and from each member
         self.arriving = arriving                                          # (members, local experts): copies from each
+        self.relayed, self.back, self.outer_back = False, None, None      # what was done before wait and combine
         local = torch.arange(arriving.size(1), device=arriving.device).repeat(len(arriving))
         self.expert = local.repeat_interleave(arriving.flatten(), output_size=sum(recv))    # (M,) of each arriving row
 
@@ -421,9 +424,24 @@ class FlatDispatcher(LocalDispatcher):
         rows, route.order = permute(rows, route.expert.unsqueeze(1))
         return rows, torch.zeros_like(row_weights).scatter(0, route.order.flatten().long(), row_weights)
 
+    # a pair of micro-batches calls the hops one by one; else wait and combine do what was not done before
+
+    def relay(self, rows, row_weights, route):
+        """Between the hops of a dispatch."""
+        return rows, row_weights
+
+    def send_back(self, rows, route):
+        route.back = self.flight(route.recv, route.send)
+        return route.back.start(unpermute(rows, route.order))
+
+    def relay_back(self, rows, route):
+        """Between the hops of a combine."""
+        return rows
+
     def combine(self, rows, route):
-        rows = unpermute(rows, route.order)
-        rows = self.flight(route.recv, route.send).whole(rows)
+        if route.back is None:
+            rows = self.send_back(rows, route)
+        rows = route.back.finish(rows)
         return unpermute(rows, route.slot, padded=len(rows) < route.slot.numel())
 
 
@@ -454,13 +472,28 @@ class HierarchicalDispatcher(FlatDispatcher):
     def cross(self, x, weights, route):
         return [flight.start(t) for flight, t in zip(route.outer_flights, (x, weights))]
 
-    def wait(self, tokens, weights, route):
+    def relay(self, tokens, weights, route):
         tokens, weights = [flight.finish(t) for flight, t in zip(route.outer_flights, (tokens, weights))]
-        return super().wait(*self.depart(tokens, route.ids, weights, route), route)
+        route.relayed = True
+        return self.depart(tokens, route.ids, weights, route)
+
+    def wait(self, rows, weights, route):
+        if not route.relayed:
+            rows, weights = self.relay(rows, weights, route)
+        return super().wait(rows, weights, route)
+
+    def relay_back(self, rows, route):
+        partial_sums = super().combine(rows, route)                       # (tokens of all nodes, C)
+        route.outer_back = self.outer_flight_back(route)
+        return route.outer_back.start(partial_sums)
+
+    def outer_flight_back(self, route):
+        return Flight(self.outer.reduce_scatter, self.outer.all_gather)
 
     def combine(self, rows, route):
-        partial_sums = super().combine(rows, route)                       # (nodes * N, C)
-        return Flight(self.outer.reduce_scatter, self.outer.all_gather).whole(partial_sums)
+        if route.outer_back is None:
+            rows = self.relay_back(rows, route)
+        return route.outer_back.finish(rows)
 
 
 class DedupDispatcher(HierarchicalDispatcher):
@@ -494,16 +527,19 @@ class DedupDispatcher(HierarchicalDispatcher):
         route.outer_sizes = outer_sizes
         route.outer_flights = [self.flight(*outer_sizes, self.outer) for _ in range(2)]
 
+    def outer_flight_back(self, route):
+        return self.flight(*route.outer_sizes[::-1], self.outer)
+
     def combine(self, rows, route):
-        partial_sums = FlatDispatcher.combine(self, rows, route)          # (tokens that came, C)
-        back = self.flight(*route.outer_sizes[::-1], self.outer).whole(partial_sums)
-        return unpermute(back, route.outer_slot, padded=True)
+        return unpermute(super().combine(rows, route), route.outer_slot, padded=True)
 
 
 class Grid:
     """The ranks of a run and their meshes; an object that is passed, never a global.
 
-        dense weights     (pp, replicate, shard, tp)     replicate * shard = dp * cp, tp innermost
+        dense weights     (pp, replicate, shard)         replicate * shard = dp * cp * tp: ranks with own tokens
+        cut by tensor     (pp, replicate, tp, shard)     replicate * shard = dp * cp; tp contiguous
+        sequence parts    (pp, dp, cp, tp)
         expert weights    (pp, replicate, ep, shard)     the same ranks; ep contiguous: rank = (... shard * ep + place)
         balance groups    (world / n, n)                 n consecutive ranks that share the counts of the balance loss
         exchange          (world / ep, outer, inner)     inner: ranks of one node, outer: equal places of all nodes
@@ -524,11 +560,16 @@ class Grid:
         def cut(n):
             return (n, 1) if plan.zero == 0 else (1, n)                   # (replicate, shard)
 
-        self.dense = mesh(("pp", "replicate", "shard", "tp"), ranks.view(plan.pp, *cut(plan.dp * plan.cp), plan.tp))
+        self.dense = mesh(("pp", "replicate", "shard"), ranks.view(plan.pp, *cut(plan.dp * plan.cp * plan.tp)))
+        by_tp = ranks.view(plan.pp, *cut(plan.dp * plan.cp), plan.tp)
+        self.tensor = mesh(("pp", "replicate", "tp", "shard"), by_tp.transpose(2, 3).contiguous())
+        self.sequence = mesh(("pp", "dp", "cp", "tp"), ranks.view(plan.pp, plan.dp, plan.cp, plan.tp))
         by_ep = ranks.view(plan.pp, *cut(plan.edp), plan.ep)
         self.expert = mesh(("pp", "replicate", "ep", "shard"), by_ep.transpose(2, 3).contiguous())
         self.balance = mesh(("groups", "balance"), ranks.view(-1, n_balance))
         self.exchange = mesh(("groups", "outer", "inner"), ranks.view(-1, plan.ep // plan.inner, plan.inner))
+        self.pp_rank = rank() * plan.pp // plan.world_size
+        self.embedding_twice = False                                      # on the first pipeline rank and on the last
 
     def process_group(self, ranks, dim):
         """This rank's group along a dimension of a grid of ranks; one for each set of members, as buffers are large."""
@@ -568,12 +609,18 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
         return None
     n_balance = max(1, balance_group(model.config, plan) // plan.micro_batch) * plan.cp * plan.tp
     grid = Grid(plan, n_balance, device_type, timeout)
+    if plan.pp > 1:
+        keep_own_stages(model, grid)
     for block in model.layers.values():
         if block.is_moe:
             keep_own_experts(block.mlp.experts, plan)
             if n_balance > 1:
                 block.mlp.gate.average_counts = partial(mean_over, grid.balance["balance"].get_group())
-    if plan.dp * plan.cp > 1:
+    if plan.tp > 1:
+        cut_matrices(model, grid)
+    if plan.cp > 1:
+        gather_contexts(model, grid)
+    if plan.dp * plan.cp * plan.tp > 1:
         shard(model, grid)
     dispatcher = grid.dispatcher(model.config)                            # last: a group cannot be copied or saved
     for block in model.layers.values():
@@ -584,10 +631,11 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
 
 
 def refuse_what_is_not_run(plan):
-    for name in ("pp", "cp", "tp"):
-        if getattr(plan, name) > 1:
-            raise ValueError(f"{name}={getattr(plan, name)} is planned by sim.py but not run yet: use {name}=1")
-    for name, only in (("overlap", "none"), ("recompute", ()), ("swap", ())):
+    if plan.tp > 1 and not plan.sp:
+        raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
+    if plan.balance_live and (plan.pp * plan.cp * plan.tp > 1 or plan.overlap != "none"):
+        raise ValueError(f"balance_live={plan.balance_live} is run with pp=1 cp=1 tp=1 and overlap=none alone: use those")
+    for name, only in (("recompute", ()), ("swap", ())):
         if getattr(plan, name) != only:
             raise ValueError(f"{name} is planned and timed by sim.py, but not run yet: leave it out")
     if plan.precision not in ("fp32", "bf16", "fp64"):
@@ -603,9 +651,103 @@ def keep_own_experts(experts, plan):
         setattr(experts, name, torch.nn.Parameter(own))
 
 
+def keep_own_stages(model, grid):
+    """Drop what is on other pipeline ranks. The last stage keeps the embedding where MTP or a tied head reads it."""
+    plan, config = grid.plan, model.config
+    stages = stage_layers(config, plan)
+    own = plan.stages_of(grid.pp_rank)
+    for index in set(model.layers) - {str(index) for stage in own for index in stages[stage]}:
+        del model.layers[index]
+    first, last = 0 in own, plan.n_stages - 1 in own
+    read_at_end = config.num_nextn_predict_layers > 0 or config.tie_word_embeddings
+    grid.embedding_twice = read_at_end and plan.n_stages - 1 not in plan.stages_of(0)
+    if not first and not (last and read_at_end):
+        model.embed_tokens = None
+    if not last:
+        model.norm = model.lm_head = None
+
+
 def mean_over(group, counts):
     dist.all_reduce(counts, group=group)
     return counts / group.size()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A sequence over ranks: tensor parallelism with sequence parallelism, and context parallelism
+#
+# Every rank holds and counts tokens of its own: norms, router, experts, embedding and losses need nothing else, and the
+# gradients of their whole weights are summed over all these ranks, as over data ranks. tensor: attention and dense MLPs
+# gather the tokens of their group, compute with a part of the heads or columns, and reduce-scatter the partial sums.
+# MLA's down-projections are whole too: a rank's gradient is that of its own heads, their sum the right one.
+# context: queries of own tokens against latents and rope keys of the whole sequence; slices i and 2*cp-1-i to rank i,
+# for then each has as much of the causal triangle.
+
+CUT = dict(q_b_proj=0, kv_b_proj=0, o_proj=1, gate_proj=0, up_proj=0, down_proj=1)     # the dimension tensor cuts
+
+
+def cut_dim(name):
+    """The dimension that tensor cuts, or None: name of a weight, or of a part of an optimizer's state."""
+    return None if is_expert(name) else next((CUT[part] for part in name.split(".") if part in CUT), None)
+
+
+def cut_matrices(model, grid):
+    group = Group(grid.sequence["tp"].get_group(), grid.plan.node_size, Traffic())
+    for name, module in model.named_modules():
+        dim = cut_dim(name.rpartition(".")[2])
+        if dim is not None:
+            module.cut = dim, group.rank, group.size
+            module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
+        if isinstance(module, (Attention, MLP)):
+            module.register_forward_pre_hook(lambda _, args: (gather_sequence(group, args[0]), *args[1:]))
+            module.register_forward_hook(lambda _, args, partial_sums: scatter_sequence(group, partial_sums))
+
+
+def own_slice(module, whole):
+    if not hasattr(module, "cut"):
+        return whole
+    dim, place, parts = module.cut
+    return whole.chunk(parts, dim)[place]
+
+
+def gather_sequence(group, x):
+    """Parts of members one after the other: (B, t, ...) -> (B, size * t, ...)."""
+    flight = Flight(group.all_gather, group.reduce_scatter)
+    parts = flight.finish(flight.start(x))                                # (size * B, t, ...)
+    return parts.unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def scatter_sequence(group, x):
+    """Each member gets its part of the sum over members: (B, size * t, C) -> (B, t, C)."""
+    flight = Flight(group.reduce_scatter, group.all_gather)
+    return flight.finish(flight.start(x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1)))
+
+
+def gather_contexts(model, grid):
+    group = Group(grid.sequence["cp"].get_group(), grid.plan.node_size, Traffic())
+
+    def gather(latent, k_rope):
+        whole = gather_sequence(group, torch.cat((latent, k_rope.flatten(2)), -1))
+        latent, k_rope = whole.split((latent.size(-1), k_rope.size(-1)), -1)
+        return latent, k_rope.unsqueeze(2)
+
+    for block in model.layers.values():
+        block.self_attn.gather_context = gather
+
+
+def own_tokens(plan, depths, ids, targets, positions=None, doc_ids=None, next_ids=None, routing=None):
+    """Model.forward's arguments for whole sequences -> for this rank's part of them. depths: of MTP."""
+    T, place = ids.size(1), rank() % (plan.cp * plan.tp)
+    slices = torch.arange(T, device=ids.device).chunk(2 * plan.cp)
+    contexts = [torch.cat((slices[i], slices[-1 - i])) for i in range(plan.cp)]
+    context = contexts[place // plan.tp]                                  # tokens of the tensor group
+    own = context.chunk(plan.tp)[place % plan.tp]
+    next_ids = next_tokens(ids, targets, depths) if next_ids is None else next_ids
+    positions = torch.arange(T, device=ids.device).unsqueeze(0) if positions is None else positions
+    if plan.cp > 1:
+        doc_ids = torch.zeros_like(ids[:1]) if doc_ids is None else doc_ids
+        doc_ids = document_mask(doc_ids)[:, :, context][..., torch.cat(contexts)]
+    return dict(ids=ids[:, own], targets=targets[..., own], positions=positions[:, context], doc_ids=doc_ids,
+                next_ids=next_ids[..., own], routing=routing and {i: chosen[:, own] for i, chosen in routing.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -624,12 +766,18 @@ def shard(model, grid):
     dense, expert = grid.dense["replicate", "shard"], grid.expert["replicate", "shard"]
     low = torch.bfloat16 if plan.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
-    alone = set()                                                         # experts that no other rank holds
+    alone = set()                                                         # what no other rank holds
 
     def wrap(part, mesh=dense, mp_policy=policy, free=plan.zero == 3, **placement):
         fully_shard(part, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=free, ignored_params=alone, **placement)
 
     for block in model.layers.values():
+        for part in block.modules():
+            matrices = [child for child in part.children() if hasattr(child, "cut")]
+            if matrices and plan.dp * plan.cp == 1:
+                alone.update(child.weight for child in matrices)
+            elif matrices:
+                wrap(matrices, grid.tensor["replicate", "shard"])
         if block.is_moe:
             if expert.size() == 1:
                 alone.update(block.mlp.experts.parameters())
@@ -692,9 +840,11 @@ def is_expert(name):
 def init_weights(model, seed=0):
     """model.init_weights for a model that may be cut: the same numbers under every plan, one whole tensor at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype)
-        first = model.get_submodule(name.rpartition(".")[0]).first_expert if is_expert(name) else 0
-        fill_initial(whole, model.config, name, seed, first)
+        module = model.get_submodule(name.rpartition(".")[0])
+        dim, _, parts = getattr(module, "cut", (0, 0, 1))
+        whole = torch.empty([n * parts if i == dim else n for i, n in enumerate(tensor.shape)], dtype=tensor.dtype)
+        fill_initial(whole, model.config, name, seed, module.first_expert if is_expert(name) else 0)
+        whole = own_slice(module, whole)
         if isinstance(tensor, DTensor):
             whole = whole.to(tensor.device)
             whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -702,12 +852,22 @@ def init_weights(model, seed=0):
 
 
 def copies(name, tensor, grid):
-    """How many ranks hold the same part of a tensor (of one pipeline stage)."""
+    """How many ranks hold the same part of a tensor."""
     plan = grid.plan
-    parts = plan.ep if is_expert(name) else 1
+    parts = plan.ep if is_expert(name) else plan.tp if cut_dim(name) is not None else 1
     if isinstance(tensor, DTensor):
         parts *= tensor.device_mesh["shard"].size()
-    return plan.dp * plan.cp * plan.tp // parts
+    stages = 2 if grid.embedding_twice and name.startswith("embed_tokens") else 1
+    return stages * plan.dp * plan.cp * plan.tp // parts
+
+
+def sum_loads(model, loads):
+    """loads (own MoE layers, E), as pop_stats counts -> those of all MoE layers and ranks (MoE layers, E); own rows."""
+    c = model.config
+    rows = [block.index - c.first_k_dense_replace for block in model.layers.values() if block.is_moe]
+    whole = loads.new_zeros(c.num_hidden_layers + c.num_nextn_predict_layers - c.first_k_dense_replace, loads.size(1))
+    whole[rows] = loads
+    return all_sum(whole), rows
 
 
 @torch.no_grad()
@@ -722,9 +882,380 @@ def grad_norm(model, grid=None):
 
 
 def param_groups(model):
-    """Parameters for an optimizer, experts apart, since fused and foreach steps refuse tensors of different meshes."""
-    named = list(model.named_parameters())
-    return [dict(params=[p for name, p in named if is_expert(name) == experts]) for experts in (False, True)]
+    """Parameters for an optimizer by mesh, since fused and foreach steps refuse tensors of different ones."""
+    kinds = {(False, False): [], (False, True): [], (True, False): []}    # expert, cut by tensor
+    for name, parameter in model.named_parameters():
+        kinds[is_expert(name), cut_dim(name) is not None].append(parameter)
+    return [dict(params=parameters) for parameters in kinds.values()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Segments: a stage's work on a micro-batch, cut where an exchange is under way
+#
+# Each segment is an autograd graph of its own: what enters is cut off from what made it, so backward goes segment by
+# segment too, in reverse, and another micro-batch's segments fit in between. An exchange begins in one segment and ends
+# in a later one; whatever runs between the two hides it.
+
+
+class Segment(NamedTuple):
+    run: Callable                          # tensors -> tuple of tensors
+    takes: tuple                           # their names; each is read once
+    gives: tuple
+
+
+LAYER = 6                                  # segments of a layer: attend, relay, experts, shared, relay back, combine
+
+
+def layer_segments(block, angles, mask, routing, add_aux_loss):
+    """h: the MLP's input. rows, weights: under way to the experts. out: under way back. A dense MLP is a shared one."""
+    mlp, sent = block.mlp, {}
+
+    def attend(x):
+        x = block.attend(x, angles, mask)
+        if not block.is_moe:
+            return x, block.dispatch(x)
+        h, _, rows, weights, sent["counts"], sent["route"] = block.dispatch(x, routing)
+        add_aux_loss(mlp.gate.aux_loss)
+        return x, h, rows, weights
+
+    def relay(rows, weights):
+        return mlp.dispatcher.relay(rows, weights, sent["route"])
+
+    def experts(rows, weights):
+        rows, weights = mlp.dispatcher.wait(rows, weights, sent["route"])
+        out = mlp.experts(rows, sent["counts"], weights)
+        return (mlp.dispatcher.send_back(out, sent["route"]) if away else out,)
+
+    def shared(h):
+        expert = mlp.shared_experts if block.is_moe else mlp
+        return (expert and expert(h),)
+
+    def relay_back(out):
+        return (mlp.dispatcher.relay_back(out, sent["route"]),)
+
+    def combine(x, shared, out=None):
+        return (block.combine(x, (out, shared, x.shape, sent["route"]) if block.is_moe else shared),)
+
+    def nothing(*tensors):
+        return tensors
+
+    rows, out = (("rows", "weights"), ("out",)) if block.is_moe else ((), ())
+    away = block.is_moe and hasattr(mlp.dispatcher, "relay")               # else nothing travels
+    return [Segment(attend, ("x",), ("x", "h", *rows)),
+            Segment(relay if away else nothing, rows, rows),
+            Segment(experts if block.is_moe else nothing, rows, out),
+            Segment(shared, ("h",), ("shared",)),
+            Segment(relay_back if away else nothing, out, out),
+            Segment(combine, ("x", "shared", *out), ("x",))]
+
+
+class Chunk:
+    """One micro-batch on one stage: segments part by part, the tensors between them, and what backward needs."""
+
+    def __init__(self, parts, x):
+        self.segments = [segment for part in parts for segment in part]
+        self.sizes = [len(part) for part in parts]
+        self.values, self.grads, self.tape = {"x": x}, {}, []
+
+    def forward(self, times=1):
+        """Run the next segments."""
+        for run, takes, gives in self.segments[len(self.tape):len(self.tape) + times]:
+            leaves = [cut_off(self.values.pop(name)) for name in takes]
+            outputs = run(*leaves)
+            self.tape.append((leaves, outputs))
+            self.values.update(zip(gives, outputs))
+
+    def backward(self, times=1):
+        """Run the last segments backward; the gradient of what the last one gave stands in grads."""
+        for _ in range(times):
+            leaves, outputs = self.tape.pop()
+            _, takes, gives = self.segments[len(self.tape)]
+            pairs = [(out, grad) for out, grad in zip(outputs, map(self.grads.pop, gives)) if grad is not None]
+            if pairs:
+                torch.autograd.backward(*zip(*pairs))
+            self.grads.update((name, None if leaf is None else leaf.grad) for name, leaf in zip(takes, leaves))
+
+
+def cut_off(x):
+    return None if x is None else x.detach().requires_grad_(x.requires_grad)
+
+
+def run_backward(chunk, store, defer=False):
+    """Weight gradients of the experts hide the way back of the gradients, unless all are deferred."""
+    for size in reversed(chunk.sizes):
+        chunk.backward(size - 2 if size == LAYER else size)
+        if not defer:
+            store.pop()
+        if size == LAYER:
+            chunk.backward(2)
+    if not defer:
+        store.pop()
+
+
+def run_pair(forward, backward, store):
+    """A forward of one micro-batch among a backward of another, layer by layer: each hides the other's exchanges."""
+    for f_size, b_size in zip_longest(forward.sizes, reversed(backward.sizes), fillvalue=0):
+        if f_size == b_size == LAYER:
+            pair_layer(forward, backward, store)
+        else:
+            forward.forward(f_size)
+            backward.backward(b_size)
+            store.pop()
+
+
+def pair_layer(forward, backward, store):
+    """The paper's order. With one hop the fast and the slow one below are the same, and a relay does nothing."""
+    backward.backward()                    # combine: gradients set out over the slow hop ...
+    forward.forward()                      # ... which attention hides; tokens set out over the slow hop
+    backward.backward(2)                   # relay: gradients over the fast hop, which the shared expert hides
+    backward.backward()                    # experts' input gradients hide the tokens' slow hop; then the fast one ...
+    forward.forward()                      # ... and the tokens over theirs ...
+    store.pop()                            # ... which weight gradients hide
+    backward.backward()                    # relay: gradients back over the slow hop ...
+    forward.forward(2)                     # ... which the experts hide; rows back over the fast hop: shared expert
+    backward.backward()                    # attention
+    forward.forward()                      # relay: rows back over the slow hop ...
+    store.pop()                            # ... which attention's weight gradients hide
+    forward.forward()                      # combine
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipeline: the actions of sim.py's table, run by torch's pipelining runtime or, on one pipeline rank, one by one
+
+
+class Pipeline:
+    """Runs the micro-batches of a step: one after the other where there is no pipeline and no overlap, else the actions
+    of sim.py's table. Those have the weights whole during the step, also under zero=3, and reduce gradients at its end.
+    """
+
+    def __init__(self, model, plan, grid=None):
+        self.model, self.plan, self.grid = model, plan, grid
+        self.layers = stage_layers(model.config, plan)
+        self.stages = plan.stages_of(grid.pp_rank if grid else 0)
+        self.plain = plan.pp == plan.vpp == 1 and plan.schedule == "1f1b"
+        self.store = None if self.plain else WeightGradStore()
+        for module in model.modules():
+            if hasattr(module, "store"):
+                module.store = self.store
+        self.runtimes = {}                                                # micro-batches of a step -> runtime
+
+    def step(self, batches, loss_tokens, train=True):
+        """batches: for each micro-batch of whole sequences Model.forward's arguments, as a dict; the same on ranks that
+        share them. -> Output, without graph: this rank's shares, whose sums over all ranks are the losses."""
+        plan = replace(self.plan, global_batch=len(batches) * self.plan.dp * self.plan.micro_batch)
+        if plan.cp * plan.tp > 1:
+            batches = [own_tokens(plan, self.model.config.num_nextn_predict_layers, **batch) for batch in batches]
+        self.batches, self.loss_tokens, self.train = batches, loss_tokens, train
+        self.sums = dict.fromkeys(("loss", "mtp_loss", "aux_loss"), loss_tokens.new_zeros(()))
+        with torch.set_grad_enabled(train):
+            self.run_plain() if self.plain else self.run_table(plan)
+        total = self.sums["loss"] + self.model.config.mtp_loss_weight * self.sums["mtp_loss"] + self.sums["aux_loss"]
+        return Output(**self.sums, total_loss=total)
+
+    def run_plain(self):
+        for number, batch in enumerate(self.batches, 1):
+            reduce_gradients(self.model, self.plan, last=number == len(self.batches))
+            out = self.model(**batch, loss_tokens=self.loss_tokens)
+            if self.train:
+                out.total_loss.backward()
+            for name in self.sums:
+                self.add(name, getattr(out, name))
+
+    def run_table(self, plan):
+        self.chunks, self.local, self.owed = {}, {}, {}                   # by (stage, micro-batch)
+        self.gather_weights()
+        if plan.pp == 1:
+            for action in schedule_table(plan)[0]:
+                self.perform(action.parts())
+        else:
+            if plan.n_micro not in self.runtimes:
+                self.runtimes[plan.n_micro] = make_runtime(self, plan)
+            self.runtime = self.runtimes[plan.n_micro]
+            (self.runtime.step if self.train else self.runtime.eval)(return_outputs=False)
+            self.runtime.bwd_recv_ops.clear()                             # without backward nothing came
+        self.release_weights()
+
+    # one action
+
+    def perform(self, parts):
+        """parts: one or two of (kind, stage, microbatch); kind F, B, or its halves I (of inputs) and W (of weights)."""
+        if len(parts) == 2 and self.plan.overlap == "adaptive" and self.train:
+            (_, *f), (_, *b) = parts
+            forward, backward = self.begin_forward(*f), self.begin_backward(*b)
+            run_pair(forward, backward, self.store)
+            self.end_forward(forward, *f)
+            self.end_backward(backward, *b)
+            return
+        for kind, stage, microbatch in parts:
+            self.perform_one(kind, stage, microbatch)
+
+    def perform_one(self, kind, stage, microbatch):
+        if kind == "F":
+            chunk = self.begin_forward(stage, microbatch)
+            chunk.forward(len(chunk.segments))
+            self.end_forward(chunk, stage, microbatch)
+        elif kind == "W":
+            self.store.pending = self.owed.pop((stage, microbatch), [])
+            self.store.pop()
+        elif self.train:
+            chunk = self.begin_backward(stage, microbatch)
+            run_backward(chunk, self.store, defer=kind == "I")
+            self.owed[stage, microbatch], self.store.pending = self.store.pending, []
+            self.end_backward(chunk, stage, microbatch)
+
+    def begin_forward(self, stage, microbatch):
+        batch = self.batches[microbatch]
+        x = batch["ids"] if stage == 0 else self.receive("F", stage, microbatch).detach().requires_grad_(self.train)
+        return Chunk(self.parts(stage, **batch), x)
+
+    def end_forward(self, chunk, stage, microbatch):
+        if self.train:
+            self.chunks[stage, microbatch] = chunk
+        if stage < self.plan.n_stages - 1:
+            self.send("F", stage, microbatch, chunk.values.pop("x"))
+
+    def begin_backward(self, stage, microbatch):
+        chunk = self.chunks.pop((stage, microbatch))
+        if stage == self.plan.n_stages - 1:
+            chunk.grads["loss"] = torch.ones_like(chunk.values["loss"])
+        else:
+            chunk.grads["x"] = self.receive("B", stage, microbatch)
+        return chunk
+
+    def end_backward(self, chunk, stage, microbatch):
+        self.reduce_gradients()
+        if stage > 0:
+            self.send("B", stage, microbatch, chunk.grads.pop("x"))
+
+    # a stage's segments
+
+    def parts(self, stage, ids, targets=None, positions=None, doc_ids=None, next_ids=None, routing=None):
+        """Lists of segments: embedding, layers, and on the last stage last norm, MTP and losses in one."""
+        model = self.model
+        if positions is None:
+            positions = torch.arange(ids.size(1), device=ids.device).unsqueeze(0)
+        angles, mask = rope_table(model.config, positions, model_dtype(model)), document_mask(doc_ids)
+
+        def embed(ids):
+            return (model.embed(ids),)
+
+        def losses(x):
+            ahead = model.predict_ahead(x, ids, targets, next_ids, angles, mask, routing)
+            out = model.output([model.norm(x), *ahead], targets, self.loss_tokens, False)
+            for layer in mtp:
+                self.add("aux_loss", layer.mlp.gate.aux_loss)
+            self.add("loss", out.loss)
+            self.add("mtp_loss", out.mtp_loss)
+            return (out.loss + model.config.mtp_loss_weight * out.mtp_loss,)
+
+        blocks = [model.layers[str(index)] for index in self.layers[stage]]
+        mtp = [block for block in blocks if isinstance(block, MTPLayer)]
+        parts = [layer_segments(block, angles, mask, routing, partial(self.add, "aux_loss"))
+                 for block in blocks if not isinstance(block, MTPLayer)]
+        first = [[Segment(embed, ("x",), ("x",))]] if stage == 0 else []
+        last = [[Segment(losses, ("x",), ("loss",))]] if stage == self.plan.n_stages - 1 else []
+        return first + parts + last
+
+    def add(self, name, value):
+        self.sums[name] = self.sums[name] + value.detach()
+
+    # between stages: over the runtime's buffers, or by hand where the neighbour is on this rank
+
+    def receive(self, kind, stage, microbatch):
+        neighbour = stage + (-1 if kind == "F" else 1)
+        if neighbour in self.stages or neighbour == self.plan.n_stages:
+            return self.local.pop((kind, neighbour, microbatch), None)
+        works = self.runtime.fwd_recv_ops if kind == "F" else self.runtime.bwd_recv_ops
+        for work in works.pop((stage, microbatch)):
+            work.wait()
+        place = self.runtime.place[stage]
+        return (place.args_recv_info if kind == "F" else place.grad_recv_info)[microbatch][0].buffer
+
+    def send(self, kind, stage, microbatch, x):
+        x = x.detach().contiguous()
+        if stage + (1 if kind == "F" else -1) in self.stages:
+            self.local[kind, stage, microbatch] = x
+        elif kind == "F":
+            self.runtime.place[stage].fwd_cache[microbatch] = (x,), []
+        else:
+            self.runtime.place[stage].bwd_cache[microbatch] = (x,)
+
+    # FSDP: its hooks on layers do not run, since segments call a layer's parts
+
+    def fsdp_parts(self):
+        return [part for part in self.model.modules() if isinstance(part, FSDPModule)]
+
+    def gather_weights(self):
+        if isinstance(self.model, FSDPModule):
+            fully_shard.state(self.model)._lazy_init()
+            self.set_last_backward(False)
+        for part in self.fsdp_parts():
+            part.unshard()
+
+    def release_weights(self):
+        """With gradients reduced over data ranks, and the embedding's over its two stages."""
+        if not self.train:
+            for part in self.fsdp_parts():
+                part.reshard()
+            return
+        self.set_last_backward(True)
+        self.reduce_gradients()
+        if self.grid and self.grid.embedding_twice and self.model.embed_tokens is not None:
+            self.add_other_embedding(local(self.model.embed_tokens.weight.grad))
+
+    def add_other_embedding(self, grad):
+        other, peer = torch.empty_like(grad), self.plan.pp - 1 - self.grid.pp_rank
+        both = dict(group=self.grid.dense["pp"].get_group(), group_peer=peer)
+        operations = [dist.P2POp(dist.isend, grad, **both), dist.P2POp(dist.irecv, other, **both)]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        grad += other
+
+    def set_last_backward(self, last):
+        if isinstance(self.model, FSDPModule):
+            self.model.set_is_last_backward(last)
+            self.model.set_reshard_after_backward(last)
+            self.model.set_requires_gradient_sync(last)
+
+    def reduce_gradients(self):
+        """What FSDP does at the end of a backward: gradients are added up in float32, or at last reduced."""
+        if isinstance(self.model, FSDPModule):
+            fully_shard.state(self.model)._root_post_backward_final_callback()
+
+
+def model_dtype(model):
+    """Of the residual stream."""
+    return model.compute_dtype or next(local(p) for p in model.parameters()).dtype
+
+
+def make_runtime(pipeline, plan):
+    """torch's runtime with sim.py's table; every action is the pipeline's, the runtime sends and receives.
+
+    The one place for what torch does not publish: _PipelineScheduleRuntime, _prepare_schedule_with_comms, _Action.
+    """
+    group = pipeline.grid.dense["pp"].get_group()
+    width = pipeline.model.config.hidden_size
+    device = next(pipeline.model.parameters()).device
+    shape = plan.micro_batch, plan.tokens // plan.micro_batch, width
+    x = torch.empty(shape, dtype=model_dtype(pipeline.model), device="meta", requires_grad=True)
+    stages = [PipelineStage(torch.nn.Identity(), stage, plan.n_stages, device, x, x, group=group)
+              for stage in pipeline.stages]
+    # a loss tells that there is a backward; it is not called
+    runtime = schedules._PipelineScheduleRuntime(stages, plan.n_micro, loss_fn=len, scale_grads=False)
+
+    def perform(action, context):
+        actions = action.sub_actions or (action,)
+        pipeline.perform([(a.computation_type.value, a.stage_index, a.microbatch_index) for a in actions])
+
+    for kind in (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.BACKWARD_INPUT, schedules.BACKWARD_WEIGHT,
+                 schedules.OVERLAP_F_B):
+        runtime.register_custom_function(kind, perform)
+    if plan.schedule == "dualpipev" and plan.n_micro < 2 * plan.pp:       # too few, of an evaluation: the same V
+        plan = replace(plan, schedule="zbv")
+    runtime._prepare_schedule_with_comms({rank: [schedules._Action.from_str(str(action)) for action in actions]
+                                          for rank, actions in enumerate(schedule_table(plan))})
+    runtime.place = {stage.stage_index: stage for stage in stages}
+    return runtime
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -903,17 +1434,18 @@ class SaveFailed(OSError):
     pass
 
 
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)             # of ranks with other parts of the model too
+
+
 def train_state(model, optimizer, progress):
     """What a checkpoint holds, by names that do not depend on the plan. progress: dict of plain numbers."""
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=BY_NAME)
     return dict(model=weights, optimizer=moments, progress=dict(progress), random=torch.get_rng_state())
 
 
-def whole_experts(state, grid):
-    """The state with every expert tensor (local experts, ...) as this rank's part of all, (E, ...), in the same memory.
-
-    So a file knows whole tensors alone, and another plan can read it.
-    """
+def whole_tensors(state, grid):
+    """The state with expert tensors (local experts, ...) as this rank's part of all experts (E, ...), and those cut by
+    tensor as its part of the whole, in the same memory: a file knows whole tensors, and any plan can read it."""
     if grid is None:
         return state
     return state | {key: part_of_whole(state[key], grid, key) for key in ("model", "optimizer") if key in state}
@@ -922,12 +1454,14 @@ def whole_experts(state, grid):
 def part_of_whole(tree, grid, name):
     if isinstance(tree, dict):
         return {key: part_of_whole(value, grid, f"{name}.{key}") for key, value in tree.items()}
-    if not is_expert(name) or tree.dim() != 3:
+    dim = 0 if is_expert(name) else cut_dim(name)
+    if dim is None or not torch.is_tensor(tree) or tree.dim() < 2:
         return tree
+    mesh = grid.expert["replicate", "ep", "shard"] if is_expert(name) else grid.tensor["replicate", "tp", "shard"]
+    shape = [n * mesh.size(1) if i == dim else n for i, n in enumerate(tree.shape)]
     cut = tree.placements[-1] if isinstance(tree, DTensor) else Shard(0)
-    shape = torch.Size((grid.plan.ep * tree.size(0), *tree.shape[1:]))
-    return DTensor.from_local(local(tree), grid.expert["replicate", "ep", "shard"], (Replicate(), Shard(0), cut),
-                              run_check=False, shape=shape, stride=(shape[1] * shape[2], shape[2], 1))
+    return DTensor.from_local(local(tree), mesh, (Replicate(), Shard(dim), cut), run_check=False,
+                              shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride())
 
 
 def steps_in(folder):
@@ -957,7 +1491,7 @@ class Saver:
         """Copies the state, then returns; the file is written behind."""
         self.wait()
         unfinished = self.folder / f"step_{step}.tmp"
-        future = dcp.async_save(whole_experts(state, grid), checkpoint_id=unfinished, process_group=self.group,
+        future = dcp.async_save(whole_tensors(state, grid), checkpoint_id=unfinished, process_group=self.group,
                                 no_dist=self.group is None)
         self.pending = self.pool.submit(self.complete, future, unfinished)
 
@@ -1058,7 +1592,7 @@ def load_state(folder, state, grid=None):
     Without a grid a rank reads alone. ValueError if it is damaged or of another shape.
     """
     try:
-        dcp.load(whole_experts(state, grid), checkpoint_id=folder, no_dist=grid is None)
+        dcp.load(whole_tensors(state, grid), checkpoint_id=folder, no_dist=grid is None)
     except CheckpointException as error:
         raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): "
                               f"give back the config.json it was written with") from error
@@ -1082,7 +1616,8 @@ def restore(folder, model, optimizer, progress, grid=None):
     """Model, optimizer, random state and progress as saved, all filled in place."""
     state = train_state(model, optimizer, progress)
     load_state(folder, state, grid)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                   options=BY_NAME)
     torch.set_rng_state(state["random"])
     progress.update(state["progress"])
     if grid is not None and grid.live:

@@ -680,7 +680,7 @@ def own_samples(plan, size):
     return np.arange(size).reshape(-1, plan.dp, plan.micro_batch)[:, parallel.data_rank(plan)].flatten()
 
 
-def train_step(model, optimizer, batch, plan, clip, grid=None, stop=False, watch=None):
+def train_step(pipeline, optimizer, batch, clip, stop=False, watch=None):
     """One optimizer step on this rank's share of a global batch -> float32 tensor of MEASURES, those of all ranks.
 
     It is still on the device: nothing waits for it. stop: whether this rank was asked to. watch, if given, is called
@@ -688,21 +688,19 @@ def train_step(model, optimizer, batch, plan, clip, grid=None, stop=False, watch
 
     A loss or gradient that is not finite leaves weights and moments as they are: the optimizer is told by found_inf.
     """
+    model, plan = pipeline.model, pipeline.plan
     ids, targets, doc_ids = batch
-    loss_tokens = parallel.all_sum((targets != -100).sum((0, 2)).float())
-    model.aux_scale = plan.micro_batch / (len(ids) * plan.dp)
-    losses = 0
-    for start in range(0, len(ids), plan.micro_batch):
-        part = slice(start, start + plan.micro_batch)
-        parallel.reduce_gradients(model, plan, last=part.stop == len(ids))
-        out = model(ids[part], targets=targets[part], doc_ids=None if doc_ids is None else doc_ids[part],
-                    loss_tokens=loss_tokens)
-        out.total_loss.backward()
-        losses = losses + torch.stack([out.loss, out.mtp_loss, out.aux_loss]).detach().float()
+    ranks = plan.world_size // plan.dp                                    # that share the same samples
+    loss_tokens = parallel.all_sum((targets != -100).sum((0, 2)).float()) / ranks
+    model.aux_scale = plan.micro_batch / (len(ids) * plan.dp * plan.cp * plan.tp)
+    parts = [slice(start, start + plan.micro_batch) for start in range(0, len(ids), plan.micro_batch)]
+    out = pipeline.step([dict(ids=ids[part], targets=targets[part], doc_ids=None if doc_ids is None else doc_ids[part])
+                         for part in parts], loss_tokens)
     stats = model.pop_stats()
-    loads = parallel.all_sum(stats["loads"])                              # (MoE layers, E)
+    loads, own_layers = parallel.sum_loads(model, stats["loads"])         # (MoE layers, E)
+    losses = torch.stack([out.loss, out.mtp_loss, out.aux_loss]).float()
     sums = parallel.all_sum(torch.stack([*losses, stats["dropped"].float(), losses.new_tensor(stop)]))
-    norm = parallel.grad_norm(model, grid).float()
+    norm = parallel.grad_norm(model, pipeline.grid).float()
     finite = torch.isfinite(norm) & torch.isfinite(sums).all()
     cut = (norm / clip).clamp(min=1)                                      # what clipping divides gradients by
     if parallel.fused_skips(ids.device):
@@ -712,7 +710,7 @@ def train_step(model, optimizer, batch, plan, clip, grid=None, stop=False, watch
         torch._foreach_div_([parallel.local(p.grad) for p in model.parameters() if p.grad is not None], cut)
         optimizer.step()
     optimizer.zero_grad()
-    model.update_router_bias(loads * finite)
+    model.update_router_bias(loads[own_layers] * finite)
     if watch:
         watch(loads)
     *losses, dropped, stop = sums
@@ -722,11 +720,12 @@ def train_step(model, optimizer, batch, plan, clip, grid=None, stop=False, watch
 
 
 @torch.no_grad()
-def evaluate(model, corpus, plan, document_end=None):
+def evaluate(pipeline, corpus, document_end=None):
     """Held-out loss (nats a token) and bits per UTF-8 byte. Every token is predicted once, END included.
 
     Windows overlap by half and only their second half counts, so that each token sees at least half a window before it.
     """
+    model, plan = pipeline.model, pipeline.plan
     device, depths = next(model.parameters()).device, 1 + model.config.num_nextn_predict_layers
     seq_len, batch, n = plan.seq_len, plan.micro_batch, len(corpus.heldout) - 1
     stride = max(1, seq_len // 2)
@@ -749,7 +748,8 @@ def evaluate(model, corpus, plan, document_end=None):
         counted[max(0, len(starts) - i):] = -100                          # past the end: there to keep the batch whole
         counted.masked_fill_(counted < 0, -100)
         one = torch.ones(depths, device=device)                           # a sum, not a mean
-        nats += model(ids.clamp(min=0), targets=counted, doc_ids=doc_ids, loss_tokens=one).loss.item()
+        windows = dict(ids=ids.clamp(min=0), targets=counted, doc_ids=doc_ids)
+        nats += pipeline.step([windows], one, train=False).loss.item()
     model.train()
     nats = parallel.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
     return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
@@ -942,7 +942,10 @@ def config_of(run, phase):
 
 
 def build(run, phase, checkpoint):
-    """This rank's part of the model and its optimizer for a phase, as the checkpoint left them or as initialised."""
+    """This rank's part of the model and its optimizer for a phase, as the checkpoint left them or as initialised.
+
+    A parallel.Pipeline, which holds the model, its plan and its grid, and the optimizer.
+    """
     torch.manual_seed(run.settings["seed"])
     with torch.device("meta"):
         model = Model(config_of(run, phase))
@@ -958,7 +961,7 @@ def build(run, phase, checkpoint):
         parallel.restore(checkpoint, model, optimizer, run.progress, grid)
     if not plan.balance_live:
         run.progress.update(placement=[], expert_load=[])                 # would be out of date when it is turned on
-    return model, optimizer, plan, grid
+    return parallel.Pipeline(model, plan, grid), optimizer
 
 
 def pretrain(given):
@@ -978,7 +981,8 @@ def pretrain(given):
 
     while not is_done(run) and not stopped:
         phase = phases[progress["phase"]]
-        model, optimizer, plan, grid = build(run, phase, checkpoint)
+        pipeline, optimizer = build(run, phase, checkpoint)
+        model, plan, grid = pipeline.model, pipeline.plan, pipeline.grid
         order, flops = order_of(run, phase), flops_per_token(run.config, phase.seq_len)
 
         while progress["phase_tokens"] < phase.tokens and not stopped:
@@ -996,8 +1000,7 @@ def pretrain(given):
 
             # 2. the step; tolist waits for the device, the only time
             loads = []
-            measures = train_step(model, optimizer, batch, plan, settings["clip"], grid, stop.asked is not None,
-                                  watch=loads.append)
+            measures = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None, loads.append)
             line = dict(zip(MEASURES, measures.tolist()))
             line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr) | line
             stopped = line.pop("stop") > 0                                # all ranks at the same step
@@ -1011,7 +1014,7 @@ def pretrain(given):
             line |= dict(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=rate * flops / peak if peak else None,
                          mem_gib=parallel.peak_memory(run.device) / 2**30)
             if is_done(run) or (settings["eval_every"] and progress["step"] % settings["eval_every"] == 0):
-                line |= evaluate(model, run.corpus, plan, document_end)
+                line |= evaluate(pipeline, run.corpus, document_end)
             log.write(json.dumps(line) + "\n")
             print_step(run, line, total, busy * (total - progress["tokens"]) / (progress["tokens"] - first_token))
             saver.poll()

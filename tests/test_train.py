@@ -284,15 +284,15 @@ def random_batch(sequences=4, seed=0):
 
 def test_step_that_is_not_finite_changes_nothing():
     model, optimizer = small_model()
-    train.train_step(model, optimizer, random_batch(), Plan(micro_batch=2), 1.0)
+    train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0)
     before = [t.clone() for t in (*model.parameters(), *(v for s in optimizer.state.values() for v in s.values()))]
     hook = model.norm.register_forward_hook(lambda module, inputs, out: out * math.nan)
-    measures = train.train_step(model, optimizer, random_batch(), Plan(micro_batch=2), 1.0).tolist()
+    measures = train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0).tolist()
     measures = dict(zip(train.MEASURES, measures))
     hook.remove()
     after = [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
     assert measures["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, after))
-    measures = train.train_step(model, optimizer, random_batch(), Plan(micro_batch=2), 1.0)
+    measures = train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0)
     assert measures[train.MEASURES.index("skipped")] == 0
 
 
@@ -302,7 +302,7 @@ def test_accumulation_and_clipping():
     for micro in (1, 4):
         model, optimizer = small_model(balance="sequence")
         model.double()
-        measures = train.train_step(model, optimizer, random_batch(), Plan(micro_batch=micro), 0.1)
+        measures = train.train_step(parallel.Pipeline(model, Plan(micro_batch=micro)), optimizer, random_batch(), 0.1)
         results.append((measures[:4], torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
     assert (results[0][1] - results[1][1]).abs().max() < 1e-9
@@ -322,7 +322,7 @@ def test_evaluation_counts_every_token_once():
     torch.nn.init.zeros_(model.lm_head.weight)
     for n in (2, 17, 18, 40, 41, 100):
         corpus = train.Corpus(None, 0, {}, np.arange(n) % 300, dict(heldout_bytes=2 * n))
-        found = train.evaluate(model, corpus, Plan(seq_len=16, micro_batch=3))
+        found = train.evaluate(parallel.Pipeline(model, Plan(seq_len=16, micro_batch=3)), corpus)
         assert found["val_loss"] == pytest.approx(math.log(300), rel=1e-5), n
         assert found["val_bpb"] == pytest.approx(math.log2(300) * (n - 1) / (2 * n), rel=1e-5)
 

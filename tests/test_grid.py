@@ -1,0 +1,299 @@
+"""
+Tests of the grid and the overlap: every axis, every schedule and combinations of them equal one process.
+"""
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dist
+import parallel
+from model import Model
+from sim import Plan
+from test_parallel import DTYPES, EXACT, TINY, batch, on_ranks, one_process, relative_error
+
+DEEP = replace(TINY, num_hidden_layers=5, balance_group=2)
+PLAN = Plan(micro_batch=1, global_batch=8, seq_len=16, precision="fp64", zero=0)
+
+
+def build(config, plan, seed=5):
+    model = Model(config).to(DTYPES[plan.precision])
+    model.compute_dtype = torch.bfloat16 if plan.precision == "bf16" else None
+    grid = parallel.parallelize(model, plan)
+    parallel.init_weights(model, seed)
+    return model, grid
+
+
+def batches_of(config, plan, reference):
+    """This rank's micro-batches, as arguments of Model.forward, and the target tokens of the global batch."""
+    tokens, targets = batch(config, reference)
+    batches = []
+    for micro in range(plan.n_micro):
+        # one after the other over ranks, so that the sequences of a balance group are neighbours
+        start = (micro * plan.dp + parallel.data_rank(plan)) * plan.micro_batch
+        mine = slice(start, start + plan.micro_batch)
+        batches.append(dict(ids=tokens[mine], targets=targets[mine]))
+    return batches, (targets != -100).sum((0, 2)).to(DTYPES[plan.precision])
+
+
+def step(model, grid, plan, reference, optimizer=None):
+    """Forward, backward, AdamW: total loss of all ranks, global norm, and the gradients."""
+    batches, loss_tokens = batches_of(model.config, plan, reference)
+    model.aux_scale = 1 / (plan.n_micro * plan.dp * plan.cp * plan.tp)
+    total = parallel.Pipeline(model, plan, grid).step(batches, loss_tokens).total_loss
+    norm = parallel.grad_norm(model, grid)
+    optimizer = optimizer or torch.optim.AdamW(parallel.param_groups(model), lr=0.01)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    optimizer.step()
+    return parallel.all_sum(total), norm, grads, optimizer
+
+
+def check_step(path, config, plan, reference):
+    """On each rank: one step under the plan against one process: the worst error, its name, and the names held here."""
+    model, grid = build(config, plan)
+    return *worst(path, model, *step(model, grid, plan, reference)[:3]), {name for name, _ in model.named_parameters()}
+
+
+def worst(path, model, loss, norm, grads):
+    """The worst error against one process's file, and its name."""
+    want_loss, want_norm, want_grads, want_weights = torch.load(path)
+    found = dict(loss=abs(loss / want_loss - 1).item(), norm=abs(norm / want_norm - 1).item())
+    for name, weight in model.named_parameters():
+        assert grads[name] is not None, f"{name} has no gradient"
+        for what, whole, got in (("gradient of ", want_grads, grads[name]), ("step of ", want_weights, weight)):
+            part = parallel.own_slice(model.get_submodule(name.rpartition(".")[0]), whole[name].detach())
+            found[what + name] = relative_error(part, name, got.detach(), model)
+    return max(found.values()), max(found, key=found.get)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("grid")
+
+
+def equals_one_process(folder, plan, config=DEEP, reference=None):
+    reference = reference or replace(PLAN, micro_batch=2)
+    path = one_process(folder, config, reference)
+    answers = dist.run(plan.world_size, check_step, path, config, plan, reference)
+    for error, name, _ in answers:
+        assert error <= EXACT, f"{name}: {error:.1e}"
+    assert set().union(*(names for _, _, names in answers)) == set(torch.load(path)[2]), "parameters that no rank holds"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipeline
+
+
+def pipelines():
+    one = replace(PLAN, micro_batch=1)
+    for pp in (1, 2, 4):
+        for schedule, vpp in (("1f1b", 1), ("interleaved", 1), ("interleaved", 2), ("paired", 1), ("paired", 2),
+                              ("zbv", 2), ("dualpipev", 2)):
+            if pp * vpp <= 7:
+                yield replace(one, pp=pp, vpp=vpp, schedule=schedule)
+            if pp * vpp <= 7 and schedule in ("paired", "dualpipev"):
+                yield replace(one, pp=pp, vpp=vpp, schedule=schedule, overlap="adaptive")
+
+
+def name_of(plan):
+    sizes = [(axis, getattr(plan, axis)) for axis in ("pp", "vpp", "dp", "cp", "tp", "ep")]
+    axes = "-".join(f"{axis}{size}" for axis, size in sizes if size > 1)
+    return f"{axes or 'one'}-{plan.schedule}-{plan.overlap}-{plan.dispatch}-zero{plan.zero}"
+
+
+@pytest.mark.parametrize("plan", list(pipelines()), ids=name_of)
+def test_schedule(folder, plan):
+    equals_one_process(folder, plan, config=replace(DEEP, balance_group=1), reference=PLAN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipeline and overlap with experts, data ranks and zero
+
+
+def combinations():
+    two = replace(PLAN, dp=4, ep=4, node_size=2, overlap="adaptive", global_batch=16)
+    for dispatch in ("flat", "hierarchical", "dedup"):
+        yield replace(two, dispatch=dispatch, schedule="paired")                     # on one pipeline rank
+    two = replace(two, dp=2, ep=2, pp=2, zero=1, dispatch="hierarchical", node_size=1)
+    yield replace(two, schedule="paired")
+    yield replace(two, schedule="paired", vpp=2, layer_split=(1, 2, 1, 1))
+    yield replace(two, schedule="dualpipev", vpp=2, layer_split=(1, 3, 1, 0))
+    yield replace(two, schedule="zbv", vpp=2, overlap="none", zero=3)
+    yield replace(two, schedule="1f1b", overlap="none", zero=3, ep=1)
+    # with everything: pp2 ep4 hierarchical paired adaptive zero 1
+    yield replace(two, dp=4, ep=4, node_size=2, vpp=2, schedule="paired")
+
+
+@pytest.mark.parametrize("plan", list(combinations()), ids=name_of)
+def test_combination(folder, plan):
+    equals_one_process(folder, plan, reference=replace(PLAN, micro_batch=4, global_batch=16))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a trainer asks of a pipeline
+
+
+def check_evaluation(path, config, plan, reference):
+    """On each rank: loss without backward, then a step of half the micro-batches, then a whole step."""
+    model, grid = build(config, plan)
+    pipeline = parallel.Pipeline(model, plan, grid)
+    batches, loss_tokens = batches_of(config, plan, reference)
+    model.aux_scale = 1 / (plan.n_micro * plan.dp)
+    losses = [pipeline.step(batches, loss_tokens, train=False)]
+    assert all(p.grad is None for p in model.parameters()), "an evaluation left gradients"
+    losses.append(pipeline.step(batches[:len(batches) // 2], loss_tokens))
+    losses.append(pipeline.step(batches[len(batches) // 2:], loss_tokens, train=False))
+    model.zero_grad()
+    losses.append(pipeline.step(batches, loss_tokens))
+    return [parallel.all_sum(out.total_loss).item() for out in losses], torch.load(path)[0].item()
+
+
+@pytest.mark.parametrize("axes", [dict(pp=2), dict(pp=2, vpp=2, schedule="dualpipev"), dict(overlap="adaptive"),
+                                  dict(pp=2, dp=2, overlap="adaptive", zero=1)], ids=str)
+def test_evaluation_and_other_numbers_of_micro_batches(folder, axes):
+    plan, reference = replace(PLAN, **{"schedule": "", **axes}), replace(PLAN, micro_batch=1)
+    path = one_process(folder, replace(DEEP, balance_group=1), reference)
+    for (evaluated, first, second, whole), want in dist.run(plan.world_size, check_evaluation, path,
+                                                            replace(DEEP, balance_group=1), plan, reference):
+        assert evaluated == pytest.approx(want, rel=EXACT)
+        assert whole == pytest.approx(want, rel=EXACT)
+        assert first + second == pytest.approx(want, rel=EXACT)
+
+
+def record_order(config, plan, reference):
+    """Names of the collectives of one step, in the order in which this rank issues them, by group."""
+    model, grid = build(config, plan)
+    orders, names = {}, ("all_to_all", "all_gather", "reduce_scatter")
+    plain = {name: getattr(parallel.Group, name) for name in names}
+
+    def recorded(name):
+        def call(group, x, way, *sizes, **more):
+            members = tuple(torch.distributed.get_process_group_ranks(group.group))
+            orders.setdefault(members, []).append((name, way, x.dtype, x.shape[1:]))
+            return plain[name](group, x, way, *sizes, **more)
+        return call
+
+    for name in names:
+        setattr(parallel.Group, name, recorded(name))
+    try:
+        step(model, grid, plan, reference)
+    finally:
+        for name in names:
+            setattr(parallel.Group, name, plain[name])
+    return orders
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "hierarchical", "dedup"])
+def test_all_ranks_of_a_group_issue_their_collectives_in_one_order(dispatch):
+    """A rank without a token too: routing is uneven, the order does not depend on it."""
+    plan = replace(PLAN, pp=2, dp=4, ep=4, node_size=2, overlap="adaptive", schedule="", dispatch=dispatch,
+                   global_batch=16)
+    orders = dist.run(8, record_order, DEEP, plan, plan)
+    for members in set().union(*orders):
+        first, *others = [orders[rank][members] for rank in members]
+        assert first and all(other == first for other in others)
+    assert len(set().union(*orders)) == (2 if dispatch == "flat" else 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensor and context
+
+
+def sequence_plans():
+    one = replace(PLAN, sp=1)
+    for axes in (dict(tp=2), dict(tp=4, zero=1), dict(cp=2), dict(cp=4, zero=1), dict(tp=2, cp=2), dict(tp=2, ep=2),
+                 dict(cp=2, ep=2), dict(tp=2, dp=2, ep=4, zero=1, dispatch="hierarchical", node_size=2),
+                 dict(tp=2, dp=2, zero=3), dict(cp=2, dp=2, zero=3), dict(tp=2, pp=2), dict(cp=2, pp=2, zero=1),
+                 dict(tp=4, ep=4, overlap="adaptive", schedule="paired", dispatch="dedup", node_size=2),
+                 dict(tp=2, cp=2, dp=2, ep=4, zero=3)):
+        yield replace(one, **axes)
+
+
+@pytest.mark.parametrize("plan", list(sequence_plans()), ids=name_of)
+def test_sequence_over_ranks(folder, plan):
+    config = replace(DEEP, balance_group=2 if plan.dp > 1 else 1, num_attention_heads=4)
+    equals_one_process(folder, plan, config=config, reference=replace(PLAN, micro_batch=plan.dp))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints under other plans
+
+
+def save_after_step(folder, config, plan, reference):
+    model, grid = build(config, plan)
+    optimizer = step(model, grid, plan, reference)[-1]
+    saver = parallel.Saver(folder, 2)
+    saver.save(1, parallel.train_state(model, optimizer, dict(step=1)), grid)
+    saver.wait()
+
+
+def check_resumed_step(folder, path, config, plan, reference):
+    """The second step after loading against the second step of one process: the worst error and its name."""
+    model, grid = build(config, plan, seed=6)
+    optimizer = torch.optim.AdamW(parallel.param_groups(model), lr=0.01)
+    parallel.restore(folder / "step_1", model, optimizer, dict(step=0), grid)
+    return worst(path, model, *step(model, grid, plan, reference, optimizer)[:3])
+
+
+MOVES = [replace(PLAN, **axes) for axes in (
+    dict(), dict(tp=2, sp=1, dp=2, ep=4, zero=3, node_size=2), dict(cp=2, pp=2, zero=1), dict(dp=4, ep=2, zero=1),
+    dict(pp=2), dict(pp=2, vpp=2, schedule="dualpipev", overlap="adaptive"), dict(tp=2, sp=1, zero=1))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", MOVES, ids=name_of)
+def test_checkpoints_move_between_any_two_plans(tmp_path, writer):
+    move(tmp_path, writer, MOVES)
+
+
+def test_checkpoints_move_between_tensor_pipeline_and_data(tmp_path):
+    move(tmp_path, MOVES[1], MOVES[2:3])
+    move(tmp_path, MOVES[2], MOVES[:2])
+
+
+def move(tmp_path, writer, readers):
+    """Written under one plan, read under others: the next step is one process's."""
+    config, whole = replace(DEEP, balance_group=1), PLAN
+    model, _ = build(config, whole)
+    optimizer = step(model, None, whole, whole)[-1]
+    optimizer.zero_grad()
+    loss, norm, grads, _ = step(model, None, whole, whole, optimizer)
+    folder, steps = tmp_path / name_of(writer), tmp_path / "two_steps.pt"
+    torch.save((loss, norm, grads, dict(model.named_parameters())), steps)
+    on_ranks(writer, save_after_step, folder, config, writer, whole)
+    for reader in readers:
+        for error, name in on_ranks(reader, check_resumed_step, folder, steps, config, reader, whole):
+            assert error <= EXACT, (reader, name, error)
+
+
+def check_documents(config, plan):
+    """Loss of a batch of packed documents with positions that restart, summed over ranks."""
+    model, _ = build(config, plan)
+    tokens, targets = batch(config, plan)
+    starts = torch.zeros_like(tokens)
+    starts[:, [3, 9]] = 1
+    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 6]).expand_as(tokens)
+    arguments = dict(ids=tokens, targets=targets, positions=positions, doc_ids=starts.cumsum(1))
+    if plan.world_size > 1:
+        arguments = parallel.own_tokens(plan, config.num_nextn_predict_layers, **arguments)
+    model.aux_scale = 1 / (plan.cp * plan.tp)
+    loss_tokens = (targets != -100).sum((0, 2)).double()
+    return parallel.all_sum(model(**arguments, loss_tokens=loss_tokens).total_loss.detach()).item()
+
+
+@pytest.mark.parametrize("axes", [dict(cp=2), dict(tp=2), dict(cp=2, tp=2)], ids=str)
+def test_documents_over_ranks(axes):
+    whole, plan = replace(PLAN, micro_batch=8), replace(PLAN, micro_batch=8, sp=1, **axes)
+    want = check_documents(DEEP, whole)
+    assert dist.run(plan.world_size, check_documents, DEEP, plan) == pytest.approx([want] * plan.world_size, rel=EXACT)
+
+
+def test_each_context_rank_has_as_much_of_the_causal_triangle():
+    plan = replace(PLAN, cp=2)
+    pairs = []
+    for place in range(2):
+        parallel_rank, parallel.rank = parallel.rank, lambda: place
+        arguments = parallel.own_tokens(plan, 1, *batch(DEEP, PLAN))
+        parallel.rank = parallel_rank
+        pairs.append(arguments["doc_ids"].sum().item())
+    assert pairs[0] == pairs[1] == 16 * 17 // 4
