@@ -318,6 +318,9 @@ class Flight:
     def finish(self, out):
         return Finish.apply(out, self)
 
+    def whole(self, x):
+        return self.finish(self.start(x))
+
 
 class Start(torch.autograd.Function):
     @staticmethod
@@ -711,15 +714,14 @@ def own_slice(module, whole):
 
 def gather_sequence(group, x):
     """Parts of members one after the other: (B, t, ...) -> (B, size * t, ...)."""
-    flight = Flight(group.all_gather, group.reduce_scatter)
-    parts = flight.finish(flight.start(x))                                # (size * B, t, ...)
+    parts = Flight(group.all_gather, group.reduce_scatter).whole(x)       # (size * B, t, ...)
     return parts.unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def scatter_sequence(group, x):
     """Each member gets its part of the sum over members: (B, size * t, C) -> (B, t, C)."""
-    flight = Flight(group.reduce_scatter, group.all_gather)
-    return flight.finish(flight.start(x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1)))
+    parts = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1)                # (size * B, t, C)
+    return Flight(group.reduce_scatter, group.all_gather).whole(parts)
 
 
 def gather_contexts(model, grid):
