@@ -69,22 +69,22 @@ def two_nodes(megabits):
             tool("ip", "netns", "del", name, check=False)                 # its end of the pair goes with it
 
 
-def start_ranks(names, addresses, links, arguments):
+def start_ranks(names, addresses, links, arguments, script):
     """One process a rank, rank 0 and 1 in the first node: this script again, told its rank."""
     ranks = []
     for rank in range(NODES * RANKS_A_NODE):
         node = rank // RANKS_A_NODE
         environment = dict(os.environ, GLOO_SOCKET_IFNAME=links[node], OMP_NUM_THREADS="1")
-        command = ["ip", "netns", "exec", names[node], sys.executable, __file__]
+        command = ["ip", "netns", "exec", names[node], sys.executable, script]
         command += ["--rank", str(rank), "--address", addresses[0], *arguments]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE if rank == 0 else None))
     return ranks
 
 
-def run_ranks(args, arguments):
+def run_ranks(args, arguments, script=__file__):
     """What rank 0 printed."""
     with two_nodes(args.rate) as (names, addresses, links):
-        ranks = start_ranks(names, addresses, links, arguments)
+        ranks = start_ranks(names, addresses, links, arguments, script)
         try:
             output, _ = ranks[0].communicate(timeout=args.limit)
         finally:
