@@ -14,7 +14,7 @@ one process; a time is the least of --repeats, of the slowest rank:
     none        the step, one micro-batch after the other
     adaptive    the step in pairs
 
-hidden = (compute + exchange - adaptive) / exchange. Gradients are not reduced over ranks, which would cross the link too.
+hidden = (compute + exchange - adaptive) / exchange. Gradients are not reduced over ranks.
 simulated: sim.py on a device whose links are those of the table and whose arithmetic takes as long as `compute`.
 """
 import argparse
@@ -175,9 +175,10 @@ def show(args, found):
           f"{args.hidden}, top-{args.top_k}; torch {torch.__version__}")
     seconds = "   ".join(f"{name} {found[name]:.2f}" for name in ("compute", "exchange", "none", "adaptive"))
     print(f"measured, s:  {seconds}   hidden {hidden:.0%}   none / adaptive {found['none'] / found['adaptive']:.2f}")
-    none, adaptive = simulated(args, found)
-    print(f"simulated, s: none {seconds_of(none):.2f}   adaptive {seconds_of(adaptive):.2f}   "
-          f"hidden {adaptive['hidden_comm_fraction']:.0%}   none / adaptive {seconds_of(none) / seconds_of(adaptive):.2f}")
+    predicted = simulated(args, found)
+    none, adaptive = map(seconds_of, predicted)
+    print(f"simulated, s: none {none:.2f}   adaptive {adaptive:.2f}   hidden {predicted[1]['hidden_comm_fraction']:.0%}   "
+          f"none / adaptive {none / adaptive:.2f}")
 
 
 def main():
