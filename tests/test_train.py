@@ -287,8 +287,8 @@ def test_step_that_is_not_finite_changes_nothing():
     train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0)
     before = [t.clone() for t in (*model.parameters(), *(v for s in optimizer.state.values() for v in s.values()))]
     hook = model.norm.register_forward_hook(lambda module, inputs, out: out * math.nan)
-    measures = train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0).tolist()
-    measures = dict(zip(train.MEASURES, measures))
+    measures = train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0)
+    measures = dict(zip(train.MEASURES, measures.tolist()))
     hook.remove()
     after = [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
     assert measures["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, after))
@@ -519,6 +519,7 @@ def test_a_step_without_the_fused_skip_equals_one_with_it(monkeypatch, broken):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
         ids = torch.arange(36).view(2, 18) % 64
         batch = ids[:, :16], torch.stack((ids[:, 1:17], ids[:, 2:18]), 1), None
-        train.train_step(model, optimizer, batch, Plan(micro_batch=2, global_batch=2, seq_len=16), clip=0.01)
+        pipeline = parallel.Pipeline(model, Plan(micro_batch=2, global_batch=2, seq_len=16))
+        train.train_step(pipeline, optimizer, batch, clip=0.01)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7, equal_nan=True)
