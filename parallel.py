@@ -637,7 +637,7 @@ def refuse_what_is_not_run(plan):
     if plan.tp > 1 and not plan.sp:
         raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
     if plan.balance_live and (plan.pp * plan.cp * plan.tp > 1 or plan.overlap != "none"):
-        raise ValueError(f"balance_live={plan.balance_live} is run with pp=1 cp=1 tp=1 and overlap=none alone: use those")
+        raise ValueError(f"balance_live={plan.balance_live} runs with pp=1 cp=1 tp=1 and overlap=none alone: use those")
     for name, only in (("recompute", ()), ("swap", ())):
         if getattr(plan, name) != only:
             raise ValueError(f"{name} is planned and timed by sim.py, but not run yet: leave it out")

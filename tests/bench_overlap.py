@@ -177,8 +177,8 @@ def show(args, found):
     print(f"measured, s:  {seconds}   hidden {hidden:.0%}   none / adaptive {found['none'] / found['adaptive']:.2f}")
     predicted = simulated(args, found)
     none, adaptive = map(seconds_of, predicted)
-    print(f"simulated, s: none {none:.2f}   adaptive {adaptive:.2f}   hidden {predicted[1]['hidden_comm_fraction']:.0%}   "
-          f"none / adaptive {none / adaptive:.2f}")
+    print(f"simulated, s: none {none:.2f}   adaptive {adaptive:.2f}   "
+          f"hidden {predicted[1]['hidden_comm_fraction']:.0%}   none / adaptive {none / adaptive:.2f}")
 
 
 def main():
