@@ -20,9 +20,12 @@ import json
 import math
 import re
 import sys
+from array import array
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import accumulate, chain, islice, product, zip_longest
+from functools import cached_property, lru_cache
+from itertools import chain, islice, product, zip_longest
+from operator import le, mul
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +86,8 @@ class Plan:
     n_stages = property(lambda self: self.pp * self.vpp)
     # micro-batches of one step on each replica
     n_micro = property(lambda self: self.global_batch // (self.dp * self.micro_batch))
+    # micro-batches after which interleaved chunks take turns
+    turn = property(lambda self: self.n_micro // max(1, self.n_micro // self.pp))
     # ranks of an expert group inside one node; ep // inner nodes form the outer group
     inner = property(lambda self: min(self.ep, self.node_size))
     # ranks that hold the same experts
@@ -270,8 +275,8 @@ def exchange_bytes(config, plan, ids=None):
     node_counts = INDEX_BYTES + counts * plan.inner if plan.dispatch == "dedup" else 0
     rows = _expected_rows(config, plan) if ids is None else _routed_rows(config, plan, ids)
     sent = {way: {tier: [0] * plan.ep for tier in ("inner", "outer")} for way in ("forward", "backward")}
-    # ranks of a uniform group are alike: the first speaks for all
-    for source, peer in product(range(1 if ids is None else plan.ep), range(plan.ep)):
+    pairs = [(*pair, 1) for pair in product(range(plan.ep), repeat=2)] if ids is not None else _pairs_of_first(plan)
+    for source, peer, times in pairs:
         inside, same_place = source // plan.inner == peer // plan.inner, source % plan.inner == peer % plan.inner
         by_expert = inside or plan.dispatch == "flat"      # else a token crosses once, with all of its choices
         if source == peer or not (by_expert or same_place):
@@ -279,8 +284,8 @@ def exchange_bytes(config, plan, ids=None):
         tier, there, back = "inner" if inside else "outer", rows[source, peer], rows[peer, source]
         weights = e if by_expert else k * e
         first = counts if by_expert else node_counts + there * k * INDEX_BYTES
-        sent["forward"][tier][source] += first + there * (row + weights) + back * row
-        sent["backward"][tier][source] += there * row + back * (row + weights)
+        sent["forward"][tier][source] += times * (first + there * (row + weights) + back * row)
+        sent["backward"][tier][source] += times * (there * row + back * (row + weights))
     if ids is None:
         sent = {way: {tier: each[:1] * plan.ep for tier, each in tiers.items()} for way, tiers in sent.items()}
     return sent
@@ -294,13 +299,23 @@ def copied_bytes(config, plan):
 
 
 def _expected_rows(config, plan):
-    """{(source, peer): rows that go from one to the other}, as _routed_rows, under uniform routing."""
+    """{(source, peer): rows that go from one to the other}, as _routed_rows, under uniform routing, for the first."""
     experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
     copies = plan.tokens * k / (plan.ep if plan.dispatch == "flat" else plan.inner)
     missed = math.comb(experts - experts // nodes, k) / math.comb(experts, k) if plan.dispatch == "dedup" else 0.0
     crossing = copies if plan.dispatch == "flat" else plan.tokens * (1 - missed)
-    pairs = product(range(plan.ep), repeat=2)
-    return {pair: copies if pair[0] // plan.inner == pair[1] // plan.inner else crossing for pair in pairs}
+    pairs = [pair for source, peer, _ in _pairs_of_first(plan) for pair in ((source, peer), (peer, source))]
+    return {pair: copies if max(pair) < plan.inner else crossing for pair in pairs}
+
+
+def _pairs_of_first(plan):
+    """(0, peer, peers like it): ranks of a uniform group are alike, so the first speaks for all.
+
+    Peers: in its node, at its place of another node, elsewhere in another node.
+    """
+    beside, nodes = plan.inner - 1, plan.ep // plan.inner - 1
+    pairs = (0, 1, beside), (0, plan.inner, nodes), (0, plan.inner + 1, beside * nodes)
+    return [pair for pair in pairs if pair[2]]
 
 
 def _routed_rows(config, plan, ids):
@@ -802,7 +817,7 @@ def saved_bytes(work):
 # Hardware, and what operators and collectives cost on it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)                          # equal if it is the same object
 class Hardware:
     """One device, its node and its network. Bandwidths are of one direction and one device; efficiencies of a peak.
 
@@ -889,16 +904,18 @@ class LayerTime:
     """
 
     def __init__(self, work, hardware, max_vio):
-        plan, again, slower = work.plan, recomputed(work)[1], 1 + max_vio
+        plan, again, slower, self.work = work.plan, recomputed(work)[1], 1 + max_vio, work
         self.name = work.kind if work.kind in ("embedding", "head") else ""
         self.whole_again = "layer" in plan.recompute and "input_layernorm" in again
         # dropped rows travel again: before anything is recomputed from them, or else for the weight gradients alone
         self.rows_again = "" if "permute" not in again else "first" if "expert.gate_up" in again else "for weights"
-        self.compute = Counter()                           # (part, pass) -> seconds; pass: F, or backward's I and W
+        self.compute = Counter()                           # (part, pass) -> seconds; pass: F, I, W, or B = I + W
         for op in work.ops:
             seconds = [one * (slower if op.name.startswith("expert.") else 1) for one in op_seconds(op, plan, hardware)]
             self.compute.update(dict(zip(product([op.part], "FIW"), seconds)))
             self.compute["recompute", "F"] += seconds[0] if op.name in again else 0.0
+        self.compute.update({(part, "B"): self.compute[part, "I"] + self.compute[part, "W"]
+                             for part in {op.part for op in work.ops}})
         self.collectives = defaultdict(list)               # part -> list of (axis, tier, seconds) of one pass
         self.exchange = {"F": Counter(), "B": Counter()}   # pass -> tier -> seconds of one way
         self.sent = Counter()                              # tier -> bytes of a forward and a backward
@@ -919,10 +936,16 @@ class LayerTime:
                 way = tiers[tier][0] / 2
                 self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way + copied[tier] / 2)
                 self.sent[tier] += times[one] * way + copied[tier]
-        self.swap = saved_bytes(work)[1] / hardware.host_bandwidth
+        self.kept, away = saved_bytes(work)                # bytes of a micro-batch
+        self.swap = away / hardware.host_bandwidth
         # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it; (tier, seconds)
         self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
                                          if plan.zero == 3 else 0.0) for size in (work.element, 4)]
+
+
+@lru_cache(4096)
+def layer_time(shape, plan, kind, hardware, max_vio):
+    return LayerTime(Work(shape, plan, kind), hardware, max_vio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -932,8 +955,8 @@ class LayerTime:
 class Streams:
     """A device's queues: compute, links inside the node, links between nodes, the host's link; each runs in order."""
 
-    def __init__(self, plan):
-        self.flat = plan.dispatch == "flat"
+    def __init__(self, flat):
+        self.flat = flat
         self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}
         self.tasks = []                                    # (name, stream, start, end), seconds from the action's start
 
@@ -950,8 +973,7 @@ class Streams:
         """One part of a layer behind its collectives. which: F, I, W or B, the two halves of a backward together."""
         for axis, tier, seconds in layer.collectives.get(part, ()) if which != "W" else ():
             after = self.run(f"{axis} {part}", tier, seconds, after)
-        seconds = sum(layer.compute.get((part, one), 0.0) for one in ("IW" if which == "B" else which))
-        return self.run(f"{layer.name or part} {which}", "compute", seconds, after)
+        return self.run(f"{layer.name or part} {which}", "compute", layer.compute.get((part, which), 0.0), after)
 
     def exchange(self, layer, which, way, after):
         """Rows to the experts (way=out: outer hop first) or back; flat sends over both kinds of link at once."""
@@ -1009,17 +1031,18 @@ class Streams:
             yield
 
 
-def play_action(plan, kind, forward, backward):
-    """Streams of one action, from time 0. forward, backward: LayerTimes of the stages that it runs so, or ()."""
-    streams, adaptive = Streams(plan), plan.overlap == "adaptive"
+@lru_cache(4096)
+def play_action(flat, adaptive, kind, forward, backward):
+    """(Streams of one action, from time 0; their account). forward, backward: LayerTimes of a stage, or ()."""
+    streams = Streams(flat)
     if kind == "W":
         for layer, part in product(backward, ("attend", "shared", "experts")):
             streams.compute(layer, part, "W", 0.0)
-        return streams
-    f, b = streams.forward_steps(forward), streams.backward_steps(backward, kind[-1], adaptive)
-    for _ in zip_longest(b, f) if adaptive else chain(f, b):
-        pass
-    return streams
+    else:
+        f, b = streams.forward_steps(forward), streams.backward_steps(backward, kind[-1], adaptive)
+        for _ in zip_longest(b, f) if adaptive else chain(f, b):
+            pass
+    return streams, account(streams)
 
 
 def account(streams):
@@ -1033,8 +1056,9 @@ def account(streams):
     for name, stream, start, stop in streams.tasks:
         if stream == "compute":
             parts[name.split()[0]] += stop - start
-    parts["exchange"] = max(0.0, _busy(computing + travel) - _busy(computing))             # rounding aside
-    parts["collectives"] = max(0.0, end - _busy(computing + travel))
+    busy = _busy(computing + travel)
+    parts["exchange"] = max(0.0, busy - sum(parts.values()))               # rounding aside
+    parts["collectives"] = max(0.0, end - busy)
     return end, parts, sum(stop - start for start, stop in travel)
 
 
@@ -1059,6 +1083,11 @@ class Action(NamedTuple):
     stage: int                     # of a pair: the forward's
     microbatch: int
     backward: tuple = ()           # of a pair: (stage, microbatch) of the backward
+
+    @property
+    def run(self):
+        """What actions that differ by the micro-batch alone share: (kind, stage, stage of a pair's backward)."""
+        return self.kind, self.stage, *self.backward[:1]
 
     def parts(self):
         """The action as plain (kind, stage, microbatch): two for a pair, forward first."""
@@ -1087,7 +1116,7 @@ def _one_forward_one_backward(plan, rank):
     paired: one more warm-up, so that each steady step holds a forward and a backward that do not wait for each other.
     """
     n, vpp, hops = plan.n_micro, plan.vpp, plan.pp - 1 - rank
-    turn = n // max(1, n // plan.pp)
+    turn = plan.turn
     forward = [f"F{i // turn % vpp}" for i in range(n * vpp)]
     backward = [f"B{vpp - 1 - i // turn % vpp}" for i in range(n * vpp)]
     first = {"1f1b": hops, "interleaved": 2 * hops, "paired": 2 * hops + 1}[plan.schedule]
@@ -1142,59 +1171,140 @@ def _number(words, stages, n):
     return [action for action in actions if action.microbatch < n]
 
 
-def check_table(plan, table):
-    """AssertionError if a table is no right schedule. Returns each rank's most micro-batches (per chunk) in flight."""
-    home, in_flight, sent, received = plan.homes(), [], {}, {}
-    for rank, actions in enumerate(table):
-        seen, live, most = set(), 0, 0
-        for what in (part for action in actions for part in action.parts()):
-            kind, stage, microbatch = what
-            before = {"F": None, "B": "F", "I": "F", "W": "I"}[kind]
-            assert home[stage] == rank, f"{what} on rank {rank}, its stage lives on rank {home[stage]}"
-            assert what not in seen, f"{what} twice"
-            assert before is None or (before, stage, microbatch) in seen, f"{what} before its {before}"
-            seen.add(what)
-            live += {"F": 1, "B": -1, "I": 0, "W": -1}[kind]
-            most = max(most, live)
-            step = {"F": 1, "W": 0}.get(kind, -1)          # towards the stage that waits for this one's output
-            if home.get(stage + step, rank) != rank:
-                sent.setdefault((step, stage), []).append(microbatch)
-            if home.get(stage - step, rank) != rank:
-                received.setdefault((step, stage - step), []).append(microbatch)
-        passes, wanted = sum(kind != "W" for kind, _, _ in seen), 2 * plan.n_micro * len(plan.stages_of(rank))
-        assert passes == wanted, f"rank {rank}: {passes} forwards and backwards, not {wanted}"
-        assert live == 0, f"rank {rank}: {live} weight gradients are owed when gradients are reduced"
-        in_flight.append(most)
-    assert sent == received, "a link's order of receives is not its order of sends"
-    play(plan, table, lambda action: 1.0)                  # asserts that no ranks wait for each other
-    return in_flight
+ROUNDS = 8     # turns of about pp micro-batches, of which a step plays so many if the others repeat them
+
+
+class Timetable:
+    """A table in an order in which every step finds its inputs: made once, then timed under any durations.
+
+    Arrays hold an item for each step, from 1: step 0 stands for an input that is there, or that the rank made itself.
+    """
+
+    def __init__(self, plan, table):
+        home, n, last, self.turn = plan.homes(), plan.n_micro, plan.n_stages - 1, plan.turn
+        self.runs = {}                                     # run -> its number
+        self.rank, self.run, self.microbatch, self.input, self.gradient = (array("l", [0]) for _ in range(5))
+        # [stage][micro-batch]: the step that makes a stage's input, or its output's gradient; the row past the last
+        # stage is for what nobody takes
+        inputs, gradients = ([[None] * n for _ in range(last + 2)] for _ in range(2))
+        inputs[0], gradients[last], done, progress = [0] * n, [0] * n, [0] * plan.pp, True
+        while progress:
+            progress = False
+            for rank, actions in enumerate(table):
+                for action in islice(actions, done[rank], None):
+                    kind, stage, m, (back, back_m) = action if action.backward else (*action[:3], action[1:3])
+                    forward, backward = kind in ("F", "FB"), kind in ("B", "I", "FB")
+                    needs = inputs[stage][m] if forward else 0, gradients[back][back_m] if backward else 0
+                    if None in needs:
+                        break
+                    self._add(rank, action, *needs)
+                    if forward:
+                        inputs[stage + 1][m] = 0 if home.get(stage + 1) == rank else len(self.rank) - 1
+                    if backward:
+                        gradients[back - 1][back_m] = 0 if home.get(back - 1) == rank else len(self.rank) - 1
+                    done[rank], progress = done[rank] + 1, True
+        waiting = [str(actions[n]) for actions, n in zip(table, done) if n < len(actions)]
+        assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
+        self.in_flight = [_peaks(plan.stages_of(rank), actions) for rank, actions in enumerate(table)]
+        self.counts = self._count(0, n)
+        self.one_round = self._count(5 * self.turn, 6 * self.turn)
+
+    def _add(self, rank, action, makes_input, makes_gradient):
+        self.rank.append(rank)
+        self.run.append(self.runs.setdefault(action.run, len(self.runs)))
+        self.microbatch.append(action.microbatch)          # of a pair, the forward's
+        self.input.append(makes_input)
+        self.gradient.append(makes_gradient)
+
+    def _count(self, first, end):
+        """list (pp) of {run: steps of these micro-batches}."""
+        runs, counts = list(self.runs), [{} for _ in self.in_flight]
+        steps = islice(zip(self.rank, self.run, self.microbatch), 1, None)
+        for (rank, run), n in Counter((rank, run) for rank, run, m in steps if first <= m < end).items():
+            counts[rank][runs[run]] = n
+        return counts
+
+    def play(self, seconds, link=0.0):
+        """(time at which each step's output reaches another rank, at which each rank ends). seconds: of each run.
+
+        link: seconds that an output travels; sends are asynchronous, only the receiver waits. A pair starts when both
+        of its inputs are there.
+        """
+        now, reached = [0.0] * len(self.in_flight), [-math.inf]
+        steps = zip(self.rank, self.run, self.input, self.gradient)
+        for rank, run, makes_input, makes_gradient in islice(steps, 1, None):
+            start = now[rank]
+            if reached[makes_input] > start:               # max() takes three times as long
+                start = reached[makes_input]
+            if reached[makes_gradient] > start:
+                start = reached[makes_gradient]
+            now[rank] = end = start + seconds[run]
+            reached.append(end + link)
+        return reached, now
+
+    @cached_property
+    def turn_apart(self):
+        """(steps, the same ones a turn before; -1 where there is none): as many as depend on each other at a time."""
+        steps = {key: i for i, key in enumerate(zip(self.run, self.microbatch)) if i}
+        window = [(i, steps.get((run, m - self.turn), -1)) for (run, m), i in steps.items()
+                  if 4 * self.turn <= m < (ROUNDS - 2) * self.turn]
+        return [array("l", column) for column in zip(*window)]
+
+    def period(self, reached):
+        """Seconds from a step to the same one a turn before, if that is one number for all that is in flight."""
+        later, earlier = self.turn_apart
+        shifts = [reached[i] - reached[j] for i, j in zip(later, earlier)]
+        return max(shifts) if max(shifts) - min(shifts) < 1e-12 * max(reached) and min(earlier) > 0 else None
+
+
+def _peaks(stages, actions):
+    """A rank's micro-batches in flight, by chunk, at the moments that can be its peak: none is less in every chunk."""
+    live, seen, grown = dict.fromkeys(stages, 0), set(), False
+    for action in actions:
+        for kind, stage, _ in action.parts():
+            change = {"F": 1, "I": 0, "B": -1, "W": -1}[kind]              # I alone frees nothing yet
+            if change < 0 and grown:
+                seen.add(tuple(live.values()))
+            live[stage] += change
+            grown = change > 0 or (grown and not change)
+    return [one for one in seen if not any(one != more and all(map(le, one, more)) for more in seen)]
+
+
+@lru_cache(1024)
+def timetable(schedule, pp, vpp, n_micro):
+    plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
+    return Timetable(plan, schedule_table(plan))
+
+
+def played_table(plan):
+    """(Timetable of the first micro-batches, turns that are left out): what is in flight is the same without these."""
+    repeated = max(0, plan.n_micro // plan.turn - ROUNDS)
+    return timetable(plan.schedule, plan.pp, plan.vpp, plan.n_micro - repeated * plan.turn), repeated
+
+
+def time_pipeline(plan, duration, link):
+    """(seconds until each rank ends, list (pp) of {run: how often}) of a step. duration(run): seconds.
+
+    Once all that is in flight comes one period after what came a turn before, every further turn repeats it until the
+    micro-batches end: such turns are counted, not played.
+    """
+    table, repeated = played_table(plan)
+    reached, ends = table.play([duration(run) for run in table.runs], link)
+    period = table.period(reached) if repeated else 0.0
+    if period is None:
+        repeated, period, table = 0, 0.0, timetable(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
+        ends = table.play([duration(run) for run in table.runs], link)[1]
+    counts = [{run: n + repeated * more.get(run, 0) for run, n in one.items()}
+              for one, more in zip(table.counts, table.one_round)]
+    return [end + repeated * period for end in ends], counts
 
 
 def play(plan, table, duration, link=0.0):
-    """Plays a table: list (pp) of lists of (start, end, action), seconds.
-
-    duration(action): seconds that it holds its rank. link: seconds from the end of an action until a neighbour has its
-    output; sends are asynchronous, only the receiver waits. A pair starts when both of its inputs are there.
-    """
-    home, last = plan.homes(), plan.n_stages - 1
-    # (forward?, stage, microbatch) -> time at which the stage has the input
-    there = {(forward, 0 if forward else last, m): 0.0 for forward in (True, False) for m in range(plan.n_micro)}
-    spans, now, progress = [[] for _ in table], [0.0] * plan.pp, True
-    while progress:
-        progress = False
-        for rank, actions in enumerate(table):
-            for action in islice(actions, len(spans[rank]), None):
-                passes = [(kind == "F", stage, m) for kind, stage, m in action.parts() if kind != "W"]
-                start = max([now[rank]] + [there.get(one, math.inf) for one in passes])
-                if start == math.inf:
-                    break
-                now[rank], progress = start + duration(action), True
-                spans[rank].append((start, now[rank], action))
-                for forward, stage, m in passes:
-                    to = stage + 1 if forward else stage - 1
-                    there[forward, to, m] = now[rank] + (link if home.get(to) != rank else 0.0)
-    waiting = [str(actions[len(row)]) for actions, row in zip(table, spans) if len(row) < len(actions)]
-    assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
+    """Plays a whole table: list (pp) of lists of (start, end, action), seconds. duration(run): seconds."""
+    played, rows, spans = Timetable(plan, table), [iter(row) for row in table], [[] for _ in table]
+    seconds = [duration(run) for run in played.runs]
+    for rank, run, reached in islice(zip(played.rank, played.run, played.play(seconds, link)[0]), 1, None):
+        spans[rank].append((reached - link - seconds[run], reached - link, next(rows[rank])))
     return spans
 
 
@@ -1223,23 +1333,24 @@ class Simulation:
         self.plan, self.hardware = plan, hardware
         self.shape = replace(as_shape(config), value_padded=hardware.value_padded)
         self.stages = stage_kinds(self.shape, plan)
-        self.works = {kind: Work(self.shape, plan, kind) for kind in set(chain(*self.stages))}
-        self.times = {kind: LayerTime(work, hardware, max_vio) for kind, work in self.works.items()}
+        # plans whose layers cost the same
+        alike = dict(pp=min(plan.pp, 2), vpp=1, global_batch=1, layer_split=(), schedule="1f1b", overlap="none")
+        alike = replace(plan, **alike)
+        self.times = {kind: layer_time(self.shape, alike, kind, hardware, max_vio) for kind in set(chain(*self.stages))}
+        self.works = {kind: time.work for kind, time in self.times.items()}
         self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
-        link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
-        self.played = {}                                   # what an action runs -> (Streams, account of them)
-        self.table = schedule_table(plan)
-        self.spans = play(plan, self.table, lambda action: self.action(action)[1][0], link)
+        self.link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
 
-    def action(self, action):
-        """(Streams, account of them) of an action: the same for all micro-batches, and for stages of the same kinds."""
-        kind, stage, _, backward = action
-        runs = self.stages[stage], self.stages[backward[0]] if backward else ()
-        if (kind, runs) not in self.played:
-            forward, back = [[self.times[one] for one in kinds] for kinds in (runs if "F" in kind else runs[::-1])]
-            streams = play_action(self.plan, kind, forward, back)
-            self.played[kind, runs] = streams, account(streams)
-        return self.played[kind, runs]
+    def run(self, run):
+        """(Streams, account of them) of a run: (kind, stage, stage of a pair's backward)."""
+        kind, *stages = run
+        layers = [tuple(self.times[one] for one in self.stages[stage]) for stage in stages] + [()]
+        forward, backward = layers[:2] if "F" in kind else layers[1::-1]
+        return play_action(self.plan.dispatch == "flat", self.plan.overlap == "adaptive", kind, forward, backward)
+
+    def spans(self):
+        """The whole step: list (pp) of lists of (start, end, action), seconds."""
+        return play(self.plan, schedule_table(self.plan), lambda run: self.run(run)[1][0], self.link)
 
     def works_of(self, rank):
         return [self.works[kind] for stage in self.plan.stages_of(rank) for kind in self.stages[stage]]
@@ -1262,14 +1373,15 @@ class Simulation:
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
         parts, travel, step = Counter(), 0.0, 0.0
-        for rank, row in enumerate(self.spans):
+        ends, counts = time_pipeline(self.plan, lambda run: self.run(run)[1][0], self.link)
+        for rank, (end, runs) in enumerate(zip(ends, counts)):
             sync, optimizer = self.after_pipeline(rank)
-            step = max(step, row[-1][1] + sync + optimizer)
+            step = max(step, end + sync + optimizer)
             parts.update(gradients=sync, optimizer=optimizer)
-            for action, times in Counter(action._replace(microbatch=0, backward=action.backward[:1])
-                                         for _, _, action in row).items():
-                _, by_part, seconds = self.action(action)[1]
-                parts.update({name: times * spent for name, spent in by_part.items()})
+            for run, times in runs.items():
+                _, by_part, seconds = self.run(run)[1]
+                for name, spent in by_part.items():
+                    parts[name] += times * spent
                 travel += times * seconds
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
         parts["bubble"] = step - sum(parts.values())
@@ -1298,11 +1410,9 @@ class Simulation:
                     framework=self.hardware.framework)
 
     def _activations(self, rank):
-        """Most bytes that micro-batches in flight keep; a backward for inputs alone frees nothing yet."""
-        kept = {stage: sum(saved_bytes(self.works[kind])[0] for kind in self.stages[stage])
-                for stage in self.plan.stages_of(rank)}
-        parts = chain(*(action.parts() for action in self.table[rank]))
-        return max(accumulate({"F": 1, "I": 0, "B": -1, "W": -1}[kind] * kept[stage] for kind, stage, _ in parts))
+        """Most bytes that micro-batches in flight keep."""
+        kept = [sum(self.times[kind].kept for kind in self.stages[stage]) for stage in self.plan.stages_of(rank)]
+        return max(sum(map(mul, kept, live)) for live in played_table(self.plan)[0].in_flight[rank])
 
 
 def predict(config, plan, hardware, max_vio=0.0):
@@ -1364,11 +1474,11 @@ def predict_under_load(config, plan, hardware, load):
 def write_trace(run, path):
     """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds."""
     threads, events = ["schedule", "compute", "inner", "outer", "host"], []
-    for rank, row in enumerate(run.spans):
+    for rank, row in enumerate(run.spans()):
         names = [("process_name", 0, f"pipeline rank {rank}")] + [("thread_name", *one) for one in enumerate(threads)]
         events += [dict(ph="M", name=kind, pid=rank, tid=thread, args={"name": name}) for kind, thread, name in names]
         for start, end, action in row:
-            tasks = [(str(action), "schedule", 0.0, end - start)] + run.action(action)[0].tasks
+            tasks = [(str(action), "schedule", 0.0, end - start)] + run.run(action.run)[0].tasks
             events += [dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream),
                             ts=1e6 * (start + first), dur=1e6 * (last - first)) for name, stream, first, last in tasks]
     with open(path, "w") as file:
@@ -1381,7 +1491,7 @@ def draw_png(run, path):
     matplotlib.use("Agg")
     from matplotlib import colors, pyplot
     plan, colours, bars = run.plan, dict(F="tab:blue", B="tab:orange", I="tab:orange", W="tab:green"), []
-    for rank, row in enumerate(run.spans):
+    for rank, row in enumerate(run.spans()):
         for start, end, action in row:
             parts = action.parts()
             for i, (kind, stage, _) in enumerate(parts):
@@ -1549,7 +1659,7 @@ def main(argv=None):
         return print(json.dumps(result)) if args.json else print_prediction(result)
     run = Simulation(config, plan, hardware, load_found["live"])
     write_trace(run, args.out)
-    print(draw_text(run.spans))
+    print(draw_text(run.spans()))
     if args.png:
         draw_png(run, args.png)
 
