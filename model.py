@@ -232,7 +232,7 @@ def flops_per_token(config, seq_len):
 # Operators: a plain body that explains, and a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's)
 
 FUSED = True              # False: every operator takes its plain body; tests compare the two
-LOGIT_ELEMENTS = 2**24    # float32 logits that cross_entropy holds at a time (64 MiB), but at least 512 rows of them
+LOGIT_ELEMENTS = 2**20    # float32 logits that cross_entropy holds at a time (4 MiB), but at least 512 rows of them
 
 
 def backend(x):
@@ -271,10 +271,11 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        normed, gain = x * scale, weight.to(scale.dtype)                  # float32 or better
-        product = grad * normed
+        gain, grad32 = weight.to(scale.dtype), grad.to(scale.dtype)      # float32 or better: mixed dtypes are slow on CPU
+        normed = x.to(scale.dtype) * scale
+        product = grad32 * normed
         mean = (product @ gain / x.size(-1)).unsqueeze(-1)
-        grad_x = (grad * gain).addcmul_(normed, mean, value=-1).mul_(scale)
+        grad_x = (grad32 * gain).addcmul_(normed, mean, value=-1).mul_(scale)
         return grad_x.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
 
 

@@ -84,8 +84,8 @@ def fused_skips(device):
 
 
 def auto_precision(device):
-    """A static rule: bf16 (float32 master weights) on accelerators, float32 on the CPU."""
-    return "fp32" if device.type == "cpu" else "bf16"
+    """A static rule: bf16 (float32 master weights), but float32 on a CPU that cannot multiply bf16."""
+    return "bf16" if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def peak_memory(device):

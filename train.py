@@ -91,7 +91,7 @@ OPTIONS = dict(
     beta1=(0.9, "of AdamW"),
     beta2=(0.95, "of AdamW"),
     clip=(1.0, "the global gradient norm is cut to this"),
-    precision=("auto", "auto (fp32 on the CPU, else bf16 with fp32 master weights) | fp32 | bf16"),
+    precision=("auto", "auto (bf16 with fp32 master weights; fp32 on a CPU without bf16 matmuls) | fp32 | bf16"),
 )
 PLAN_DEFAULTS = dict(micro_batch=8, global_batch=32, seq_len=256)
 PLAN_FIELDS = [field for field in dataclasses.fields(Plan) if field.name != "precision"]
