@@ -734,7 +734,8 @@ def evaluate(pipeline, corpus, document_end=None):
     starts = range(0, max(1, n - (seq_len - stride)), stride)
     padded = np.full(starts[-1] + plan.dp * batch * stride + seq_len + depths, -1, np.int64)
     padded[:n + 1] = corpus.heldout
-    nats = 0.0
+    nats, began = 0.0, time.monotonic()
+    shown = began
     model.eval()
     for i in range(0, len(starts), plan.dp * batch):
         i += parallel.data_rank(plan) * batch
@@ -750,6 +751,10 @@ def evaluate(pipeline, corpus, document_end=None):
         one = torch.ones(depths, device=device)                           # a sum, not a mean
         windows = dict(ids=ids.clamp(min=0), targets=counted, doc_ids=doc_ids)
         nats += pipeline.step([windows], one, train=False).loss.item()
+        if time.monotonic() - shown > 5:
+            shown = time.monotonic()
+            done = min(1, (i + batch) / len(starts))
+            print(f"held-out: {done:.0%} read, {clock((shown - began) * (1 / done - 1))} left", flush=True)
     model.train()
     nats = parallel.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
     return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
