@@ -8,6 +8,7 @@ process groups. parallel.py takes a built model and spreads it; what the model c
     MoE.dispatcher          who brings rows to experts and back; here the local one, there an exchange between ranks
     Router.average_counts   the identity here, an average over the ranks of a balance group there
     Attention.gather_context   the identity here, latents of the whole sequence there, where ranks hold parts of one
+    Attention, MLP, MoE ... .memory   keeps all that backward needs; there some is computed again, or swapped to the host
     Linear.store            a WeightGradStore that delays weight gradients, so that they can hide an exchange
     Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
@@ -335,18 +336,22 @@ def attention(q, k, v, scale, mask=None):
         left_out, mode = (triangle, 2) if mask is None else (~mask, 1)
         return torch.ops.npu.npu_fusion_attention(q, k, v, q.size(2), "BSND", atten_mask=left_out, scale=scale,
                                                   sparse_mode=mode)[0]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))                      # (B,H,T,D)
+    width = v.size(-1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, as_wide_as_keys(v, k)))  # (B,H,T,D)
     if kind == "plain":
         causal = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
         scores = (q @ k.transpose(-1, -2)).to(at_least_float32(q.dtype)) * scale
         scores = scores.masked_fill(~(causal if mask is None else mask), -math.inf)
         return (scores.softmax(-1).to(q.dtype) @ v).transpose(1, 2)
-    width = v.size(-1)
-    # flash kernels want v as wide as q; cuDNN's on Hopper and later does not
-    if kind == "cpu" or torch.cuda.get_device_capability(q.device) < (9, 0):
-        v = F.pad(v, (0, q.size(-1) - width))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :width].transpose(1, 2)
+
+
+def as_wide_as_keys(v, k):
+    """Values (..., Dv), padded where the kernel wants it: flash kernels do, cuDNN's on Hopper and later does not."""
+    kind, more = backend(v), k.size(-1) - v.size(-1)
+    padded = kind == "cpu" or kind == "cuda" and torch.cuda.get_device_capability(v.device) < (9, 0)
+    return F.pad(v, (0, more)) if padded and more else v
 
 
 class WeightGradStore:
@@ -386,7 +391,7 @@ class Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, counts, store):
         ctx.save_for_backward(x, weight, counts)
-        ctx.store = store
+        ctx.store, ctx.parameter = store, weight                         # saved tensors may come back as other objects
         w = weight.to(x.dtype)
         return F.linear(x, w) if counts is None else matmul_by_expert(x, w.transpose(1, 2), counts)
 
@@ -403,7 +408,7 @@ class Matmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ w if counts is None else matmul_by_expert(grad, w, counts)
         if ctx.store is not None:
-            ctx.store.put(weight, weight_grad)
+            ctx.store.put(ctx.parameter, weight_grad)
             return grad_x, None, None, None
         return grad_x, weight_grad() if ctx.needs_input_grad[1] else None, None, None
 
@@ -598,6 +603,31 @@ def yarn_mscale(scaling, name):
 # Layers
 
 
+class KeepAll:
+    """What becomes of tensors that backward needs: here autograd keeps them. parallel.Memory saves some of that memory,
+    by the names in Plan.recompute and Plan.swap."""
+
+    def again(self, names, make, *inputs):
+        """make(*inputs), a tensor or several. There, under one of the names, made again in backward instead of kept."""
+        return make(*inputs)
+
+    def forget(self, names, made, make, *inputs):
+        """The same for what was made already, where make is another way to it."""
+        return made
+
+    def region(self, name, run, x):
+        """run(x). There, under this name, nothing inside is kept: backward runs it again."""
+        return run(x)
+
+    def swap(self, name, x):
+        """x. There, under this name, it waits for backward in the host's memory."""
+        return x
+
+
+class Part(nn.Module):
+    memory = KeepAll()
+
+
 class Linear(nn.Module):
     """No bias; computes in the input's dtype, so weights may be float32 masters under bfloat16 activations."""
 
@@ -622,7 +652,7 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Multi-head latent attention: queries, and keys with values, pass through narrow latents (DS section 2.1.1)."""
 
     def __init__(self, c):
@@ -642,21 +672,26 @@ class Attention(nn.Module):
             self.scale *= yarn_mscale(c.rope_scaling, "mscale_all_dim") ** 2
 
     def forward(self, x, angles, mask):
-        B, T, _ = x.shape
-        # heads are counted from the weight by view(-1): tensor parallelism gives a rank a part of them
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(B, T, -1, self.nope + self.rope)
-        q_nope, q_rope = q.split((self.nope, self.rope), -1)              # (B,T,H,*)
+        q_latent = self.memory.again("norm", self.q_a_layernorm, self.q_a_proj(x))
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.kv_a_layernorm.weight.numel(), self.rope), -1)
+        latent = self.memory.again("norm", self.kv_a_layernorm, latent)
         latent, k_rope = self.gather_context(latent, rope(k_rope.unsqueeze(2), *angles))
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (-1, self.nope + self.v))
-        k_nope, v = kv.split((self.nope, self.v), -1)                     # (B,T,H,*)
-        k_rope = k_rope.expand(-1, -1, k_nope.size(2), -1)                # one rope key for all heads
-        q = torch.cat((q_nope, rope(q_rope, *angles)), -1)                # (B,T,H,Dqk)
-        k = torch.cat((k_nope, k_rope), -1)                               # (B,T,H,Dqk)
-        return self.o_proj(attention(q, k, v, self.scale, mask).flatten(2))
+        q, k, v = self.memory.again("mla_up", self.up, q_latent, latent, k_rope, *angles)
+        out = self.memory.swap("attn_out", attention(q, k, v, self.scale, mask))[..., :self.v]
+        return self.o_proj(self.memory.swap("attn_out", out.flatten(2)))
+
+    def up(self, q_latent, latent, k_rope, cos, sin):
+        """Latents (B,T,*), one rope key (B,T,1,D) for all heads -> q, k, v (B,T,H,*)."""
+        # heads are counted from the weight by -1: tensor parallelism gives a rank a part of them
+        q = self.q_b_proj(q_latent).unflatten(-1, (-1, self.nope + self.rope))
+        q_nope, q_rope = q.split((self.nope, self.rope), -1)
+        k_nope, v = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.v)).split((self.nope, self.v), -1)
+        q = torch.cat((q_nope, rope(q_rope, cos, sin)), -1)
+        k = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.size(2), -1)), -1)
+        return q, k, as_wide_as_keys(v, k)
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """SwiGLU. Also the shared expert, and, with MoE's three calls, the MLP of a dense layer."""
 
     def __init__(self, width, inner):
@@ -666,7 +701,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, width)
 
     def forward(self, x):
-        return self.down_proj(swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), -1)))
+        gate_up = torch.cat((self.gate_proj(x), self.up_proj(x)), -1)
+        return self.down_proj(self.memory.again("act", swiglu, gate_up))
 
     def dispatch(self, x, forced_ids=None):
         return x
@@ -678,7 +714,7 @@ class MLP(nn.Module):
         return y
 
 
-class Router(nn.Module):
+class Router(Part):
     """Scores in float32, choice of K experts, and the balance loss. Its weight and bias stay float32 under any cast."""
 
     def __init__(self, c):
@@ -701,7 +737,7 @@ class Router(nn.Module):
 
     def forward(self, x, forced_ids=None):
         """x (B,T,C) -> ids (N,K) int64, weights (N,K) float32 or better."""
-        flat = x.flatten(0, 1).to(at_least_float32(x.dtype))              # (N,C)
+        flat = self.memory.again("norm", lambda x: x.flatten(0, 1).to(at_least_float32(x.dtype)), x)      # (N,C)
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
         scores = logits.sigmoid() if self.c.scoring_func == "sigmoid" else logits.softmax(-1)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
@@ -763,7 +799,7 @@ class Router(nn.Module):
         return min(size, n_sequences)
 
 
-class Experts(nn.Module):
+class Experts(Part):
     """Routed experts, stacked: gate and up in one grouped matmul, never a loop."""
 
     def __init__(self, c):
@@ -779,12 +815,20 @@ class Experts(nn.Module):
     def forward(self, rows, counts, row_weights):
         """rows (M,C) sorted by expert, counts (E,), row_weights (M,) -> (M,C), weighted.
 
-        Weighting the expert-wide activation costs less than the model-wide output, and keeps no output for backward.
+        Weighting the expert-wide activation costs less than the model-wide output, and keeps no output for backward:
+        hidden, and with it what the weight's gradient needs, comes from gate_up. After the down-projection (MindSpeed's
+        default) dweight = sum over C of out * dout: out is kept, or waits in the host's memory (swap=expert_out).
         """
-        gate_up = grouped_matmul(rows, self.with_copies(self.gate_up_proj), counts, self.store)    # (M,2I)
-        hidden = swiglu(gate_up, row_weights if self.weight_before_down else None)                 # (M,I)
-        out = grouped_matmul(hidden, self.with_copies(self.down_proj), counts, self.store)         # (M,C)
-        return out if self.weight_before_down else out * row_weights.unsqueeze(-1)
+        weights = [self.with_copies(weight) for weight in (self.gate_up_proj, self.down_proj)]
+        gate_up = self.memory.again("expert", self.grouped, rows, weights[0], counts)              # (M,2I)
+        hidden = self.memory.again("act expert", swiglu, gate_up, row_weights if self.weight_before_down else None)
+        out = self.grouped(hidden, weights[1], counts)                                             # (M,C)
+        if self.weight_before_down:
+            return out
+        return self.memory.swap("expert_out", out) * row_weights.unsqueeze(-1)
+
+    def grouped(self, rows, weight, counts):
+        return grouped_matmul(rows, weight, counts, self.store)
 
 
 class LocalDispatcher:
@@ -801,7 +845,7 @@ class LocalDispatcher:
     def dispatch(self, x, ids, weights):
         """x (N,C), ids (N,K), weights (N,K) -> rows (M,C) sorted by expert, row_weights (M,), counts (E,), ctx."""
         if self.capacity_factor > 0:
-            capacity = math.ceil(self.capacity_factor * ids.numel() / self.n_experts)
+            capacity = self.capacity(ids)
             slot = self.slots_with_capacity(ids, weights, capacity)
             rows = GatherRows.apply(x, slot, self.n_experts * capacity, True)
             counts = torch.full((self.n_experts,), capacity, device=x.device)
@@ -810,6 +854,10 @@ class LocalDispatcher:
             counts = count_ids(ids, self.n_experts)
         row_weights = weights.new_zeros(len(rows) + 1).scatter(0, slot.flatten().long(), weights.flatten())
         return rows, row_weights[:len(rows)].to(x.dtype), counts, slot
+
+    def capacity(self, ids):
+        """Rows of an expert that choices (N,K) fill."""
+        return math.ceil(self.capacity_factor * ids.numel() / self.n_experts)
 
     def slots_with_capacity(self, ids, weights, capacity):
         """Row of each copy, E * capacity for a dropped one: (N,K)."""
@@ -829,12 +877,17 @@ class LocalDispatcher:
         """Where an exchange in flight ends; nothing is in flight on one device."""
         return rows, row_weights
 
+    def resend(self, x, ctx):
+        """The rows of a dispatch once more: x (N,C) -> (M,C)."""
+        padded = self.capacity_factor > 0
+        return copy_to_slots(x, ctx.long(), self.n_experts * self.capacity(ctx) if padded else ctx.numel(), padded)
+
     def combine(self, rows, ctx):
         """Unweighted sum of each token's rows: (M,C) -> (N,C)."""
         return unpermute(rows, ctx, padded=self.capacity_factor > 0)
 
 
-class MoE(nn.Module):
+class MoE(Part):
     """Routed experts beside a shared one (none with n_shared_experts=0), ungated."""
 
     def __init__(self, c):
@@ -858,8 +911,12 @@ class MoE(nn.Module):
         """The shared expert while rows travel, then the routed ones."""
         x, ids, rows, row_weights, counts, ctx = sent
         shared = None if self.shared_experts is None else self.shared_experts(x)
+        return self.compute_routed(x, rows, row_weights, counts, ctx), shared, x.shape, ctx
+
+    def compute_routed(self, x, rows, row_weights, counts, ctx):
         rows, row_weights = self.dispatcher.wait(rows, row_weights, ctx)
-        return self.experts(rows, counts, row_weights), shared, x.shape, ctx
+        rows = self.memory.forget("permute", rows, lambda x: self.dispatcher.resend(x.flatten(0, 1), ctx), x)
+        return self.experts(rows, counts, row_weights)
 
     def combine(self, done):
         rows, shared, shape, ctx = done
@@ -867,7 +924,7 @@ class MoE(nn.Module):
         return routed if shared is None else routed + shared
 
 
-class Block(nn.Module):
+class Block(Part):
     """One layer, as four calls that another micro-batch's can be put between.
 
         x = x + post_attention_layernorm(attention(input_layernorm(x)))
@@ -891,13 +948,17 @@ class Block(nn.Module):
         return self.combine(x, self.compute(self.dispatch(x, routing)))
 
     def attend(self, x, angles, mask=None):
-        return x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), angles, mask))
+        def attention(x):
+            return self.self_attn(self.memory.again("norm", self.input_layernorm, x), angles, mask)
+
+        return x + self.post_attention_layernorm(self.memory.region("attention", attention, x))
 
     def dispatch(self, x, routing=None):
         """routing: None, or a dict of layer -> ids (B,T,K): a layer that is there is forced, any other is noted."""
+        h = self.memory.again("norm", self.pre_mlp_layernorm, x)
         if not self.is_moe or routing is None:
-            return self.mlp.dispatch(self.pre_mlp_layernorm(x))
-        sent = self.mlp.dispatch(self.pre_mlp_layernorm(x), routing.get(self.index))
+            return self.mlp.dispatch(h)
+        sent = self.mlp.dispatch(h, routing.get(self.index))
         routing[self.index] = sent[1].view(*x.shape[:2], -1)
         return sent
 

@@ -27,13 +27,15 @@ import shutil
 import threading
 import time
 import warnings
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -42,6 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -49,9 +52,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from model import (MLP, Attention, GatherRows, LocalDispatcher, MTPLayer, Output, WeightGradStore, count_ids,
-                   document_mask, fill_initial, next_tokens, permute, rope_table, sorted_slots, unpermute)
+from model import (MLP, Attention, Block, GatherRows, LocalDispatcher, MTPLayer, Output, Part, WeightGradStore,
+                   count_ids, document_mask, fill_initial, next_tokens, permute, rope_table, sorted_slots, unpermute)
 from sim import (balance_group, check_plan, decide, first_placement, imbalance, moved_experts, plan_placement,
                  predict_load, schedule_table, stage_layers)
 
@@ -371,7 +375,8 @@ def host_sizes(*sizes):
 class Route:
     """How the copies of one dispatch travel over the last hop: sizes by member, rows they start from and arrive at."""
 
-    def __init__(self, leaving, arriving, send, recv):
+    def __init__(self, ids, leaving, arriving, send, recv):
+        self.ids, self.top_k = ids, ids.size(1)                           # of the tokens that start the last hop
         self.send, self.recv = send, recv                                 # rows to and from each member
         self.arriving = arriving                                          # (members, local experts): copies from each
         self.relayed, self.back, self.outer_back = False, None, None      # what was done before wait and combine
@@ -390,14 +395,14 @@ class FlatDispatcher(LocalDispatcher):
     def dispatch(self, x, ids, weights):
         ids = self.within_capacity(ids, weights)
         leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
-        route = Route(leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
-        return *self.depart(x, ids, weights.to(x.dtype), route), arriving.sum(0), route
+        route = Route(ids, leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
+        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
 
     def within_capacity(self, ids, weights):
         """A copy above capacity gets an expert that does not exist, and travels nowhere."""
         if self.capacity_factor == 0:
             return ids
-        capacity = math.ceil(self.capacity_factor * ids.numel() / self.n_experts)
+        capacity = self.capacity(ids)
         slot = self.slots_with_capacity(ids, weights, capacity)
         return torch.where(slot < self.n_experts * capacity, ids, self.n_experts)
 
@@ -426,6 +431,15 @@ class FlatDispatcher(LocalDispatcher):
         rows, row_weights = [flight.finish(t) for flight, t in zip(route.flights, (rows, row_weights))]
         rows, route.order = permute(rows, route.expert.unsqueeze(1))
         return rows, torch.zeros_like(row_weights).scatter(0, route.order.flatten().long(), row_weights)
+
+    def resend(self, x, route):
+        again = copy(route)
+        again.relayed = False
+        return self.wait(*self.send(x, x.new_zeros(len(x), route.top_k), again), again)[0]
+
+    def send(self, x, weights, route):
+        """Start the first hop."""
+        return self.depart(x, route.ids, weights, route)
 
     # a pair of micro-batches calls the hops one by one; else wait and combine do what was not done before
 
@@ -462,18 +476,20 @@ class HierarchicalDispatcher(FlatDispatcher):
         work.wait()
         ids = self.experts_here(ids)
         leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
-        route = Route(leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
-        route.ids = ids
-        route.outer_flights = [Flight(self.outer.all_gather, self.outer.reduce_scatter) for _ in range(2)]
-        return *self.cross(x, weights.to(x.dtype), route), arriving.sum(0), route
+        route = Route(ids, leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
+        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
 
     def experts_here(self, ids):
         """Numbers from the node's first expert; n_reached for an expert elsewhere."""
         here = ids - self.first_reached
         return torch.where((here >= 0) & (here < self.n_reached), here, self.n_reached)
 
-    def cross(self, x, weights, route):
+    def send(self, x, weights, route):
+        route.outer_flights = [self.outer_flight(route) for _ in range(2)]
         return [flight.start(t) for flight, t in zip(route.outer_flights, (x, weights))]
+
+    def outer_flight(self, route):
+        return Flight(self.outer.all_gather, self.outer.reduce_scatter)
 
     def relay(self, tokens, weights, route):
         tokens, weights = [flight.finish(t) for flight, t in zip(route.outer_flights, (tokens, weights))]
@@ -512,15 +528,18 @@ class DedupDispatcher(HierarchicalDispatcher):
         work.wait()
         leaving, arriving = self.exchange_counts(message[:, 1:].sum(0))
         *outer_sizes, send, recv = host_sizes(wanted.sum(0), message[:, 0], leaving.sum(1), arriving.sum(1))
-        route = Route(leaving, arriving, send, recv)
+        route = Route(ids, leaving, arriving, send, recv)
         self.choose_tokens(wanted, outer_sizes, route)
-        n_rows = sum(outer_sizes[0])
-        tokens, token_weights, token_ids = [GatherRows.apply(t, route.outer_slot, n_rows, True)
-                                            for t in (x, weights.to(x.dtype), ids)]
-        token_ids, work = self.outer.all_to_all(token_ids, "forward", *outer_sizes)
+        token_ids, work = self.outer.all_to_all(self.chosen_tokens(ids, route), "forward", *outer_sizes)
         work.wait()
         route.ids = self.experts_here(token_ids)
-        return *self.cross(tokens, token_weights, route), arriving.sum(0), route
+        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+
+    def send(self, x, weights, route):
+        return super().send(self.chosen_tokens(x, route), self.chosen_tokens(weights, route), route)
+
+    def chosen_tokens(self, x, route):
+        return GatherRows.apply(x, route.outer_slot, sum(route.outer_sizes[0]), True)
 
     def choose_tokens(self, wanted, outer_sizes, route):
         """outer_slot (N, nodes): row of a token among those sent to a node; past the end if it does not go there."""
@@ -528,7 +547,9 @@ class DedupDispatcher(HierarchicalDispatcher):
         numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
         route.outer_slot = sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=sum(outer_sizes[0]))
         route.outer_sizes = outer_sizes
-        route.outer_flights = [self.flight(*outer_sizes, self.outer) for _ in range(2)]
+
+    def outer_flight(self, route):
+        return self.flight(*route.outer_sizes, self.outer)
 
     def outer_flight_back(self, route):
         return self.flight(*route.outer_sizes[::-1], self.outer)
@@ -638,9 +659,6 @@ def refuse_what_is_not_run(plan):
         raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
     if plan.balance_live and (plan.pp * plan.cp * plan.tp > 1 or plan.overlap != "none"):
         raise ValueError(f"balance_live={plan.balance_live} runs with pp=1 cp=1 tp=1 and overlap=none alone: use those")
-    for name, only in (("recompute", ()), ("swap", ())):
-        if getattr(plan, name) != only:
-            raise ValueError(f"{name} is planned and timed by sim.py, but not run yet: leave it out")
     if plan.precision not in ("fp32", "bf16", "fp64"):
         raise ValueError(f"precision={plan.precision} is not run: use fp32 or bf16")
 
@@ -892,6 +910,235 @@ def param_groups(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory: what a plan recomputes and swaps; model.KeepAll says where
+
+
+class Memory:
+    """What autograd keeps for backward passes through pack and unpack. A tensor is known by its storage, which its views
+    and the segments of a layer share.
+
+    again     keeps a recipe: the operator, and what it was made from. Backward runs that operator and nothing else;
+              torch's checkpoint would run our matmul functions too, which save their inputs after they ran
+    region    torch's checkpoint, which stops at the last thing saved
+    swap      a copy in the host's memory; on the CPU that is a plain copy, so that tests run the same code
+
+    Routing is in no region but a whole layer's, where what was chosen is noted and forced. parts, a weak set of all that
+    is kept, is there for a report.
+    """
+
+    def __init__(self, plan, device):
+        self.names = {*plan.recompute, *plan.swap}
+        if "layer" in self.names:
+            self.names &= {"layer", "optimizer"}
+        if "attention" in self.names:
+            self.names -= {"attn_out", "mla_up"}
+        self.kept, self.part = None, ""                                   # of a report: where tensors were kept
+        self.streams = torch.get_device_module(device)                    # torch.cpu's streams do nothing
+        self.stream, self.leaving, self.before = self.streams.Stream(), [], []
+
+    def attach(self, model):
+        for module in model.modules():
+            if isinstance(module, Part):
+                module.memory = self
+            if isinstance(module, Block) and "layer" in self.names:
+                module.forward = partial(layer_again, module)
+
+    def hooks(self):
+        """A context for forward."""
+        wanted = self.names - {"optimizer"} or self.kept is not None
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, unpack) if wanted else nullcontext()
+
+    def pack(self, x):
+        if is_weight(x):
+            return x
+        storage = x.untyped_storage()
+        kept = getattr(storage, "kept", None)
+        kept = kept() if isinstance(kept, weakref.ref) else kept
+        if kept is None:
+            kept = Kept(self.part, flat(x))
+            storage.kept = weakref.ref(kept)                              # which holds the storage
+            if self.kept is not None:
+                self.kept.add(kept)
+        kept.add_use(self)
+        return kept, x.size(), x.stride(), x.storage_offset()
+
+    def again(self, names, make, *inputs):
+        return self.forget(names, make(*inputs), make, *inputs)
+
+    def forget(self, names, made, make, *inputs):
+        if self.names.isdisjoint(names.split()) or not torch.is_grad_enabled():
+            return made
+        recipe = Recipe(make, inputs)
+        given = {id(x.untyped_storage()) for x in inputs if torch.is_tensor(x)}
+        for index, x in enumerate(as_tuple(made)):
+            if id(x.untyped_storage()) not in given:                      # else only a view of what is kept anyway
+                x.untyped_storage().kept = Remade(recipe, index)
+        return made
+
+    def region(self, name, run, x):
+        self.begin_layer()
+        return checkpoint(run, x, **ONCE_MORE) if name in self.names else run(x)
+
+    def swap(self, name, x):
+        kept = getattr(x.untyped_storage(), "kept", None)
+        if name in self.names and torch.is_grad_enabled() and not isinstance(kept, Swapped):
+            swapped = Swapped(flat(x), self, kept)
+            x.untyped_storage().kept = swapped
+            self.leaving.append(weakref.ref(swapped))
+        return x
+
+    def begin_layer(self):
+        """Only a layer's tensors are on their way out at a time, and in backward those of one layer before it back."""
+        for swapped in filter(None, (ref() for ref in self.leaving)):
+            swapped.leave()
+        self.before, self.leaving = self.leaving, []
+
+
+ONCE_MORE = dict(use_reentrant=False, preserve_rng_state=False)           # nothing here is random
+
+
+def is_weight(x):
+    """A parameter, transposed or cast for a matmul or not: it counts as weights, not as saved for backward."""
+    node = x.grad_fn
+    while type(node).__name__ in ("TBackward0", "ToCopyBackward0"):
+        node = node.next_functions[0][0]
+    return isinstance(x, torch.nn.Parameter) or hasattr(node, "variable")
+
+
+def flat(x):
+    """The whole storage of x, as a vector."""
+    return x.new_empty(0).set_(x.untyped_storage())
+
+
+def as_tuple(x):
+    return (x,) if torch.is_tensor(x) else x
+
+
+def unpack(packed):
+    if torch.is_tensor(packed):
+        return packed
+    kept, *view = packed
+    return kept.get().as_strided(*view)
+
+
+class Kept:
+    def __init__(self, part, whole):
+        self.part, self.whole = part, whole
+
+    def add_use(self, memory):
+        pass
+
+    def get(self):
+        return self.whole.get() if isinstance(self.whole, Swapped) else self.whole
+
+
+class Recipe:
+    """Tensors that backward makes again, once for all that need them, be it to make others."""
+
+    def __init__(self, make, inputs):
+        self.make, self.inputs, self.packed = make, inputs, None
+        self.uses, self.made = 0, None
+
+    def add_use(self, memory):
+        if self.packed is None:
+            self.packed = [memory.pack(x) if torch.is_tensor(x) else (x,) for x in self.inputs]
+            self.inputs = None
+        self.uses += 1
+
+    @torch.no_grad()
+    def get(self, index):
+        if self.made is None:
+            inputs = [x[0] if isinstance(x, tuple) and len(x) == 1 else unpack(x) for x in self.packed]
+            self.made = as_tuple(self.make(*inputs))
+        made = self.made[index]
+        self.uses -= 1
+        if self.uses <= 0:
+            self.made = None
+        return flat(made)
+
+
+class Remade(NamedTuple):
+    """One of a recipe's tensors."""
+    recipe: Recipe
+    index: int
+
+    def add_use(self, memory):
+        self.recipe.add_use(memory)
+
+    def get(self):
+        return self.recipe.get(self.index)
+
+
+class Swapped:
+    """A tensor that waits in the host's memory. Fetching it begins the way back of those of the layer before."""
+
+    def __init__(self, whole, memory, kept):
+        self.memory, self.before, self.uses, self.back = memory, memory.before, 0, None
+        self.host = torch.empty_like(whole, device="cpu", pin_memory=whole.device.type != "cpu")
+        self.left = self.on_side_stream(self.host, whole)
+        self.whole = whole                                                # until it has left
+        if kept is not None:                                              # by the operator that made it
+            kept().whole = self
+            self.uses += 1
+        if whole.device.type == "cpu":
+            self.leave()
+
+    def on_side_stream(self, to, source):
+        """Copy behind all that was queued so far -> event of its end."""
+        memory = self.memory
+        memory.stream.wait_stream(memory.streams.current_stream())
+        with memory.streams.stream(memory.stream):
+            to.copy_(source, non_blocking=True)
+            return memory.stream.record_event()
+
+    def leave(self):
+        if self.whole is not None:
+            self.memory.streams.current_stream().wait_event(self.left)
+            self.device, self.whole = self.whole.device, None
+
+    def add_use(self, memory):
+        self.uses += 1
+
+    def fetch(self):
+        self.leave()
+        if self.back is None and self.uses:
+            self.back = torch.empty_like(self.host, device=self.device)
+            self.came = self.on_side_stream(self.back, self.host)
+
+    def get(self):
+        for swapped in filter(None, (self, *(ref() for ref in self.before))):
+            swapped.fetch()
+        self.memory.streams.current_stream().wait_event(self.came)
+        back, self.uses = self.back, self.uses - 1
+        if self.uses == 0:
+            self.back = None
+        return back
+
+
+def layer_again(block, x, angles, mask=None, routing=None):
+    """Block.forward that keeps its input and the chosen experts alone."""
+    chosen = {} if routing is None else routing                           # noted in the first run, forced in the second
+    runs = iter((nullcontext(), uncounted(block)))
+
+    def run(x):
+        with next(runs):
+            return Block.forward(block, x, angles, mask, chosen)
+
+    return checkpoint(run, x, **ONCE_MORE)
+
+
+@contextmanager
+def uncounted(block):
+    """A layer that runs again counts no loads."""
+    counts = (block.mlp.gate.load, block.mlp.dropped) if block.is_moe else ()
+    try:
+        yield
+    finally:
+        if counts:
+            block.mlp.gate.load, block.mlp.dropped = counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Segments: a stage's work on a micro-batch, cut where an exchange is under way
 #
 # Each segment is an autograd graph of its own: what enters is cut off from what made it, so backward goes segment by
@@ -911,21 +1158,24 @@ LAYER = 6                                  # segments of a layer: attend, relay,
 def layer_segments(block, angles, mask, routing, add_aux_loss):
     """h: the MLP's input. rows, weights: under way to the experts. out: under way back. A dense MLP is a shared one."""
     mlp, sent = block.mlp, {}
+    chosen = {} if routing is None else routing                            # noted; forced if the layer runs again
 
     def attend(x):
         x = block.attend(x, angles, mask)
         if not block.is_moe:
             return x, block.dispatch(x)
-        h, _, rows, weights, sent["counts"], sent["route"] = block.dispatch(x, routing)
-        add_aux_loss(mlp.gate.aux_loss)
-        return x, h, rows, weights
+        first = not sent
+        with nullcontext() if first else uncounted(block):
+            sent["h"], _, rows, weights, sent["counts"], sent["route"] = block.dispatch(x, chosen)
+        if first:
+            add_aux_loss(mlp.gate.aux_loss)
+        return x, sent["h"], rows, weights
 
     def relay(rows, weights):
         return mlp.dispatcher.relay(rows, weights, sent["route"])
 
     def experts(rows, weights):
-        rows, weights = mlp.dispatcher.wait(rows, weights, sent["route"])
-        out = mlp.experts(rows, sent["counts"], weights)
+        out = mlp.compute_routed(sent.pop("h"), rows, weights, sent["counts"], sent["route"])
         return (mlp.dispatcher.send_back(out, sent["route"]) if away else out,)
 
     def shared(h):
@@ -952,34 +1202,74 @@ def layer_segments(block, angles, mask, routing, add_aux_loss):
 
 
 class Chunk:
-    """One micro-batch on one stage: segments part by part, the tensors between them, and what backward needs."""
+    """One micro-batch on one stage: segments part by part, the tensors between them, and what backward needs: the graph
+    of each segment, or, of a layer that is recomputed as a whole, its input."""
 
-    def __init__(self, parts, x):
+    def __init__(self, parts, x, memory):
         self.segments = [segment for part in parts for segment in part]
         self.sizes = [len(part) for part in parts]
         self.values, self.grads, self.tape = {"x": x}, {}, []
+        self.memory, self.inputs = memory, []                             # of layers that will run again
 
     def forward(self, times=1):
         """Run the next segments."""
-        for run, takes, gives in self.segments[len(self.tape):len(self.tape) + times]:
-            leaves = [cut_off(self.values.pop(name)) for name in takes]
-            outputs = run(*leaves)
-            self.tape.append((leaves, outputs))
-            self.values.update(zip(gives, outputs))
+        for _ in range(times):
+            self.run_next(again="layer" in self.memory.names and self.is_layer(len(self.tape)))
+
+    def is_layer(self, number):
+        return LAYER in (size for size, end in zip(self.sizes, accumulate(self.sizes)) if end - size <= number < end)
+
+    def run_next(self, again):
+        """again: the segment will run a second time, so it leaves no graph now."""
+        run, takes, gives = self.segments[len(self.tape)]
+        if again and run.__name__ == "attend":
+            self.inputs.append(self.values["x"].detach())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not again), self.memory.hooks():
+            outputs = run(*(self.enter(name) for name in takes))
+        self.tape.append(None if again else [out is not None and out.requires_grad and get_gradient_edge(out)
+                                             for out in outputs])
+        self.values.update(zip(gives, outputs))
+
+    def enter(self, name):
+        """A value, cut off from what made it."""
+        x = self.values.pop(name)
+        if x is None or not (x.is_floating_point() and torch.is_grad_enabled()):
+            return x
+        return Enter.apply(torch.empty(0, requires_grad=True), x.detach(), self.grads, name)
 
     def backward(self, times=1):
         """Run the last segments backward; the gradient of what the last one gave stands in grads."""
         for _ in range(times):
-            leaves, outputs = self.tape.pop()
-            _, takes, gives = self.segments[len(self.tape)]
-            pairs = [(out, grad) for out, grad in zip(outputs, map(self.grads.pop, gives)) if grad is not None]
+            if self.tape[-1] is None:
+                self.run_again()
+            edges, grads = self.tape.pop(), [self.grads.pop(name, None) for name in self.segments[len(self.tape)].gives]
+            pairs = [(edge, grad) for edge, grad in zip(edges, grads) if edge and grad is not None]
             if pairs:
                 torch.autograd.backward(*zip(*pairs))
-            self.grads.update((name, None if leaf is None else leaf.grad) for name, leaf in zip(takes, leaves))
+
+    @torch.enable_grad()
+    def run_again(self):
+        """The last layer's segments, now with a graph."""
+        del self.tape[-LAYER:]
+        values, self.values = self.values, dict(x=self.inputs.pop())
+        for _ in range(LAYER):
+            self.run_next(again=False)
+        self.values = values
 
 
-def cut_off(x):
-    return None if x is None else x.detach().requires_grad_(x.requires_grad)
+class Enter(torch.autograd.Function):
+    """Where a segment begins: backward leaves the gradient of x in grads. Unlike a leaf, nothing holds x here."""
+
+    @staticmethod
+    def forward(ctx, anchor, x, grads, name):
+        ctx.to = grads, name
+        return x.new_empty(0).set_(x)                                     # no view: an exchange may still fill x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grads, name = ctx.to
+        grads[name] = grad
+        return None, None, None, None
 
 
 def run_backward(chunk, store, defer=False):
@@ -1034,11 +1324,13 @@ class Pipeline:
         self.model, self.plan, self.grid = model, plan, grid
         self.layers = stage_layers(model.config, plan)
         self.stages = plan.stages_of(grid.pp_rank if grid else 0)
-        self.plain = plan.pp == plan.vpp == 1 and plan.schedule == "1f1b"
+        self.plain = plan.is_plain
         self.store = None if self.plain else WeightGradStore()
         for module in model.modules():
             if hasattr(module, "store"):
                 module.store = self.store
+        self.memory = Memory(plan, next(model.parameters()).device)
+        self.memory.attach(model)
         self.runtimes = {}                                                # micro-batches of a step -> runtime
 
     def step(self, batches, loss_tokens, train=True):
@@ -1057,7 +1349,8 @@ class Pipeline:
     def run_plain(self):
         for number, batch in enumerate(self.batches, 1):
             reduce_gradients(self.model, self.plan, last=number == len(self.batches))
-            out = self.model(**batch, loss_tokens=self.loss_tokens)
+            with self.memory.hooks():
+                out = self.model(**batch, loss_tokens=self.loss_tokens)
             if self.train:
                 out.total_loss.backward()
             for name in self.sums:
@@ -1108,7 +1401,7 @@ class Pipeline:
     def begin_forward(self, stage, microbatch):
         batch = self.batches[microbatch]
         x = batch["ids"] if stage == 0 else self.receive("F", stage, microbatch).detach().requires_grad_(self.train)
-        return Chunk(self.parts(stage, **batch), x)
+        return Chunk(self.parts(stage, **batch), x, self.memory)
 
     def end_forward(self, chunk, stage, microbatch):
         if self.train:
@@ -1276,7 +1569,7 @@ class PlacedDispatcher:
 
     def __init__(self, exchange):
         self.exchange = exchange
-        self.wait, self.combine = exchange.wait, exchange.combine
+        self.wait, self.resend, self.combine = exchange.wait, exchange.resend, exchange.combine
 
     def place(self, placement, device):
         """placement: (ep, slots) of expert numbers."""

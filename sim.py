@@ -90,6 +90,8 @@ class Plan:
     turn = property(lambda self: self.n_micro // max(1, self.n_micro // self.pp))
     # ranks of an expert group inside one node; ep // inner nodes form the outer group
     inner = property(lambda self: min(self.ep, self.node_size))
+    # micro-batches one after the other, without stages, pairs or deferred weight gradients
+    is_plain = property(lambda self: self.pp == self.vpp == 1 and self.schedule == "1f1b")
     # ranks that hold the same experts
     edp = property(lambda self: self.dp * self.cp * self.tp // self.ep)
     # axis -> ranks that hold the same weights: dp those of dense parts, edp those of experts
@@ -628,6 +630,8 @@ class Work:
         up = heads * (c.qk_nope_head_dim + c.v_head_dim)
         self.matmul("attend", "kv_b_proj", keys, c.kv_lora_rank, up, keep="kv_latent")
         self.vector("attend", "rope", 2 * (tokens + keys) * heads * qk)        # queries and keys, read and written
+        if "mla_up" in plan.recompute and plan.cp == 1:
+            self.keep("k_rope", keys * c.qk_rope_head_dim)     # what keys are made from again
         self.core_attention(heads, heads, qk, c.v_head_dim)
         self.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
 
@@ -784,14 +788,15 @@ def stage_kinds(shape, plan):
 
 # item -> (saved tensors that go, operators that run again); `layer` keeps its input alone and runs all of it again
 RECOMPUTES = {
-    "norm": (("attn_in", "mlp_in", "q_latent", "kv_latent"),
+    "norm": (("attn_in", "mlp_in", "router_in", "q_latent", "kv_latent"),
              ("input_layernorm", "pre_mlp_layernorm", "q_a_layernorm", "kv_a_layernorm")),
     "mla_up": (("q", "k", "v"), ("q_b_proj", "kv_b_proj", "rope")),
     "act": (("mlp_hidden", "shared_hidden", "expert_hidden"), ("mlp.act", "shared.act", "expert.act")),
     "permute": (("rows",), ("permute",)),                  # and their exchange
     "expert": (("expert_gate_up", "expert_hidden"), ("expert.gate_up", "expert.act")),
-    "attention": (("attn_in", "q_a_layernorm", "kv_a_layernorm", "q_latent", "kv_latent", "q", "k", "v", "log_sum",
-                   "attn_padded", "probabilities", "attn_out"),
+    "attention": (("input_layernorm.scale", "attn_in", "q_a_layernorm", "q_a_layernorm.scale", "kv_a_layernorm",
+                   "kv_a_layernorm.scale", "q_latent", "kv_latent", "k_rope", "q", "k", "v", "log_sum", "attn_padded",
+                   "probabilities", "attn_out"),
                   ("input_layernorm", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm",
                    "kv_b_proj", "qkv_proj", "rope", "attention"))}
 SWAPPED = {"expert_out": ("expert_out",), "attn_out": ("attn_out", "attn_padded"), "optimizer": ()}
@@ -799,10 +804,15 @@ SWAPPED = {"expert_out": ("expert_out",), "attn_out": ("attn_out", "attn_padded"
 
 def recomputed(work):
     """(saved tensors that a layer does not keep, operators that its backward runs again): sets of names."""
-    items = work.plan.recompute
+    plan, items = work.plan, work.plan.recompute
     if "layer" in items and "input_layernorm" in work.saved:               # whose saved input is the layer's
-        return set(work.saved) - {"input_layernorm"}, {op.name for op in work.ops}
-    return tuple({name for item in items if item != "layer" for name in RECOMPUTES[item][i]} for i in (0, 1))
+        return set(work.saved) - {"input_layernorm", "ids"}, {op.name for op in work.ops}
+    gone, again = ({name for item in items if item != "layer" for name in RECOMPUTES[item][i]} for i in (0, 1))
+    if "attention" not in items:                           # what was gathered is kept
+        gone -= {"mlp_in", "q_latent", "kv_latent"} if plan.tp > 1 else {"kv_latent"} if plan.cp > 1 else set()
+    elif not plan.is_plain:                                # a matmul whose weight gradient can be deferred saves last
+        again.add("o_proj")
+    return gone, again
 
 
 def saved_bytes(work):
@@ -907,8 +917,8 @@ class LayerTime:
         plan, again, slower, self.work = work.plan, recomputed(work)[1], 1 + max_vio, work
         self.name = work.kind if work.kind in ("embedding", "head") else ""
         self.whole_again = "layer" in plan.recompute and "input_layernorm" in again
-        # dropped rows travel again: before anything is recomputed from them, or else for the weight gradients alone
-        self.rows_again = "" if "permute" not in again else "first" if "expert.gate_up" in again else "for weights"
+        # dropped rows travel again: before anything is recomputed from them, or else for the experts' backward
+        self.rows_again = "" if "permute" not in again else "first" if "expert.gate_up" in again else "for experts"
         self.compute = Counter()                           # (part, pass) -> seconds; pass: F, I, W, or B = I + W
         for op in work.ops:
             seconds = [one * (slower if op.name.startswith("expert.") else 1) for one in op_seconds(op, plan, hardware)]
@@ -1018,13 +1028,12 @@ class Streams:
             yield
             self.compute(layer, "shared", which, again)
             yield
-            rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "for weights" else ready
+            rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "for experts" else ready
             later = defer or which == "I"
-            inputs = max(arrived, again) if later else max(arrived, again, rows)
-            computed = self.compute(layer, "experts", "I" if later else "B", inputs)
+            computed = self.compute(layer, "experts", "I" if later else "B", max(arrived, again, rows))
             returned = self.exchange(layer, "B", "back", computed)
             if defer and which == "B":
-                self.compute(layer, "experts", "W", max(computed, rows))
+                self.compute(layer, "experts", "W", computed)
             yield
             ready = self.compute(layer, "attend", which, returned)
             self.run("gradients", *layer.gradients, ready)

@@ -410,8 +410,9 @@ def test_recomputing_a_layer_keeps_its_input_alone():
     seen, _ = storages(model, lambda: checkpoint(model.layers["1"], x, angles, use_reentrant=False))
     plan = Plan(micro_batch=2, seq_len=24, precision="fp32", recompute=("layer",))
     kept, _ = sim.saved_bytes(sim.Work(replace(sim.as_shape(TINY), value_padded=True), plan, "moe"))
-    assert kept == 2 * 24 * TINY.hidden_size * 4
-    assert kept <= sum(seen) <= kept + table + 64
+    ids = 2 * 24 * TINY.num_experts_per_tok * 8                            # noted by parallel.py, for the second run
+    assert kept == 2 * 24 * TINY.hidden_size * 4 + ids
+    assert kept - ids <= sum(seen) <= kept - ids + table + 64
 
 
 def test_recompute_and_swap_choices_keep_less_and_less():

@@ -1,0 +1,109 @@
+"""
+Memory: what is recomputed, swapped and sliced gives the plain run's gradients bit for bit, and saves what sim.py counts.
+"""
+import random
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+import parallel
+import sim
+from model import PRESETS, Model, rope_table
+from sim import RECOMPUTE, Plan
+from test_grid import DEEP, PLAN, batches_of, build, equals_one_process, folder, name_of  # noqa: F401
+
+FINE = tuple(item for item in RECOMPUTE if item not in ("attention", "layer"))
+CHOOSE = random.Random(0)
+SETS = [(item,) for item in RECOMPUTE] + [tuple(CHOOSE.sample(RECOMPUTE[:-1], CHOOSE.randint(2, 5))) for _ in range(10)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def step(plan, config):
+    """Loss, gradients and loads of one step on one process."""
+    model, grid = build(config, plan)
+    batches, loss_tokens = batches_of(config, plan, PLAN)
+    model.aux_scale = 1 / plan.n_micro
+    out = parallel.Pipeline(model, plan, grid).step(batches, loss_tokens)
+    return out.total_loss, {name: p.grad for name, p in model.named_parameters()}, model.pop_stats()["loads"]
+
+
+SHALLOW = replace(DEEP, num_hidden_layers=2, balance_group=1)
+CASES = [(axes, changes) for axes in (dict(), dict(schedule="paired", overlap="adaptive"), dict(schedule="zbv", vpp=2))
+         for changes in (dict(), dict(expert_weight="after_down", capacity_factor=1.0))]
+
+
+@pytest.mark.parametrize("axes, changes", CASES, ids=str)
+def test_gradients_are_those_of_the_plain_run(axes, changes):
+    """Bit for bit, with loads counted once, for every item and for sets of them, beside swapped tensors."""
+    plan, config = replace(PLAN, global_batch=3, seq_len=8, **axes), replace(SHALLOW, **changes)
+    want = step(plan, config)
+    for index, items in enumerate(SETS[:11]):
+        swap = ("attn_out", "expert_out")[:index % 3]
+        loss, grads, loads = step(replace(plan, recompute=items, swap=swap), config)
+        assert torch.equal(loss, want[0]) and torch.equal(loads, want[2]), (items, swap)
+        different = [name for name, grad in want[1].items() if not torch.equal(grad, grads[name])]
+        assert not different, (items, swap, different)
+
+
+def plans_over_ranks():
+    one, two = replace(PLAN, sp=1), replace(PLAN, dp=4, ep=4, node_size=2, global_batch=16)
+    yield replace(two, zero=3, recompute=FINE, swap=("attn_out",))
+    yield replace(two, zero=3, recompute=("layer",))
+    yield replace(two, dispatch="hierarchical", overlap="adaptive", schedule="paired", recompute=FINE)
+    yield replace(two, dispatch="dedup", overlap="adaptive", schedule="paired", recompute=("layer",))
+    yield replace(two, dispatch="dedup", zero=1, recompute=("permute", "attention"))
+    yield replace(one, tp=2, dp=2, ep=4, zero=1, dispatch="hierarchical", node_size=2, recompute=FINE)
+    yield replace(one, tp=2, dp=2, zero=3, recompute=("attention", "act"), swap=("attn_out",))
+    yield replace(one, cp=2, dp=2, zero=3, recompute=("layer",))
+    yield replace(two, dp=2, ep=2, pp=2, vpp=2, schedule="zbv", zero=3, recompute=FINE, swap=("attn_out",))
+    yield replace(two, dp=2, ep=2, pp=2, vpp=2, schedule="paired", overlap="adaptive", recompute=("layer",))
+
+
+@pytest.mark.parametrize("plan", list(plans_over_ranks()), ids=lambda plan: f"{name_of(plan)}-{'+'.join(plan.recompute)}")
+def test_recomputing_over_ranks(folder, plan):  # noqa: F811
+    config = replace(DEEP, balance_group=2 if plan.dp > 1 else 1, num_attention_heads=4)
+    equals_one_process(folder, plan, config=config,
+                       reference=replace(PLAN, micro_batch=plan.dp, global_batch=plan.global_batch))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+TINY = PRESETS["tiny"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def kept_by_layer(config, plan, kind):
+    """Bytes that a layer's forward leaves on the device and in the host's memory, seen through hooks."""
+    model = Model(config).to(DTYPES[plan.precision])
+    model.init_weights(0)
+    memory = parallel.Pipeline(model, plan).memory
+    memory.kept, routing = weakref.WeakSet(), {}
+    angles = rope_table(config, torch.arange(plan.seq_len).unsqueeze(0), DTYPES[plan.precision])
+    x = torch.randn(plan.micro_batch, plan.seq_len, config.hidden_size, dtype=angles[0].dtype).to(DTYPES[plan.precision])
+    with memory.hooks():
+        out = model.layers["0" if kind == "dense" else "1"](x.requires_grad_(), angles, None, routing)
+    of_model = {table.data_ptr() for table in angles}
+    here = [kept.whole for kept in memory.kept if torch.is_tensor(kept.whole)]         # not what left after it was kept
+    here = sum(whole.nbytes for whole in here if whole.data_ptr() not in of_model)
+    if "layer" in plan.recompute:
+        here += sum(ids.nbytes for ids in routing.values())                # noted, seen by no hook
+    assert out.requires_grad
+    return here, sum(swapped().host.nbytes for swapped in memory.leaving)
+
+
+@pytest.mark.parametrize("precision", list(DTYPES))
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("changes", [dict(), dict(expert_weight="after_down", norm="pre")], ids=str)
+def test_saved_bytes_are_those_that_sim_counts(precision, kind, changes):
+    config = replace(TINY, **changes)
+    shape = replace(sim.as_shape(config), value_padded=True)               # torch's CPU kernel pads
+    for index, items in enumerate([(), *SETS]):
+        swap = ("attn_out", "expert_out")[:index % 3]
+        plan = Plan(micro_batch=2, global_batch=2, seq_len=24, precision=precision, recompute=items, swap=swap)
+        assert kept_by_layer(config, plan, kind) == sim.saved_bytes(sim.Work(shape, plan, kind)), (items, swap)
