@@ -8,7 +8,7 @@ process groups. parallel.py takes a built model and spreads it; what the model c
     MoE.dispatcher          who brings rows to experts and back; here the local one, there an exchange between ranks
     Router.average_counts   the identity here, an average over the ranks of a balance group there
     Attention.gather_context   the identity here, latents of the whole sequence there, where ranks hold parts of one
-    Attention, MLP, MoE ... .memory   keeps all that backward needs; there some is computed again, or swapped to the host
+    Part.memory             keeps all that backward needs; there some is computed again, or waits in the host's memory
     Linear.store            a WeightGradStore that delays weight gradients, so that they can hide an exchange
     Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest

@@ -914,16 +914,17 @@ def param_groups(model):
 
 
 class Memory:
-    """What autograd keeps for backward passes through pack and unpack. A tensor is known by its storage, which its views
-    and the segments of a layer share.
+    """Decides what autograd keeps for backward: all of it passes through pack and unpack.
 
-    again     keeps a recipe: the operator, and what it was made from. Backward runs that operator and nothing else;
-              torch's checkpoint would run our matmul functions too, which save their inputs after they ran
-    region    torch's checkpoint, which stops at the last thing saved
-    swap      a copy in the host's memory; on the CPU that is a plain copy, so that tests run the same code
+    A tensor is known by its storage, which its views and the segments of a layer share.
 
-    Routing is in no region but a whole layer's, where what was chosen is noted and forced. parts, a weak set of all that
-    is kept, is there for a report.
+    again     keeps a recipe: an operator and what it was given. Backward runs this operator once and nothing else, where
+              torch's checkpoint would run our matmul functions too: they save their inputs after they ran
+    region    torch's checkpoint, which stops at the last thing that is saved inside
+    swap      sends a tensor to the host's memory; on a CPU that is a plain copy, so that tests run the same code
+
+    Routing is in no region but a whole layer's; there the choice is noted, and forced when the layer runs again. kept, a
+    weak set, and part tell a report what was kept where.
     """
 
     def __init__(self, plan, device):
@@ -932,7 +933,7 @@ class Memory:
             self.names &= {"layer", "optimizer"}
         if "attention" in self.names:
             self.names -= {"attn_out", "mla_up"}
-        self.kept, self.part = None, ""                                   # of a report: where tensors were kept
+        self.kept, self.part = None, ""
         self.streams = torch.get_device_module(device)                    # torch.cpu's streams do nothing
         self.stream, self.leaving, self.before = self.streams.Stream(), [], []
 
