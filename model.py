@@ -272,7 +272,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        gain, grad32 = weight.to(scale.dtype), grad.to(scale.dtype)      # float32 or better: mixed dtypes are slow on CPU
+        gain, grad32 = weight.to(scale.dtype), grad.to(scale.dtype)  # float32 or better: mixed dtypes are slow on CPU
         normed = x.to(scale.dtype) * scale
         product = grad32 * normed
         mean = (product @ gain / x.size(-1)).unsqueeze(-1)

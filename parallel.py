@@ -918,13 +918,13 @@ class Memory:
 
     A tensor is known by its storage, which its views and the segments of a layer share.
 
-    again     keeps a recipe: an operator and what it was given. Backward runs this operator once and nothing else, where
-              torch's checkpoint would run our matmul functions too: they save their inputs after they ran
+    again     keeps a recipe: an operator and what it was given. Backward runs this operator once and nothing else;
+              torch's checkpoint would run our matmul functions too, which save their inputs after they ran
     region    torch's checkpoint, which stops at the last thing that is saved inside
     swap      sends a tensor to the host's memory; on a CPU that is a plain copy, so that tests run the same code
 
-    Routing is in no region but a whole layer's; there the choice is noted, and forced when the layer runs again. kept, a
-    weak set, and part tell a report what was kept where.
+    Routing is in no region but a whole layer's; there the choice is noted, and forced when the layer runs again.
+    kept, a weak set, and part tell a report what was kept where.
     """
 
     def __init__(self, plan, device):
