@@ -659,6 +659,11 @@ def refuse_what_is_not_run(plan):
         raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
     if plan.balance_live and (plan.pp * plan.cp * plan.tp > 1 or plan.overlap != "none"):
         raise ValueError(f"balance_live={plan.balance_live} runs with pp=1 cp=1 tp=1 and overlap=none alone: use those")
+    for name, only in (("hide", ()), ("etp", 1)):
+        if getattr(plan, name) != only:
+            raise ValueError(f"{name} is simulated, not run: leave it out")
+    if plan.dispatch == "pipelined" or "core_attention" in plan.recompute:
+        raise ValueError("dispatch=pipelined and recompute=core_attention are simulated, not run: use dedup, attention")
     if plan.precision not in ("fp32", "bf16", "fp64"):
         raise ValueError(f"precision={plan.precision} is not run: use fp32 or bf16")
 

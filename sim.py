@@ -16,6 +16,7 @@ Modelled: operators as a roofline with a start-up cost, collectives by tier and 
 contention between replicas, host-bound stretches, fragmentation, an efficiency that depends on a matmul's shape.
 """
 import argparse
+import csv
 import json
 import math
 import re
@@ -24,8 +25,9 @@ from array import array
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
-from itertools import chain, islice, product, zip_longest
+from itertools import chain, combinations, islice, product, zip_longest
 from operator import le, mul
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,13 +37,14 @@ from model import PRESETS, Config
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: how a model is cut, what is saved, how it is run
 
-RECOMPUTE = ("norm", "mla_up", "act", "permute", "expert", "attention", "layer")
+RECOMPUTE = ("norm", "mla_up", "act", "permute", "expert", "core_attention", "attention", "layer")
 SWAP = ("expert_out", "attn_out", "optimizer")
 BYTES_OF = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "mxfp8": 2}    # activations; fp8 is for matmuls alone
+NARROW = ("fp8", "mxfp8")          # of matmuls alone
 PLAN_CHOICES = dict(
-    sp=(0, 1), etp=(1,), zero=(0, 1, 3), schedule=("1f1b", "interleaved", "paired", "zbv", "dualpipev"),
-    overlap=("none", "adaptive"), dispatch=("flat", "hierarchical", "dedup"), precision=tuple(BYTES_OF),
-    recompute=RECOMPUTE, swap=SWAP)
+    sp=(0, 1), zero=(0, 1, 3), schedule=("1f1b", "interleaved", "paired", "zbv", "dualpipev"),
+    overlap=("none", "adaptive"), dispatch=("flat", "hierarchical", "dedup", "pipelined"), precision=tuple(BYTES_OF),
+    recompute=RECOMPUTE, swap=SWAP, hide=("tp", "dp", "pp"))
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Plan:
     tp: int = 1                    # tensor
     sp: int = 0                    # 1: the residual stream is cut along the sequence over the tensor group
     ep: int = 1                    # ranks that share one set of experts
-    etp: int = 1                   # ranks that share one expert's matrices; only 1
+    etp: int = 1                   # ranks that share one expert's matrices; more than 1 is simulated, not run
     vpp: int = 1                   # model chunks per pipeline rank
     node_size: int = 8             # devices of a node: the reach of the fast links
     micro_batch: int = 1           # sequences
@@ -66,7 +69,10 @@ class Plan:
     zero: int = 1                  # 0 replicated | 1 masters and optimizer states cut over data ranks | 3 everything
     schedule: str = ""             # 1f1b | interleaved | paired | zbv | dualpipev; "": paired if overlap, else by vpp
     overlap: str = "none"          # a pair of forward and backward runs: none (one by one) | adaptive (interleaved)
-    dispatch: str = "flat"         # the experts' exchange: flat | hierarchical | dedup
+    hide: tuple = ()               # collectives beside computation: any of tp, dp, pp; simulated, not run
+    # the experts' exchange: flat | hierarchical | dedup | pipelined, which is dedup with both hops at once (DeepEP;
+    # simulated, not run)
+    dispatch: str = "flat"
     recompute: tuple = ()          # any of RECOMPUTE: what the backward computes again
     swap: tuple = ()               # any of SWAP: what waits in the host's memory
     layer_split: tuple = ()        # hidden layers of each of the pp*vpp stages; (): evenly by FLOPs
@@ -76,7 +82,7 @@ class Plan:
     balance_replicas: int = 0      # extra copies of hot experts per rank
 
     def __post_init__(self):
-        for name in ("recompute", "swap", "layer_split"):
+        for name in ("recompute", "swap", "layer_split", "hide"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.schedule:
             plain = "1f1b" if self.vpp == 1 else "interleaved"
@@ -89,11 +95,11 @@ class Plan:
     # micro-batches after which interleaved chunks take turns
     turn = property(lambda self: self.n_micro // max(1, self.n_micro // self.pp))
     # ranks of an expert group inside one node; ep // inner nodes form the outer group
-    inner = property(lambda self: min(self.ep, self.node_size))
+    inner = property(lambda self: min(self.ep, max(1, self.node_size // self.etp)))
     # micro-batches one after the other, without stages, pairs or deferred weight gradients
     is_plain = property(lambda self: self.pp == self.vpp == 1 and self.schedule == "1f1b")
     # ranks that hold the same experts
-    edp = property(lambda self: self.dp * self.cp * self.tp // self.ep)
+    edp = property(lambda self: max(1, self.dp * self.cp * self.tp // (self.ep * self.etp)))
     # axis -> ranks that hold the same weights: dp those of dense parts, edp those of experts
     holders = property(lambda self: dict(dp=self.dp * self.cp, edp=self.edp))
     # tokens of one micro-batch in the matmuls that the tensor group cuts
@@ -150,7 +156,7 @@ def check_plan(config, plan, hardware=None, devices=None):
             require(not unknown, f"{name}={'+'.join(map(str, unknown))}: {use.replace('one', 'any', 1)}")
         else:
             require(value in allowed, f"{name}={value!r}: {use}")
-    for name in ("pp", "dp", "cp", "tp", "ep", "vpp", "node_size", "micro_batch", "global_batch", "seq_len"):
+    for name in ("pp", "dp", "cp", "tp", "ep", "etp", "vpp", "node_size", "micro_batch", "global_batch", "seq_len"):
         require(getattr(plan, name) >= 1, f"{name}={getattr(plan, name)}: must be at least 1")
     check_cuts(config, plan)
     check_layers(config, plan)
@@ -167,7 +173,7 @@ def check_cuts(config, plan):
             ("tp", "num_attention_heads", c.num_attention_heads), ("tp", "intermediate_size", c.intermediate_size),
             ("tp", "vocab_size", c.vocab_size), ("tp", "width of the shared experts", shared),
             ("ep", "n_routed_experts" if moe else "experts of a dense model", c.n_routed_experts if moe else 1),
-            ("ep", "dp*cp*tp", plan.dp * plan.cp * plan.tp)):
+            ("ep", "dp*cp*tp", plan.dp * plan.cp * plan.tp // plan.etp)):
         value = getattr(plan, name)
         if total % value:
             raise ValueError(f"{name}={value} does not divide {what}={total}: use one of {divisors(total)[:16]}")
@@ -274,7 +280,7 @@ def exchange_bytes(config, plan, ids=None):
     """
     e, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row, counts = e * config.hidden_size, INDEX_BYTES * config.n_routed_experts // plan.ep
-    node_counts = INDEX_BYTES + counts * plan.inner if plan.dispatch == "dedup" else 0
+    node_counts = INDEX_BYTES + counts * plan.inner if plan.dispatch in ("dedup", "pipelined") else 0
     rows = _expected_rows(config, plan) if ids is None else _routed_rows(config, plan, ids)
     sent = {way: {tier: [0] * plan.ep for tier in ("inner", "outer")} for way in ("forward", "backward")}
     pairs = [(*pair, 1) for pair in product(range(plan.ep), repeat=2)] if ids is not None else _pairs_of_first(plan)
@@ -304,7 +310,11 @@ def _expected_rows(config, plan):
     """{(source, peer): rows that go from one to the other}, as _routed_rows, under uniform routing, for the first."""
     experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
     copies = plan.tokens * k / (plan.ep if plan.dispatch == "flat" else plan.inner)
-    missed = math.comb(experts - experts // nodes, k) / math.comb(experts, k) if plan.dispatch == "dedup" else 0.0
+    missed = 0.0
+    if plan.dispatch in ("dedup", "pipelined"):
+        missed = math.comb(experts - experts // nodes, k) / math.comb(experts, k)
+    if config.n_group == nodes and config.group_choice == "limited":       # a token goes to topk_group nodes at most
+        missed = max(missed, 1 - config.topk_group / nodes)
     crossing = copies if plan.dispatch == "flat" else plan.tokens * (1 - missed)
     pairs = [pair for source, peer, _ in _pairs_of_first(plan) for pair in ((source, peer), (peer, source))]
     return {pair: copies if max(pair) < plan.inner else crossing for pair in pairs}
@@ -528,8 +538,12 @@ class Shape(Config):
     num_key_value_heads: int = 0           # gqa: heads of keys and values
     head_dim: int = 0                      # gqa, mha
     gated_mlp: bool = True                 # three matrices (SwiGLU), or two
+    window: int = 0                        # keys that a query sees, 0: all before it
     attn_kernel: str = "flash"             # flash | unfused: the whole square of scores, kept for backward
     value_padded: bool = False             # the attention kernel wants values as wide as keys
+    # memory as in Megatron-LM and its kin: logits are kept, a rank's own part of gathered inputs, 8 bits of what 8-bit
+    # matmuls read
+    megatron: bool = False
 
     def __post_init__(self):               # not Config's checks, which are of models that model.py builds
         pass
@@ -541,7 +555,8 @@ def as_shape(config):
 
 # part: the block's call it belongs to: attend (with routing), shared, experts or combine. kind: matmul | vector |
 # flash | unfused. flops: forward; each half of a matmul's backward has as many. moved: bytes read and written.
-Op = namedtuple("Op", "part name kind flops moved")
+# sizes: of a matmul (rows, inner, columns, matrices that share the rows)
+Op = namedtuple("Op", "part name kind flops moved sizes", defaults=((),))
 
 
 class Work:
@@ -563,10 +578,13 @@ class Work:
         """(m, k) by (k, n), whose input is kept under the name `keep`; experts: so many matrices share the m rows."""
         matrices = max(1, experts)
         moved = self.element * (m * k + matrices * k * n + m * n)
-        self.ops.append(Op(part, name, "matmul", 2 * m * k * n, moved))
+        self.ops.append(Op(part, name, "matmul", 2 * m * k * n, moved, (m, k, n, matrices)))
         self.params["edp" if experts else "dp"] += matrices * k * n
         if keep:
             self.keep(keep, m * k)
+        if keep and self.shape.megatron:
+            shard = self.plan.tp if self.plan.sp and keep in ("attn_in", "mlp_in") else 1
+            self.saved[keep] = self.saved[keep] / shard / (2 if self.plan.precision in NARROW else 1)
 
     def vector(self, part, name, elements):
         """An operator that only moves memory: elements read and written."""
@@ -598,11 +616,11 @@ class Work:
 
     def layer(self):
         c, own, sandwich = self.shape, self.plan.tokens, self.shape.norm != "pre"
-        self.norm("attend", "input_layernorm", own, c.hidden_size)
+        self.norm("attend", "input_layernorm", own, c.hidden_size, residual=not sandwich)
         (self.latent_attention if c.attn_type == "mla" else self.plain_attention)()
         if sandwich:
             self.norm("attend", "post_attention_layernorm", own, c.hidden_size, residual=True)
-        self.norm("attend", "pre_mlp_layernorm", own, c.hidden_size)
+        self.norm("attend", "pre_mlp_layernorm", own, c.hidden_size, residual=not sandwich)
         if self.kind == "dense":
             self.mlp("experts", "mlp", c.intermediate_size)
         else:
@@ -651,19 +669,21 @@ class Work:
         tokens, keys = plan.gathered_tokens, plan.gathered_tokens * plan.cp
         scores, padded = tokens * plan.seq_len * heads, qk if c.value_padded else v
         moved = tokens * heads * (qk + v) + keys * kv_heads * (qk + v)
-        flops = 2 * scores * (qk + v)
+        flops, sizes = 2 * scores * (qk + v), (tokens, (qk + v) // 2, plan.seq_len, heads * plan.micro_batch)
         self.keep("q", tokens * heads * qk)
         self.keep("k", keys * kv_heads * qk)
         self.keep("v", keys * kv_heads * padded)
         if c.attn_kernel == "unfused":
-            moved += 4 * scores
+            self.vector("attend", "attention", 7 * scores)     # written, scaled and masked, softmax, dropout, read
             self.keep("probabilities", scores)
         else:
-            flops /= 2                                         # the causal half
+            flops *= min(0.5, (c.window or plan.seq_len) / plan.seq_len)   # the causal half
             self.saved["log_sum"] = tokens * heads * self.wide
+        if plan.cp > 1:                                        # pieces of a ring are merged one by one, in float32
+            self.vector("attend", "attention", 4 * (plan.cp - 1) * tokens * heads * v * self.wide / self.element)
         if padded != v:
             self.keep("attn_padded", tokens * heads * padded)
-        self.ops.append(Op("attend", "attention", c.attn_kernel, flops, moved * self.element))
+        self.ops.append(Op("attend", "attention", c.attn_kernel, flops, moved * self.element, sizes))
         self.matmul("attend", "o_proj", tokens, heads * v, c.hidden_size, keep="attn_out")
 
     def mlp(self, part, name, inner):
@@ -681,6 +701,10 @@ class Work:
         c, plan, wide = self.shape, self.plan, self.wide       # router and losses are computed in float32 or better
         own, k, width, inner = plan.tokens, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size
         rows, into, experts = math.ceil(own * k * (c.capacity_factor or 1)), 2 if c.gated_mlp else 1, c.n_routed_experts
+        own_experts = max(1, experts // plan.ep)
+        if plan.etp > 1:                                       # rows of all that share an expert, a part of its width
+            self.gather("etp", "experts", 2 * rows, width)
+            rows, inner = rows * plan.etp, inner // plan.etp
         self.matmul("attend", "router", own, width, experts, keep="mlp_in")
         if wide > self.element:
             self.saved["router_in"] = own * width * wide       # cast
@@ -695,13 +719,13 @@ class Work:
             self.saved["balance.sum"] = own * wide if c.aux_scores == "normalized" else 0
         self.vector("attend", "permute", (own + rows) * width)
         if c.n_shared_experts:
-            self.mlp("shared", "shared", c.n_shared_experts * inner)
-        self.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=experts // plan.ep)
+            self.mlp("shared", "shared", c.n_shared_experts * c.moe_intermediate_size)
+        self.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=own_experts)
         self.vector("experts", "expert.act", (into + 1) * rows * inner)
         self.keep("expert_gate_up", into * rows * inner)
         if plan.balance_replicas:                              # weights of homes and copies, put together for each use
             self.keep("expert_weights", (experts // plan.ep + plan.balance_replicas) * (into + 1) * width * inner)
-        self.matmul("experts", "expert.down", rows, inner, width, keep="expert_hidden", experts=experts // plan.ep)
+        self.matmul("experts", "expert.down", rows, inner, width, keep="expert_hidden", experts=own_experts)
         self.keep("row_weights", rows + (wide == self.element))                # a cast drops the spare last one
         self.saved["counts"] = experts // plan.ep * 8
         if c.expert_weight == "after_down":
@@ -725,6 +749,10 @@ class Work:
             self.gather_stream("attend")
             self.matmul("attend", "lm_head", tokens, c.hidden_size, vocab)
             self.vector("attend", "loss", 4 * tokens * vocab * self.wide / self.element)
+            if c.megatron:                                     # in float32, beside those of the matmul and its input
+                self.keep(f"head_in.{depth}", plan.tokens * c.hidden_size)
+                self.saved[f"logits.{depth}"] = tokens * vocab * (self.element + self.wide)
+                continue
             # the loss makes its gradients in forward: of its input, and of the head's weight in float32 or better
             self.keep(f"grad_h.{depth}", tokens * c.hidden_size)
             self.saved[f"grad_w.{depth}"] = vocab * c.hidden_size * self.wide
@@ -794,6 +822,7 @@ RECOMPUTES = {
     "act": (("mlp_hidden", "shared_hidden", "expert_hidden"), ("mlp.act", "shared.act", "expert.act")),
     "permute": (("rows",), ("permute",)),                  # and their exchange
     "expert": (("expert_gate_up", "expert_hidden"), ("expert.gate_up", "expert.act")),
+    "core_attention": (("probabilities", "log_sum"), ("attention",)),
     "attention": (("input_layernorm.scale", "attn_in", "q_a_layernorm", "q_a_layernorm.scale", "kv_a_layernorm",
                    "kv_a_layernorm.scale", "q_latent", "kv_latent", "k_rope", "q", "k", "v", "log_sum", "attn_padded",
                    "probabilities", "attn_out"),
@@ -829,13 +858,7 @@ def saved_bytes(work):
 
 @dataclass(frozen=True, eq=False)                          # equal if it is the same object
 class Hardware:
-    """One device, its node and its network. Bandwidths are of one direction and one device; efficiencies of a peak.
-
-    Sources. Ascend 910B: Ascend/msmodeling, tensor_cast/device.py, which marks its efficiencies and static costs as not
-    calibrated; node of 8 and RoCE: arXiv:2504.07866, section 5. H200: NVIDIA's data sheet, 400 Gb/s of network a GPU as
-    usual for the generation; efficiencies and static costs assumed as the 910B's. Assumed for all: bytes that the
-    framework keeps, and PCIe 4.0 or 5.0 x16 to the host (32 or 64 GB/s, nominal).
-    """
+    """One device, its node and its network. Bandwidths are of one direction and one device; efficiencies of a peak."""
     name: str
     peak: dict                             # precision -> FLOP/s of the matrix units
     memory: float                          # bytes
@@ -847,63 +870,196 @@ class Hardware:
     outer_bandwidth: float = 0.0           # bytes/s between nodes
     outer_latency: float = 1.5e-6
     host_bandwidth: float = 32e9           # bytes/s to the host's memory
+    cores: int = 0                         # output tiles of a matmul computed at a time; 0: any number
     framework: float = 3 * 2**30           # bytes that runtime, allocator and libraries keep
+    value_padded: bool = False             # its attention kernel wants values as wide as keys
+    generation: str = ""                   # whose CONSTANTS it has
+    # what is reached of the peaks, and what every call costs: see CONSTANTS
     matmul_efficiency: float = 0.7
+    matmul_half: float = 0.0               # a side of a matmul with which it reaches half of that
+    grouped_efficiency: float = 1.0        # of the experts' matmuls beside others
+    fp8_efficiency: float = 1.0            # of matmuls in 8 bits beside those in 16
+    attention_efficiency: float = 0.7
+    attention_half: float = 0.0            # keys with which flash attention reaches half of that
     memory_efficiency: float = 0.6
-    link_efficiency: float = 0.7
+    inner_efficiency: float = 0.7
+    outer_efficiency: float = 0.7
     static_matmul: float = 5e-6            # seconds of every matmul, whatever its size
     static_vector: float = 2e-6
     static_collective: float = 10e-6
-    value_padded: bool = False             # its attention kernel wants values as wide as keys
+    hidden_share: float = 0.0              # of collectives that a plan hides, the share that runs beside computation
+    overlap_tax: float = 0.0               # seconds of computation lost for a second of communication beside it
+    scale_loss: float = 0.0                # share of the step that each doubling of the devices costs
 
 
-# The 910B's bins differ in cube cores (8192 FLOP a cycle) and clock alone. Full mesh of 8: 7 links of 28 GB/s each.
-HARDWARE = {name: Hardware(name, dict.fromkeys(("bf16", "fp16"), cores * 8192 * clock) | {"fp32": fp32}, 64 * 2**30,
-                           1638.4 * 2**30, topology="mesh", inner_bandwidth=196e9, outer_bandwidth=25e9)
-            for name, cores, clock, fp32 in (("ascend_910b_376", 24, 1.8e9, 99.5e12),
-                                             ("ascend_910b_313", 20, 1.8e9, 83e12),
-                                             ("ascend_910b_280", 20, 1.5e9, 75e12))}
-HARDWARE["h200_sxm"] = Hardware("h200_sxm", {"bf16": 989.5e12, "fp16": 989.5e12, "fp8": 1979e12}, 141e9, 4800e9,
-                                inner_bandwidth=450e9, outer_bandwidth=50e9, host_bandwidth=64e9)
+# Constants shared by the devices of a generation, or by all: unit, bounds, priors, and what `python sim.py validate
+# --fit` made of them: least absolute errors over the public rows, each held near its prior; with equal bounds, it is.
+# Priors: matmul and memory of A100 and H100 by stas00/ml-engineering and Calculon, of B200 by SimuMax's measurements,
+# of 910B by msmodeling and HCCS collectives (19 of 28 GB/s a link); attention by arXiv:2307.08691 and 2407.08608;
+# others assumed.
+GENERATIONS = "ampere", "hopper", "blackwell", "ascend"
+CONSTANTS = {
+    "matmul_efficiency": ("of peak", 0.4, 0.97, (0.80, 0.70, 0.55, 0.70), (0.763, 0.702, 0.419, 0.614)),
+    "matmul_half": ("elements", 60, 60, (60,), (60.0,)),
+    "grouped_efficiency": ("of matmul", 0.4, 1.0, (0.85,), (0.781,)),
+    "fp8_efficiency": ("of matmul", 0.5, 1.0, (0.75,), (0.855,)),
+    "attention_efficiency": ("of peak", 0.2, 0.8, (0.60, 0.55, 0.60, 0.55), (0.548, 0.421, 0.574, 0.515)),
+    "attention_half": ("keys", 400, 400, (400,), (400.0,)),
+    "memory_efficiency": ("of peak", 0.3, 0.95, (0.70, 0.65, 0.67, 0.65), (0.845, 0.601, 0.627, 0.616)),
+    "inner_efficiency": ("of peak", 0.4, 0.9, (0.70, 0.70, 0.66, 0.68), (0.748, 0.635, 0.627, 0.646)),
+    "outer_efficiency": ("of peak", 0.4, 0.95, (0.80,), (0.856,)),
+    "static_matmul": ("s", 2e-6, 1.2e-5, (5e-6,), (5.06e-06,)),
+    "static_vector": ("s", 2e-6, 1.2e-5, (4e-6,), (4.02e-06,)),
+    "static_collective": ("s", 5e-6, 4e-5, (2e-5,), (2e-05,)),
+    "hidden_share": ("of time", 0.2, 0.95, (0.7,), (0.624,)),
+    "overlap_tax": ("of time", 0.15, 0.15, (0.15,), (0.15,)),
+    "scale_loss": ("a doubling", 1e-3, 0.03, (0.01,), (0.00989,)),
+}
+
+
+def of_generation(values, generation):
+    return values[GENERATIONS.index(generation) if len(values) > 1 else 0]
+
+
+def constants_of(generation):
+    return {name: of_generation(fitted, generation) for name, (*_, fitted) in CONSTANTS.items()}
+
+
+# Presets: name, generation, TFLOPS in 16 and 8 bits, memory, GB/s of it, node, GB/s inside and between nodes, cores.
+# Sources. A100, H100, H200, H20, B200, GB200, GB300: NVIDIA's data sheets, dense, NVLink of one direction; between
+# nodes 200 Gb/s a GPU for A100, 400 since, 800 for GB300, as usual for their systems. a100_80_jeanzay: 4 OmniPath links
+# of 100 Gb/s for 8 GPUs (bigscience, tr11-176B-ml). a100_pcie: no NVLink, PCIe 4.0 x16. h100_96_hbm2e_500w: torchtitan,
+# benchmarks. H800: arXiv:2412.19437, section 3. Ascend 910B: Ascend/msmodeling, tensor_cast/device.py; bins differ in
+# cube cores (8192 FLOP a cycle) and clock; full mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866,
+# section 5. 910C, a die: the same file and arXiv:2506.12708 (CloudMatrix384: 768 dies of one bus).
+GIB, GB = 2**30, 1e9
+PRESETS_OF_HARDWARE = (
+    ("ascend_910b_376", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 24),
+    ("ascend_910b_313", "ascend", 294.912, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
+    ("ascend_910b_280", "ascend", 245.76, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
+    ("ascend_910b_unspecified", "ascend", 294.912, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
+    ("ascend_910c_die", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 768, 196, 24.5, 24),
+    ("a100_80_sxm", "ampere", 312, 0, 80 * GIB, 2039, 8, 300, 25, 108),
+    ("a100_40_sxm", "ampere", 312, 0, 40 * GIB, 1555, 8, 300, 25, 108),
+    ("a100_80_jeanzay", "ampere", 312, 0, 80 * GIB, 2039, 8, 300, 6.25, 108),
+    ("a100_pcie", "ampere", 312, 0, 80 * GIB, 1935, 8, 24, 25, 108),
+    ("h100_sxm", "hopper", 989.5, 1979, 80 * GIB, 3350, 8, 450, 50, 132),
+    ("h100_96_hbm2e_500w", "hopper", 989.5 * 0.75, 1979 * 0.75, 96 * GB, 2400, 8, 450, 50, 132),
+    ("h800_sxm", "hopper", 989.5, 1979, 80 * GIB, 3350, 8, 200, 50, 132),
+    ("h200_sxm", "hopper", 989.5, 1979, 141 * GB, 4800, 8, 450, 50, 132),
+    ("h20", "hopper", 148, 296, 96 * GB, 4000, 8, 450, 50, 78),
+    ("b200", "blackwell", 2250, 4500, 180 * GB, 8000, 8, 900, 50, 148),
+    ("gb200", "blackwell", 2500, 5000, 186 * GB, 8000, 72, 900, 50, 148),
+    ("gb300", "blackwell", 2500, 5000, 288 * GB, 8000, 72, 900, 100, 148))
+
+
+def _preset(name, generation, wide, narrow, memory, bandwidth, node_size, inner, outer, cores):
+    peak = dict.fromkeys(("bf16", "fp16"), wide * 1e12)
+    peak |= dict.fromkeys(("fp8", "mxfp8"), narrow * 1e12) if narrow else {}
+    peak["fp32"] = peak["bf16"] * (0.281 if generation == "ascend" else 0.5)       # cube in fp32, tensor cores in TF32
+    mesh = generation == "ascend" and node_size == 8
+    return Hardware(name, peak, memory, bandwidth * GB, node_size, "mesh" if mesh else "switch", inner * GB,
+                    outer_bandwidth=outer * GB, cores=cores, generation=generation, **constants_of(generation))
+
+
+HARDWARE = {row[0]: _preset(*row) for row in PRESETS_OF_HARDWARE}
+
+# the stride of an axis' group among the ranks; ranks of a node are consecutive
+def stride_of(plan, axis):
+    return dict(tp=1, etp=1, cp=plan.tp, dp=plan.tp, edp=plan.ep * plan.etp, pp=plan.dp * plan.cp * plan.tp)[axis]
 
 
 def tier_of(plan, axis):
     """inner if a group of the axis lies inside one node, else outer; for pp: if the next stage's rank does."""
-    group = plan.dp * plan.cp * plan.tp
-    reach = dict(tp=plan.tp, cp=plan.cp * plan.tp, dp=group, edp=group, pp=2 * group)[axis]
-    return "inner" if reach <= plan.node_size else "outer"
+    ranks = 2 if axis == "pp" else plan.holders.get(axis) or getattr(plan, axis)
+    return "inner" if ranks * stride_of(plan, axis) <= plan.node_size else "outer"
 
 
-def collective_seconds(hardware, tier, ranks, sent):
-    """Seconds of a collective in which each rank sends `sent` bytes, ring or direct (msmodeling's formulas)."""
+def collective_seconds(hardware, tier, ranks, sent, local=1):
+    """Seconds of a collective in which each rank sends `sent` bytes, ring or direct (msmodeling's formulas).
+
+    local: ranks of the group in one node, whose links to other nodes a ring uses together.
+    """
     if ranks == 1 or sent == 0:
         return 0.0
-    bandwidth, latency = hardware.outer_bandwidth, hardware.outer_latency
+    inside = hardware.inner_bandwidth * hardware.inner_efficiency
     if tier == "inner":
-        bandwidth, latency = hardware.inner_bandwidth, hardware.inner_latency
+        bandwidth, latency = inside, hardware.inner_latency
         if hardware.topology == "mesh":                    # n ranks use n-1 of a device's links
             bandwidth *= (min(ranks, hardware.node_size) - 1) / (hardware.node_size - 1)
+    else:
+        bandwidth, latency = hardware.outer_bandwidth * hardware.outer_efficiency, hardware.outer_latency
+        bandwidth = bandwidth if local == 1 else min(inside, local * bandwidth)
     steps = min(ranks - 1, math.log2(ranks))
-    return hardware.static_collective + steps * latency + sent / (bandwidth * hardware.link_efficiency)
+    return hardware.static_collective + steps * latency + sent / bandwidth
+
+
+def axis_seconds(plan, hardware, axis, ranks, sent):
+    stride, tier = stride_of(plan, axis), tier_of(plan, axis)
+    return collective_seconds(hardware, tier, ranks, sent, max(1, min(ranks, plan.node_size // stride)))
 
 
 # a backward's work over its forward's: flash attention computes the scores again, vectors read a gradient more
 BACKWARD = {"flash": 2.5, "unfused": 2.0, "vector": 1.5}
+TILE = 128                         # side of the output tile that a core computes at a time
+FLASH_BACKWARD = 0.85              # rate of flash attention's backward over its forward's (arXiv:2307.08691)
+
+
+@lru_cache(None)
+def matmul_share(rows, inner, columns, matrices, half, cores):
+    """Share of its best rate that a matmul reaches: short sides, and a last wave of tiles that leaves cores idle."""
+    share = 1.0
+    for side in (rows / matrices, inner, columns):
+        share *= side / (side + half)
+    tiles = matrices * math.ceil(rows / matrices / TILE) * math.ceil(columns / TILE)
+    return share * (tiles / cores / math.ceil(tiles / cores) if cores else 1.0)
+
+
+def peak_of(hardware, precision, narrow=False):
+    """FLOP/s of matrix units; of what stays in 16 bits beside 8-bit matmuls, unless `narrow`."""
+    wide = "bf16" if precision in NARROW and not (narrow and precision in hardware.peak) else precision
+    return hardware.peak[wide]
+
+
+def matmul_seconds(op, sizes, plan, hardware):
+    narrow = plan.precision in NARROW and op.kind == "matmul" and op.name not in ("lm_head", "router")
+    rate = peak_of(hardware, plan.precision, narrow) * hardware.matmul_efficiency
+    rate *= hardware.fp8_efficiency if narrow else 1.0
+    rate *= hardware.grouped_efficiency if op.sizes[3] > 1 and op.kind == "matmul" else 1.0
+    share = matmul_share(*sizes, hardware.matmul_half, hardware.cores)
+    return max(op.flops / (rate * share), op.moved / (hardware.bandwidth * hardware.memory_efficiency))
 
 
 def op_seconds(op, plan, hardware):
     """Seconds of (forward, backward for inputs, for weights): arithmetic or memory, the slower, and a start."""
-    busy = op.flops / (hardware.peak[plan.precision] * hardware.matmul_efficiency)
-    busy = max(busy, op.moved / (hardware.bandwidth * hardware.memory_efficiency))
-    start = hardware.static_vector if op.kind == "vector" else hardware.static_matmul
+    if op.kind == "vector":
+        busy = op.moved / (hardware.bandwidth * hardware.memory_efficiency)
+        return busy + hardware.static_vector, BACKWARD["vector"] * busy + hardware.static_vector, 0.0
+    m, k, n, matrices = op.sizes
+    start = hardware.static_matmul
     if op.kind == "matmul":
-        return (busy + start,) * 3
-    return busy + start, BACKWARD[op.kind] * busy + start, 0.0
+        sizes = (m, k, n, matrices), (m, n, k, matrices), (k * matrices, m / matrices, n, matrices)
+        times = [matmul_seconds(op, each, plan, hardware) + start for each in sizes]
+        if plan.precision in NARROW:                       # inputs and gradients are cast, in two layouts
+            cast = 2 / (hardware.bandwidth * hardware.memory_efficiency)
+            times = [times[0] + cast * m * k, times[1] + cast * m * n, times[2]]
+        return tuple(times)
+    if op.kind == "unfused":
+        busy = matmul_seconds(op, (m * matrices, k, n, matrices), plan, hardware)
+        return busy + start, BACKWARD["unfused"] * busy + start, 0.0
+    rate = peak_of(hardware, plan.precision) * hardware.attention_efficiency * n / (n + hardware.attention_half)
+    busy = max(op.flops / rate, op.moved / (hardware.bandwidth * hardware.memory_efficiency))
+    return busy + start, BACKWARD["flash"] / FLASH_BACKWARD * busy + start, 0.0
+
+
+def gradient_bytes(plan):
+    """Of one gradient while micro-batches are summed: float32 beside bf16, fp16 as it is (Megatron-LM's defaults)."""
+    return 2 if plan.precision == "fp16" else max(4, BYTES_OF[plan.precision])
 
 
 def weights_seconds(plan, hardware, params, size):
     """Seconds to gather weights of `size` bytes each from the ranks that hold a part, or to scatter their gradients."""
-    return sum(collective_seconds(hardware, tier_of(plan, axis), ranks, (ranks - 1) / ranks * params[axis] * size)
+    return sum(axis_seconds(plan, hardware, axis, ranks, (ranks - 1) / ranks * params[axis] * size)
                for axis, ranks in plan.holders.items())
 
 
@@ -934,7 +1090,8 @@ class LayerTime:
             if self.whole_again or (part == "attend" and "attention" in plan.recompute):
                 parts.append("recompute")
             for one in parts:
-                seconds = collective_seconds(hardware, tier, getattr(plan, axis), sent)
+                seconds = axis_seconds(plan, hardware, axis, getattr(plan, axis), sent)
+                seconds *= 1 - hardware.hidden_share * (axis in plan.hide)     # the rest runs beside its matmul
                 self.collectives[one].append((axis, tier, seconds))
             self.sent[tier] += sent * (1 + len(parts))
         outer = plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
@@ -965,8 +1122,9 @@ def layer_time(shape, plan, kind, hardware, max_vio):
 class Streams:
     """A device's queues: compute, links inside the node, links between nodes, the host's link; each runs in order."""
 
-    def __init__(self, flat):
+    def __init__(self, flat, tax=0.0):
         self.flat = flat
+        self.tax = tax                                     # seconds of computation lost for one of a link beside it
         self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}
         self.tasks = []                                    # (name, stream, start, end), seconds from the action's start
 
@@ -1041,9 +1199,9 @@ class Streams:
 
 
 @lru_cache(4096)
-def play_action(flat, adaptive, kind, forward, backward):
+def play_action(flat, adaptive, kind, forward, backward, tax=0.0):
     """(Streams of one action, from time 0; their account). forward, backward: LayerTimes of a stage, or ()."""
-    streams = Streams(flat)
+    streams = Streams(flat, tax)
     if kind == "W":
         for layer, part in product(backward, ("attend", "shared", "experts")):
             streams.compute(layer, part, "W", 0.0)
@@ -1059,15 +1217,18 @@ def account(streams):
 
     Parts: computation by name; `exchange`, while rows travel and nothing is computed; `collectives`, all other waits.
     """
-    end, parts = max(streams.free.values()), Counter()
+    parts, links = Counter(), [task[2:] for task in streams.tasks if task[1] in ("inner", "outer")]
     computing = [task[2:] for task in streams.tasks if task[1] == "compute"]
+    both = _busy(computing) + _busy(links) - _busy(computing + links)
+    end = max(streams.free.values()) + streams.tax * both
     travel = [task[2:] for task in streams.tasks if task[0].startswith("exchange")]
     for name, stream, start, stop in streams.tasks:
         if stream == "compute":
             parts[name.split()[0]] += stop - start
     busy = _busy(computing + travel)
     parts["exchange"] = max(0.0, busy - sum(parts.values()))               # rounding aside
-    parts["collectives"] = max(0.0, end - busy)
+    parts["overlap tax"] = streams.tax * both
+    parts["collectives"] = max(0.0, end - parts["overlap tax"] - busy)
     return end, parts, sum(stop - start for start, stop in travel)
 
 
@@ -1163,17 +1324,18 @@ def _number(words, stages, n):
     count, owed, actions = {}, [], []
 
     def next_of(word):
-        key = word[0] == "F", int(word[1])                 # B and I are two forms of one backward
+        key = word[0] == "F", int(word[1:])                # B and I are two forms of one backward
         count[key] = count.get(key, -1) + 1
         return stages[key[1]], count[key]
 
     for word in words:
         if word[0] == "W":
-            mine = next(pair for pair in owed if word == "W" or pair[0] == stages[int(word[1])])
+            mine = next(pair for pair in owed if word == "W" or pair[0] == stages[int(word[1:])])
             owed.remove(mine)
             actions.append(Action("W", *mine))
         elif "+" in word:
-            actions.append(Action("FB", *next_of(word), next_of(word[3:])))
+            forward, backward = word.split("+")
+            actions.append(Action("FB", *next_of(forward), next_of(backward)))
         else:
             actions.append(Action(word[0], *next_of(word)))
             owed += [actions[-1][1:3]] if word[0] == "I" else []
@@ -1348,14 +1510,16 @@ class Simulation:
         self.times = {kind: layer_time(self.shape, alike, kind, hardware, max_vio) for kind in set(chain(*self.stages))}
         self.works = {kind: time.work for kind, time in self.times.items()}
         self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
-        self.link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
+        link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
+        self.link = 0.0 if "pp" in plan.hide else link
 
     def run(self, run):
         """(Streams, account of them) of a run: (kind, stage, stage of a pair's backward)."""
         kind, *stages = run
         layers = [tuple(self.times[one] for one in self.stages[stage]) for stage in stages] + [()]
         forward, backward = layers[:2] if "F" in kind else layers[1::-1]
-        return play_action(self.plan.dispatch == "flat", self.plan.overlap == "adaptive", kind, forward, backward)
+        flat, adaptive = self.plan.dispatch in ("flat", "pipelined"), self.plan.overlap == "adaptive"
+        return play_action(flat, adaptive, kind, forward, backward, self.hardware.overlap_tax)
 
     def spans(self):
         """The whole step: list (pp) of lists of (start, end, action), seconds."""
@@ -1372,9 +1536,13 @@ class Simulation:
     def after_pipeline(self, rank):
         """(seconds of reducing gradients and gathering weights, seconds of the optimizer) on a pipeline rank."""
         plan, hardware, e, (held, cut) = self.plan, self.hardware, BYTES_OF[self.plan.precision], self.params(rank)
-        # float32 gradients; then new weights, or for zero=0 the second half of an all-reduce. zero=3: in LayerTime
-        sizes = () if plan.zero == 3 else (4, e if plan.zero else 4)
+        wide = gradient_bytes(plan)
+        # gradients; then new weights, or for zero=0 the second half of an all-reduce. zero=3: in LayerTime
+        sizes = () if plan.zero == 3 else (wide, e if plan.zero else wide)
         sync = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
+        if "dp" in plan.hide:                              # beside the last backwards
+            room = sum(self.run(("B", stage))[1][0] for stage in plan.stages_of(rank))
+            sync -= min(hardware.hidden_share * sync, room)
         moved = cut * (7 * 4 + e)                          # read gradient, master, moments; write three and weight
         swapped = 2 * 12 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0
         return sync, max(swapped, moved / (hardware.bandwidth * hardware.memory_efficiency))
@@ -1393,7 +1561,9 @@ class Simulation:
                     parts[name] += times * spent
                 travel += times * seconds
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
-        parts["bubble"] = step - sum(parts.values())
+        doublings = math.log2(max(1, self.plan.world_size / self.plan.node_size))
+        parts["stragglers"] = self.hardware.scale_loss * doublings * step
+        parts["bubble"] = step + parts["stragglers"] - sum(parts.values())
         return parts, travel / self.plan.pp
 
     def bytes_by_tier(self):
@@ -1410,12 +1580,15 @@ class Simulation:
         plan, e, works, (held, cut) = self.plan, BYTES_OF[self.plan.precision], self.works_of(rank), self.params(rank)
         whole = sum(held.values())
         kept = cut if plan.zero == 3 else whole
-        # float32 masters and two moments; whole float32 weights are their own masters
-        states = 0 if "optimizer" in plan.swap else cut * (8 if e >= 4 and cut == whole else 12)
+        # float32 masters and two moments; whole float32 weights are their own masters; fp16 gradients are copied
+        wide = 8 if e >= 4 and cut == whole else 16 if plan.precision == "fp16" else 12
         rows = max(work.saved.get("rows", 0) for work in works) if plan.ep > 1 else 0
-        layer = 2 * max(sum(work.params.values()) for work in works) * e if plan.zero == 3 else 0
-        return dict(weights=kept * e, gradients=kept * max(e, 4), optimizer=states, activations=self._activations(rank),
-                    buffers=4 * rows + layer,              # rows sent and received of two passes; weights of two layers
+        # zero=3: weights of two layers, float32 gradients of one
+        layer = max(sum(work.params.values()) for work in works) * (2 * e + 4) if plan.zero == 3 else 0
+        again = max(sum(work.saved.values()) - saved_bytes(work)[0] for work in works)
+        return dict(weights=kept * e, gradients=kept * gradient_bytes(plan),
+                    optimizer=0 if "optimizer" in plan.swap else cut * wide, activations=self._activations(rank),
+                    buffers=4 * rows + layer + again,      # rows sent and received of two passes; one layer recomputed
                     framework=self.hardware.framework)
 
     def _activations(self, rank):
@@ -1515,6 +1688,302 @@ def draw_png(run, path):
              title=f"{plan.schedule}, {plan.n_micro} micro-batches: forward blue, backward orange, weights green")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published rows: from a line of a table to a shape and a plan, and how far the prediction is off
+
+ROWS = Path(__file__).parent / "tests/data/train_rows.csv"
+RECOMPUTE_WORDS = (("full, block", ()), ("full", ("layer",)), ("none", ()), ("mla up", ("norm", "mla_up", "act")),
+                   ("mla kv", ("mla_up", "permute", "act")), ("norm, act", ("norm", "act")), ("activation", ("act",)),
+                   ("per-op", ("norm", "act")), ("per stage", ("norm", "act")), ("selective", ("core_attention",)))
+# recomputation not stated: the first of these that fits
+GAPS = ((), ("norm", "act"), ("norm", "act", "permute", "expert"), ("layer",))
+HIDE_WORDS = (("tp-comm", "tp"), ("async-tp", "tp"), ("mc2", "tp"), ("holistic", "tp"), ("grad-reduce", "dp"),
+              ("holistic", "dp"), ("core defaults", "dp"), ("core defaults", "pp"), ("p2p", "pp"), ("holistic", "pp"))
+UNBALANCED = 0.2                                           # max_vio of routing that nothing says to be even
+
+
+class Row:
+    """A line of a table with named columns. Cells that cannot be read count as empty, and are told."""
+
+    def __init__(self, cells, number):
+        self.cells, self.name, self.faults = cells, cells.get("row_id") or f"line {number}", []
+
+    def text(self, column):
+        return (self.cells.get(column) or "").strip()
+
+    def number(self, column, otherwise=0, kind=int):
+        text = self.text(column)
+        try:
+            value = float(text) if text else otherwise
+            if value != value or value < 0 or value == math.inf:
+                raise ValueError
+            return kind(value)
+        except ValueError:
+            self.faults.append(f"row {self.name}, column {column}: {text!r} is no number, read as {otherwise}")
+            return otherwise
+
+    def measured(self, column):
+        return self.number(column, 0, float)
+
+    def hardware(self):
+        name = self.text("hardware")
+        if name in HARDWARE:
+            return HARDWARE[name]
+        instead = "ascend_910b_unspecified" if self.text("vendor") == "ascend" else "h100_sxm"
+        self.faults.append(f"row {self.name}, column hardware: {name!r} is no preset, read as {instead}")
+        return HARDWARE[instead]
+
+    def shape(self):
+        """Shape, its vocabulary padded as Megatron-LM does so that tensor ranks share it."""
+        heads, hidden, layers = self.number("n_heads", 1), self.number("hidden"), self.number("n_layers")
+        experts, seq_len, inner = self.number("n_experts"), self.number("seq_len", 4096), self.number("moe_ffn")
+        unit = 128 * max(1, self.number("tp", 1))
+        return Shape(
+            vocab_size=math.ceil(self.number("vocab", 50304) / unit) * unit, hidden_size=hidden,
+            num_hidden_layers=layers, first_k_dense_replace=self.number("n_dense_layers") if experts else layers,
+            intermediate_size=self.number("ffn_hidden", 0) or 4 * hidden, num_attention_heads=heads,
+            num_key_value_heads=self.number("n_kv_heads") or heads, head_dim=self.number("head_dim") or hidden // heads,
+            attn_type=self.text("attn_type") or "mha", q_lora_rank=self.number("q_lora_rank"),
+            kv_lora_rank=self.number("kv_lora_rank"), qk_nope_head_dim=self.number("qk_nope_dim"),
+            qk_rope_head_dim=self.number("qk_rope_dim"), v_head_dim=self.number("v_head_dim"),
+            gated_mlp=bool(self.number("gated_mlp", 1)), tie_word_embeddings=bool(self.number("tied_embeddings")),
+            n_routed_experts=experts or 1, num_experts_per_tok=self.number("top_k", 1), moe_intermediate_size=inner,
+            n_shared_experts=self.number("shared_ffn") / inner if inner else 0,
+            num_nextn_predict_layers=self.number("mtp_layers"), capacity_factor=self.capacity(), norm="pre",
+            balance="none", max_position_embeddings=seq_len, megatron=True,
+            n_group=max(1, self.number("ep") // 8), topk_group=self.found("expert_load", r"routing (\d+) nodes"),
+            window=self.found("notes", r"sliding window (\d+)"), group_choice="limited" if self.found(
+                "expert_load", r"routing (\d+) nodes") else "equal",
+            attn_kernel="unfused" if self.text("attn_kernel").startswith("unfused") else "flash")
+
+    def found(self, column, pattern, kind=int):
+        """The number that a text column states, or 0."""
+        match = re.search(pattern, self.text(column))
+        return kind(match[1]) if match else 0
+
+    def capacity(self):
+        return self.found("expert_load", r"capacity factor (\d*\.?\d+)", float)
+
+    def max_vio(self):
+        load = self.text("expert_load")
+        return 0.0 if not load or self.capacity() or "forced" in load or "aux-loss-free" in load else UNBALANCED
+
+    def plans(self, hardware):
+        """Plans that the row may mean, best guess of the unstated first: more than one where cells are empty."""
+        tp, pp, cp = (self.number(axis, 1) or 1 for axis in ("tp", "pp", "cp"))
+        devices = self.number("n_devices") or tp * pp * cp * max(1, self.number("dp", 1))
+        dp = max(1, devices // (tp * pp * cp))
+        ep, etp = (self.number(axis, 1) or 1 for axis in ("ep", "etp"))
+        batch, layers = self.number("global_batch") or dp * pp * 8, self.number("n_layers")
+        shard, overlap = self.text("dp_shard"), self.text("overlap").lower()
+        dual, adaptive = self.text("schedule") == "dualpipe", "ep-a2a" in overlap or "adaptive 1f1b" in overlap
+        base = Plan(
+            tp=tp, sp=self.number("sp", int(tp > 1)), pp=pp, cp=cp, dp=dp, ep=ep, etp=etp,
+            node_size=2**int(math.log2(min(hardware.node_size, max(devices, 8)))), seq_len=self.number("seq_len", 4096),
+            zero=3 if "3" in shard else 0 if "ddp" in shard else 1,
+            precision=next((one for one in BYTES_OF if self.text("precision").startswith(one)), "bf16"),
+            dispatch=dict(hierarchical="hierarchical", deepep="pipelined", hybridep="pipelined").get(
+                self.text("moe_dispatch"), "flat"),
+            hide=tuple({axis for word, axis in HIDE_WORDS if word in overlap}))
+        micros = [self.number("micro_batch")] if self.number("micro_batch") else [1, 2, 4, 8]
+        micros = [micro for micro in micros if micro * dp <= batch] or [1]
+        stated = self.text("recompute").lower()
+        again = next((items for word, items in RECOMPUTE_WORDS if stated.startswith(word) or word in stated), None)
+        for items, micro in product(GAPS if again is None else [again], micros):
+            n = max(1, batch // (dp * micro))
+            vpps = [self.number("vpp")] if self.number("vpp") else \
+                [vpp for vpp in divisors(max(1, layers // pp)) if vpp == 1 or (layers % pp == 0 and n % pp == 0)]
+            if self.text("schedule") in ("1f1b", "none") or pp == 1:
+                vpps = [1]
+            for vpp in vpps:
+                n_whole = n if vpp == 1 or n < pp else n // pp * pp
+                schedule = "1f1b" if vpp == 1 else "paired" if adaptive else "interleaved"
+                if dual:
+                    vpp, schedule, n_whole = 2, "dualpipev", max(n, 2 * pp)
+                yield replace(base, micro_batch=micro, global_batch=n_whole * dp * micro, recompute=items, vpp=vpp,
+                              schedule=schedule, overlap="adaptive" if dual or adaptive else "none",
+                              layer_split=self.layer_split(pp * vpp))
+
+    def layer_split(self, stages):
+        """Layers of each stage: as stated, else equal, if need be with embedding and head in the place of layers."""
+        layers, stated = self.number("n_layers"), re.fullmatch(r"\d+(,\d+)+", self.text("layer_split"))
+        if stated:
+            split = [int(n) for n in self.text("layer_split").split(",")]
+            if len(split) == stages and sum(split) == layers:
+                return split
+        ends = next((ends for ends in (0, 2, 1) if (layers + ends) % stages == 0), 0)
+        ends = 2 if self.text("layer_split").startswith("embedding and head") else ends
+        each, more = divmod(layers + ends, stages)
+        split = [each + (0 < stage <= more) for stage in range(stages)]
+        split[0] -= ends == 2
+        split[-1] -= ends > 0
+        return split
+
+
+def simulate_row(row, plan, hardware):
+    """(seconds of a step of the row's global batch, parts of the memory of its fullest rank in bytes)."""
+    run = Simulation(row.shape(), plan, hardware, row.max_vio())
+    seconds = sum(run.breakdown()[0].values())
+    memory = max((run.memory(rank) for rank in range(plan.pp)), key=lambda parts: sum(parts.values()))
+    return seconds * (row.number("global_batch") or plan.global_batch) / plan.global_batch, memory
+
+
+def choose_plan(row, hardware):
+    """Of the plans that a row may mean: the first recomputation that fits, with it the fastest, as short steps tell."""
+    plans = list(row.plans(hardware))
+    if len(plans) == 1:
+        return plans[0]
+    order, tried = list(dict.fromkeys(plan.recompute for plan in plans)), []
+    for plan in plans:
+        short = replace(plan, global_batch=min(plan.n_micro, 3 * plan.pp) * plan.dp * plan.micro_batch)
+        seconds, memory = simulate_row(row, short, hardware)
+        seconds *= 1 if row.number("global_batch") else plan.n_micro / short.n_micro
+        too_much = max(0.0, sum(memory.values()) - hardware.memory)
+        tried.append((too_much, order.index(plan.recompute), seconds, plan))
+    return min(tried, key=lambda one: one[:3])[3]
+
+
+def predict_row(row):
+    hardware = row.hardware()
+    plan = choose_plan(row, hardware)
+    seconds, memory = simulate_row(row, plan, hardware)
+    needed, kind = sum(memory.values()), row.text("mem_kind")
+    shown = needed - memory["framework"] * ("allocated" in kind or "reserved" in kind)     # of a program's tensors
+    return dict(row_id=row.name, step_time_s=seconds, mem_gib=shown / GIB, fits=int(needed <= hardware.memory),
+                plan=plan)
+
+
+def read_rows(path):
+    try:
+        with open(path, newline="") as file:
+            return [Row(cells, number) for number, cells in enumerate(csv.DictReader(file), 2)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"rows={path}: {error}: use a CSV file with the columns of {ROWS.name}") from None
+
+
+def ordered_pairs(timed):
+    """For each two plans of one model, on as many devices, with sequences as long, whose measured times of a sequence
+    are more than 4 % apart: whether the prediction has them in this order."""
+    def alike(row):
+        return [row.text(name) for name in ("family", "model", "n_devices", "seq_len")]
+
+    each = [(row, measured / row.number("global_batch", 1), found / row.number("global_batch", 1))
+            for row, measured, found in timed]
+    return [(one[1] < two[1]) == (one[2] < two[2]) for one, two in combinations(each, 2)
+            if alike(one[0]) == alike(two[0]) and max(one[1], two[1]) > 1.04 * min(one[1], two[1])]
+
+
+def print_errors(timed):
+    """timed: list of (row, measured seconds, predicted seconds)."""
+    print("step time, absolute error         rows    mean  median")
+    for key in (lambda row: "all", lambda row: f"{row.text('vendor')} {row.text('arch')}",
+                lambda row: f"  {row.text('family')}"):
+        for name in dict.fromkeys(key(row) for row, *_ in timed):
+            errors = [abs(found / measured - 1) for row, measured, found in timed if key(row) == name]
+            print(f"{name:32} {len(errors):5} {np.mean(errors):7.1%} {np.median(errors):7.1%}")
+    right = ordered_pairs(timed)
+    print(f"pairs of plans of one model, more than 4 % apart, in order: {sum(right)} of {len(right)}, "
+          f"{np.mean(right or [0]):.1%}")
+
+
+def print_memory(rows, found):
+    errors = [abs(one["mem_gib"] / row.measured("mem_gib") - 1) for row, one in zip(rows, found)
+              if row.measured("mem_gib")]
+    print(f"memory, absolute error: {len(errors)} rows, mean {np.mean(errors or [0]):.1%}, "
+          f"median {np.median(errors or [0]):.1%}")
+    for title, oom in (("working runs rejected", "0"), ("out-of-memory runs accepted", "1")):
+        fits = {row.name: one["fits"] for row, one in zip(rows, found) if row.text("oom") == oom}
+        wrong = [name for name, one in fits.items() if one == int(oom)]
+        print(f"{title}: {len(wrong)} of {len(fits)}", *wrong)
+
+
+def validate(path, out, fit):
+    rows = read_rows(path or ROWS)
+    found = [predict_row(row) for row in rows]
+    for message in dict.fromkeys(chain(*(row.faults for row in rows))):
+        print(message, file=sys.stderr)
+    if out:
+        with open(out, "w", newline="") as file:
+            writer = csv.DictWriter(file, ("row_id", "step_time_s", "mem_gib", "fits"), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(found)
+    print(f"{len(found)} rows of {path or ROWS.name} predicted with the frozen constants")
+    print_errors([(row, row.measured("step_time_s"), one["step_time_s"]) for row, one in zip(rows, found)
+                  if row.measured("step_time_s")])
+    print_memory(rows, found)
+    if fit:
+        Fit(rows, found).report()
+
+
+class Fit:
+    """Of CONSTANTS to rows: Gauss-Newton steps on logarithms, from the priors, for least absolute errors.
+
+    hold: a constant this far from its prior, in its logarithm, weighs as much as one row that is 10 % off.
+    """
+    hold, steps = 0.3, 6
+
+    def __init__(self, rows, found):
+        timed = [(row, one["plan"]) for row, one in zip(rows, found) if row.measured("step_time_s")]
+        self.rows, self.plans = zip(*timed)
+        self.measured = np.log([row.measured("step_time_s") for row in self.rows])
+        self.weights = np.array([0.3 if row.text("quality") == "C" else 1.0 for row in self.rows])
+        self.names = [(name, generation) for name, (*_, values) in CONSTANTS.items()
+                      for generation in (GENERATIONS if len(values) > 1 else ("all",))]
+        self.prior = np.log(list(chain(*(priors for *_, priors, _ in CONSTANTS.values()))))
+        self.low, self.high = np.log([CONSTANTS[name][1:3] for name, _ in self.names]).T
+
+    def error(self, i, logs):
+        """Logarithm of predicted over measured time of a row."""
+        hardware = self.rows[i].hardware()
+        mine = {name: math.exp(x) for (name, generation), x in zip(self.names, logs)
+                if generation in ("all", hardware.generation)}
+        return math.log(simulate_row(self.rows[i], self.plans[i], replace(hardware, **mine))[0]) - self.measured[i]
+
+    def errors(self, logs):
+        return np.array([self.error(i, logs) for i in range(len(self.rows))])
+
+    def slopes(self, logs, errors):
+        """(rows, constants): change of a row's error with the logarithm of a constant."""
+        slopes, step = np.zeros((len(errors), len(logs))), 0.03
+        for i, (j, (_, generation)) in product(range(len(errors)), enumerate(self.names)):
+            if generation in ("all", self.rows[i].hardware().generation):
+                nudged = logs + step * (np.arange(len(logs)) == j)
+                slopes[i, j] = (self.error(i, nudged) - errors[i]) / step
+        return slopes
+
+    def best(self, logs, errors, slopes, weights):
+        """The constants that fit best if errors followed their slopes. Reweighted least squares: absolute errors."""
+        moved = logs
+        for _ in range(50):
+            weight = weights / np.maximum(np.abs(errors + slopes @ (moved - logs)), 0.03)
+            left = slopes.T @ (weight[:, None] * slopes) + np.eye(len(logs)) / self.hold**2
+            right = slopes.T @ (weight * errors) + (logs - self.prior) / self.hold**2
+            moved = np.clip(logs - np.linalg.solve(left, right), self.low, self.high)
+        return moved
+
+    def report(self):
+        logs = self.prior
+        for _ in range(self.steps):
+            errors = self.errors(logs)
+            slopes = self.slopes(logs, errors)
+            logs = logs + np.clip(self.best(logs, errors, slopes, self.weights) - logs, -0.5, 0.5)
+        errors, seconds = self.errors(logs), np.exp(self.measured)
+        print("\nfitted on all rows")
+        print_errors(list(zip(self.rows, seconds, np.exp(self.measured + errors))))
+        print("\nconstant: unit, bounds, priors, fitted, of", *GENERATIONS, "or of all")
+        for name, (*head, priors, _) in CONSTANTS.items():
+            fitted = [float(f"{math.exp(x):.3g}") for (one, _), x in zip(self.names, logs) if one == name]
+            print(f'    "{name}": {(*head, priors, tuple(fitted))},')
+        slopes, families = self.slopes(logs, errors), np.array([row.text("family") for row in self.rows])
+        unseen = np.zeros(len(errors))
+        for family in dict.fromkeys(families):             # the others' best, by the slopes where all are best
+            others = self.best(logs, errors, slopes, self.weights * (families != family))
+            for i in np.flatnonzero(families == family):
+                unseen[i] = self.error(i, others)
+        print("\neach family predicted from the others")
+        print_errors(list(zip(self.rows, seconds, np.exp(self.measured + unseen))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1628,6 +2097,10 @@ def load(kind, cls, presets, name):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("validate", help="published rows, predicted")
+    command.add_argument("rows", nargs="?", help=f"CSV file with the columns of {ROWS.name}, the default")
+    command.add_argument("--out", help="write row_id, step_time_s (s), mem_gib (GiB), fits (0 or 1) to this CSV file")
+    command.add_argument("--fit", action="store_true", help="refit the constants, on all rows and without each family")
     for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
                         ("trace", "one step as a timeline")):
         command = commands.add_parser(name, help=about, description=about)
@@ -1654,6 +2127,9 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.command is None:
         return print_paper()
+    if args.command == "validate":
+        require(not (args.fit and args.rows), f"--fit with {args.rows}: a file is predicted, never fitted; drop one")
+        return validate(args.rows, args.out, args.fit)
     config, hardware = load("model", Config, PRESETS, args.model), load("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "plans":
         batch = dict(global_batch=args.global_batch, seq_len=args.seq_len)

@@ -155,7 +155,8 @@ def simulated(args, found):
     """sim.py's seconds of the step with and without overlap, and its hidden share."""
     config, plan = setting(args)
     links = dict(inner_bandwidth=found["inner"], inner_latency=0, outer_bandwidth=args.rate * 1e6 / 8 / RANKS_A_NODE,
-                 outer_latency=0, link_efficiency=1.0, static_collective=0, static_matmul=0, static_vector=0)
+                 outer_latency=0, inner_efficiency=1.0, outer_efficiency=1.0, static_collective=0,
+                 static_matmul=0, static_vector=0)
     free = Hardware("free links", {"fp32": 1e12}, 1e12, 1e15, RANKS_A_NODE, **{
         **links, "inner_bandwidth": 1e18, "outer_bandwidth": 1e18})
     speed = 1e12 * seconds_of(predict(config, plan, free)) / found["compute"]

@@ -277,7 +277,7 @@ def test_overlap_hides_an_exchange_as_long_as_the_compute():
                           rows_again="", swap=0.0, weights=("inner", 0.0), gradients=("inner", 0.0), whole_again=False)
     end, parts, exchange = sim.play_action(True, True, "FB", (layer,), (layer,))[1]
     assert (end, exchange) == (5.0, 4.0)
-    assert parts == {"attend": 2.0, "experts": 3.0, "exchange": 0.0, "collectives": 0.0}
+    assert parts == {"attend": 2.0, "experts": 3.0, "exchange": 0.0, "collectives": 0.0, "overlap tax": 0.0}
     end, parts, exchange = sim.play_action(True, False, "FB", (layer,), (layer,))[1]
     assert (end, exchange, parts["exchange"]) == (9.0, 4.0, 4.0)
 
@@ -685,3 +685,47 @@ def test_search_is_not_beaten_by_a_plan_it_considered():
     assert [r["step_time_s"] for r in found] == sorted(r["step_time_s"] for r in found)
     plan = Plan(dp=4, ep=4, global_batch=16, seq_len=256)
     assert found[0]["step_time_s"] <= predict(TINY, plan, ASCEND)["step_time_s"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published rows
+
+
+ROWS = {row.name: row for row in sim.read_rows(sim.ROWS)}
+
+
+def test_every_rows_hardware_is_a_preset():
+    assert {row.text("hardware") for row in ROWS.values()} <= set(HARDWARE)
+
+
+@pytest.mark.parametrize("name", ["megatron_sp-04", "vtrain_multi-08", "simumax_b200-12", "mindspeed_llm-11"])
+def test_a_published_row_is_predicted_within_a_fifth(name):
+    found = sim.predict_row(ROWS[name])
+    assert abs(found["step_time_s"] / ROWS[name].measured("step_time_s") - 1) < 0.2, found
+
+
+def odd_rows():
+    """Cells that no row should have, one at a time."""
+    cells = dict(tp="3", pp="7", vpp="11", cp="2", ep="5", etp="2", micro_batch="", global_batch="5",
+                 n_devices="24", hardware="abacus", seq_len="1000", n_heads="7", recompute="whatever",
+                 layer_split="1,2",
+                 precision="int2", schedule="zigzag", head_dim="", vocab="x", n_kv_heads="-1", dp_shard="zero9",
+                 attn_type="none")
+    for name in ("vtrain_multi-08", "moe_parallel_folding-02", "deepseek_v3_pretraining-01"):
+        yield from (sim.Row(ROWS[name].cells | {column: cell}, 0) for column, cell in cells.items())
+
+
+def test_odd_rows_are_predicted_too():
+    for row in odd_rows():
+        found = sim.predict_row(row)
+        assert 0 < found["step_time_s"] < 1e5 and 0 < found["mem_gib"] < 1e5, (row.name, row.cells, found)
+
+
+def test_a_bad_cell_is_told_with_its_row_and_column(tmp_path, capsys):
+    row = dict(ROWS["vtrain_multi-08"].cells, tp="four")
+    lines = [",".join(f'"{cell}"' for cell in line) for line in (row, row.values())]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    sim.main(["validate", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "out.csv")])
+    assert "row vtrain_multi-08, column tp: 'four' is no number, read as 1" in capsys.readouterr().err
+    header, line = (tmp_path / "out.csv").read_text().splitlines()
+    assert header == "row_id,step_time_s,mem_gib,fits" and line.startswith("vtrain_multi-08,")
