@@ -666,6 +666,7 @@ class Attention(Part):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(heads * c.v_head_dim, dim)
         self.nope, self.rope, self.v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.gather_tokens = lambda *latents: latents                     # parallel.py: those of a tensor group
         self.gather_context = lambda latent, k_rope: (latent, k_rope)     # parallel.py: those of a whole sequence
         self.scale = c.qk_head_dim ** -0.5
         if c.rope_scaling is not None:                                    # as in DeepSeek-V3's code
@@ -675,6 +676,7 @@ class Attention(Part):
         q_latent = self.memory.again("norm", self.q_a_layernorm, self.q_a_proj(x))
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.kv_a_layernorm.weight.numel(), self.rope), -1)
         latent = self.memory.again("norm", self.kv_a_layernorm, latent)
+        q_latent, latent, k_rope = self.gather_tokens(q_latent, latent, k_rope)
         latent, k_rope = self.gather_context(latent, rope(k_rope.unsqueeze(2), *angles))
         q, k, v = self.memory.again("mla_up", self.up, q_latent, latent, k_rope, *angles)
         out = self.memory.swap("attn_out", attention(q, k, v, self.scale, mask))[..., :self.v]

@@ -701,10 +701,10 @@ def mean_over(group, counts):
 # ---------------------------------------------------------------------------------------------------------------------
 # A sequence over ranks: tensor parallelism with sequence parallelism, and context parallelism
 #
-# Every rank holds and counts tokens of its own: norms, router, experts, embedding and losses need nothing else, and the
-# gradients of their whole weights are summed over all these ranks, as over data ranks. tensor: attention and dense MLPs
-# gather the tokens of their group, compute with a part of the heads or columns, and reduce-scatter the partial sums.
-# MLA's down-projections are whole too: a rank's gradient is that of its own heads, their sum the right one.
+# Every rank holds and counts tokens of its own: norms, MLA's down-projections, router and experts need nothing else, and
+# the gradients of their whole weights are summed over all these ranks, as over data ranks. tensor: attention gathers the
+# latents of its group, dense MLPs the tokens; both compute with a part of the heads or columns, and reduce-scatter the
+# partial sums. Embedding and head are cut by vocabulary.
 # context: queries of own tokens against latents and rope keys of the whole sequence; slices i and 2*cp-1-i to rank i,
 # for then each has as much of the causal triangle.
 
@@ -717,14 +717,17 @@ def cut_dim(name):
 
 
 def cut_matrices(model, grid):
-    group = Group(grid.sequence["tp"].get_group(), grid.plan.node_size, Traffic())
+    group = grid.group(grid.sequence, "tp")
     for name, module in model.named_modules():
         dim = cut_dim(name.rpartition(".")[2])
         if dim is not None:
             module.cut = dim, group.rank, group.size
             module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
+        if isinstance(module, Attention):
+            module.gather_tokens = partial(gather_together, group)
+        if isinstance(module, MLP):
+            module.register_forward_pre_hook(lambda _, args: (gather_sequence(group, args[0]),))
         if isinstance(module, (Attention, MLP)):
-            module.register_forward_pre_hook(lambda _, args: (gather_sequence(group, args[0]), *args[1:]))
             module.register_forward_hook(lambda _, args, partial_sums: scatter_sequence(group, partial_sums))
 
 
@@ -741,6 +744,13 @@ def gather_sequence(group, x):
     return parts.unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1, 2)
 
 
+def gather_together(group, *parts):
+    """gather_sequence of several tensors (B, t, ...) by one collective."""
+    whole = gather_sequence(group, torch.cat([part.flatten(2) for part in parts], -1))
+    widths = [part[0, 0].numel() for part in parts]
+    return [one.unflatten(-1, part.shape[2:]) for one, part in zip(whole.split(widths, -1), parts)]
+
+
 def scatter_sequence(group, x):
     """Each member gets its part of the sum over members: (B, size * t, C) -> (B, t, C)."""
     parts = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1)                # (size * B, t, C)
@@ -748,15 +758,9 @@ def scatter_sequence(group, x):
 
 
 def gather_contexts(model, grid):
-    group = Group(grid.sequence["cp"].get_group(), grid.plan.node_size, Traffic())
-
-    def gather(latent, k_rope):
-        whole = gather_sequence(group, torch.cat((latent, k_rope.flatten(2)), -1))
-        latent, k_rope = whole.split((latent.size(-1), k_rope.size(-1)), -1)
-        return latent, k_rope.unsqueeze(2)
-
+    group = grid.group(grid.sequence, "cp")
     for block in model.layers.values():
-        block.self_attn.gather_context = gather
+        block.self_attn.gather_context = partial(gather_together, group)
 
 
 def own_tokens(plan, depths, ids, targets, positions=None, doc_ids=None, next_ids=None, routing=None):
