@@ -25,6 +25,7 @@ attention, router bias, group-limited choice, multi-token prediction).
 import hashlib
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -515,17 +516,26 @@ def cross_entropy(h, weight, targets):
     if backend(h) == "plain":
         logits = (h @ weight.to(h.dtype).t()).to(at_least_float32(h.dtype))
         return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    return HeadCrossEntropy.apply(h, weight, targets)
+    return HeadCrossEntropy.apply(h, weight, targets, Vocabulary())
+
+
+class Vocabulary(NamedTuple):
+    """The part of a vocabulary that is here; parallel.py: one of several, on as many ranks."""
+    first: int = 0                                                        # number of its first token
+    parts: int = 1
+    maximum: Callable = lambda x: x                                       # of a number from each part
+    sum: Callable = lambda x: x
 
 
 class HeadCrossEntropy(torch.autograd.Function):
     """Head and loss together, a chunk of rows at a time, so that all (N,V) logits never stand in memory.
 
     The gradient of a chunk is made while its logits are at hand, for a summed loss; backward only scales it.
+    The losses of all parts of a vocabulary sum to that of the whole, as do their gradients of h.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets):
+    def forward(ctx, h, weight, targets, vocabulary):
         dtype = at_least_float32(h.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         w = weight.to(h.dtype)
@@ -536,14 +546,16 @@ class HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(h), step):
             rows, label = h[start:start + step], targets[start:start + step].unsqueeze(1)
             kept = (label != -100).to(dtype)                              # (step, 1), 0 for what is ignored
-            label = label.clamp(min=0)
+            label = label - vocabulary.first
+            here = ((label >= 0) & (label < len(w))).to(dtype)            # (step, 1), 0 also for a label of other parts
+            label = label.clamp(0, len(w) - 1)
             logits = (rows @ w.t()).to(dtype)                             # (step, V)
-            logits -= logits.amax(-1, keepdim=True)
+            logits -= vocabulary.maximum(logits.amax(-1, keepdim=True))
             chosen = logits.gather(1, label)
-            total = logits.exp_().sum(-1, keepdim=True)
-            loss += ((total.log() - chosen) * kept).sum()
+            total = vocabulary.sum(logits.exp_().sum(-1, keepdim=True))
+            loss += (total.log() * kept / vocabulary.parts - chosen * here).sum()
             if needs_grad:                                                # softmax, less 1 at the label, in place
-                grad = logits.mul_(kept / total).scatter_add_(1, label, -kept).to(h.dtype)
+                grad = logits.mul_(kept / total).scatter_add_(1, label, -here).to(h.dtype)
                 grad_h[start:start + step] = grad @ w
                 grad_w += grad.t() @ rows
         ctx.save_for_backward(grad_h, grad_w)
@@ -552,7 +564,7 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None        # autograd casts to the weight's own dtype
+        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None  # autograd casts to the weight's own dtype
 
 
 class AddGradient(torch.autograd.Function):
@@ -1015,6 +1027,7 @@ class Model(nn.Module):
         self.norm = Norm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size)
         self.compute_dtype = None                                         # None: the embedding's own
+        self.cross_entropy = cross_entropy                                # parallel.py: with a part of the head
 
     def forward(self, ids, *, targets=None, labels=None, positions=None, doc_ids=None, next_ids=None, routing=None,
                 return_logits=False, loss_tokens=None):
@@ -1074,7 +1087,7 @@ class Model(nn.Module):
             return out
         if loss_tokens is None:
             loss_tokens = (targets != -100).sum((0, 2)).clamp(min=1)      # (1+MTP,)
-        losses = [cross_entropy(h.flatten(0, 1), head, targets[:, d].flatten()) / loss_tokens[d]
+        losses = [self.cross_entropy(h.flatten(0, 1), head, targets[:, d].flatten()) / loss_tokens[d]
                   for d, h in enumerate(hiddens)]
         out.loss = losses[0]
         out.mtp_loss = sum(losses[1:]) / max(1, len(losses) - 1) + torch.zeros_like(losses[0])

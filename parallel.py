@@ -54,8 +54,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from model import (MLP, Attention, Block, GatherRows, LocalDispatcher, MTPLayer, Output, Part, WeightGradStore,
-                   count_ids, document_mask, fill_initial, next_tokens, permute, rope_table, sorted_slots, unpermute)
+from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, LocalDispatcher, MTPLayer, Output, Part,
+                   Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, next_tokens, permute, rope_table,
+                   sorted_slots, unpermute)
 from sim import (balance_group, check_plan, decide, first_placement, imbalance, moved_experts, plan_placement,
                  predict_load, schedule_table, stage_layers)
 
@@ -283,6 +284,12 @@ class Group:
         if dist.get_backend(self.group) == "gloo":
             return out, SummedParts(out, x.contiguous(), self.group)
         return out, scatter_single(out, x.contiguous(), group=self.group, async_op=True)
+
+    def all_reduce(self, x, op=dist.ReduceOp.SUM):
+        """In place, and awaited."""
+        self.traffic.add("forward", self.tiers, [2 * x.nbytes // self.size] * self.size)
+        dist.all_reduce(x, op, group=self.group)
+        return x
 
     def count(self, x, way, rows):
         self.traffic.add(way, self.tiers, [n * x[:1].nbytes for n in rows])
@@ -686,7 +693,7 @@ def keep_own_stages(model, grid):
         del model.layers[index]
     first, last = 0 in own, plan.n_stages - 1 in own
     read_at_end = config.num_nextn_predict_layers > 0 or config.tie_word_embeddings
-    grid.embedding_twice = read_at_end and plan.n_stages - 1 not in plan.stages_of(0)
+    grid.embedding_twice = read_at_end and plan.embedding_twice
     if not first and not (last and read_at_end):
         model.embed_tokens = None
     if not last:
@@ -708,7 +715,8 @@ def mean_over(group, counts):
 # context: queries of own tokens against latents and rope keys of the whole sequence; slices i and 2*cp-1-i to rank i,
 # for then each has as much of the causal triangle.
 
-CUT = dict(q_b_proj=0, kv_b_proj=0, o_proj=1, gate_proj=0, up_proj=0, down_proj=1)     # the dimension tensor cuts
+CUT = dict(q_b_proj=0, kv_b_proj=0, o_proj=1, gate_proj=0, up_proj=0, down_proj=1,     # the dimension tensor cuts
+           embed_tokens=0, lm_head=0)
 
 
 def cut_dim(name):
@@ -729,6 +737,9 @@ def cut_matrices(model, grid):
             module.register_forward_pre_hook(lambda _, args: (gather_sequence(group, args[0]),))
         if isinstance(module, (Attention, MLP)):
             module.register_forward_hook(lambda _, args, partial_sums: scatter_sequence(group, partial_sums))
+    n_own = model.config.vocab_size // group.size
+    model.embed = partial(embed_part, group, model.embed, n_own)
+    model.cross_entropy = partial(cross_entropy_part, group, n_own)
 
 
 def own_slice(module, whole):
@@ -755,6 +766,21 @@ def scatter_sequence(group, x):
     """Each member gets its part of the sum over members: (B, size * t, C) -> (B, t, C)."""
     parts = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1)                # (size * B, t, C)
     return Flight(group.reduce_scatter, group.all_gather).whole(parts)
+
+
+def embed_part(group, embed, n_own, ids):
+    """Model.embed where a rank holds n_own rows of the embedding: it looks up the tokens of its whole group."""
+    ids = gather_sequence(group, ids) - group.rank * n_own
+    here = (ids >= 0) & (ids < n_own)
+    return scatter_sequence(group, embed(ids.clamp(0, n_own - 1)) * here.unsqueeze(-1))
+
+
+def cross_entropy_part(group, n_own, h, weight, targets):
+    """model.cross_entropy with n_own rows of the head, for the tokens of the group: this rank's share of their loss."""
+    h, targets = [Flight(group.all_gather, group.reduce_scatter).whole(t) for t in (h, targets)]
+    vocabulary = Vocabulary(group.rank * n_own, group.size, partial(group.all_reduce, op=dist.ReduceOp.MAX),
+                            group.all_reduce)
+    return HeadCrossEntropy.apply(h, weight, targets, vocabulary)
 
 
 def gather_contexts(model, grid):
@@ -786,13 +812,14 @@ def own_tokens(plan, depths, ids, targets, positions=None, doc_ids=None, next_id
 def shard(model, grid):
     """Wrap the model's parts, innermost first: weights are gathered before they run, gradients summed after.
 
-    Experts live on a mesh of their own, since fewer ranks hold the same ones. The router keeps float32 whatever the
-    rest computes in. Embedding, last norm and head stay with the root, as they are used in more places than one. MTP's
-    joining layers are used before and after the block they belong to, so they are a part of their own.
+    Experts live on a mesh of their own, since fewer ranks hold the same ones, and so do matrices cut by tensor. The
+    router keeps float32 whatever the rest computes in. Embedding and head stay with the root, as they are used in more
+    places than one. MTP's joining layers are used before and after the block they belong to, so they are a part of
+    their own.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")   # nothing is done in place
     plan = grid.plan
-    dense, expert = grid.dense["replicate", "shard"], grid.expert["replicate", "shard"]
+    dense, tensor, expert = [mesh["replicate", "shard"] for mesh in (grid.dense, grid.tensor, grid.expert)]
     low = torch.bfloat16 if plan.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
     alone = set()                                                         # what no other rank holds
@@ -800,13 +827,13 @@ def shard(model, grid):
     def wrap(part, mesh=dense, mp_policy=policy, free=plan.zero == 3, **placement):
         fully_shard(part, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=free, ignored_params=alone, **placement)
 
+    for part in model.modules():
+        matrices = [child for child in part.children() if hasattr(child, "cut")]
+        if matrices and tensor.size() == 1:
+            alone.update(child.weight for child in matrices)
+        elif matrices and part is not model:
+            wrap(matrices, tensor)
     for block in model.layers.values():
-        for part in block.modules():
-            matrices = [child for child in part.children() if hasattr(child, "cut")]
-            if matrices and plan.dp * plan.cp == 1:
-                alone.update(child.weight for child in matrices)
-            elif matrices:
-                wrap(matrices, grid.tensor["replicate", "shard"])
         if block.is_moe:
             if expert.size() == 1:
                 alone.update(block.mlp.experts.parameters())
@@ -816,7 +843,9 @@ def shard(model, grid):
         if isinstance(block, MTPLayer):
             wrap([block.enorm, block.hnorm, block.eh_proj, block.shared_head["norm"]])
         wrap(block)
-    wrap(model, free=False)
+    if model.norm is not None:
+        wrap(model.norm)
+    wrap(model, tensor, free=False)
     model.register_forward_pre_hook(hand_on_routing, with_kwargs=True)
     for part in model.modules():
         if isinstance(part, FSDPModule):
@@ -1342,6 +1371,7 @@ class Pipeline:
         self.memory = Memory(plan, next(model.parameters()).device)
         self.memory.attach(model)
         self.runtimes = {}                                                # micro-batches of a step -> runtime
+        self.line = grid and grid.group(grid.dense, "pp")
 
     def step(self, batches, loss_tokens, train=True):
         """batches: for each micro-batch of whole sequences Model.forward's arguments, as a dict; the same on ranks that
@@ -1477,10 +1507,13 @@ class Pipeline:
         return (place.args_recv_info if kind == "F" else place.grad_recv_info)[microbatch][0].buffer
 
     def send(self, kind, stage, microbatch, x):
-        x = x.detach().contiguous()
-        if stage + (1 if kind == "F" else -1) in self.stages:
+        x, neighbour = x.detach().contiguous(), stage + (1 if kind == "F" else -1)
+        if neighbour in self.stages:
             self.local[kind, stage, microbatch] = x
-        elif kind == "F":
+            return
+        to = self.plan.homes()[neighbour]
+        self.line.traffic.add("forward" if kind == "F" else "backward", self.line.tiers[to:to + 1], [x.nbytes])
+        if kind == "F":
             self.runtime.place[stage].fwd_cache[microbatch] = (x,), []
         else:
             self.runtime.place[stage].bwd_cache[microbatch] = (x,)

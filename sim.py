@@ -107,6 +107,9 @@ class Plan:
     # those on a rank's residual stream, which it sends to experts
     tokens = property(lambda self: self.gathered_tokens // (self.tp if self.sp else 1))
 
+    # first and last stage are on different ranks, and where both read the embedding, both hold it
+    embedding_twice = property(lambda self: self.homes()[self.n_stages - 1] != 0)
+
     def stages_of(self, rank):
         """Stages that a pipeline rank holds: V-shaped for zbv and dualpipev, else round robin."""
         if self.schedule in ("zbv", "dualpipev"):
@@ -612,7 +615,13 @@ class Work:
         c, plan = self.shape, self.plan
         self.vector("attend", "embed_tokens", 2 * plan.tokens * c.hidden_size)
         self.params["dp"] = c.vocab_size // plan.tp * c.hidden_size
+        self.look_up()
         self.saved["token_ids"] = plan.gathered_tokens * 8
+
+    def look_up(self):
+        """Sums of what tensor ranks found; and token numbers (int64) gathered, in forward alone: half in each pass."""
+        plan, width = self.plan, self.shape.hidden_size + 8 / 2 / self.element
+        self.gather("tp", "attend", plan.gathered_tokens / plan.tp, width)
 
     def layer(self):
         c, own, sandwich = self.shape, self.plan.tokens, self.shape.norm != "pre"
@@ -739,14 +748,18 @@ class Work:
             self.norm("attend", name, own, c.hidden_size)
         if c.mtp_hidden == "pre_norm":
             del self.saved["hnorm"]                            # the same tensor as the input of the last norm before
+        if not self.plan.embedding_twice:                      # else the copy counts it
+            self.look_up()
         self.matmul("attend", "eh_proj", own, 2 * c.hidden_size, c.hidden_size, keep="eh_in")
 
     def head(self):
         """Last norm, then head and loss of every depth, the vocabulary cut by tensor ranks."""
         c, plan, tokens, vocab = self.shape, self.plan, self.plan.gathered_tokens, self.shape.vocab_size // self.plan.tp
         self.norm("attend", "norm", plan.tokens, c.hidden_size)
+        # and in forward alone: targets (int64), all-reduces of the highest logit and of the sum of the softmax
+        width = c.hidden_size + (8 + 2 * 2 * self.wide) / 2 / self.element
         for depth in range(1 + c.num_nextn_predict_layers):
-            self.gather_stream("attend")
+            self.gather("tp", "attend", tokens / plan.tp, width)
             self.matmul("attend", "lm_head", tokens, c.hidden_size, vocab)
             self.vector("attend", "loss", 4 * tokens * vocab * self.wide / self.element)
             if c.megatron:                                     # in float32, beside those of the matmul and its input
@@ -756,7 +769,7 @@ class Work:
             # the loss makes its gradients in forward: of its input, and of the head's weight in float32 or better
             self.keep(f"grad_h.{depth}", tokens * c.hidden_size)
             self.saved[f"grad_w.{depth}"] = vocab * c.hidden_size * self.wide
-        tied = c.tie_word_embeddings and plan.pp == 1
+        tied = c.tie_word_embeddings and not plan.embedding_twice
         self.params["dp"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
 
 
@@ -808,7 +821,7 @@ def stage_kinds(shape, plan):
     kinds = layer_kinds(shape)
     stages = [[kinds[i] for i in layers] for layers in stage_layers(shape, plan)]
     stages[0].insert(0, "embedding")
-    if "mtp" in kinds and plan.pp > 1:                     # a copy of the embedding feeds the MTP layers
+    if "mtp" in kinds and plan.embedding_twice:            # a copy of the embedding feeds the MTP layers
         stages[-1].insert(stages[-1].index("mtp"), "embedding")
     stages[-1].append("head")
     return [tuple(stage) for stage in stages]

@@ -8,6 +8,7 @@ import torch
 
 import dist
 import parallel
+import sim
 from model import Model
 from sim import Plan
 from test_parallel import DTYPES, EXACT, TINY, batch, on_ranks, one_process, relative_error
@@ -213,6 +214,47 @@ def sequence_plans():
 def test_sequence_over_ranks(folder, plan):
     config = replace(DEEP, balance_group=2 if plan.dp > 1 else 1, num_attention_heads=4)
     equals_one_process(folder, plan, config=config, reference=replace(PLAN, micro_batch=plan.dp))
+
+
+@pytest.mark.parametrize("axes", [dict(tp=2), dict(tp=2, pp=2), dict(pp=2, dp=2, zero=1)], ids=str)
+def test_tied_embedding(folder, axes):
+    """Head and embedding are one matrix, cut by vocabulary or on two stages; also read by two MTP layers."""
+    config = replace(DEEP, tie_word_embeddings=True, num_nextn_predict_layers=2, balance_group=1)
+    equals_one_process(folder, replace(PLAN, sp=1, **axes), config=config, reference=PLAN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+def count_step(config, plan):
+    """Bytes by tier that this rank sends in a step while the pipeline runs, and its parameters, router bias apart."""
+    model, grid = build(config, plan)
+    batches, loss_tokens = batches_of(config, plan, PLAN)
+    own, E, K = batches[0]["ids"].shape, config.n_routed_experts, config.num_experts_per_tok
+    ids = torch.arange(own.numel() * K).view(*own, K) % E                 # uniform
+    batches = [batch | dict(routing={int(i): ids for i in model.layers}) for batch in batches]
+    parallel.Pipeline(model, plan, grid).step(batches, loss_tokens)
+    sent = [sum(grid.traffic.bytes[way, tier] for way in ("forward", "backward")) for tier in parallel.TIERS]
+    return sent, sum(parallel.local(p).numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("axes", [
+    dict(tp=2, sp=1), dict(tp=4, sp=1), dict(cp=4, node_size=1), dict(tp=2, sp=1, pp=2, node_size=2),
+    dict(tp=2, sp=1, cp=2, dp=2, ep=4, node_size=2, dispatch="hierarchical"),
+    dict(tp=2, sp=1, pp=2, vpp=2, dp=2, ep=4, node_size=2, overlap="adaptive", schedule="dualpipev")], ids=str)
+def test_bytes_and_parameters_are_those_that_sim_predicts(axes):
+    """All that travels while the pipeline runs, by tier, and what a rank holds without zero."""
+    config = replace(DEEP, n_routed_experts=8, num_experts_per_tok=2, num_attention_heads=4, balance_group=1)
+    plan = replace(PLAN, **{"schedule": "", **axes})
+    run = sim.Simulation(config, plan, replace(sim.HARDWARE["ascend_910b_376"], peak=dict(fp64=1e12)))
+    answers = dist.run(plan.world_size, count_step, config, plan)
+    for tier, predicted in run.bytes_by_tier().items():
+        mean = sum(sent[parallel.TIERS.index(tier)] for sent, _ in answers) / plan.world_size
+        assert mean == pytest.approx(predicted, rel=1e-12), tier
+    per_stage = plan.world_size // plan.pp
+    assert [held for _, held in answers] == [sum(run.params(rank // per_stage)[0].values())
+                                             for rank in range(plan.world_size)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
