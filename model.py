@@ -25,6 +25,7 @@ attention, router bias, group-limited choice, multi-token prediction).
 import hashlib
 import math
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Callable, NamedTuple
 
 import torch
@@ -333,8 +334,7 @@ def attention(q, k, v, scale, mask=None):
     """Softmax attention: q, k (B,T,H,Dqk), v (B,T,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,T), True = attend."""
     kind = backend(q)
     if kind == "npu":                                                     # its masks say True for what is left out
-        triangle = torch.ones(2048, 2048, dtype=torch.bool, device=q.device).triu(1)    # what causal mode 2 asks for
-        left_out, mode = (triangle, 2) if mask is None else (~mask, 1)
+        left_out, mode = (causal_triangle(q.device), 2) if mask is None else (~mask, 1)
         return torch.ops.npu.npu_fusion_attention(q, k, v, q.size(2), "BSND", atten_mask=left_out, scale=scale,
                                                   sparse_mode=mode)[0]
     width = v.size(-1)
@@ -353,6 +353,12 @@ def as_wide_as_keys(v, k):
     kind, more = backend(v), k.size(-1) - v.size(-1)
     padded = kind == "cpu" or kind == "cuda" and torch.cuda.get_device_capability(v.device) < (9, 0)
     return F.pad(v, (0, more)) if padded and more else v
+
+
+@lru_cache(None)
+def causal_triangle(device):
+    """What the NPU's causal mode 2 asks for, whatever the length."""
+    return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
 
 class WeightGradStore:
@@ -573,7 +579,7 @@ class AddGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, loss, scale):
         ctx.like, ctx.scale = loss, scale
-        return x.view_as(x)
+        return x.clone()                                                  # FSDP warns of views
 
     @staticmethod
     def backward(ctx, grad):
@@ -1053,7 +1059,13 @@ class Model(nn.Module):
                 x = block(x, angles, mask, routing)
         if self.norm is None:
             return x
-        hiddens = [self.norm(x), *self.predict_ahead(x, ids, targets, next_ids, angles, mask, routing)]
+        next_ids = next_tokens(ids, targets, len(self.mtp_layers())) if next_ids is None else next_ids
+        hiddens = []
+        for depth, layer in enumerate(self.mtp_layers()):
+            hidden, x = self.join(depth, x, next_ids)
+            hiddens.append(hidden)
+            x = layer(x, angles, mask, routing)
+        hiddens.append(self.head_norm(len(hiddens))(x))
         return self.output(hiddens, targets, loss_tokens, return_logits or targets is None)
 
     def embed(self, ids):
@@ -1063,19 +1075,18 @@ class Model(nn.Module):
     def routers(self):
         return [block.mlp.gate for block in self.layers.values() if block.is_moe]
 
-    def predict_ahead(self, x, ids, targets, next_ids, angles, mask, routing):
-        """x (B,T,C) -> hidden states of depths 1, 2, ... before the head, each made from the one before."""
-        layers = [layer for layer in self.layers.values() if isinstance(layer, MTPLayer)]
-        if layers and next_ids is None:
-            next_ids = next_tokens(ids, targets, len(layers))
-        h = x if self.config.mtp_hidden == "pre_norm" else self.norm(x)
-        hiddens = []
-        for depth, layer in enumerate(layers):
-            h = layer(layer.join(self.embed(next_ids[:, depth]), h), angles, mask, routing)
-            normed = layer.shared_head["norm"](h)
-            hiddens.append(normed)
-            h = h if self.config.mtp_hidden == "pre_norm" else normed
-        return hiddens
+    def mtp_layers(self):
+        return [layer for layer in self.layers.values() if isinstance(layer, MTPLayer)]
+
+    def head_norm(self, depth):
+        """Between the head and what `depth` MTP layers made."""
+        return self.mtp_layers()[depth - 1].shared_head["norm"] if depth else self.norm
+
+    def join(self, depth, x, next_ids):
+        """x (B,T,C), which `depth` MTP layers made -> what the head reads of it, and the input of the next MTP layer."""
+        hidden = self.head_norm(depth)(x)
+        h = x if self.config.mtp_hidden == "pre_norm" else hidden
+        return hidden, self.mtp_layers()[depth].join(self.embed(next_ids[:, depth]), h)
 
     def output(self, hiddens, targets, loss_tokens, want_logits):
         """hiddens: one (B,T,C) a depth."""

@@ -26,7 +26,6 @@ import resource
 import shutil
 import threading
 import time
-import warnings
 import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ from copy import copy
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -817,7 +816,6 @@ def shard(model, grid):
     places than one. MTP's joining layers are used before and after the block they belong to, so they are a part of
     their own.
     """
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")   # nothing is done in place
     plan = grid.plan
     dense, tensor, expert = [mesh["replicate", "shard"] for mesh in (grid.dense, grid.tensor, grid.expert)]
     low = torch.bfloat16 if plan.precision == "bf16" else None
@@ -1191,7 +1189,7 @@ class Segment(NamedTuple):
     gives: tuple
 
 
-LAYER = 6                                  # segments of a layer: attend, relay, experts, shared, relay back, combine
+LAYER = 6                                  # segments of a layer: attend, relay, experts, relay back, shared, combine
 
 
 def layer_segments(block, angles, mask, routing, add_aux_loss):
@@ -1235,8 +1233,8 @@ def layer_segments(block, angles, mask, routing, add_aux_loss):
     return [Segment(attend, ("x",), ("x", "h", *rows)),
             Segment(relay if away else nothing, rows, rows),
             Segment(experts if block.is_moe else nothing, rows, out),
-            Segment(shared, ("h",), ("shared",)),
             Segment(relay_back if away else nothing, out, out),
+            Segment(shared, ("h",), ("shared",)),
             Segment(combine, ("x", "shared", *out), ("x",))]
 
 
@@ -1312,41 +1310,48 @@ class Enter(torch.autograd.Function):
 
 
 def run_backward(chunk, store, defer=False):
-    """Weight gradients of the experts hide the way back of the gradients, unless all are deferred."""
     for size in reversed(chunk.sizes):
-        chunk.backward(size - 2 if size == LAYER else size)
-        if not defer:
-            store.pop()
-        if size == LAYER:
-            chunk.backward(2)
+        backward_part(chunk, size, store, defer)
     if not defer:
         store.pop()
 
 
+def backward_part(chunk, size, store, defer=False):
+    """Weight gradients of the experts hide the way back of the gradients, unless all are deferred."""
+    chunk.backward(size - 1)
+    if not defer:
+        store.pop()
+    chunk.backward()
+
+
 def run_pair(forward, backward, store):
     """A forward of one micro-batch among a backward of another, layer by layer: each hides the other's exchanges."""
-    for f_size, b_size in zip_longest(forward.sizes, reversed(backward.sizes), fillvalue=0):
-        if f_size == b_size == LAYER:
+    f_sizes, b_sizes = list(forward.sizes), backward.sizes[::-1]
+    while f_sizes or b_sizes:
+        if f_sizes[:1] == b_sizes[:1] == [LAYER]:
             pair_layer(forward, backward, store)
+            f_sizes, b_sizes = f_sizes[1:], b_sizes[1:]
+        elif not f_sizes or (b_sizes and b_sizes[0] != LAYER):
+            backward_part(backward, b_sizes.pop(0), store)
         else:
-            forward.forward(f_size)
-            backward.backward(b_size)
-            store.pop()
+            forward.forward(f_sizes.pop(0))
+    store.pop()
 
 
 def pair_layer(forward, backward, store):
-    """The paper's order. With one hop the fast and the slow one below are the same, and a relay does nothing."""
+    """With one hop the fast and the slow one below are the same, and a relay does nothing."""
     backward.backward()                    # combine: gradients set out over the slow hop ...
     forward.forward()                      # ... which attention hides; tokens set out over the slow hop
-    backward.backward(2)                   # relay: gradients over the fast hop, which the shared expert hides
+    backward.backward(2)                   # ... and the shared expert; relay: gradients over the fast hop ...
+    store.pop()                            # ... which the shared expert's weight gradients hide
     backward.backward()                    # experts' input gradients hide the tokens' slow hop; then the fast one ...
     forward.forward()                      # ... and the tokens over theirs ...
-    store.pop()                            # ... which weight gradients hide
+    store.pop(1)                           # ... which a part of the experts' weight gradients hides
     backward.backward()                    # relay: gradients back over the slow hop ...
-    forward.forward(2)                     # ... which the experts hide; rows back over the fast hop: shared expert
-    backward.backward()                    # attention
-    forward.forward()                      # relay: rows back over the slow hop ...
-    store.pop()                            # ... which attention's weight gradients hide
+    forward.forward()                      # ... which the experts hide; rows back over the fast hop ...
+    backward.backward()                    # ... which attention hides
+    forward.forward(2)                     # relay: rows back over the slow hop, which the shared expert hides ...
+    store.pop()                            # ... with the other weight gradients of experts and of attention
     forward.forward()                      # combine
 
 
@@ -1465,8 +1470,9 @@ class Pipeline:
     # a stage's segments
 
     def parts(self, stage, ids, targets=None, positions=None, doc_ids=None, next_ids=None, routing=None):
-        """Lists of segments: embedding, layers, and on the last stage last norm, MTP and losses in one."""
+        """Lists of segments: embedding, layers, what joins MTP layers to those before, last norm and losses."""
         model = self.model
+        next_ids = next_tokens(ids, targets, model.config.num_nextn_predict_layers) if next_ids is None else next_ids
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device).unsqueeze(0)
         angles, mask = rope_table(model.config, positions, model_dtype(model)), document_mask(doc_ids)
@@ -1474,22 +1480,22 @@ class Pipeline:
         def embed(ids):
             return (model.embed(ids),)
 
-        def losses(x):
-            ahead = model.predict_ahead(x, ids, targets, next_ids, angles, mask, routing)
-            out = model.output([model.norm(x), *ahead], targets, self.loss_tokens, False)
-            for layer in mtp:
-                self.add("aux_loss", layer.mlp.gate.aux_loss)
+        def losses(x, *hiddens):
+            hiddens = [*hiddens, model.head_norm(len(hiddens))(x)]
+            out = model.output(hiddens, targets, self.loss_tokens, False)
             self.add("loss", out.loss)
             self.add("mtp_loss", out.mtp_loss)
             return (out.loss + model.config.mtp_loss_weight * out.mtp_loss,)
 
-        blocks = [model.layers[str(index)] for index in self.layers[stage]]
-        mtp = [block for block in blocks if isinstance(block, MTPLayer)]
-        parts = [layer_segments(block, angles, mask, routing, partial(self.add, "aux_loss"))
-                 for block in blocks if not isinstance(block, MTPLayer)]
-        first = [[Segment(embed, ("x",), ("x",))]] if stage == 0 else []
-        last = [[Segment(losses, ("x",), ("loss",))]] if stage == self.plan.n_stages - 1 else []
-        return first + parts + last
+        parts, hiddens = [[Segment(embed, ("x",), ("x",))]] if stage == 0 else [], []
+        for block in [model.layers[str(index)] for index in self.layers[stage]]:
+            if isinstance(block, MTPLayer):
+                join = partial(model.join, len(hiddens), next_ids=next_ids)
+                hiddens.append(f"hidden {len(hiddens)}")
+                parts.append([Segment(join, ("x",), (hiddens[-1], "x"))])
+            parts.append(layer_segments(block, angles, mask, routing, partial(self.add, "aux_loss")))
+        last = [[Segment(losses, ("x", *hiddens), ("loss",))]] if stage == self.plan.n_stages - 1 else []
+        return parts + last
 
     def add(self, name, value):
         self.sums[name] = self.sums[name] + value.detach()

@@ -1167,23 +1167,25 @@ class Streams:
         return after
 
     def forward_steps(self, layers):
-        """Four steps a layer, as backward_steps, so that a pair's steps can take turns.
+        """Four steps a layer, as backward_steps, so that a pair's layers can take turns.
 
-        In a pair, attention F hides combine B, experts B dispatch F, their weight gradients dispatch B, attention B
-        combine F. Alone, the shared expert hides a part of the way out.
+        In a pair, attention F and shared expert B hide combine B, experts B dispatch F, experts F dispatch B, and all
+        weight gradients with attention B and shared expert F combine F. Alone, the shared expert hides a part of it.
         """
         ready = 0.0
         for layer in layers:
             gathered = self.run("weights", *layer.weights)                 # ahead, so the link alone decides when
-            attended = self.compute(layer, "attend", "F", max(ready, gathered))
+            ready = attended = self.compute(layer, "attend", "F", max(ready, gathered))
+            if layer.name:                                                 # embedding or head
+                continue
             yield
             arrived = self.exchange(layer, "F", "out", attended)
             yield
-            self.compute(layer, "shared", "F", attended)
             computed = self.compute(layer, "experts", "F", arrived)
             self.run("swap", "host", layer.swap, computed)
             returned = self.exchange(layer, "F", "back", computed)
             yield
+            self.compute(layer, "shared", "F", attended)
             ready = self.compute(layer, "combine", "F", returned)
             yield
 
@@ -1192,6 +1194,10 @@ class Streams:
         ready = self.free["compute"]
         for layer in reversed(layers):
             ready = max(ready, self.run("weights", *layer.weights), self.run("swap", "host", layer.swap))
+            if layer.name:
+                ready = self.compute(layer, "attend", which, ready)
+                self.run("gradients", *layer.gradients, ready)
+                continue
             rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "first" else ready
             again = self.compute(layer, "recompute", "F", rows)
             again = self.exchange(layer, "F", "back", again) if layer.whole_again else again
@@ -1203,9 +1209,9 @@ class Streams:
             later = defer or which == "I"
             computed = self.compute(layer, "experts", "I" if later else "B", max(arrived, again, rows))
             returned = self.exchange(layer, "B", "back", computed)
+            yield
             if defer and which == "B":
                 self.compute(layer, "experts", "W", computed)
-            yield
             ready = self.compute(layer, "attend", which, returned)
             self.run("gradients", *layer.gradients, ready)
             yield
