@@ -1146,7 +1146,8 @@ class Model(nn.Module):
 def shifted(ids, distances, fill):
     """ids (B,T) moved left by each distance, ends filled: (B, len(distances), T)."""
     T = ids.size(1)
-    return torch.stack([F.pad(ids, (0, d), value=fill)[:, d:d + T] for d in distances], 1)
+    moved = [F.pad(ids, (0, d), value=fill)[:, d:d + T] for d in distances]
+    return torch.stack(moved, 1) if moved else ids.new_empty(len(ids), 0, T)
 
 
 def next_tokens(ids, targets, depths):
