@@ -1083,7 +1083,7 @@ class Model(nn.Module):
         return self.mtp_layers()[depth - 1].shared_head["norm"] if depth else self.norm
 
     def join(self, depth, x, next_ids):
-        """x (B,T,C), which `depth` MTP layers made -> what the head reads of it, and the input of the next MTP layer."""
+        """x (B,T,C), which `depth` MTP layers made -> what the head reads of it, and the next MTP layer's input."""
         hidden = self.head_norm(depth)(x)
         h = x if self.config.mtp_hidden == "pre_norm" else hidden
         return hidden, self.mtp_layers()[depth].join(self.embed(next_ids[:, depth]), h)

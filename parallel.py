@@ -50,7 +50,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, LocalDispatcher, MTPLayer, Output, Part,
@@ -219,32 +218,6 @@ class Traffic:
         for tier in set(tiers) - {None}:
             self.calls[way, tier] += 1
             self.bytes[way, tier] += sum(size for size, where in zip(sizes, tiers) if where == tier)
-
-
-class CountAll(TorchDispatchMode):
-    """Inside it every collective is counted, FSDP's and those of norms and balance groups too, in a Traffic of its own.
-
-    It counts what each other member gets of the tensor, twice for an all-reduce, whatever route the backend takes.
-    """
-
-    def __init__(self, node_size):
-        super().__init__()
-        self.node_size, self.traffic = node_size, Traffic()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "c10d" and (sent := SENT.get(op._opname)):
-            group = dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
-            way = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
-            self.traffic.add(way, tiers_of(group, self.node_size), sent(group.size(), *args))
-        return op(*args, **(kwargs or {}))
-
-
-SENT = {                                   # operator of torch.distributed -> bytes for each of n members
-    "_allgather_base_": lambda n, out, x, *_: [x.nbytes] * n,
-    "_reduce_scatter_base_": lambda n, out, *_: [out.nbytes] * n,
-    "allreduce_": lambda n, tensors, *_: [2 * sum(x.nbytes for x in tensors) // n] * n,
-    "alltoall_base_": lambda n, out, x, group, recv, send, *_: [
-        rows * x[:1].nbytes for rows in send or [len(x) // n] * n]}
 
 
 def tiers_of(group, node_size):
@@ -707,10 +680,10 @@ def mean_over(group, counts):
 # ---------------------------------------------------------------------------------------------------------------------
 # A sequence over ranks: tensor parallelism with sequence parallelism, and context parallelism
 #
-# Every rank holds and counts tokens of its own: norms, MLA's down-projections, router and experts need nothing else, and
-# the gradients of their whole weights are summed over all these ranks, as over data ranks. tensor: attention gathers the
-# latents of its group, dense MLPs the tokens; both compute with a part of the heads or columns, and reduce-scatter the
-# partial sums. Embedding and head are cut by vocabulary.
+# Every rank holds and counts tokens of its own: norms, MLA's down-projections, router and experts need nothing else,
+# and the gradients of their whole weights are summed over all these ranks, as over data ranks. tensor: attention gathers
+# the latents of its group, dense MLPs the tokens; both compute with a part of the heads or columns, and reduce-scatter
+# the partial sums. Embedding and head are cut by vocabulary.
 # context: queries of own tokens against latents and rope keys of the whole sequence; slices i and 2*cp-1-i to rank i,
 # for then each has as much of the causal triangle.
 

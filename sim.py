@@ -1524,7 +1524,7 @@ class Simulation:
         self.shape = replace(as_shape(config), value_padded=hardware.value_padded)
         self.stages = stage_kinds(self.shape, plan)
         # plans whose layers cost the same
-        alike = dict(pp=min(plan.pp, 2), vpp=1, global_batch=1, layer_split=(), schedule="1f1b", overlap="none")
+        alike = dict(pp=1 + plan.embedding_twice, vpp=1, global_batch=1, layer_split=(), schedule="1f1b", overlap="none")
         alike = replace(plan, **alike)
         self.times = {kind: layer_time(self.shape, alike, kind, hardware, max_vio) for kind in set(chain(*self.stages))}
         self.works = {kind: time.work for kind, time in self.times.items()}

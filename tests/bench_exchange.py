@@ -81,7 +81,7 @@ def start_ranks(names, addresses, links, arguments, script):
     return ranks
 
 
-def run_ranks(args, arguments, script=__file__):
+def run_ranks(args, arguments, script):
     """What rank 0 printed."""
     with two_nodes(args.rate) as (names, addresses, links):
         ranks = start_ranks(names, addresses, links, arguments, script)
@@ -92,7 +92,7 @@ def run_ranks(args, arguments, script=__file__):
                 process.kill()
                 process.wait()
     if ranks[0].returncode:
-        sys.exit(f"bench_exchange.py: rank 0 ended with status {ranks[0].returncode}")
+        sys.exit(f"{Path(script).name}: rank 0 ended with status {ranks[0].returncode}")
     return json.loads(output)
 
 
@@ -213,27 +213,33 @@ def show(args, found):
               f"{row['link'] / 1e6:>9.2f}{row['speedup']:>11.2f}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=int, default=400, help="Mbit/s from node to node, each way (default 400)")
-    parser.add_argument("--tokens", type=int, default=512, help="of each rank (default 512)")
-    parser.add_argument("--hidden", type=int, default=1024, help="width of a token, float32 (default 1024)")
-    parser.add_argument("--experts", type=int, default=32, help="of all ranks (default 32)")
-    parser.add_argument("--top-k", type=int, nargs="+", default=[8, 2, 1], help="experts a token (default 8 2 1)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
-    parser.add_argument("--limit", type=int, default=300, help="seconds until all is given up (default 300)")
+def run_bench(parser, measure, show, tiny, script=__file__, **defaults):
+    """A benchmark on two nodes, with the options that all have: on a rank measure(args), else show(args, its JSON)."""
+    parser.add_argument("--rate", type=int, default=400, help="Mbit/s from node to node, each way (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="of each rank's micro-batch (%(default)s)")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of a token, float32 (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (%(default)s)")
+    parser.add_argument("--limit", type=int, default=400, help="seconds until all is given up (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a few seconds")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
     if args.tiny:
-        args.tokens, args.hidden, args.top_k, args.repeats = 32, 64, [2], 1
+        vars(args).update(tiny)
     if args.rank is not None:
         return measure(args)
     if os.geteuid():
-        sys.exit("bench_exchange.py: network namespaces need root: run it with sudo or in a container of your own")
+        sys.exit(f"{Path(script).name}: network namespaces need root: run it with sudo or in a container of your own")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))                 # so that `finally` is reached
-    show(args, run_ranks(args, sys.argv[1:]))
+    show(args, run_ranks(args, sys.argv[1:], script))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=32, help="of all ranks (%(default)s)")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[8, 2, 1], help="experts a token (8 2 1)")
+    run_bench(parser, measure, show, dict(tokens=32, hidden=64, top_k=[2], repeats=1))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,6 @@ simulated: sim.py on a device whose links are those of the table and whose arith
 """
 import argparse
 import json
-import os
-import signal
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,8 +27,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-import bench_exchange
-from bench_exchange import NODES, RANKS_A_NODE, inner_bandwidth
+from bench_exchange import NODES, RANKS_A_NODE, inner_bandwidth, run_bench
 
 import parallel
 from model import Config, Model
@@ -184,28 +180,13 @@ def show(args, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=int, default=200, help="Mbit/s from node to node, each way (default 200)")
     parser.add_argument("--dispatch", default="hierarchical", choices=("flat", "hierarchical", "dedup"))
-    parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch (default 256)")
-    parser.add_argument("--hidden", type=int, default=256, help="width of a token, float32 (default 256)")
-    parser.add_argument("--width", type=int, default=512, help="of an expert (default 512)")
-    parser.add_argument("--layers", type=int, default=2, help="MoE layers (default 2)")
-    parser.add_argument("--top-k", type=int, default=4, help="experts a token (default 4)")
-    parser.add_argument("--micro-batches", type=int, default=12, help="of a step (default 12)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds that count (default 3)")
-    parser.add_argument("--limit", type=int, default=400, help="seconds until all is given up (default 400)")
-    parser.add_argument("--tiny", action="store_true", help="a few seconds")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.tiny:
-        args.tokens, args.hidden, args.micro_batches, args.repeats = 32, 64, 2, 1
-    if args.rank is not None:
-        return measure(args)
-    if os.geteuid():
-        sys.exit("bench_overlap.py: network namespaces need root: run it with sudo or in a container of your own")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))                 # so that `finally` is reached
-    show(args, bench_exchange.run_ranks(args, sys.argv[1:], __file__))
+    parser.add_argument("--width", type=int, default=512, help="of an expert (%(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="MoE layers (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=4, help="experts a token (%(default)s)")
+    parser.add_argument("--micro-batches", type=int, default=12, help="of a step (%(default)s)")
+    run_bench(parser, measure, show, dict(tokens=32, hidden=64, micro_batches=2, repeats=1), __file__,
+              rate=200, tokens=256, hidden=256, repeats=3)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,11 @@ import torch
 import dist
 import parallel
 import sim
-from model import Model
 from sim import Plan
-from test_parallel import DTYPES, EXACT, TINY, batch, on_ranks, one_process, relative_error
+from test_parallel import DTYPES, EXACT, TINY, batch, build, on_ranks, one_process, relative_error
 
 DEEP = replace(TINY, num_hidden_layers=5, balance_group=2)
 PLAN = Plan(micro_batch=1, global_batch=8, seq_len=16, precision="fp64", zero=0)
-
-
-def build(config, plan, seed=5):
-    model = Model(config).to(DTYPES[plan.precision])
-    model.compute_dtype = torch.bfloat16 if plan.precision == "bf16" else None
-    grid = parallel.parallelize(model, plan)
-    parallel.init_weights(model, seed)
-    return model, grid
 
 
 def batches_of(config, plan, reference):

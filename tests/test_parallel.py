@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as torch_dist
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist
 import parallel
@@ -292,10 +294,36 @@ def test_bytes_are_those_that_sim_predicts(dispatch, ep, node_size):
             assert n_bytes == want[way][tier][rank], (rank, way, tier)
 
 
+class CountAll(TorchDispatchMode):
+    """Inside it every collective is counted, FSDP's and those of norms and balance groups too, in a Traffic of its own.
+
+    It counts what each other member gets of the tensor, twice for an all-reduce, whatever route the backend takes.
+    """
+
+    def __init__(self, node_size):
+        super().__init__()
+        self.node_size, self.traffic = node_size, parallel.Traffic()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "c10d" and (sent := SENT.get(op._opname)):
+            group = torch_dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
+            way = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+            self.traffic.add(way, parallel.tiers_of(group, self.node_size), sent(group.size(), *args))
+        return op(*args, **(kwargs or {}))
+
+
+SENT = {                                   # operator of torch.distributed -> bytes for each of n members
+    "_allgather_base_": lambda n, out, x, *_: [x.nbytes] * n,
+    "_reduce_scatter_base_": lambda n, out, *_: [out.nbytes] * n,
+    "allreduce_": lambda n, tensors, *_: [2 * sum(x.nbytes for x in tensors) // n] * n,
+    "alltoall_base_": lambda n, out, x, group, recv, send, *_: [
+        rows * x[:1].nbytes for rows in send or [len(x) // n] * n]}
+
+
 def count_step(config, plan):
     """Bytes of one step: the exchanges', and all."""
     model, grid = build(config, plan)
-    with parallel.CountAll(plan.node_size) as everything:
+    with CountAll(plan.node_size) as everything:
         step(model, grid, plan, WHOLE)
     return grid.traffic.bytes, everything.traffic.bytes, sum(p.numel() * p.itemsize for p in model.parameters())
 
