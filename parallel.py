@@ -53,8 +53,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.checkpoint import checkpoint
 
 from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, LocalDispatcher, MTPLayer, Output, Part,
-                   Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, next_tokens, permute, rope_table,
-                   sorted_slots, unpermute)
+                   Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, next_tokens, permute,
+                   rope_table, sorted_slots, unpermute)
 from sim import (balance_group, check_plan, decide, first_placement, imbalance, moved_experts, plan_placement,
                  predict_load, schedule_table, stage_layers)
 
@@ -681,9 +681,9 @@ def mean_over(group, counts):
 # A sequence over ranks: tensor parallelism with sequence parallelism, and context parallelism
 #
 # Every rank holds and counts tokens of its own: norms, MLA's down-projections, router and experts need nothing else,
-# and the gradients of their whole weights are summed over all these ranks, as over data ranks. tensor: attention gathers
-# the latents of its group, dense MLPs the tokens; both compute with a part of the heads or columns, and reduce-scatter
-# the partial sums. Embedding and head are cut by vocabulary.
+# and the gradients of their whole weights are summed over all these ranks, as over data ranks. tensor: attention
+# gathers the latents of its group, dense MLPs the tokens; both compute with a part of the heads or columns, and
+# reduce-scatter the partial sums. Embedding and head are cut by vocabulary.
 # context: queries of own tokens against latents and rope keys of the whole sequence; slices i and 2*cp-1-i to rank i,
 # for then each has as much of the causal triangle.
 

@@ -653,9 +653,11 @@ class Work:
         if plan.sp:
             self.gather("tp", "attend", own, c.q_lora_rank + latent)
         self.gather("cp", "attend", tokens, latent)
-        self.matmul("attend", "q_b_proj", tokens, c.q_lora_rank, heads * qk, keep="q_latent")
+        # what was gathered is kept: making norms again is no way to it
+        q, kv = "gathered_q" if tokens > own else "q", "gathered_kv" if keys > own else "kv"
+        self.matmul("attend", "q_b_proj", tokens, c.q_lora_rank, heads * qk, keep=f"{q}_latent")
         up = heads * (c.qk_nope_head_dim + c.v_head_dim)
-        self.matmul("attend", "kv_b_proj", keys, c.kv_lora_rank, up, keep="kv_latent")
+        self.matmul("attend", "kv_b_proj", keys, c.kv_lora_rank, up, keep=f"{kv}_latent")
         self.vector("attend", "rope", 2 * (tokens + keys) * heads * qk)        # queries and keys, read and written
         if "mla_up" in plan.recompute and plan.cp == 1:
             self.keep("k_rope", keys * c.qk_rope_head_dim)     # what keys are made from again
@@ -837,8 +839,8 @@ RECOMPUTES = {
     "expert": (("expert_gate_up", "expert_hidden"), ("expert.gate_up", "expert.act")),
     "core_attention": (("probabilities", "log_sum"), ("attention",)),
     "attention": (("input_layernorm.scale", "attn_in", "q_a_layernorm", "q_a_layernorm.scale", "kv_a_layernorm",
-                   "kv_a_layernorm.scale", "q_latent", "kv_latent", "k_rope", "q", "k", "v", "log_sum", "attn_padded",
-                   "probabilities", "attn_out"),
+                   "kv_a_layernorm.scale", "q_latent", "kv_latent", "gathered_q_latent", "gathered_kv_latent", "k_rope",
+                   "q", "k", "v", "log_sum", "attn_padded", "probabilities", "attn_out"),
                   ("input_layernorm", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm",
                    "kv_b_proj", "qkv_proj", "rope", "attention"))}
 SWAPPED = {"expert_out": ("expert_out",), "attn_out": ("attn_out", "attn_padded"), "optimizer": ()}
@@ -1524,8 +1526,8 @@ class Simulation:
         self.shape = replace(as_shape(config), value_padded=hardware.value_padded)
         self.stages = stage_kinds(self.shape, plan)
         # plans whose layers cost the same
-        alike = dict(pp=1 + plan.embedding_twice, vpp=1, global_batch=1, layer_split=(), schedule="1f1b", overlap="none")
-        alike = replace(plan, **alike)
+        alike = dict(vpp=1, global_batch=1, layer_split=(), schedule="1f1b", overlap="none")
+        alike = replace(plan, pp=1 + plan.embedding_twice, **alike)
         self.times = {kind: layer_time(self.shape, alike, kind, hardware, max_vio) for kind in set(chain(*self.stages))}
         self.works = {kind: time.work for kind, time in self.times.items()}
         self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
