@@ -22,12 +22,14 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import threading
 import time
 import weakref
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -55,8 +57,8 @@ from torch.utils.checkpoint import checkpoint
 from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, LocalDispatcher, MTPLayer, Output, Part,
                    Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, next_tokens, permute,
                    rope_table, sorted_slots, unpermute)
-from sim import (balance_group, check_plan, decide, first_placement, imbalance, moved_experts, plan_placement,
-                 predict_load, schedule_table, stage_layers)
+from sim import (STEP_BYTES, balance_group, check_plan, decide, first_placement, imbalance, moved_experts,
+                 plan_placement, predict_load, schedule_table, stage_layers)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
@@ -638,6 +640,8 @@ def refuse_what_is_not_run(plan):
         raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
     if plan.balance_live and (plan.pp * plan.cp * plan.tp > 1 or plan.overlap != "none"):
         raise ValueError(f"balance_live={plan.balance_live} runs with pp=1 cp=1 tp=1 and overlap=none alone: use those")
+    if plan.balance_live and "optimizer" in plan.swap:
+        raise ValueError("swap=optimizer keeps moments where balance_live cannot move them: use one of both")
     for name, only in (("hide", ()), ("etp", 1)):
         if getattr(plan, name) != only:
             raise ValueError(f"{name} is simulated, not run: leave it out")
@@ -953,6 +957,21 @@ class Memory:
             if isinstance(module, Block) and "layer" in self.names:
                 module.forward = partial(layer_again, module)
 
+    def watch(self, model):
+        """From now on tell what is kept where, by the part of the model that was entered last."""
+        self.kept = weakref.WeakSet()
+        for name, module in model.named_modules():
+            part = next((part for part, pattern in PARTS.items() if re.search(pattern, name)), None)
+            if part and not (part == "MLP" and hasattr(module, "experts")):
+                module.register_forward_pre_hook(lambda *_, part=part: setattr(self, "part", part))
+
+    def held(self):
+        """Bytes on the device by part, and in the host's memory."""
+        held = Counter()
+        for kept in self.kept or ():
+            held[kept.part] += kept.nbytes
+        return held
+
     def hooks(self):
         """A context for forward."""
         wanted = self.names - {"optimizer"} or self.kept is not None
@@ -995,15 +1014,22 @@ class Memory:
             swapped = Swapped(flat(x), self, kept)
             x.untyped_storage().kept = swapped
             self.leaving.append(weakref.ref(swapped))
+            if self.kept is not None:
+                self.kept.add(swapped)
         return x
 
     def begin_layer(self):
         """Only a layer's tensors are on their way out at a time, and in backward those of one layer before it back."""
+        self.part = "norms"                                               # which keep a layer's input
         for swapped in filter(None, (ref() for ref in self.leaving)):
             swapped.leave()
         self.before, self.leaving = self.leaving, []
 
 
+# the parts of sim.KEPT_IN, and the modules that begin them
+PARTS = {"embedding": "^embed_tokens$", "norms": r"(input|attention|mlp)_layernorm$", "attention": "self_attn$",
+         "routing": "gate$", "experts": r"mlp\.experts$", "MLP": r"(mlp|shared_experts)$", "MTP": "[eh]norm$|eh_proj$",
+         "head": r"^norm$|shared_head\.norm$"}
 ONCE_MORE = dict(use_reentrant=False, preserve_rng_state=False)           # nothing here is random
 
 
@@ -1033,7 +1059,7 @@ def unpack(packed):
 
 class Kept:
     def __init__(self, part, whole):
-        self.part, self.whole = part, whole
+        self.part, self.whole, self.nbytes = part, whole, whole.nbytes
 
     def add_use(self, memory):
         pass
@@ -1085,10 +1111,11 @@ class Swapped:
     def __init__(self, whole, memory, kept):
         self.memory, self.before, self.uses, self.back = memory, memory.before, 0, None
         self.host = torch.empty_like(whole, device="cpu", pin_memory=whole.device.type != "cpu")
+        self.part, self.nbytes = "host", self.host.nbytes
         self.left = self.on_side_stream(self.host, whole)
         self.whole = whole                                                # until it has left
         if kept is not None:                                              # by the operator that made it
-            kept().whole = self
+            kept().whole, kept().nbytes = self, 0
             self.uses += 1
         if whole.device.type == "cpu":
             self.leave()
@@ -1128,6 +1155,7 @@ class Swapped:
 def layer_again(block, x, angles, mask=None, routing=None):
     """Block.forward that keeps its input and the chosen experts alone."""
     chosen = {} if routing is None else routing                           # noted in the first run, forced in the second
+    block.memory.begin_layer()
     runs = iter((nullcontext(), uncounted(block)))
 
     def run(x):
@@ -1146,6 +1174,37 @@ def uncounted(block):
     finally:
         if counts:
             block.mlp.gate.load, block.mlp.dropped = counts
+
+
+class HostAdamW(torch.optim.AdamW):
+    """AdamW whose moments wait in the host's memory; a step has STEP_BYTES of them on the device at a time."""
+
+    def step(self, closure=None):
+        groups = self.param_groups
+        for group in groups:
+            for part in slices(group["params"]):
+                self.param_groups = [group | dict(params=part)]
+                self.move_moments(part, local(part[0]).device)
+                super().step()
+                self.move_moments(part, "cpu")
+        self.param_groups = groups
+
+    def move_moments(self, parameters, device):
+        for state in map(self.state.__getitem__, parameters):
+            state.update({name: state[name].to(device, copy=True) for name in state if name != "step"})
+
+
+def slices(parameters):
+    """Consecutive parameters whose two moments have at most STEP_BYTES, or one parameter that has more."""
+    part, size = [], 0
+    for parameter in parameters:
+        size += 2 * local(parameter).nbytes
+        if part and size > STEP_BYTES:
+            yield part
+            part, size = [], 2 * local(parameter).nbytes
+        part.append(parameter)
+    if part:
+        yield part
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1348,6 +1407,7 @@ class Pipeline:
                 module.store = self.store
         self.memory = Memory(plan, next(model.parameters()).device)
         self.memory.attach(model)
+        self.measured = {}                                                # if asked: what the first forward keeps
         self.runtimes = {}                                                # micro-batches of a step -> runtime
         self.line = grid and grid.group(grid.dense, "pp")
 
@@ -1369,6 +1429,7 @@ class Pipeline:
             reduce_gradients(self.model, self.plan, last=number == len(self.batches))
             with self.memory.hooks():
                 out = self.model(**batch, loss_tokens=self.loss_tokens)
+            self.measured = self.measured or self.memory.held()
             if self.train:
                 out.total_loss.backward()
             for name in self.sums:
@@ -1422,6 +1483,7 @@ class Pipeline:
         return Chunk(self.parts(stage, **batch), x, self.memory)
 
     def end_forward(self, chunk, stage, microbatch):
+        self.measured = self.measured or self.memory.held()
         if self.train:
             self.chunks[stage, microbatch] = chunk
         if stage < self.plan.n_stages - 1:

@@ -859,6 +859,27 @@ def recomputed(work):
     return gone, again
 
 
+# part of the model that keeps a tensor: the first whose pattern is found in "kind of layer, name of tensor"
+KEPT_IN = {"embedding": "^embedding", "head": "^head|shared_head", "MTP": "enorm|hnorm|eh_in",
+           "norms": r"(input|post_\w+|pre_mlp)_layernorm", "MLP": "dense mlp_in|shared|mlp_gate_up|mlp_hidden",
+           "routing": r"mlp_in|router_in|scores|ids|slot|\bweights|balance", "experts": "expert|row|counts",
+           "attention": ""}
+
+
+def saved_by_part(works):
+    """Bytes that backward keeps of one micro-batch, by KEPT_IN; `host`: what is swapped."""
+    parts = Counter()
+    for work in works:
+        away = saved_bytes(work)[1]
+        gone = recomputed(work)[0].union(*(SWAPPED[item] for item in work.plan.swap))
+        kind = "dense" if "router_in" in work.saved else work.kind         # then the router keeps a cast of mlp_in
+        for name in work.saved.keys() - gone:
+            part = next(part for part, pattern in KEPT_IN.items() if re.search(pattern, f"{kind} {name}"))
+            parts[part] += work.saved[name]
+        parts["host"] += away
+    return parts
+
+
 def saved_bytes(work):
     """(bytes kept on the device for one micro-batch's backward, bytes swapped to the host)."""
     gone, _ = recomputed(work)
@@ -982,6 +1003,12 @@ HARDWARE = {row[0]: _preset(*row) for row in PRESETS_OF_HARDWARE}
 # the stride of an axis' group among the ranks; ranks of a node are consecutive
 def stride_of(plan, axis):
     return dict(tp=1, etp=1, cp=plan.tp, dp=plan.tp, edp=plan.ep * plan.etp, pp=plan.dp * plan.cp * plan.tp)[axis]
+
+
+# For --fit on a CPU, to compare choices: assumed numbers of two cores, not of the machine at hand.
+CPU = Hardware("a generic CPU", dict.fromkeys(BYTES_OF, 1e11), 2**40, 2e10, node_size=2**16, inner_bandwidth=1e9,
+               outer_bandwidth=1e9, host_bandwidth=5e9, framework=2**29, value_padded=True)
+STEP_BYTES = 2**28                         # of moments that a step of a swapped optimizer has on the device at a time
 
 
 def tier_of(plan, axis):
@@ -1565,8 +1592,8 @@ class Simulation:
             room = sum(self.run(("B", stage))[1][0] for stage in plan.stages_of(rank))
             sync -= min(hardware.hidden_share * sync, room)
         moved = cut * (7 * 4 + e)                          # read gradient, master, moments; write three and weight
-        swapped = 2 * 12 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0
-        return sync, max(swapped, moved / (hardware.bandwidth * hardware.memory_efficiency))
+        swapped = 2 * 8 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0     # moments come and go
+        return sync, swapped + moved / (hardware.bandwidth * hardware.memory_efficiency)
 
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
@@ -1603,12 +1630,15 @@ class Simulation:
         kept = cut if plan.zero == 3 else whole
         # float32 masters and two moments; whole float32 weights are their own masters; fp16 gradients are copied
         wide = 8 if e >= 4 and cut == whole else 16 if plan.precision == "fp16" else 12
+        states = cut * wide
+        if "optimizer" in plan.swap:                       # but for the moments that a step has at hand
+            states -= max(0, 8 * cut - STEP_BYTES)
         rows = max(work.saved.get("rows", 0) for work in works) if plan.ep > 1 else 0
         # zero=3: weights of two layers, float32 gradients of one
         layer = max(sum(work.params.values()) for work in works) * (2 * e + 4) if plan.zero == 3 else 0
         again = max(sum(work.saved.values()) - saved_bytes(work)[0] for work in works)
         return dict(weights=kept * e, gradients=kept * gradient_bytes(plan),
-                    optimizer=0 if "optimizer" in plan.swap else cut * wide, activations=self._activations(rank),
+                    optimizer=states, activations=self._activations(rank),
                     buffers=4 * rows + layer + again,      # rows sent and received of two passes; one layer recomputed
                     framework=self.hardware.framework)
 
@@ -1645,6 +1675,47 @@ def predict(config, plan, hardware, max_vio=0.0):
         fits=not why_not, why_not=why_not, peak_rank=peak, breakdown=parts,
         memory_by_stage=[{name: size / 2**30 for name, size in rank.items()} for rank in memory],
         bytes_by_tier=run.bytes_by_tier(), plan=asdict(plan))
+
+
+def memory_choices(plan, config):
+    """The plan with each set of items to recompute and swap that makes a difference."""
+    fine = [item for item in RECOMPUTE if item not in ("core_attention", "layer")]
+    sets = chain([("layer",)], *(combinations(fine, n) for n in range(len(fine) + 1)))
+    swaps = SWAP if config.expert_weight == "after_down" else SWAP[1:]
+    swaps = list(chain(*(combinations(swaps, n) for n in range(len(swaps) + 1))))
+    for recompute, swap in product(sets, swaps):
+        if not {"attention", "mla_up"} <= set(recompute):
+            yield replace(plan, recompute=recompute, swap=swap)
+
+
+def fit_memory(config, plan, hardware, budget):
+    """predict of the plan with the cheapest items to recompute and swap, by simulated time, that needs at most `budget`
+    bytes. ValueError says what is missing and what would help."""
+    results = [predict(config, choice, hardware) for choice in memory_choices(plan, config)]
+    fitting = [result for result in results if result["mem_gib"] * 2**30 <= budget]
+    if fitting:
+        return min(fitting, key=lambda result: (result["step_time_s"], result["mem_gib"]))
+    least = min(results, key=lambda result: result["mem_gib"])
+    parts = least["memory_by_stage"][least["peak_rank"]]
+    items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
+    raise ValueError(
+        f"fit={budget / 2**30:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB (simulated: "
+        + ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
+        + f"), {least['mem_gib'] - budget / 2**30:.2f} GiB too much: use "
+        + what_would_fit(config, plan, hardware, budget))
+
+
+def what_would_fit(config, plan, hardware, budget):
+    """The first of a few changes that brings a plan below the budget, with everything recomputed and swapped."""
+    smallest = replace(plan, recompute=("layer",), swap=("optimizer",))
+    sharded = dict(zero=3) if max(plan.holders.values()) > 1 else {}
+    for change in (dict(micro_batch=1), sharded, dict(micro_batch=1, **sharded)):
+        try:
+            if predict(config, replace(smallest, **change), hardware)["mem_gib"] * 2**30 <= budget:
+                return " ".join(f"{name}={value}" for name, value in change.items())
+        except ValueError:
+            continue
+    return "more devices with pp, tp or ep, shorter sequences, or a smaller model"
 
 
 def read_load(text, config, plan):

@@ -29,6 +29,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,7 @@ import tiktoken
 import torch
 
 import parallel
+import sim
 from model import PRESETS, Config, Model, count_params, flops_per_token, generate
 from sim import Plan, balance_group, check_plan
 
@@ -77,6 +79,9 @@ OPTIONS = dict(
     eval_every=(0, "steps between evaluations on the whole held-out text; 0: at the end only"),
     timeout=(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends"),
     max_skips=(5, "steps in a row with a loss or gradient that is not finite, before the run stops"),
+    fit=("", "e.g. 40GiB: recompute and swap what makes the run fit at the least simulated cost; stored with the run"),
+    hardware=("", "preset of sim.py or file of its calibrate, for --fit; default on a CPU: generic numbers"),
+    memory_report=(0, "1: what the first micro-batch keeps for backward, by part: measured, and as sim.py counts"),
     peak_tflops=(0.0, "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported"),
     # optimisation
     steps=(1000, "optimizer steps at the full batch; sets the tokens of the run"),
@@ -101,7 +106,7 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
 )
 # what --resume lets one change; with --data the text must be the same
 CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_every", "device", "threads", "peak_tflops",
-              "max_skips", "timeout", "record_loads"}
+              "max_skips", "timeout", "record_loads", "fit", "hardware", "memory_report"}
 CHANGEABLE |= {field.name for field in PLAN_FIELDS} - {"global_batch", "seq_len"}
 
 
@@ -864,7 +869,7 @@ def open_run(given):
     fix_automatic(settings, device)
     run = argparse.Namespace(settings=settings, device=device, checkpoint=checkpoint)
     run.config = Config(**stored["config"]) if stored else make_config(settings)
-    run.plan = make_plan(settings)
+    run.plan = fit_plan(run, make_plan(settings)) if settings["fit"] else make_plan(settings)
     run.phases = make_phases(settings, stored["given"] | given if stored else given)
     for phase in run.phases:
         for _, batch in phase.batches:
@@ -893,6 +898,26 @@ def fill_run(run, given, stored):
     for phase in run.phases:
         order_of(run, phase)
     parallel.first_does(lambda: continue_folder(run, stored) if stored else begin_folder(run, given))
+
+
+def fit_plan(run, plan):
+    """--fit: the plan with what is to be recomputed and swapped, also in the settings."""
+    settings, match = run.settings, re.fullmatch(r"(\d+\.?\d*) ?(GiB|MiB)", run.settings["fit"])
+    if not match:
+        raise UserError(f"--fit {settings['fit']}: write a number and GiB or MiB, e.g. 40GiB")
+    if not settings["hardware"] and run.device.type != "cpu":
+        raise UserError(f"--fit needs --hardware on {run.device}: one of {', '.join(sim.HARDWARE)}, or a JSON file")
+    hardware = sim.CPU
+    if settings["hardware"]:
+        hardware = sim.load("hardware", sim.Hardware, sim.HARDWARE, settings["hardware"])
+    sim.check_plan(run.config, plan, devices=parallel.world_size())
+    found = sim.fit_memory(run.config, plan, hardware, float(match[1]) * 2**dict(GiB=30, MiB=20)[match[2]])
+    plan = Plan(**found["plan"])
+    settings.update(recompute=plan.recompute, swap=plan.swap, fit="")     # a resumed run does not choose again
+    chosen = "+".join(plan.recompute + plan.swap) or "nothing"
+    print(f"--fit {match[0]}: {chosen} is recomputed or swapped, so it needs {found['mem_gib']:.2f} GiB (simulated, "
+          f"with the costs of {hardware.name})")
+    return plan
 
 
 def fix_automatic(settings, device):
@@ -959,9 +984,9 @@ def build(run, phase, checkpoint):
     model.to_empty(device=run.device)
     parallel.init_weights(model, run.settings["seed"])
     model.compute_dtype = torch.bfloat16 if run.settings["precision"] == "bf16" else None
-    optimizer = torch.optim.AdamW(parallel.param_groups(model), lr=0.0, eps=1e-8, fused=True,
-                                  betas=(run.settings["beta1"], run.settings["beta2"]),
-                                  weight_decay=run.settings["weight_decay"])
+    kind = parallel.HostAdamW if "optimizer" in plan.swap else torch.optim.AdamW
+    optimizer = kind(parallel.param_groups(model), lr=0.0, eps=1e-8, fused=True,
+                     betas=(run.settings["beta1"], run.settings["beta2"]), weight_decay=run.settings["weight_decay"])
     if checkpoint:
         parallel.restore(checkpoint, model, optimizer, run.progress, grid)
     if not plan.balance_live:
@@ -1004,11 +1029,15 @@ def pretrain(given):
                 group["lr"] = lr
 
             # 2. the step; tolist waits for the device, the only time
-            loads = []
+            loads, report = [], settings["memory_report"] and not pipeline.measured
+            if report:
+                pipeline.memory.watch(model)
             measures = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None, loads.append)
             line = dict(zip(MEASURES, measures.tolist()))
             line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr) | line
             stopped = line.pop("stop") > 0                                # all ranks at the same step
+            if report:
+                print_memory(pipeline)
             count_skips(run, line)
             line |= watch_loads(run, grid, optimizer, *loads)
 
@@ -1079,6 +1108,17 @@ def count_skips(run, line):
         where = f"start anew, or from {run.out / 'ckpt' / f'step_{steps[-1]}'}," if steps else "start anew"
         sys.exit(f"train.py: step {progress['step']}: loss or gradient not finite {most} times in a row; {where} with "
                  f"a lower --lr")
+
+
+def print_memory(pipeline):
+    """What the first forward of this rank's first stage left for backward."""
+    pipeline.memory.kept, plan = None, pipeline.plan
+    shape = replace(sim.as_shape(pipeline.model.config), value_padded=True)
+    works = [sim.Work(shape, plan, kind) for kind in sim.stage_kinds(shape, plan)[pipeline.stages[0]]]
+    counted, measured = sim.saved_by_part(works), pipeline.measured
+    print("kept for backward, MiB of one micro-batch   measured   sim.py")
+    for part in sorted(counted | measured):
+        print(f"{part:40} {measured[part] / 2**20:11.3f} {counted[part] / 2**20:8.3f}")
 
 
 def print_step(run, line, total, seconds_left):

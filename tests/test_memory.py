@@ -1,6 +1,7 @@
 """
 What is recomputed, swapped and sliced gives the plain run's gradients bit for bit, and saves what sim.py counts.
 """
+import json
 import random
 import weakref
 from dataclasses import replace
@@ -10,13 +11,16 @@ import torch
 
 import parallel
 import sim
+import train
 from model import PRESETS, Model, rope_table
-from sim import RECOMPUTE, Plan
+from sim import Plan
+from test_train import TINY as SMALL_RUN
+from test_train import at, losses, refusal, run, text  # noqa: F401
 from test_grid import DEEP, PLAN, batches_of, build, equals_one_process, folder, name_of  # noqa: F401
 
-FINE = tuple(item for item in RECOMPUTE if item not in ("attention", "layer"))
-CHOOSE = random.Random(0)
-SETS = [(item,) for item in RECOMPUTE] + [tuple(CHOOSE.sample(RECOMPUTE[:-1], CHOOSE.randint(2, 5))) for _ in range(10)]
+FINE = ("norm", "mla_up", "act", "permute", "expert")
+PARTS, CHOOSE = (*FINE, "attention"), random.Random(0)
+SETS = [(item,) for item in (*PARTS, "layer")] + [tuple(CHOOSE.sample(PARTS, CHOOSE.randint(2, 5))) for _ in range(10)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,13 +92,14 @@ def kept_by_layer(config, plan, kind):
     x = torch.randn(plan.micro_batch, plan.seq_len, config.hidden_size).to(DTYPES[plan.precision])
     with memory.hooks():
         out = model.layers["0" if kind == "dense" else "1"](x.requires_grad_(), angles, None, routing)
-    of_model = {table.data_ptr() for table in angles}
-    here = [kept.whole for kept in memory.kept if torch.is_tensor(kept.whole)]         # not what left after it was kept
-    here = sum(whole.nbytes for whole in here if whole.data_ptr() not in of_model)
+    held, of_model = memory.held(), {table.data_ptr() for table in angles}
+    away = held.pop("host", 0)
+    here = sum(held.values()) - sum(kept.nbytes for kept in memory.kept
+                                    if torch.is_tensor(kept.whole) and kept.whole.data_ptr() in of_model)
     if "layer" in plan.recompute:
         here += sum(ids.nbytes for ids in routing.values())                # noted, seen by no hook
     assert out.requires_grad
-    return here, sum(swapped().host.nbytes for swapped in memory.leaving)
+    return here, away
 
 
 @pytest.mark.parametrize("precision", list(DTYPES))
@@ -107,3 +112,66 @@ def test_saved_bytes_are_those_that_sim_counts(precision, kind, changes):
         swap = ("attn_out", "expert_out")[:index % 3]
         plan = Plan(micro_batch=2, global_batch=2, seq_len=24, precision=precision, recompute=items, swap=swap)
         assert kept_by_layer(config, plan, kind) == sim.saved_bytes(sim.Work(shape, plan, kind)), (items, swap)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer in slices, and what a trainer's user sees
+
+
+def test_optimizer_in_slices(monkeypatch):
+    """Two steps with moments that wait in the host's memory: the same weights, bit for bit."""
+    torch.manual_seed(0)
+    models = [Model(SHALLOW) for _ in range(2)]
+    monkeypatch.setattr(parallel, "STEP_BYTES", 2000)
+    sliced = []
+    monkeypatch.setattr(parallel.HostAdamW, "move_moments", count_calls(parallel.HostAdamW.move_moments, sliced))
+    for model, kind in zip(models, (torch.optim.AdamW, parallel.HostAdamW)):
+        model.init_weights(0)
+        optimizer = kind(parallel.param_groups(model), lr=0.01, fused=True)
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.tensor(1.5)
+            optimizer.step()
+    assert len(sliced) > 40 and len(optimizer.param_groups) == 3
+    assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in models)))
+
+
+def count_calls(function, calls):
+    def call(*args):
+        calls.append(args)
+        return function(*args)
+    return call
+
+
+def test_run_that_recomputes_and_swaps(at, text, capsys):  # noqa: F811
+    """The same losses as without; and the report's two columns agree."""
+    run(*SMALL_RUN, "--data", text, "--steps", 4, "--out", "plain", "--precision", "fp32", "--heldout", 0.01)
+    saving = "--recompute norm,mla_up,act,permute --swap attn_out,optimizer --memory-report 1".split()
+    run(*SMALL_RUN, "--data", text, "--steps", 4, "--out", "saving", "--precision", "fp32", *saving, "--heldout", 0.01)
+    assert losses(at / "saving") == losses(at / "plain")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line[:2] == ["kept", "for"])
+    parts, measured, counted = zip(*lines[start + 1:start + 10])
+    assert {"host", "attention", "experts"} < set(parts)
+    assert sum(map(float, measured)) == pytest.approx(sum(map(float, counted)), rel=0.02)
+
+
+def test_fit(at, text, capsys):  # noqa: F811
+    """A budget between what nothing saved and everything saved needs; one that cannot work."""
+    plan = train.make_plan(train.settings_of(vars_of(SMALL_RUN)) | dict(precision="fp32"))
+    config = train.make_config(train.settings_of(vars_of(SMALL_RUN)))
+    needs = [sim.predict(config, choice, sim.CPU)["mem_gib"] * 1024 for choice in sim.memory_choices(plan, config)]
+    budget = (sim.predict(config, plan, sim.CPU)["mem_gib"] * 1024 + min(needs)) / 2
+    common = *SMALL_RUN, "--data", text, "--steps", 2, "--precision", "fp32", "--heldout", 0.01
+    run(*common, "--out", "fitted", "--fit", f"{budget:.6f}MiB")
+    stored = json.loads((at / "fitted" / "config.json").read_text())["plan"]
+    chosen = sim.predict(config, replace(plan, recompute=stored["recompute"], swap=stored["swap"]), sim.CPU)
+    assert chosen["mem_gib"] * 1024 <= budget and stored["recompute"] + stored["swap"]
+    assert "GiB too much: use" in refusal(capsys, *common, "--out", "none", "--fit", f"{min(needs) - 1:.6f}MiB")
+    assert "write a number and GiB or MiB" in refusal(capsys, *common, "--out", "none", "--fit", "lots")
+
+
+def vars_of(words):
+    return train.parse(["pretrain", *words])[1]

@@ -24,3 +24,9 @@ def test_bench_step(dtype):
     out = run("tests/bench_step.py", "--tiny", "--dtype", dtype)
     assert "ours-sandwich" in out
     assert "commit" in out.splitlines()[-1]
+
+
+def test_bench_memory():
+    """A row for each item, and sets; none of them changes the loss."""
+    out = run("tests/bench_memory.py", "--tiny")
+    assert "paper's set + norm" in out and "layer" in out
