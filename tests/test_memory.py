@@ -37,8 +37,10 @@ def step(plan, config):
 
 
 SHALLOW = replace(DEEP, num_hidden_layers=2, balance_group=1)
-CASES = [(axes, changes) for axes in (dict(), dict(schedule="paired", overlap="adaptive"), dict(schedule="zbv", vpp=2))
-         for changes in (dict(), dict(expert_weight="after_down", capacity_factor=1.0))]
+AFTER = dict(expert_weight="after_down", capacity_factor=1.0)
+PAIRED, ZBV = dict(schedule="paired", overlap="adaptive"), dict(schedule="zbv", vpp=2)
+CASES = [(dict(), AFTER), (PAIRED, AFTER), *(pytest.param(*case, marks=pytest.mark.slow)
+                                             for case in ((dict(), {}), (PAIRED, {}), (ZBV, {}), (ZBV, AFTER)))]
 
 
 @pytest.mark.parametrize("axes, changes", CASES, ids=str)
@@ -60,15 +62,16 @@ def plans_over_ranks():
     yield replace(two, zero=3, recompute=("layer",))
     yield replace(two, dispatch="hierarchical", overlap="adaptive", schedule="paired", recompute=FINE)
     yield replace(two, dispatch="dedup", overlap="adaptive", schedule="paired", recompute=("layer",))
-    yield replace(two, dispatch="dedup", zero=1, recompute=("permute", "attention"))
     yield replace(one, tp=2, dp=2, ep=4, zero=1, dispatch="hierarchical", node_size=2, recompute=FINE)
+    yield replace(two, dispatch="dedup", zero=1, recompute=("permute", "attention"))
     yield replace(one, tp=2, dp=2, zero=3, recompute=("attention", "act"), swap=("attn_out",))
     yield replace(one, cp=2, dp=2, zero=3, recompute=("layer",))
     yield replace(two, dp=2, ep=2, pp=2, vpp=2, schedule="zbv", zero=3, recompute=FINE, swap=("attn_out",))
     yield replace(two, dp=2, ep=2, pp=2, vpp=2, schedule="paired", overlap="adaptive", recompute=("layer",))
 
 
-@pytest.mark.parametrize("plan", list(plans_over_ranks()), ids=lambda plan: name_of(plan) + "-" + plan.recompute[0])
+@pytest.mark.parametrize("plan", [pytest.param(plan, marks=[] if number < 5 else [pytest.mark.slow]) for number, plan
+                                  in enumerate(plans_over_ranks())], ids=lambda plan: f"{name_of(plan)}-{plan.recompute}")
 def test_recomputing_over_ranks(folder, plan):  # noqa: F811
     config = replace(DEEP, balance_group=2 if plan.dp > 1 else 1, num_attention_heads=4)
     equals_one_process(folder, plan, config=config,
@@ -108,7 +111,7 @@ def kept_by_layer(config, plan, kind):
 def test_saved_bytes_are_those_that_sim_counts(precision, kind, changes):
     config = replace(TINY, **changes)
     shape = replace(sim.as_shape(config), value_padded=True)               # torch's CPU kernel pads
-    for index, items in enumerate([(), *SETS]):
+    for index, items in enumerate([(), *SETS]):                            # every item, and ten sets
         swap = ("attn_out", "expert_out")[:index % 3]
         plan = Plan(micro_batch=2, global_batch=2, seq_len=24, precision=precision, recompute=items, swap=swap)
         assert kept_by_layer(config, plan, kind) == sim.saved_bytes(sim.Work(shape, plan, kind)), (items, swap)
