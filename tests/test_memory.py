@@ -70,8 +70,12 @@ def plans_over_ranks():
     yield replace(two, dp=2, ep=2, pp=2, vpp=2, schedule="paired", overlap="adaptive", recompute=("layer",))
 
 
-@pytest.mark.parametrize("plan", [pytest.param(plan, marks=[] if number < 5 else [pytest.mark.slow]) for number, plan
-                                  in enumerate(plans_over_ranks())], ids=lambda plan: f"{name_of(plan)}-{plan.recompute}")
+OVER_RANKS = [pytest.param(plan, id=f"{name_of(plan)}-{'+'.join(plan.recompute)}",
+                           marks=[] if number < 5 else [pytest.mark.slow])
+              for number, plan in enumerate(plans_over_ranks())]
+
+
+@pytest.mark.parametrize("plan", OVER_RANKS)
 def test_recomputing_over_ranks(folder, plan):  # noqa: F811
     config = replace(DEEP, balance_group=2 if plan.dp > 1 else 1, num_attention_heads=4)
     equals_one_process(folder, plan, config=config,
