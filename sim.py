@@ -17,16 +17,19 @@ contention between replicas, host-bound stretches, fragmentation, an efficiency 
 """
 import argparse
 import csv
+import copy
 import json
 import math
+import multiprocessing
 import re
 import sys
+import time
 from array import array
-from collections import Counter, defaultdict, namedtuple
-from dataclasses import asdict, dataclass, fields, replace
+from collections import Counter, defaultdict, deque, namedtuple
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from itertools import chain, combinations, islice, product, zip_longest
-from operator import le, mul
+from operator import itemgetter, le, mul
 from pathlib import Path
 from typing import NamedTuple
 
@@ -537,6 +540,7 @@ def replay_loads(loads, plan):
 @dataclass(frozen=True)
 class Shape(Config):
     """What is counted: a Config, or a model that no Config describes (other attention, ungated MLP, no experts)."""
+    rope_scaling: dict = field(default=None, hash=False)
     attn_type: str = "mla"                 # mla | gqa | mha
     num_key_value_heads: int = 0           # gqa: heads of keys and values
     head_dim: int = 0                      # gqa, mha
@@ -554,6 +558,11 @@ class Shape(Config):
 
 def as_shape(config):
     return config if isinstance(config, Shape) else Shape(**vars(config))
+
+
+def on_hardware(config, hardware):
+    shape = as_shape(config)
+    return replace(shape, value_padded=True) if hardware.value_padded else shape
 
 
 # part: the block's call it belongs to: attend (with routing), shared, experts or combine. kind: matmul | vector |
@@ -811,6 +820,7 @@ def _even_split(shape, plan):
     return split
 
 
+@lru_cache
 def layer_flops(shape, seq_len):
     """Forward FLOPs of a sequence in each hidden layer, and last those of head and MTP together."""
     kinds, n = layer_kinds(shape) + ["head"], shape.num_hidden_layers
@@ -820,6 +830,13 @@ def layer_flops(shape, seq_len):
 
 def stage_kinds(shape, plan):
     """list (pp*vpp) of tuples in the order of forward: embedding, kinds of layers, head."""
+    v_shaped = plan.schedule if plan.schedule in ("zbv", "dualpipev") else ""
+    return _stage_kinds(shape, Plan(pp=plan.pp, vpp=plan.vpp, layer_split=plan.layer_split, seq_len=plan.seq_len,
+                                    schedule=v_shaped))
+
+
+@lru_cache(1024)
+def _stage_kinds(shape, plan):
     kinds = layer_kinds(shape)
     stages = [[kinds[i] for i in layers] for layers in stage_layers(shape, plan)]
     stages[0].insert(0, "embedding")
@@ -846,9 +863,10 @@ RECOMPUTES = {
 SWAPPED = {"expert_out": ("expert_out",), "attn_out": ("attn_out", "attn_padded"), "optimizer": ()}
 
 
-def recomputed(work):
+def recomputed(work, plan=None):
     """(saved tensors that a layer does not keep, operators that its backward runs again): sets of names."""
-    plan, items = work.plan, work.plan.recompute
+    plan = plan or work.plan                               # Works are shared by plans that cut alike
+    items = plan.recompute
     if "layer" in items and "input_layernorm" in work.saved:               # whose saved input is the layer's
         return set(work.saved) - {"input_layernorm", "ids"}, {op.name for op in work.ops}
     gone, again = ({name for item in items if item != "layer" for name in RECOMPUTES[item][i]} for i in (0, 1))
@@ -880,10 +898,11 @@ def saved_by_part(works):
     return parts
 
 
-def saved_bytes(work):
+def saved_bytes(work, plan=None):
     """(bytes kept on the device for one micro-batch's backward, bytes swapped to the host)."""
-    gone, _ = recomputed(work)
-    away = {name for item in work.plan.swap for name in SWAPPED[item]} - gone
+    plan = plan or work.plan
+    gone, _ = recomputed(work, plan)
+    away = {name for item in plan.swap for name in SWAPPED[item]} - gone
     kept = sum(size for name, size in work.saved.items() if name not in gone | away)
     return kept, sum(work.saved.get(name, 0) for name in away)
 
@@ -892,7 +911,7 @@ def saved_bytes(work):
 # Hardware, and what operators and collectives cost on it
 
 
-@dataclass(frozen=True, eq=False)                          # equal if it is the same object
+@dataclass(frozen=True)
 class Hardware:
     """One device, its node and its network. Bandwidths are of one direction and one device; efficiencies of a peak."""
     name: str
@@ -926,6 +945,9 @@ class Hardware:
     hidden_share: float = 0.0              # of collectives that a plan hides, the share that runs beside computation
     overlap_tax: float = 0.0               # seconds of computation lost for a second of communication beside it
     scale_loss: float = 0.0                # share of the step that each doubling of the devices costs
+
+    def __hash__(self):
+        return hash(self.name)
 
 
 # Constants shared by the devices of a generation, or by all: unit, bounds, priors, and what `python sim.py validate
@@ -1111,8 +1133,8 @@ class LayerTime:
     max_vio: the busiest expert's load over the mean, minus one.
     """
 
-    def __init__(self, work, hardware, max_vio):
-        plan, again, slower, self.work = work.plan, recomputed(work)[1], 1 + max_vio, work
+    def __init__(self, work, plan, hardware, max_vio):
+        again, slower = recomputed(work, plan)[1], 1 + max_vio
         self.name = work.kind if work.kind in ("embedding", "head") else ""
         self.whole_again = "layer" in plan.recompute and "input_layernorm" in again
         # dropped rows travel again: before anything is recomputed from them, or else for the experts' backward
@@ -1145,16 +1167,33 @@ class LayerTime:
                 way = tiers[tier][0] / 2
                 self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way + copied[tier] / 2)
                 self.sent[tier] += times[one] * way + copied[tier]
-        self.kept, away = saved_bytes(work)                # bytes of a micro-batch
-        self.swap = away / hardware.host_bandwidth
+        self.swap = saved_bytes(work, plan)[1] / hardware.host_bandwidth
         # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it; (tier, seconds)
         self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
                                          if plan.zero == 3 else 0.0) for size in (work.element, 4)]
 
 
 @lru_cache(4096)
+def layer_work(shape, plan, kind):
+    return Work(shape, plan, kind)
+
+
+@lru_cache(2**14)
 def layer_time(shape, plan, kind, hardware, max_vio):
-    return LayerTime(Work(shape, plan, kind), hardware, max_vio)
+    return LayerTime(layer_work(shape, same_work(plan), kind), plan, hardware, max_vio)
+
+
+def same_time(plan):
+    """The plan that stands for all with the same LayerTimes: without what only the pipeline and the data ranks see."""
+    data = dict(dp=plan.dp, zero=3) if plan.zero == 3 else dict(dp=1, zero=0)
+    return replace(plan, pp=1 + plan.embedding_twice, vpp=1, global_batch=1, layer_split=(), overlap="none",
+                   schedule="1f1b" if plan.is_plain else "paired", **data)
+
+
+def same_work(plan):
+    """The plan that stands for all with the same Works."""
+    return replace(same_time(plan), dp=1, zero=0, dispatch="flat", swap=(), schedule="1f1b",
+                   recompute=("mla_up",) if "mla_up" in plan.recompute else ())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1246,9 +1285,8 @@ class Streams:
             yield
 
 
-@lru_cache(4096)
 def play_action(flat, adaptive, kind, forward, backward, tax=0.0):
-    """(Streams of one action, from time 0; their account). forward, backward: LayerTimes of a stage, or ()."""
+    """Streams of one action, from time 0. forward, backward: LayerTimes of a stage, or ()."""
     streams = Streams(flat, tax)
     if kind == "W":
         for layer, part in product(backward, ("attend", "shared", "experts")):
@@ -1257,7 +1295,12 @@ def play_action(flat, adaptive, kind, forward, backward, tax=0.0):
         f, b = streams.forward_steps(forward), streams.backward_steps(backward, kind[-1], adaptive)
         for _ in zip_longest(b, f) if adaptive else chain(f, b):
             pass
-    return streams, account(streams)
+    return streams
+
+
+@lru_cache(2**15)
+def action_account(*action):
+    return account(play_action(*action))
 
 
 def account(streams):
@@ -1549,29 +1592,48 @@ class Simulation:
     """One step of a plan, played: what predict reports and trace draws."""
 
     def __init__(self, config, plan, hardware, max_vio=0.0):
-        self.plan, self.hardware = plan, hardware
-        self.shape = replace(as_shape(config), value_padded=hardware.value_padded)
+        self.plan, self.hardware, self.shape = plan, hardware, on_hardware(config, hardware)
         self.stages = stage_kinds(self.shape, plan)
-        # plans whose layers cost the same
-        alike = dict(vpp=1, global_batch=1, layer_split=(), schedule="1f1b", overlap="none")
-        alike = replace(plan, pp=1 + plan.embedding_twice, **alike)
-        self.times = {kind: layer_time(self.shape, alike, kind, hardware, max_vio) for kind in set(chain(*self.stages))}
-        self.works = {kind: time.work for kind, time in self.times.items()}
+        self.max_vio = max_vio
         self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
         link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
         self.link = 0.0 if "pp" in plan.hide else link
 
+    @cached_property
+    def works(self):
+        plan = same_work(self.plan)
+        return {kind: layer_work(self.shape, plan, kind) for kind in set(chain(*self.stages))}
+
+    @cached_property
+    def times(self):
+        plan = same_time(self.plan)
+        return {kind: layer_time(self.shape, plan, kind, self.hardware, self.max_vio) for kind in self.works}
+
+    @cached_property
+    def kept(self):
+        """stage -> bytes that a micro-batch keeps."""
+        kept = {kind: saved_bytes(work, self.plan)[0] for kind, work in self.works.items()}
+        return [sum(map(kept.get, stage)) for stage in self.stages]
+
+    def saving(self, recompute, swap):
+        """The same step with another choice of what is computed again and swapped."""
+        other = copy.copy(self)
+        other.plan = replace(self.plan, recompute=recompute, swap=swap)
+        for name in ("works", "times", "kept"):
+            vars(other).pop(name, None)
+        return other
+
     def run(self, run):
-        """(Streams, account of them) of a run: (kind, stage, stage of a pair's backward)."""
+        """What play_action takes for a run: (kind, stage, stage of a pair's backward)."""
         kind, *stages = run
         layers = [tuple(self.times[one] for one in self.stages[stage]) for stage in stages] + [()]
         forward, backward = layers[:2] if "F" in kind else layers[1::-1]
         flat, adaptive = self.plan.dispatch in ("flat", "pipelined"), self.plan.overlap == "adaptive"
-        return play_action(flat, adaptive, kind, forward, backward, self.hardware.overlap_tax)
+        return flat, adaptive, kind, forward, backward, self.hardware.overlap_tax
 
     def spans(self):
         """The whole step: list (pp) of lists of (start, end, action), seconds."""
-        return play(self.plan, schedule_table(self.plan), lambda run: self.run(run)[1][0], self.link)
+        return play(self.plan, schedule_table(self.plan), lambda run: action_account(*self.run(run))[0], self.link)
 
     def works_of(self, rank):
         return [self.works[kind] for stage in self.plan.stages_of(rank) for kind in self.stages[stage]]
@@ -1589,7 +1651,7 @@ class Simulation:
         sizes = () if plan.zero == 3 else (wide, e if plan.zero else wide)
         sync = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
         if "dp" in plan.hide:                              # beside the last backwards
-            room = sum(self.run(("B", stage))[1][0] for stage in plan.stages_of(rank))
+            room = sum(action_account(*self.run(("B", stage)))[0] for stage in plan.stages_of(rank))
             sync -= min(hardware.hidden_share * sync, room)
         moved = cut * (7 * 4 + e)                          # read gradient, master, moments; write three and weight
         swapped = 2 * 8 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0     # moments come and go
@@ -1598,13 +1660,13 @@ class Simulation:
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
         parts, travel, step = Counter(), 0.0, 0.0
-        ends, counts = time_pipeline(self.plan, lambda run: self.run(run)[1][0], self.link)
+        ends, counts = time_pipeline(self.plan, lambda run: action_account(*self.run(run))[0], self.link)
         for rank, (end, runs) in enumerate(zip(ends, counts)):
             sync, optimizer = self.after_pipeline(rank)
             step = max(step, end + sync + optimizer)
             parts.update(gradients=sync, optimizer=optimizer)
             for run, times in runs.items():
-                _, by_part, seconds = self.run(run)[1]
+                _, by_part, seconds = action_account(*self.run(run))
                 for name, spent in by_part.items():
                     parts[name] += times * spent
                 travel += times * seconds
@@ -1636,7 +1698,7 @@ class Simulation:
         rows = max(work.saved.get("rows", 0) for work in works) if plan.ep > 1 else 0
         # zero=3: weights of two layers, float32 gradients of one
         layer = max(sum(work.params.values()) for work in works) * (2 * e + 4) if plan.zero == 3 else 0
-        again = max(sum(work.saved.values()) - saved_bytes(work)[0] for work in works)
+        again = max(sum(work.saved.values()) - saved_bytes(work, plan)[0] for work in works)
         return dict(weights=kept * e, gradients=kept * gradient_bytes(plan),
                     optimizer=states, activations=self._activations(rank),
                     buffers=4 * rows + layer + again,      # rows sent and received of two passes; one layer recomputed
@@ -1644,8 +1706,27 @@ class Simulation:
 
     def _activations(self, rank):
         """Most bytes that micro-batches in flight keep."""
-        kept = [sum(self.times[kind].kept for kind in self.stages[stage]) for stage in self.plan.stages_of(rank)]
+        kept = [self.kept[stage] for stage in self.plan.stages_of(rank)]
         return max(sum(map(mul, kept, live)) for live in played_table(self.plan)[0].in_flight[rank])
+
+    def fits(self, ranks):
+        """Whether these pipeline ranks fit. One that does not is moved to the front, where the next look begins."""
+        for rank in ranks:
+            if sum(self.memory(rank).values()) > self.hardware.memory:
+                ranks.remove(rank)
+                ranks.insert(0, rank)
+                return False
+        return True
+
+    def refusal(self):
+        """Why the step does not fit; "" if it does."""
+        if self.fits(ranks := list(range(self.plan.pp))):
+            return ""
+        memory = [self.memory(rank) for rank in ranks]
+        peak = max(memory, key=lambda parts: sum(parts.values()))
+        return (f"pipeline rank {ranks[memory.index(peak)]} needs {sum(peak.values()) / 2**30:.1f} of "
+                f"{self.hardware.memory / 2**30:.1f} GiB, most of it {max(peak, key=peak.get)}: use more recompute, "
+                "pp, tp or zero=3, or a smaller micro_batch")
 
 
 def predict(config, plan, hardware, max_vio=0.0):
@@ -1662,11 +1743,8 @@ def predict(config, plan, hardware, max_vio=0.0):
     peak = max(range(plan.pp), key=lambda rank: sum(memory[rank].values()))
     needed, rate = sum(memory[peak].values()), plan.global_batch * plan.seq_len / step
     # training is three forwards; tokens/s of a device times FLOPs of a token
-    flops, why_not = 3 * sum(layer_flops(run.shape, plan.seq_len)) / plan.seq_len * rate / plan.world_size, ""
-    if needed > hardware.memory:
-        most = max(memory[peak], key=memory[peak].get)
-        why_not = (f"pipeline rank {peak} needs {needed / 2**30:.1f} of {hardware.memory / 2**30:.1f} GiB, most of it "
-                   f"{most}: use more recompute, pp, tp or zero=3, or a smaller micro_batch")
+    flops = 3 * sum(layer_flops(run.shape, plan.seq_len)) / plan.seq_len * rate / plan.world_size
+    why_not = run.refusal()
     return dict(
         step_time_s=step, tokens_per_s=rate, tokens_per_s_per_device=rate / plan.world_size,
         mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12, mem_gib=needed / 2**30,
@@ -1677,21 +1755,21 @@ def predict(config, plan, hardware, max_vio=0.0):
         bytes_by_tier=run.bytes_by_tier(), plan=asdict(plan))
 
 
-def memory_choices(plan, config):
-    """The plan with each set of items to recompute and swap that makes a difference."""
+def memory_choices(config):
+    """Each choice of items to recompute and swap that makes a difference: (recompute, swap), smaller ones first."""
     fine = [item for item in RECOMPUTE if item not in ("core_attention", "layer")]
     sets = chain([("layer",)], *(combinations(fine, n) for n in range(len(fine) + 1)))
     swaps = SWAP if config.expert_weight == "after_down" else SWAP[1:]
     swaps = list(chain(*(combinations(swaps, n) for n in range(len(swaps) + 1))))
-    for recompute, swap in product(sets, swaps):
-        if not {"attention", "mla_up"} <= set(recompute):
-            yield replace(plan, recompute=recompute, swap=swap)
+    choices = [pair for pair in product(sets, swaps) if not {"attention", "mla_up"} <= set(pair[0])]
+    return sorted(choices, key=lambda pair: len(pair[0]) + len(pair[1]))
 
 
 def fit_memory(config, plan, hardware, budget):
     """predict of the plan with the cheapest items to recompute and swap, by simulated time, that needs at most `budget`
     bytes. ValueError says what is missing and what would help."""
-    results = [predict(config, choice, hardware) for choice in memory_choices(plan, config)]
+    results = [predict(config, replace(plan, recompute=recompute, swap=swap), hardware)
+               for recompute, swap in memory_choices(config)]
     fitting = [result for result in results if result["mem_gib"] * 2**30 <= budget]
     if fitting:
         return min(fitting, key=lambda result: (result["step_time_s"], result["mem_gib"]))
@@ -1752,7 +1830,7 @@ def write_trace(run, path):
         names = [("process_name", 0, f"pipeline rank {rank}")] + [("thread_name", *one) for one in enumerate(threads)]
         events += [dict(ph="M", name=kind, pid=rank, tid=thread, args={"name": name}) for kind, thread, name in names]
         for start, end, action in row:
-            tasks = [(str(action), "schedule", 0.0, end - start)] + run.run(action.run)[0].tasks
+            tasks = [(str(action), "schedule", 0.0, end - start)] + play_action(*run.run(action.run)).tasks
             events += [dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream),
                             ts=1e6 * (start + first), dur=1e6 * (last - first)) for name, stream, first, last in tasks]
     with open(path, "w") as file:
@@ -2081,37 +2159,171 @@ class Fit:
 # ---------------------------------------------------------------------------------------------------------------------
 # Search, and the command
 
-RECOMPUTE_SETS = ((), ("norm", "mla_up", "act", "permute"), ("layer",))
+RUNS = (("1f1b", 1), ("zbv", 2), ("dualpipev", 2), *product(("interleaved",), (2, 3, 4)),
+        *product(("paired",), (1, 2, 3, 4)))               # (schedule, vpp); pairs are always interleaved: adaptive
 
 
 def candidate_plans(config, hardware, devices, **batch):
-    """Plans to try: powers of two on each axis, two exchanges, overlap or not, three sets of recomputation."""
-    sizes, node = [2**i for i in range(9) if 2**i <= devices], hardware.node_size
-    experts = sizes if has_experts(config) else [1]
-    for tp, pp, ep, vpp, micro_batch in product(sizes, sizes, experts, (1, 2), (1, 2, 4)):
-        if tp > node or devices % (tp * pp) or ep > devices // pp or (vpp > 1 and pp == 1):
+    """Plans to search, but for zero, dispatch and what is saved: at most a node of tp, at least 1024 tokens a rank."""
+    sizes, c = [2**i for i in range(devices.bit_length())], config
+    tensor = [n for n in sizes if n <= hardware.node_size]
+    contexts = [n for n in sizes if n * 1024 <= max(1024, batch["seq_len"])]
+    stages = [n for n in divisors(devices) if n <= c.num_hidden_layers + 1]
+    experts = divisors(c.n_routed_experts) if has_experts(c) else [1]
+    for tp, cp, pp, micro_batch in product(tensor, contexts, stages, (1, 2, 4, 8)):
+        group = devices // pp
+        for ep, (schedule, vpp) in product(experts, RUNS if pp > 1 else (("1f1b", 1), ("paired", 1))):
+            if devices % (tp * cp * pp) == 0 and group % ep == 0:
+                overlap = "adaptive" if schedule in ("paired", "dualpipev") else "none"
+                yield Plan(tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=group // (tp * cp), ep=ep, micro_batch=micro_batch,
+                           schedule=schedule, vpp=vpp, overlap=overlap, node_size=hardware.node_size, **batch)
+
+
+def variants(plan):
+    """Every zero and every exchange; inside one node all exchanges are the same."""
+    dispatches = ("flat", "hierarchical", "dedup") if plan.ep > plan.node_size else ("flat",)
+    return [replace(plan, zero=zero, dispatch=dispatch) for zero, dispatch in product(PLAN_CHOICES["zero"], dispatches)]
+
+
+def least_seconds(run):
+    """Below the step of a plan, whatever it swaps or adds to recompute: two ranks that wait as little as can be.
+
+    The first: a micro-batch goes down all stages and back to it, then comes what it could not do before that. The
+    last: a micro-batch comes down, all of its work, a gradient goes up. Actions run one after the other; of pairs, that
+    hide communication, the busiest stream counts.
+    """
+    plan, n = run.plan, run.plan.n_micro
+    least = _least(run.shape, same_time(replace(plan, zero=0, swap=())), run.hardware)
+    forward, backward, half = zip(*map(least, run.stages))
+    v_shaped = plan.schedule in ("zbv", "dualpipev")
+    after = [sum(run.saving(plan.recompute, ()).after_pipeline(rank)) for rank in (0, plan.pp - 1)]
+    up = half if v_shaped else backward                    # what a gradient needs to go up
+    first, last = plan.stages_of(0), plan.stages_of(plan.pp - 1)
+    before = dict.fromkeys(range(plan.vpp), 0) | first_forwards(plan)
+    streams = (1, 2, 3) if plan.overlap == "adaptive" else (0,)
+    rest = max(sum((n - before[i]) * forward[s][x] + n * backward[s][x] for i, s in enumerate(first)) for x in streams)
+    work = max(n * sum(forward[s][x] + backward[s][x] for s in last) for x in streams)
+    end = rest + sum(f[0] for f in forward) + sum(b[0] for b in up[max(first) + 1:])
+    end_last = work + sum(f[0] for f in forward[:min(last)])
+    if v_shaped:                                           # its last work may be of weights, which nobody waits for
+        return max(end + after[0], end_last + after[1])
+    return max(end, end_last + sum(b[0] for b in backward[:min(last)])) + after[0]
+
+
+def first_forwards(plan):
+    """{chunk: forwards that the first rank can run before a gradient comes back to it}."""
+    n, pp, alone = plan.n_micro, plan.pp, plan.schedule != "paired"        # a pair waits for both
+    if plan.schedule in ("zbv", "dualpipev"):
+        return {0: min(2 * pp - 1, n), 1: 1}
+    first = alone + {"1f1b": pp - 1, "interleaved": 2 * pp - 2, "paired": 2 * pp - 1}[plan.schedule]
+    return Counter(i // plan.turn % plan.vpp for i in range(min(n * plan.vpp, first + (plan.vpp - 1) * plan.turn)))
+
+
+@lru_cache(2**14)
+def _least(shape, plan, hardware):
+    """kinds of a stage -> its forward, backward and the latter's first half: [seconds, those of each link...]."""
+    def of_pass(layer, kind):
+        passes = ((layer,), ()) if kind == "F" else ((), (layer,))
+        streams = play_action(plan.dispatch == "flat", False, kind, *passes)
+        spent = Counter()
+        for _, stream, start, end in streams.tasks:
+            spent[stream] += end - start
+        return np.array([max(streams.free.values()), *(spent[stream] for stream in ("compute", "inner", "outer"))])
+
+    @lru_cache(None)
+    def of_layer(kind):
+        layer = layer_time(shape, plan, kind, hardware, 0.0)
+        return np.array([of_pass(layer, kind) for kind in "FBI"])
+
+    @lru_cache(None)
+    def of_stage(kinds):
+        return sum(map(of_layer, kinds)).tolist()
+
+    return of_stage
+
+
+def never_faster(more, less):
+    """Whether a choice does all that another does, in the same order: each stream, in order, then ends no sooner."""
+    late = ["permute" in recompute and "expert" not in recompute for recompute, _ in (more, less)]
+    return late[0] >= late[1] and all(set(a) >= set(b) for a, b in zip(more, less))
+
+
+def best_savings(config, plan, hardware, limit):
+    """(prediction of a plan with the fastest recompute and swap that fit, if below `limit` seconds; else why not)."""
+    run, found, fitting, ranks = Simulation(config, plan, hardware), None, [], list(range(plan.pp))
+    for recompute, swap in memory_choices(config):
+        pair, other = (recompute, swap), run.saving(recompute, swap)
+        if any(never_faster(pair, one) for one in fitting) or not other.fits(ranks):
             continue
-        plan = Plan(tp=tp, sp=int(tp > 1), pp=pp, dp=devices // (tp * pp), ep=ep, vpp=vpp, micro_batch=micro_batch,
-                    node_size=node, **batch)
-        dispatches = ("flat", "hierarchical") if ep > node else ("flat",)  # inside one node they are the same
-        for dispatch, overlap, recompute in product(dispatches, ("none", "adaptive"), RECOMPUTE_SETS):
-            yield replace(plan, dispatch=dispatch, overlap=overlap, recompute=recompute, schedule="")
+        fitting.append(pair)
+        if least_seconds(other) < limit:
+            result = predict(config, other.plan, hardware)
+            found, limit = (result, result["step_time_s"]) if result["step_time_s"] < limit else (found, limit)
+    if fitting:
+        return found, "" if found else SLOWER
+    return None, "recomputed and swapped as much as can be, " + other.refusal()
 
 
-def search_plans(config, hardware, devices, **batch):
-    """(predictions that fit, fastest first; {refusal without its numbers: (how often, an example)})."""
-    found, refused = [], {}
+SLOWER = "slower than those above, by its step or by a lower bound of it"
+CHUNK, AHEAD = 16, 8                                       # plans of a job, jobs that wait
+
+
+def explore(config, hardware, plans, limit):
+    return [best_savings(config, plan, hardware, limit) for plan in plans]
+
+
+def with_progress(what, items):
+    """The items, and on stderr from the third second on how many were taken and the time that the rest will need."""
+    begin = shown = time.monotonic()
+    for i, item in enumerate(items):
+        yield item
+        now = time.monotonic()
+        if now > shown + 1 and now > begin + 3:
+            left, shown = (now - begin) / (i + 1) * (len(items) - i - 1), now
+            print(f"\r{what}: {i + 1} of {len(items)}, at most {left:.0f} s left  ", end="", file=sys.stderr)
+            sys.stderr.flush()
+    if shown > begin:
+        print(file=sys.stderr)
+
+
+def search_plans(config, hardware, devices, top=10, **batch):
+    """(the `top` predictions that fit, fastest first; {refusal without its numbers: (how often, an example)}).
+
+    Plans come in the order of least_seconds, until that is above the slowest of the top: none of the others, counted
+    as SLOWER, can be among them.
+    """
+    plans, reasons, found, jobs = [], [], [], deque()
     for plan in candidate_plans(config, hardware, devices, **batch):
         try:
-            result = predict(config, plan, hardware)
+            check_plan(config, plan, hardware)
+            plans += variants(plan)
         except ValueError as error:
-            result = dict(why_not=str(error))
-        if result["why_not"]:
-            kind = re.sub(r"[0-9.]+", "#", result["why_not"])
-            refused[kind] = refused.get(kind, (0,))[0] + 1, result["why_not"]
-        else:
-            found.append(result)
-    return sorted(found, key=lambda result: result["step_time_s"]), refused
+            reasons.append(str(error))
+    bounds = {plan: least_seconds(Simulation(config, plan, hardware))
+              for plan in with_progress("plans looked at", plans)}
+    plans.sort(key=bounds.get)
+
+    def take():
+        results = jobs.popleft().get()
+        reasons.extend(why for _, why in results if why)
+        found[:] = sorted(found + [one for one, _ in results if one], key=itemgetter("step_time_s"))[:top]
+
+    with multiprocessing.Pool() as pool:
+        for i in with_progress("groups of plans tried", range(0, len(plans), CHUNK)):
+            limit = found[-1]["step_time_s"] if len(found) == top else math.inf
+            if bounds[plans[i]] >= limit:
+                reasons += [SLOWER] * (len(plans) - i)
+                break
+            jobs.append(pool.apply_async(explore, (config, hardware, plans[i:i + CHUNK], limit)))
+            if len(jobs) > AHEAD:
+                take()
+        while jobs:
+            take()
+    refused = {}
+    for reason in reasons:
+        kind = re.sub(r"[0-9.]+", "#", reason)
+        refused[kind] = refused.get(kind, (0,))[0] + 1, reason
+    return found, refused
 
 
 # The published runs (arXiv:2505.04519; "6K" and "4K" devices read as 6,144 and 4,096). Not published, so assumed here:
@@ -2119,9 +2331,9 @@ def search_plans(config, hardware, devices, **batch):
 PAPER = {
     "optimised": dict(tokens_per_s=1.46e6, mfu=0.300, plan=dict(
         pp=16, dp=48, tp=8, sp=1, ep=32, vpp=2, micro_batch=2, dispatch="hierarchical", overlap="adaptive",
-        recompute=RECOMPUTE_SETS[1], global_batch=48 * 2 * 48)),
+        recompute=("norm", "mla_up", "act", "permute"), global_batch=48 * 2 * 48)),
     "baseline": dict(tokens_per_s=0.61e6, mfu=0.189, plan=dict(
-        pp=16, dp=32, tp=8, sp=1, ep=32, vpp=2, micro_batch=2, recompute=RECOMPUTE_SETS[2], global_batch=32 * 2 * 48))}
+        pp=16, dp=32, tp=8, sp=1, ep=32, vpp=2, micro_batch=2, recompute=("layer",), global_batch=32 * 2 * 48))}
 
 
 def print_paper():
@@ -2160,13 +2372,13 @@ def print_prediction(result):
     print(f"\nfits: {'yes' if result['fits'] else 'no, ' + result['why_not']}")
 
 
-def print_plans(found, refused, top):
+def print_plans(found, refused):
     print("step s     MFU     GiB  plan (all simulated)")
-    for result in found[:top]:
+    for result in found:
         chosen = [(field.name, result["plan"][field.name], field.default) for field in fields(Plan)]
         plan = " ".join(f"{name}={value}" for name, value, default in chosen if value != default)
         print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {plan}")
-    print(f"\n{len(found)} plans fit. Refused, with one example each:")
+    print("\nLeft out, how often and one example each:")
     for times, message in sorted(refused.values(), reverse=True):
         print(f"{times:6}  {message}")
 
@@ -2225,7 +2437,7 @@ def main(argv=None):
     config, hardware = load("model", Config, PRESETS, args.model), load("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "plans":
         batch = dict(global_batch=args.global_batch, seq_len=args.seq_len)
-        return print_plans(*search_plans(config, hardware, args.devices or hardware.node_size, **batch), args.top)
+        return print_plans(*search_plans(config, hardware, args.devices or hardware.node_size, args.top, **batch))
     plan = Plan(seq_len=4096, **PAPER["optimised"]["plan"])
     if args.plan:
         plan = parse_plan(args.plan, node_size=hardware.node_size)

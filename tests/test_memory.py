@@ -169,7 +169,8 @@ def test_fit(at, text, capsys):  # noqa: F811
     """A budget between what nothing saved and everything saved needs; one that cannot work."""
     plan = train.make_plan(train.settings_of(vars_of(SMALL_RUN)) | dict(precision="fp32"))
     config = train.make_config(train.settings_of(vars_of(SMALL_RUN)))
-    needs = [sim.predict(config, choice, sim.CPU)["mem_gib"] * 1024 for choice in sim.memory_choices(plan, config)]
+    needs = [sim.predict(config, replace(plan, recompute=recompute, swap=swap), sim.CPU)["mem_gib"] * 1024
+             for recompute, swap in sim.memory_choices(config)]
     budget = (sim.predict(config, plan, sim.CPU)["mem_gib"] * 1024 + min(needs)) / 2
     common = *SMALL_RUN, "--data", text, "--steps", 2, "--precision", "fp32", "--heldout", 0.01
     run(*common, "--out", "fitted", "--fit", f"{budget:.6f}MiB")

@@ -30,3 +30,7 @@ def test_bench_memory():
     """A row for each item, and sets; none of them changes the loss."""
     out = run("tests/bench_memory.py", "--tiny")
     assert "paper's set + norm" in out and "layer" in out
+
+
+def test_bench_search():
+    assert "100 plans evaluated" in run("tests/bench_search.py", "--plans", "100")
