@@ -1599,6 +1599,11 @@ class Simulation:
         link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
         self.link = 0.0 if "pp" in plan.hide else link
 
+    @property
+    def straggling(self):
+        """Share of the step that is lost with the number of devices."""
+        return self.hardware.scale_loss * math.log2(max(1, self.plan.world_size / self.plan.node_size))
+
     @cached_property
     def works(self):
         plan = same_work(self.plan)
@@ -1671,8 +1676,7 @@ class Simulation:
                     parts[name] += times * spent
                 travel += times * seconds
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
-        doublings = math.log2(max(1, self.plan.world_size / self.plan.node_size))
-        parts["stragglers"] = self.hardware.scale_loss * doublings * step
+        parts["stragglers"] = self.straggling * step
         parts["bubble"] = step + parts["stragglers"] - sum(parts.values())
         return parts, travel / self.plan.pp
 
@@ -2206,8 +2210,10 @@ def least_seconds(run):
     end = rest + sum(f[0] for f in forward) + sum(b[0] for b in up[max(first) + 1:])
     end_last = work + sum(f[0] for f in forward[:min(last)])
     if v_shaped:                                           # its last work may be of weights, which nobody waits for
-        return max(end + after[0], end_last + after[1])
-    return max(end, end_last + sum(b[0] for b in backward[:min(last)])) + after[0]
+        end = max(end + after[0], end_last + after[1])
+    else:
+        end = max(end, end_last + sum(b[0] for b in backward[:min(last)])) + after[0]
+    return end * (1 + run.straggling)
 
 
 def first_forwards(plan):
