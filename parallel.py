@@ -638,8 +638,6 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
 def refuse_what_is_not_run(plan):
     if plan.tp > 1 and not plan.sp:
         raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
-    if plan.balance_live and (plan.pp * plan.cp * plan.tp > 1 or plan.overlap != "none"):
-        raise ValueError(f"balance_live={plan.balance_live} runs with pp=1 cp=1 tp=1 and overlap=none alone: use those")
     if plan.balance_live and "optimizer" in plan.swap:
         raise ValueError("swap=optimizer keeps moments where balance_live cannot move them: use one of both")
     for name, only in (("hide", ()), ("etp", 1)):
@@ -1653,7 +1651,9 @@ class PlacedDispatcher:
 
     def __init__(self, exchange):
         self.exchange = exchange
-        self.wait, self.resend, self.combine = exchange.wait, exchange.resend, exchange.combine
+
+    def __getattr__(self, name):
+        return getattr(self.exchange, name)
 
     def place(self, placement, device):
         """placement: (ep, slots) of expert numbers."""
@@ -1666,10 +1666,6 @@ class PlacedDispatcher:
     def dispatch(self, x, ids, weights):
         turn = torch.arange(len(ids), device=ids.device).unsqueeze(1) % self.copies[ids]
         return self.exchange.dispatch(x, self.slots[ids, turn], weights)
-
-    @property
-    def dropped(self):
-        return self.exchange.dropped
 
 
 def leaving_and_arriving(old, new, me):
@@ -1711,31 +1707,37 @@ def with_copies(group, leaving, arriving, weight):
 class LiveBalance:
     """Where the experts of each MoE layer are, what load they are expected to get, and their moves.
 
+    Every rank plans for all layers, by loads of all ranks, and moves those it holds.
+
         line |= live.after_step(step, loads, optimizer)      # observes, and every plan.balance_live steps rebalances
         with live.at_home(optimizer):                        # while a checkpoint is taken
     """
 
     def __init__(self, model, grid):
         plan, n_experts = grid.plan, model.config.n_routed_experts
-        self.plan, self.moes = plan, [block.mlp for block in model.layers.values() if block.is_moe]
+        self.plan, first_moe = plan, model.config.first_k_dense_replace
+        self.moes = {block.index - first_moe: block.mlp for block in model.layers.values() if block.is_moe}
+        n_layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers - first_moe
         self.n_homes, self.first = n_experts // plan.ep, first_placement(n_experts, plan)
         self.group = Group(grid.expert["ep"].get_group(), plan.node_size, Traffic())
         self.device = torch.device(grid.dense.device_type)
         slots = SimpleNamespace(n_routed_experts=self.first.size, capacity_factor=model.config.capacity_factor)
         exchange = grid.dispatcher(slots)
-        for moe in self.moes:
+        for moe in self.moes.values():
             moe.dispatcher = PlacedDispatcher(exchange)
-        self.expected = torch.zeros(len(self.moes), n_experts, device=self.device)
-        self.share = self.expected.new_zeros(len(self.moes), n_experts, plan.ep)     # of an expert's load on a rank
-        self.placements = [None] * len(self.moes)
-        for layer in range(len(self.moes)):
+        self.expected = torch.zeros(n_layers, n_experts, device=self.device)
+        self.share = self.expected.new_zeros(n_layers, n_experts, plan.ep)           # of an expert's load on a rank
+        self.placements = [None] * n_layers
+        for layer in range(n_layers):
             self.place(layer, self.first)
 
     def place(self, layer, placement):
-        moe, self.placements[layer] = self.moes[layer], placement
-        moe.dispatcher.place(placement, self.device)
+        moe, self.placements[layer] = self.moes.get(layer), placement
         holds = (placement[:, :, None] == np.arange(self.first.max() + 1)).any(1)            # (ep, E)
         self.share[layer] = torch.tensor(holds / holds.sum(0)).T
+        if moe is None:                                                   # on another pipeline rank
+            return
+        moe.dispatcher.place(placement, self.device)
         if self.plan.balance_replicas:
             homes, copied = placement[:, :self.n_homes], placement[:, self.n_homes:]
             slots = leaving_and_arriving(homes, copied, self.group.rank)
@@ -1769,18 +1771,20 @@ class LiveBalance:
     def move_to(self, placements, optimizer):
         """Weights and what the optimizer keeps of them: every state of a weight's own shape."""
         old, self.placements = self.placements, list(self.placements)
-        for layer, (moe, here, there) in enumerate(zip(self.moes, old, placements)):
-            state = [local(tensor) for weight in moe.experts.parameters()
+        for layer, (here, there) in enumerate(zip(old, placements)):
+            weights = self.moes[layer].experts.parameters() if layer in self.moes else ()
+            state = [local(tensor) for weight in weights
                      for tensor in (weight, *optimizer.state[weight].values()) if tensor.shape == weight.shape]
             if (here != there).any():
-                move_homes(state, here[:, :self.n_homes], there[:, :self.n_homes], self.group)
+                if state:
+                    move_homes(state, here[:, :self.n_homes], there[:, :self.n_homes], self.group)
                 self.place(layer, there)
 
     @contextmanager
     def at_home(self, optimizer):
         """Experts stand in order of their numbers, as checkpoints hold them."""
         placements = self.placements
-        self.move_to([self.first] * len(self.moes), optimizer)
+        self.move_to([self.first] * len(self.placements), optimizer)
         yield
         self.move_to(placements, optimizer)
 

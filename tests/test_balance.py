@@ -26,6 +26,7 @@ import parallel
 import sim
 from model import PRESETS
 from sim import Plan
+from test_grid import batches_of
 from test_parallel import PLAN, TINY, batch, build
 from train import record_loads
 
@@ -233,7 +234,7 @@ def check_move(config, plan):
         if live:
             random = np.random.default_rng(3)
             places = [sim.place_greedily(random.random(config.n_routed_experts), plan.ep, plan.balance_replicas)
-                      for _ in grid.live.moes]
+                      for _ in grid.live.placements]
             grid.live.move_to(places, optimizer)
             assert all(sim.moved_experts(grid.live.first, place, config.n_routed_experts) for place in places)
         loss, gradients, loads = train_step(model, grid, optimizer, plan)
@@ -316,6 +317,36 @@ def test_training_with_moves(undisturbed):
     assert moved > 10
     for step, loss in without.items():
         assert losses[step] == pytest.approx(loss, abs=1e-9)
+
+
+def train_through_pipeline(config, plan):
+    """Losses of six steps and how many experts moved."""
+    model, grid, optimizer = start(config, plan)
+    pipeline = parallel.Pipeline(model, plan, grid)
+    model.aux_scale = 1 / (plan.n_micro * plan.dp * plan.cp * plan.tp)
+    batches, loss_tokens = batches_of(config, plan, plan)
+    losses, moved = [], 0
+    for step in range(1, 7):
+        losses.append(parallel.all_sum(pipeline.step(batches, loss_tokens).total_loss).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        loads, _ = parallel.sum_loads(model, model.pop_stats()["loads"])
+        if grid.live:
+            moved += grid.live.after_step(step, loads, optimizer).get("balance_moved", 0)
+    return losses, moved
+
+
+@pytest.mark.parametrize("axes", [
+    dict(pp=2, dp=2, ep=2, overlap="adaptive"), dict(dp=4, ep=4, node_size=2, overlap="adaptive", dispatch="dedup"),
+    dict(tp=2, sp=1, cp=2, ep=4)], ids=str)
+def test_training_with_moves_on_a_grid(axes):
+    """Three decisions; on two stages each for its own layers, in pairs, and with sequences over the expert group."""
+    config = replace(TINY, num_hidden_layers=4, balance_group=1)
+    plan = replace(PLAN, **{"schedule": "", "seq_len": 16, **axes}, balance_threshold=0.0)
+    without = dist.run(4, train_through_pipeline, config, plan)[0][0]
+    for losses, moved in dist.run(4, train_through_pipeline, config, replace(plan, balance_live=2)):
+        assert moved > 10
+        assert losses == pytest.approx(without, abs=1e-9)
 
 
 @pytest.fixture(scope="module")
