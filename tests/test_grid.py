@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import dist
 import parallel
@@ -96,6 +97,38 @@ def name_of(plan):
 @pytest.mark.parametrize("plan", list(pipelines()), ids=name_of)
 def test_schedule(folder, plan):
     equals_one_process(folder, plan, config=replace(DEEP, balance_group=1), reference=PLAN)
+
+
+@pytest.mark.parametrize("schedule", ["paired", "zbv", "dualpipev"])
+def test_eight_stages_on_four_ranks(folder, schedule):
+    config = replace(DEEP, balance_group=1, num_hidden_layers=8)
+    plan = replace(PLAN, pp=4, vpp=2, schedule=schedule, overlap="none" if schedule == "zbv" else "adaptive")
+    equals_one_process(folder, plan, config=config, reference=PLAN)
+
+
+@pytest.mark.parametrize("axes", [dict(dp=4, overlap="adaptive"), dict(pp=2, dp=4, zero=1), dict(tp=2, sp=1, pp=2)],
+                         ids=str)
+def test_model_without_experts(folder, axes):
+    config = replace(DEEP, balance_group=1, first_k_dense_replace=5, num_nextn_predict_layers=0)
+    equals_one_process(folder, replace(PLAN, **{"schedule": "", **axes}), config=config, reference=PLAN)
+
+
+def check_bf16(path, config, plan, reference):
+    model, grid = build(config, plan)
+    loss, norm, *_ = step(model, grid, plan, reference)
+    want_loss, want_norm, *_ = torch.load(path)
+    return abs(loss / want_loss - 1).item(), abs(norm / want_norm - 1).item()
+
+
+@pytest.mark.parametrize("axes", [dict(pp=2, overlap="adaptive"), dict(tp=2, sp=1), dict(tp=2, sp=1, pp=2, dp=2, ep=4)],
+                         ids=str)
+def test_bf16(folder, axes):
+    """bfloat16 activations, sends and weights, float32 masters: within rounding of one process in bfloat16."""
+    config, reference = replace(DEEP, balance_group=1), replace(PLAN, precision="bf16")
+    path = one_process(folder, config, reference)
+    plan = replace(reference, **{"schedule": "", **axes})
+    for loss, norm in dist.run(plan.world_size, check_bf16, path, config, plan, reference):
+        assert loss < 3e-3 and norm < 3e-2, (loss, norm)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,6 +330,18 @@ def move(tmp_path, writer, readers):
     for reader in readers:
         for error, name in on_ranks(reader, check_resumed_step, folder, steps, config, reader, whole):
             assert error <= EXACT, (reader, name, error)
+
+
+@pytest.mark.parametrize("axes", [dict(pp=2), dict(pp=2, tp=2, sp=1, zero=1)], ids=str)
+def test_embedding_on_two_stages_is_saved_once(tmp_path, axes):
+    """The parts of the embedding in the files have as many elements as the whole, though MTP's stage holds it too."""
+    plan = replace(PLAN, **axes)
+    dist.run(plan.world_size, save_after_step, tmp_path, replace(DEEP, balance_group=1), plan, PLAN)
+    saved = dcp.FileSystemReader(tmp_path / "step_1").read_metadata()
+    name = "model.embed_tokens.weight"
+    parts = [chunk.sizes.numel() for chunk in saved.state_dict_metadata[name].chunks]
+    written = [where for where in saved.storage_data if where.fqn == name]
+    assert sum(parts) == DEEP.vocab_size * DEEP.hidden_size and len(written) == len(parts)
 
 
 def check_documents(config, plan):

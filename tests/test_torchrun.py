@@ -82,6 +82,15 @@ def test_ranks_follow_one_process_and_go_on_under_another_plan(tmp_path, text, r
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", ["--pp 2 --tp 2 --ep 2", "--pp 2 --cp 2 --overlap adaptive --zero 1"])
+def test_stages_and_parts_of_sequences_follow_one_process(tmp_path, text, plan):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train.main(["--data", text, "--out", str(whole), *OPTIONS, "--micro-batch", "4"])
+    finish(start("--data", text, "--out", run, *OPTIONS, "--micro-batch", "4", *plan.split()))
+    follows(run, whole)
+
+
+@pytest.mark.slow
 def test_killed_rank_is_named_and_torchrun_starts_again(tmp_path, text):
     whole, run = tmp_path / "whole", tmp_path / "run"
     train.main(["--data", text, "--out", str(whole), *OPTIONS])
