@@ -232,8 +232,8 @@ def check_live(config, plan):
     require(live == 0 or cuts_inside,
             f"zero={plan.zero} over {plan.edp} ranks would cut between experts, which then cannot move: use zero=0")
     require(not replicas or (plan.pp == 1 and plan.schedule == "1f1b"),
-            f"balance_replicas={replicas} with pp={plan.pp} schedule={plan.schedule}, which defer weight gradients: use "
-            "pp=1 and schedule=1f1b")
+            f"balance_replicas={replicas} with pp={plan.pp} schedule={plan.schedule}, which defer weight gradients: "
+            "use pp=1 and schedule=1f1b")
     require(not replicas or config.capacity_factor == 0,
             f"capacity_factor={config.capacity_factor} drops by expert, not by copy: use balance_replicas=0")
 

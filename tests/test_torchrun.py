@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ("vocab_size=300 balance_group=4 hidden_size=32 num_hidden_layers=2 intermediate_size=64 q_lora_rank=16 "
          "kv_lora_rank=16 moe_intermediate_size=32").split()
 OPTIONS = ["--set", *SHAPE, "--seq-len", "32", "--global-batch", "8", "--warmup-steps", "3", "--lr", "1e-3",
-           "--steps", "20", "--save-every", "5", "--threads", "1"]
+           "--steps", "20", "--save-every", "5", "--threads", "1", "--precision", "fp32"]
 PLAN = ["--ep", "4", "--node-size", "2", "--dispatch", "hierarchical"]
 
 
@@ -82,7 +82,7 @@ def test_ranks_follow_one_process_and_go_on_under_another_plan(tmp_path, text, r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["--pp 2 --tp 2 --ep 2", "--pp 2 --cp 2 --overlap adaptive --zero 1"])
+@pytest.mark.parametrize("plan", ["--pp 2 --tp 2 --sp 1 --ep 2", "--pp 2 --cp 2 --overlap adaptive --zero 1"])
 def test_stages_and_parts_of_sequences_follow_one_process(tmp_path, text, plan):
     whole, run = tmp_path / "whole", tmp_path / "run"
     train.main(["--data", text, "--out", str(whole), *OPTIONS, "--micro-batch", "4"])
