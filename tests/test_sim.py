@@ -639,12 +639,43 @@ def test_a_refusal_is_one_line_and_exit_2():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
 
 
+def test_ladder_of_the_paper():
+    """Published: 1.596 in all, per NPU, and +10 % of MFU by load balance. Every technique gains."""
+    changes, rates = dict(seq_len=4096), []
+    for change in sim.LADDER.values():
+        changes |= change
+        result = sim.simulate_paper("baseline", ASCEND, **changes)
+        assert result["fits"]
+        rates.append(result["tokens_per_s_per_device"])
+    assert rates[-1] == sim.simulate_paper("optimised", ASCEND, seq_len=4096)["tokens_per_s_per_device"]
+    assert rates[-1] / rates[0] == pytest.approx(1.596, rel=0.1)
+    assert all(after > before for before, after in zip(rates[:4], rates[1:5]))
+
+
+def test_sizes_of_shapes():
+    """As model.py counts them, without embedding and MTP; the paper's shape is within its budget."""
+    for config in (PANGU, replace(PANGU, num_hidden_layers=50, n_routed_experts=64, q_lora_rank=1024)):
+        counted, (active, total) = count_params(config), sim.shape_size(config)
+        assert total + counted["embedding"] == pytest.approx(counted["total"], rel=1e-4)       # norms apart
+        assert active + counted["embedding"] == pytest.approx(counted["active"], rel=1e-4)
+    shapes = [config for config, _, _ in sim.candidate_shapes(dict(active=39e9, total=718e9))]
+    assert PANGU in shapes and len(shapes) > 100
+
+
+def test_shapes_as_a_table(capsys, monkeypatch):
+    shapes = [(config, *sim.shape_size(config)) for config in (replace(PANGU, num_hidden_layers=66), PANGU)]
+    monkeypatch.setattr(sim, "candidate_shapes", lambda budget: shapes)
+    sim.main(["shapes", "--devices", "6144", "--top", "1"])
+    first, last = capsys.readouterr().out.splitlines()[-2:]
+    assert first.split()[0] == "1" and " 61   7680 " in first + last and " 718B" in first + last
+
+
 def test_the_paper_beside_the_simulation(capsys):
     """python sim.py: both published runs in every bin and length, the parts of a step, memory of 16 pipeline ranks."""
     sim.main([])
     printed = capsys.readouterr().out
     for words in ("1.46e+06", "6.1e+05", "30.0%", "18.9%", "published", "simulated", "nothing was run on an NPU",
-                  "<- peak", "bubble", "exchange"):
+                  "<- peak", "bubble", "exchange", "Not used by the paper", "61 layers over 66"):
         assert words in printed, words
     optimised = [line for line in printed.splitlines() if line.startswith("optimised")]
     assert len(optimised) == 6
