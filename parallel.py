@@ -976,16 +976,13 @@ class Memory:
         return torch.autograd.graph.saved_tensors_hooks(self.pack, unpack) if wanted else nullcontext()
 
     def pack(self, x):
-        if is_weight(x):
+        if not torch.is_tensor(x) or is_weight(x):
             return x
-        storage = x.untyped_storage()
-        kept = getattr(storage, "kept", None)
-        kept = kept() if isinstance(kept, weakref.ref) else kept
+        kept = kept_of(x)
         if kept is None:
             kept = Kept(self.part, flat(x))
-            storage.kept = weakref.ref(kept)                              # which holds the storage
-            if self.kept is not None:
-                self.kept.add(kept)
+            x.untyped_storage().kept = weakref.ref(kept)                  # as it holds the storage
+            self.report(kept)
         kept.add_use(self)
         return kept, x.size(), x.stride(), x.storage_offset()
 
@@ -1007,14 +1004,16 @@ class Memory:
         return checkpoint(run, x, **ONCE_MORE) if name in self.names else run(x)
 
     def swap(self, name, x):
-        kept = getattr(x.untyped_storage(), "kept", None)
-        if name in self.names and torch.is_grad_enabled() and not isinstance(kept, Swapped):
-            swapped = Swapped(flat(x), self, kept)
+        if name in self.names and torch.is_grad_enabled() and not isinstance(kept_of(x), Swapped):
+            swapped = Swapped(flat(x), self, kept_of(x))
             x.untyped_storage().kept = swapped
             self.leaving.append(weakref.ref(swapped))
-            if self.kept is not None:
-                self.kept.add(swapped)
+            self.report(swapped)
         return x
+
+    def report(self, kept):
+        if self.kept is not None:
+            self.kept.add(kept)
 
     def begin_layer(self):
         """Only a layer's tensors are on their way out at a time, and in backward those of one layer before it back."""
@@ -1039,6 +1038,11 @@ def is_weight(x):
     return isinstance(x, torch.nn.Parameter) or hasattr(node, "variable")
 
 
+def kept_of(x):
+    kept = getattr(x.untyped_storage(), "kept", None)
+    return kept() if isinstance(kept, weakref.ref) else kept
+
+
 def flat(x):
     """The whole storage of x, as a vector."""
     return x.new_empty(0).set_(x.untyped_storage())
@@ -1049,7 +1053,7 @@ def as_tuple(x):
 
 
 def unpack(packed):
-    if torch.is_tensor(packed):
+    if not isinstance(packed, tuple):
         return packed
     kept, *view = packed
     return kept.get().as_strided(*view)
@@ -1075,15 +1079,13 @@ class Recipe:
 
     def add_use(self, memory):
         if self.packed is None:
-            self.packed = [memory.pack(x) if torch.is_tensor(x) else (x,) for x in self.inputs]
-            self.inputs = None
+            self.packed, self.inputs = [memory.pack(x) for x in self.inputs], None
         self.uses += 1
 
     @torch.no_grad()
     def get(self, index):
         if self.made is None:
-            inputs = [x[0] if isinstance(x, tuple) and len(x) == 1 else unpack(x) for x in self.packed]
-            self.made = as_tuple(self.make(*inputs))
+            self.made = as_tuple(self.make(*map(unpack, self.packed)))
         made = self.made[index]
         self.uses -= 1
         if self.uses <= 0:
@@ -1113,7 +1115,7 @@ class Swapped:
         self.left = self.on_side_stream(self.host, whole)
         self.whole = whole                                                # until it has left
         if kept is not None:                                              # by the operator that made it
-            kept().whole, kept().nbytes = self, 0
+            kept.whole, kept.nbytes = self, 0
             self.uses += 1
         if whole.device.type == "cpu":
             self.leave()
@@ -1290,7 +1292,7 @@ class Chunk:
         """again: the segment will run a second time, so it leaves no graph now."""
         run, takes, gives = self.segments[len(self.tape)]
         if again and run.__name__ == "attend":
-            self.inputs.append(self.values["x"].detach())
+            self.inputs.append(self.memory.pack(self.values["x"].detach()))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not again), self.memory.hooks():
             outputs = run(*(self.enter(name) for name in takes))
         self.tape.append(None if again else [out is not None and out.requires_grad and get_gradient_edge(out)
@@ -1318,7 +1320,7 @@ class Chunk:
     def run_again(self):
         """The last layer's segments, now with a graph."""
         del self.tape[-LAYER:]
-        values, self.values = self.values, dict(x=self.inputs.pop())
+        values, self.values = self.values, dict(x=unpack(self.inputs.pop()))
         for _ in range(LAYER):
             self.run_next(again=False)
         self.values = values

@@ -714,7 +714,8 @@ class Work:
         c, plan = self.shape, self.plan
         tokens, inner, into = plan.gathered_tokens, inner // plan.tp, 2 if c.gated_mlp else 1
         self.gather_stream(part)
-        self.matmul(part, name + ".gate_up", tokens, c.hidden_size, into * inner, keep="mlp_in")
+        keep = "mlp_in" if plan.tp == 1 else name + "_gathered"
+        self.matmul(part, name + ".gate_up", tokens, c.hidden_size, into * inner, keep=keep)
         self.vector(part, name + ".act", (into + 1) * tokens * inner)
         self.keep(name + "_gate_up", into * tokens * inner)
         self.matmul(part, name + ".down", tokens, inner, c.hidden_size, keep=name + "_hidden")
@@ -728,7 +729,8 @@ class Work:
         if plan.etp > 1:                                       # rows of all that share an expert, a part of its width
             self.gather("etp", "experts", 2 * rows, width)
             rows, inner = rows * plan.etp, inner // plan.etp
-        self.matmul("attend", "router", own, width, experts, keep="mlp_in")
+        uncast = wide == self.element or "permute" in plan.recompute         # else only the shared expert keeps it
+        self.matmul("attend", "router", own, width, experts, keep="mlp_in" if uncast else None)
         if wide > self.element:
             self.saved["router_in"] = own * width * wide       # cast
         self.vector("attend", "choose", 6 * own * experts * wide / self.element)
@@ -741,6 +743,7 @@ class Work:
             self.saved["balance"] = groups * experts * wide    # load of each group's experts
             self.saved["balance.sum"] = own * wide if c.aux_scores == "normalized" else 0
         self.vector("attend", "permute", (own + rows) * width)
+        self.saved["order"] = rows * 8 if plan.ep > 1 else 0   # of rows as they arrive
         if c.n_shared_experts:
             self.mlp("shared", "shared", c.n_shared_experts * c.moe_intermediate_size)
         self.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=own_experts)
@@ -871,11 +874,11 @@ def recomputed(work, plan=None):
     plan = plan or work.plan                               # Works are shared by plans that cut alike
     items = plan.recompute
     if "layer" in items and "input_layernorm" in work.saved:               # whose saved input is the layer's
-        return set(work.saved) - {"input_layernorm", "ids"}, {op.name for op in work.ops}
+        outside = re.compile("input_layernorm$|ids|enorm|hnorm|eh_|shared_head").match    # MTP's join among it
+        return ({name for name in work.saved if not outside(name)},
+                {op.name for op in work.ops if not outside(op.name)} | {"input_layernorm"})
     gone, again = ({name for item in items if item != "layer" for name in RECOMPUTES[item][i]} for i in (0, 1))
-    if "attention" not in items:                           # what was gathered is kept
-        gone -= {"mlp_in", "q_latent", "kv_latent"} if plan.tp > 1 else {"kv_latent"} if plan.cp > 1 else set()
-    elif not plan.is_plain:                                # a matmul whose weight gradient can be deferred saves last
+    if "attention" in items and not plan.is_plain:         # a matmul whose weight gradient can be deferred saves last
         again.add("o_proj")
     return gone, again
 
@@ -883,7 +886,7 @@ def recomputed(work, plan=None):
 # part of the model that keeps a tensor: the first whose pattern is found in "kind of layer, name of tensor"
 KEPT_IN = {"embedding": "^embedding", "head": "^head|shared_head", "MTP": "enorm|hnorm|eh_in",
            "norms": r"(input|post_\w+|pre_mlp)_layernorm", "MLP": "dense mlp_in|shared|mlp_gate_up|mlp_hidden",
-           "routing": r"mlp_in|router_in|scores|ids|slot|\bweights|balance", "experts": "expert|row|counts",
+           "routing": r"mlp_in|router_in|scores|ids|slot|\bweights|balance", "experts": "expert|row|counts|order",
            "attention": ""}
 
 

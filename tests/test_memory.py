@@ -6,6 +6,7 @@ import random
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from model import PRESETS, Model, rope_table
 from sim import Plan
 from test_train import TINY as SMALL_RUN
 from test_train import at, losses, refusal, run, text  # noqa: F401
+from test_parallel import on_ranks
 from test_grid import DEEP, PLAN, batches_of, build, equals_one_process, folder, name_of  # noqa: F401
 
 FINE = ("norm", "mla_up", "act", "permute", "expert")
@@ -119,6 +121,32 @@ def test_saved_bytes_are_those_that_sim_counts(precision, kind, changes):
         swap = ("attn_out", "expert_out")[:index % 3]
         plan = Plan(micro_batch=2, global_batch=2, seq_len=24, precision=precision, recompute=items, swap=swap)
         assert kept_by_layer(config, plan, kind) == sim.saved_bytes(sim.Work(shape, plan, kind)), (items, swap)
+
+
+def kept_and_counted(plan):
+    """Bytes of one micro-batch on this rank's first stage: here and in the host's memory, seen and as sim.py counts."""
+    model, grid = build(replace(TINY, balance="micro_batch"), plan)
+    pipeline = parallel.Pipeline(model, plan, grid)
+    pipeline.memory.watch(model)
+    pipeline.step(*batches_of(model.config, plan, plan))
+    shape = replace(sim.as_shape(model.config), value_padded=True)
+    kinds = sim.stage_kinds(shape, plan)[pipeline.stages[0]]
+    counted = zip(*(sim.saved_bytes(sim.Work(shape, plan, kind)) for kind in kinds))
+    host = pipeline.measured.pop("host", 0)
+    return (sum(pipeline.measured.values()), host), tuple(map(sum, counted))
+
+
+PAPER = dict(recompute=("mla_up", "act", "permute"), swap=("attn_out",))
+WHOLE = [dict(axes, **items) for axes in (dict(), PAIRED, dict(tp=2, sp=1), dict(pp=2), dict(dp=2, ep=2))
+         for items in (dict(), PAPER | dict(recompute=("norm", *PAPER["recompute"])), dict(recompute=("layer",)))]
+
+
+@pytest.mark.parametrize("changes", WHOLE, ids=str)
+def test_saved_bytes_of_a_whole_model(changes):
+    """MTP, head and loss with the layers, also over ranks."""
+    plan = replace(PLAN, global_batch=4, seq_len=64, precision="fp32", **changes)
+    seen, counted = zip(*on_ranks(plan, kept_and_counted, plan))           # over ranks, as routing is uneven
+    assert np.sum(seen, 0) == pytest.approx(np.sum(counted, 0), rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
