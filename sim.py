@@ -5,6 +5,7 @@ Plans, counts, schedules and the clock: what a training step will do, computed w
     python sim.py predict --model M --hardware H --devices N --plan tp=8,pp=16,... [--json]
     python sim.py plans --model M --hardware H --devices N --global-batch B
     python sim.py shapes --hardware H --devices N --budget active=39e9,total=718e9
+    python sim.py calibrate --out HW.json        # measures this device; --hardware HW.json reads it
     python sim.py trace --out trace.json         # a timeline for Perfetto or chrome://tracing; --png draws the pipeline
 
 sim.py plans, parallel.py executes: it runs the schedules timed here, sends the bytes and saves the tensors counted
@@ -23,13 +24,14 @@ import csv
 import json
 import math
 import multiprocessing
+import os
 import re
 import sys
 import time
 from array import array
 from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
 from operator import itemgetter, le, mul
 from pathlib import Path
@@ -2533,6 +2535,83 @@ def load(kind, cls, presets, name):
     return replace(base, **values) if base else cls(**values)
 
 
+def calibrate(out, precision, seconds):
+    """Measures this device's operators, memory and, under torchrun, its collectives; writes a Hardware as JSON.
+
+    Rates are of model.py's operators, the best of the calls that fit in `seconds` each. On a device with other work the
+    numbers are of what that leaves.
+    """
+    import torch
+    import model
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+    size = dtype.itemsize
+
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def best(call):
+        times, begin = [], time.perf_counter()
+        while len(times) < 4 or time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
+            call()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    shapes = [(m, k, n) for m in (32, 256, 2048) for k, n in ((64, 256), (256, 256), (256, 1280), (1024, 1024))]
+    times = {shape: best(partial(torch.matmul, random(*shape[:2]), random(*shape[1:]))) for shape in shapes}
+    start = best(partial(torch.matmul, random(1, 1), random(1, 1)))
+
+    def peak_with(half):
+        """(peak that the largest matmul shows, mean relative error of all matmuls' times)."""
+        largest = shapes[-1]
+        peak = 2 * math.prod(largest) / (times[largest] - start) / matmul_share(*largest, 1, half, 0)
+        errors = [abs((start + 2 * math.prod(one) / peak / matmul_share(*one, 1, half, 0)) / taken - 1)
+                  for one, taken in times.items()]
+        return peak, sum(errors) / len(errors)
+
+    half = min((0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), key=lambda half: peak_with(half)[1])
+    (peak, error), experts, rows, width = peak_with(half), 16, 128, 256
+    counts = torch.full((experts,), rows, device=device)
+    taken = best(partial(model.grouped_matmul, random(experts * rows, width), random(experts, width, width), counts))
+    single = 2 * experts * rows * width**2 / (peak * matmul_share(experts * rows, width, width, experts, half, 0))
+    heads = random(4, 256, 4, 64)
+    attention = best(lambda: model.attention(heads, heads, heads, 0.125))
+    scores = 4 * 4 * 256**2 * 64 * 2 / 2                   # FLOPs of the causal half: scores and values
+    wide, vector = random(2**14, 1024), random(1, 64)
+    norm = best(partial(model.rms_norm, wide, torch.ones(1024, device=device), 1e-5))
+    values = dict(
+        name=f"calibrated {device.type}", peak={precision: peak}, bandwidth=2 * wide.numel() * size / norm,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu"
+        else torch.accelerator.get_memory_info()[1], matmul_efficiency=1.0, matmul_half=half, memory_efficiency=1.0,
+        grouped_efficiency=single / taken, attention_efficiency=scores / attention / peak, static_matmul=start,
+        static_vector=best(partial(model.rms_norm, vector, torch.ones(64, device=device), 1e-5)),
+        node_size=2**16, value_padded=device.type == "cpu", framework=2**29, inner_efficiency=1.0, outer_efficiency=1.0)
+    values |= calibrate_links(best, device)
+    with open(out, "w") as file:
+        json.dump(values, file, indent=1)
+    print(f"{out}: measured on {device.type}, {precision}, {torch.get_num_threads()} threads; mean error of the fit to "
+          f"{len(shapes)} matmuls {error:.0%}")
+    for name, value in values.items():
+        print(f"{name:22} {value}")
+
+
+def calibrate_links(best, device):
+    """Bandwidth and start of an all-reduce between the ranks of torchrun; nothing for a single process."""
+    import torch
+    import torch.distributed as dist
+    if not dist.is_torchelastic_launched():
+        return dict(inner_bandwidth=1e9, outer_bandwidth=1e9)              # not measured, no plan of one device uses it
+    dist.init_process_group()
+    small, large = (best(partial(dist.all_reduce, torch.ones(n, device=device))) for n in (1, 2**22))
+    ranks = dist.get_world_size()
+    bandwidth = 2 * (ranks - 1) / ranks * 2**24 / (large - small)
+    dist.destroy_process_group()
+    return dict(inner_bandwidth=bandwidth, outer_bandwidth=bandwidth, static_collective=small / 2, inner_latency=0.0)
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
@@ -2540,6 +2619,10 @@ def parse_arguments(argv):
     command.add_argument("rows", nargs="?", help=f"CSV file with the columns of {ROWS.name}, the default")
     command.add_argument("--out", help="write row_id, step_time_s (s), mem_gib (GiB), fits (0 or 1) to this CSV file")
     command.add_argument("--fit", action="store_true", help="refit the constants, on all rows and without each family")
+    command = commands.add_parser("calibrate", help="measure this device, for --hardware; links under torchrun")
+    command.add_argument("--out", required=True, help="JSON file of Hardware's fields")
+    command.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of operators measured")
+    command.add_argument("--seconds", type=float, default=1.0, help="s for each of some 18 measurements")
     for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
                         ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
         command = commands.add_parser(name, help=about, description=about)
@@ -2575,6 +2658,8 @@ def main(argv=None):
     if args.command == "validate":
         require(not (args.fit and args.rows), f"--fit with {args.rows}: a file is predicted, never fitted; drop one")
         return validate(args.rows, args.out, args.fit)
+    if args.command == "calibrate":
+        return calibrate(args.out, args.precision, args.seconds)
     hardware = load("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "shapes":
         match = re.fullmatch(r"active=([\d.e]+),total=([\d.e]+)", args.budget)

@@ -621,6 +621,17 @@ def test_predict_prints_one_json_object(capsys):
     assert result["plan"]["schedule"] == "paired" and len(result["memory_by_stage"]) == 2
 
 
+def test_calibration_is_a_hardware(tmp_path, capsys):
+    """What is measured is positive and read back; how right it is no test can say on a busy machine."""
+    sim.main(["calibrate", "--out", str(tmp_path / "hw.json"), "--seconds", "0.01"])
+    hardware = sim.load("hardware", sim.Hardware, HARDWARE, str(tmp_path / "hw.json"))
+    assert min(hardware.peak["fp32"], hardware.bandwidth, hardware.static_matmul, hardware.static_vector) > 0
+    capsys.readouterr()
+    sim.main(["predict", "--model", "tiny", "--hardware", str(tmp_path / "hw.json"), "--json", "--plan",
+              "precision=fp32,seq_len=128"])
+    assert json.loads(capsys.readouterr().out)["step_time_s"] > 0
+
+
 @pytest.mark.parametrize("args, words", [
     (("predict", "--plan", "tpp=2"), "unknown plan key 'tpp'"),
     (("predict", "--plan", "tp=two"), "write a value of type int"),
