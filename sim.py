@@ -6,6 +6,7 @@ Plans, counts, schedules and the clock: what a training step will do, computed w
     python sim.py plans --model M --hardware H --devices N --global-batch B
     python sim.py shapes --hardware H --devices N --budget active=39e9,total=718e9
     python sim.py calibrate --out HW.json        # measures this device; --hardware HW.json reads it
+    python sim.py validate [ROWS.csv] [--out F.csv] [--fit]    # published runs beside their prediction; the errors
     python sim.py trace --out trace.json         # a timeline for Perfetto or chrome://tracing; --png draws the pipeline
 
 sim.py plans, parallel.py executes: it runs the schedules timed here, sends the bytes and saves the tensors counted
@@ -13,9 +14,10 @@ here; tests compare. Nothing here builds a tensor, and nothing here was compared
 
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
-Modelled: operators as a roofline with a start-up cost, collectives by tier and topology, four streams of a device
-(compute, links inside the node, between nodes, to the host), unequal stages; replicas are alike. Not modelled:
-contention between replicas, host-bound stretches, fragmentation, an efficiency that depends on a matmul's shape.
+Modelled: matmuls by local shape and cores, other operators as bytes or arithmetic, a start-up cost of each, collectives
+by tier and topology, four streams of a device (compute, links inside the node, between nodes, to the host) with a tax
+on what runs side by side, unequal stages, an allocator's loss; replicas are alike. Not modelled: contention between
+replicas, the host's own pace, power. The constants are fitted on published runs: `validate` says how far off they are.
 """
 import argparse
 import contextlib
@@ -551,7 +553,8 @@ class Shape(Config):
     head_dim: int = 0                      # gqa, mha
     gated_mlp: bool = True                 # three matrices (SwiGLU), or two
     window: int = 0                        # keys that a query sees, 0: all before it
-    attn_kernel: str = "flash"             # flash | unfused: the whole square of scores, kept for backward
+    # flash | portable: of no vendor, as FlashAttention-2 or Triton's | unfused: the whole square of scores is kept
+    attn_kernel: str = "flash"
     value_padded: bool = False             # the attention kernel wants values as wide as keys
     # memory as in Megatron-LM and its kin: logits are kept, a rank's own part of gathered inputs, 8 bits of what 8-bit
     # matmuls read
@@ -783,7 +786,8 @@ class Work:
             self.vector("attend", "loss", 4 * tokens * vocab * self.wide / self.element)
             if c.megatron:                                     # in float32, beside those of the matmul and its input
                 self.keep(f"head_in.{depth}", plan.tokens * c.hidden_size)
-                self.saved[f"logits.{depth}"] = tokens * vocab * (self.element + self.wide)
+                copies = 2 if c.attn_kernel == "portable" else 1   # torch's own loss does not work in place
+                self.saved[f"logits.{depth}"] = tokens * vocab * (self.element + copies * self.wide)
                 continue
             # the loss makes its gradients in forward: of its input, and of the head's weight in float32 or better
             self.keep(f"grad_h.{depth}", tokens * c.hidden_size)
@@ -933,16 +937,21 @@ class Hardware:
     outer_bandwidth: float = 0.0           # bytes/s between nodes
     outer_latency: float = 1.5e-6
     host_bandwidth: float = 32e9           # bytes/s to the host's memory
+    power: float = 1.0                     # share of a matmul's rate that a power limit leaves
     cores: int = 0                         # output tiles of a matmul computed at a time; 0: any number
-    framework: float = 3 * 2**30           # bytes that runtime, allocator and libraries keep
+    framework: float = 1.5 * 2**30         # bytes that runtime and libraries keep
+    communicator: float = 0.0              # bytes of each kind of process group
+    fragmentation: float = 0.0             # bytes that the allocator keeps for one of activations and buffers
     value_padded: bool = False             # its attention kernel wants values as wide as keys
     generation: str = ""                   # whose CONSTANTS it has
     # what is reached of the peaks, and what every call costs: see CONSTANTS
     matmul_efficiency: float = 0.7
-    matmul_half: float = 0.0               # a side of a matmul with which it reaches half of that
+    matmul_half: float = 0.0               # a side of a matmul with which it reaches half of that ...
+    tokens_half: float = 0.0               # ... and the number of tokens
     grouped_efficiency: float = 1.0        # of the experts' matmuls beside others
     fp8_efficiency: float = 1.0            # of matmuls in 8 bits beside those in 16
     attention_efficiency: float = 0.7
+    portable_attention: float = 1.0        # of a flash attention that is not the vendor's, beside it
     attention_half: float = 0.0            # keys with which flash attention reaches half of that
     memory_efficiency: float = 0.6
     inner_efficiency: float = 0.7
@@ -965,21 +974,23 @@ class Hardware:
 # others assumed.
 GENERATIONS = "ampere", "hopper", "blackwell", "ascend"
 CONSTANTS = {
-    "matmul_efficiency": ("of peak", 0.4, 0.97, (0.80, 0.70, 0.55, 0.70), (0.763, 0.702, 0.419, 0.614)),
+    "matmul_efficiency": ("of peak", 0.4, 0.97, (0.80, 0.70, 0.55, 0.70), (0.782, 0.751, 0.473, 0.679)),
     "matmul_half": ("elements", 60, 60, (60,), (60.0,)),
-    "grouped_efficiency": ("of matmul", 0.4, 1.0, (0.85,), (0.781,)),
-    "fp8_efficiency": ("of matmul", 0.5, 1.0, (0.75,), (0.855,)),
-    "attention_efficiency": ("of peak", 0.2, 0.8, (0.60, 0.55, 0.60, 0.55), (0.548, 0.421, 0.574, 0.515)),
+    "tokens_half": ("tokens", 30, 600, (256,), (226.0,)),
+    "grouped_efficiency": ("of matmul", 0.35, 1.0, (0.85, 0.85, 0.85, 0.70), (0.85, 1.0, 0.714, 0.505)),
+    "fp8_efficiency": ("of matmul", 0.5, 1.0, (0.75,), (1.0,)),
+    "attention_efficiency": ("of peak", 0.2, 0.8, (0.60, 0.55, 0.60, 0.55), (0.713, 0.425, 0.551, 0.51)),
+    "portable_attention": ("of attention", 0.3, 1.0, (0.6,), (0.492,)),
     "attention_half": ("keys", 400, 400, (400,), (400.0,)),
-    "memory_efficiency": ("of peak", 0.3, 0.95, (0.70, 0.65, 0.67, 0.65), (0.845, 0.601, 0.627, 0.616)),
-    "inner_efficiency": ("of peak", 0.4, 0.9, (0.70, 0.70, 0.66, 0.68), (0.748, 0.635, 0.627, 0.646)),
-    "outer_efficiency": ("of peak", 0.4, 0.95, (0.80,), (0.856,)),
-    "static_matmul": ("s", 2e-6, 1.2e-5, (5e-6,), (5.06e-06,)),
-    "static_vector": ("s", 2e-6, 1.2e-5, (4e-6,), (4.02e-06,)),
-    "static_collective": ("s", 5e-6, 4e-5, (2e-5,), (2e-05,)),
-    "hidden_share": ("of time", 0.2, 0.95, (0.7,), (0.624,)),
+    "memory_efficiency": ("of peak", 0.3, 0.95, (0.70, 0.65, 0.67, 0.60), (0.95, 0.481, 0.588, 0.525)),
+    "inner_efficiency": ("of peak", 0.4, 0.9, (0.70, 0.70, 0.66, 0.665), (0.748, 0.614, 0.504, 0.598)),
+    "outer_efficiency": ("of peak", 0.3, 0.95, (0.80, 0.80, 0.80, 0.80), (0.509, 0.95, 0.8, 0.796)),
+    "static_matmul": ("s", 5e-6, 5e-6, (5e-6,), (5e-06,)),
+    "static_vector": ("s", 4e-6, 4e-6, (4e-6,), (4e-06,)),
+    "static_collective": ("s", 2e-5, 2e-5, (2e-5,), (2e-05,)),
+    "hidden_share": ("of time", 0.2, 0.95, (0.7,), (0.567,)),
     "overlap_tax": ("of time", 0.15, 0.15, (0.15,), (0.15,)),
-    "scale_loss": ("a doubling", 1e-3, 0.03, (0.01,), (0.00989,)),
+    "scale_loss": ("a doubling", 1e-3, 0.03, (0.01,), (0.0101,)),
 }
 
 
@@ -1005,13 +1016,13 @@ PRESETS_OF_HARDWARE = (
     ("ascend_910b_280", "ascend", 245.76, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
     ("ascend_910b_unspecified", "ascend", 294.912, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
     ("ascend_910c_die", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 768, 196, 24.5, 24),
-    ("a100_80_sxm", "ampere", 312, 0, 80 * GIB, 2039, 8, 300, 25, 108),
-    ("a100_40_sxm", "ampere", 312, 0, 40 * GIB, 1555, 8, 300, 25, 108),
-    ("a100_80_jeanzay", "ampere", 312, 0, 80 * GIB, 2039, 8, 300, 6.25, 108),
-    ("a100_pcie", "ampere", 312, 0, 80 * GIB, 1935, 8, 24, 25, 108),
-    ("h100_sxm", "hopper", 989.5, 1979, 80 * GIB, 3350, 8, 450, 50, 132),
-    ("h100_96_hbm2e_500w", "hopper", 989.5 * 0.75, 1979 * 0.75, 96 * GB, 2400, 8, 450, 50, 132),
-    ("h800_sxm", "hopper", 989.5, 1979, 80 * GIB, 3350, 8, 200, 50, 132),
+    ("a100_80_sxm", "ampere", 312, 0, 79.2 * GIB, 2039, 8, 300, 25, 108),
+    ("a100_40_sxm", "ampere", 312, 0, 39.4 * GIB, 1555, 8, 300, 25, 108),
+    ("a100_80_jeanzay", "ampere", 312, 0, 79.2 * GIB, 2039, 8, 300, 6.25, 108),
+    ("a100_pcie", "ampere", 312, 0, 79.2 * GIB, 1935, 8, 24, 25, 108),
+    ("h100_sxm", "hopper", 989.5, 1979, 79.2 * GIB, 3350, 8, 450, 50, 132),
+    ("h100_96_hbm2e_500w", "hopper", 989.5, 1979, 96 * GB, 2400, 8, 450, 50, 132),
+    ("h800_sxm", "hopper", 989.5, 1979, 79.2 * GIB, 3350, 8, 200, 50, 132),
     ("h200_sxm", "hopper", 989.5, 1979, 141 * GB, 4800, 8, 450, 50, 132),
     ("h20", "hopper", 148, 296, 96 * GB, 4000, 8, 450, 50, 78),
     ("b200", "blackwell", 2250, 4500, 180 * GB, 8000, 8, 900, 50, 148),
@@ -1024,11 +1035,16 @@ def _preset(name, generation, wide, narrow, memory, bandwidth, node_size, inner,
     peak |= dict.fromkeys(("fp8", "mxfp8"), narrow * 1e12) if narrow else {}
     peak["fp32"] = peak["bf16"] * (0.281 if generation == "ascend" else 0.5)       # cube in fp32, tensor cores in TF32
     mesh = generation == "ascend" and node_size == 8
+    # a group's buffers: HCCL's two of 200 MB by default; NCCL's and what goes with it, as BLOOM's nvidia-smi suggests
+    communicator = (0.4 if generation == "ascend" else 2.0) * GIB
     return Hardware(name, peak, memory, bandwidth * GB, node_size, "mesh" if mesh else "switch", inner * GB,
-                    outer_bandwidth=outer * GB, cores=cores, generation=generation, **constants_of(generation))
+                    outer_bandwidth=outer * GB, cores=cores, communicator=communicator, fragmentation=0.15,
+                    generation=generation, **constants_of(generation))
 
 
 HARDWARE = {row[0]: _preset(*row) for row in PRESETS_OF_HARDWARE}
+# 500 of 700 W: the clock follows the root of the power, which is assumed
+HARDWARE["h100_96_hbm2e_500w"] = replace(HARDWARE["h100_96_hbm2e_500w"], power=math.sqrt(500 / 700))
 
 # the stride of an axis' group among the ranks; ranks of a node are consecutive
 def stride_of(plan, axis):
@@ -1081,8 +1097,8 @@ FLASH_BACKWARD = 0.85              # rate of flash attention's backward over its
 def matmul_share(rows, inner, columns, matrices, half, cores):
     """Share of its best rate that a matmul reaches: short sides, and a last wave of tiles that leaves cores idle."""
     share = 1.0
-    for side in (rows / matrices, inner, columns):
-        share *= side / (side + half)
+    for side, short in zip((rows / matrices, inner, columns), half):
+        share *= side / (side + short)
     tiles = matrices * math.ceil(rows / matrices / TILE) * math.ceil(columns / TILE)
     return share * (tiles / cores / math.ceil(tiles / cores) if cores else 1.0)
 
@@ -1093,12 +1109,15 @@ def peak_of(hardware, precision, narrow=False):
     return hardware.peak[wide]
 
 
-def matmul_seconds(op, sizes, plan, hardware):
+def matmul_seconds(op, sizes, plan, hardware, tokens_inside=False):
+    """sizes: rows, inner, columns and matrices of one pass; tokens_inside: of the weights', which sums over tokens."""
+    half = hardware.tokens_half, hardware.matmul_half, hardware.matmul_half
+    half = half[1::-1] + half[2:] if tokens_inside else half
     narrow = plan.precision in NARROW and op.kind == "matmul" and op.name not in ("lm_head", "router")
     rate = peak_of(hardware, plan.precision, narrow) * hardware.matmul_efficiency
-    rate *= hardware.fp8_efficiency if narrow else 1.0
+    rate *= hardware.power * (hardware.fp8_efficiency if narrow else 1.0)
     rate *= hardware.grouped_efficiency if op.sizes[3] > 1 and op.kind == "matmul" else 1.0
-    share = matmul_share(*sizes, hardware.matmul_half, hardware.cores)
+    share = matmul_share(*sizes, half, hardware.cores)
     return max(op.flops / (rate * share), op.moved / (hardware.bandwidth * hardware.memory_efficiency))
 
 
@@ -1111,7 +1130,9 @@ def op_seconds(op, plan, hardware):
     start = hardware.static_matmul
     if op.kind == "matmul":
         sizes = (m, k, n, matrices), (m, n, k, matrices), (k * matrices, m / matrices, n, matrices)
-        times = [matmul_seconds(op, each, plan, hardware) + start for each in sizes]
+        times = [matmul_seconds(op, each, plan, hardware, i == 2) + start for i, each in enumerate(sizes)]
+        # the sum over micro-batches is read and written
+        times[2] += 2 * gradient_bytes(plan) * k * n * matrices / (hardware.bandwidth * hardware.memory_efficiency)
         if plan.precision in NARROW:                       # inputs and gradients are cast, in two layouts
             cast = 2 / (hardware.bandwidth * hardware.memory_efficiency)
             times = [times[0] + cast * m * k, times[1] + cast * m * n, times[2]]
@@ -1120,6 +1141,7 @@ def op_seconds(op, plan, hardware):
         busy = matmul_seconds(op, (m * matrices, k, n, matrices), plan, hardware)
         return busy + start, BACKWARD["unfused"] * busy + start, 0.0
     rate = peak_of(hardware, plan.precision) * hardware.attention_efficiency * n / (n + hardware.attention_half)
+    rate *= hardware.portable_attention if op.kind == "portable" else 1.0
     busy = max(op.flops / rate, op.moved / (hardware.bandwidth * hardware.memory_efficiency))
     return busy + start, BACKWARD["flash"] / FLASH_BACKWARD * busy + start, 0.0
 
@@ -1267,9 +1289,11 @@ class Streams:
 
     def backward_steps(self, layers, which, defer):
         """which: B or I. defer: the experts' weight gradients wait, to hide the way back."""
-        ready = self.free["compute"]
-        for layer in reversed(layers):
-            ready = max(ready, self.run("weights", *layer.weights), self.run("swap", "host", layer.swap))
+        ready, backward = self.free["compute"], layers[::-1]
+        ahead = [self.run("weights", *layer.weights) for layer in backward[:1]]
+        for layer, after in zip(backward, (*backward[1:], None)):
+            ready = max(ready, ahead.pop(), self.run("swap", "host", layer.swap))
+            ahead.append(self.run("weights", *after.weights) if after else 0.0)    # before this layer's gradients leave
             if layer.name:
                 ready = self.compute(layer, "attend", which, ready)
                 self.run("gradients", *layer.gradients, ready)
@@ -1603,7 +1627,9 @@ class Simulation:
         self.plan, self.hardware, self.shape = plan, hardware, on_hardware(config, hardware)
         self.stages = stage_kinds(self.shape, plan)
         self.max_vio = max_vio
-        self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]    # to the next stage
+        # to the next stage; whole tensors are sent in parts by the tensor ranks, if as in Megatron-LM
+        self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]
+        self.stream_bytes /= plan.tp if self.shape.megatron and not plan.sp else 1
         link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
         self.link = 0.0 if "pp" in plan.hide else link
 
@@ -1699,11 +1725,11 @@ class Simulation:
 
     def memory(self, rank):
         """Bytes of a pipeline rank at its peak, by part."""
-        plan, e, works, (held, cut) = self.plan, BYTES_OF[self.plan.precision], self.works_of(rank), self.params(rank)
-        whole = sum(held.values())
+        plan, hardware, works, (held, cut) = self.plan, self.hardware, self.works_of(rank), self.params(rank)
+        whole, e = sum(held.values()), BYTES_OF[plan.precision]
         kept = cut if plan.zero == 3 else whole
-        # float32 masters and two moments; whole float32 weights are their own masters; fp16 gradients are copied
-        wide = 8 if e >= 4 and cut == whole else 16 if plan.precision == "fp16" else 12
+        # float32 masters and two moments; whole float32 weights are their own masters
+        wide = 8 if e >= 4 and cut == whole else 12
         states = cut * wide
         if "optimizer" in plan.swap:                       # but for the moments that a step has at hand
             states -= max(0, 8 * cut - STEP_BYTES)
@@ -1711,10 +1737,14 @@ class Simulation:
         # zero=3: weights of two layers, float32 gradients of one
         layer = max(sum(work.params.values()) for work in works) * (2 * e + 4) if plan.zero == 3 else 0
         again = max(sum(work.saved.values()) - saved_bytes(work, plan)[0] for work in works)
+        activations, buffers = self._activations(rank), 4 * rows + layer + again   # rows of two passes; one layer again
+        if plan.precision == "fp16":                       # the optimizer's float32 copies, when activations are gone
+            buffers = max(buffers, 4 * cut - activations)
+        groups = sum(size > 1 for size in (plan.tp, plan.pp, plan.cp, plan.ep, plan.dp))
         return dict(weights=kept * e, gradients=kept * gradient_bytes(plan),
-                    optimizer=states, activations=self._activations(rank),
-                    buffers=4 * rows + layer + again,      # rows sent and received of two passes; one layer recomputed
-                    framework=self.hardware.framework)
+                    optimizer=states, activations=activations, buffers=buffers,
+                    allocator=hardware.fragmentation * (activations + buffers),
+                    framework=hardware.framework + groups * hardware.communicator)
 
     def _activations(self, rank):
         """Most bytes that micro-batches in flight keep."""
@@ -1724,7 +1754,8 @@ class Simulation:
     def fits(self, ranks):
         """Whether these pipeline ranks fit. One that does not is moved to the front, where the next look begins."""
         for rank in ranks:
-            if sum(self.memory(rank).values()) > self.hardware.memory:
+            parts = self.memory(rank)
+            if sum(parts.values()) - parts["allocator"] > self.hardware.memory:    # which gives unused pieces back
                 ranks.remove(rank)
                 ranks.insert(0, rank)
                 return False
@@ -1878,7 +1909,8 @@ def draw_png(run, path):
 ROWS = Path(__file__).parent / "tests/data/train_rows.csv"
 RECOMPUTE_WORDS = (("full, block", ()), ("full", ("layer",)), ("none", ()), ("mla up", ("norm", "mla_up", "act")),
                    ("mla kv", ("mla_up", "permute", "act")), ("norm, act", ("norm", "act")), ("activation", ("act",)),
-                   ("per-op", ("norm", "act")), ("per stage", ("norm", "act")), ("selective", ("core_attention",)))
+                   ("per-op", ("norm", "mla_up", "act")), ("per stage", ("norm", "act")),
+                   ("selective", ("core_attention",)))
 # recomputation not stated: the first of these that fits
 GAPS = ((), ("norm", "act"), ("norm", "act", "permute", "expert"), ("layer",))
 HIDE_WORDS = (("tp-comm", "tp"), ("async-tp", "tp"), ("mc2", "tp"), ("holistic", "tp"), ("grad-reduce", "dp"),
@@ -1938,7 +1970,8 @@ class Row:
             n_group=max(1, self.number("ep") // 8), topk_group=self.found("expert_load", r"routing (\d+) nodes"),
             window=self.found("notes", r"sliding window (\d+)"), group_choice="limited" if self.found(
                 "expert_load", r"routing (\d+) nodes") else "equal",
-            attn_kernel="unfused" if self.text("attn_kernel").startswith("unfused") else "flash")
+            attn_kernel="unfused" if self.text("attn_kernel").startswith("unfused") else
+            "portable" if "fsdp prefetch" in self.text("overlap") else "flash")
 
     def found(self, column, pattern, kind=int):
         """The number that a text column states, or 0."""
@@ -1954,6 +1987,13 @@ class Row:
 
     def plans(self, hardware):
         """Plans that the row may mean, best guess of the unstated first: more than one where cells are empty."""
+        if not self.text("tp") and not self.text("pp"):
+            experts = (8, 32) if self.number("n_experts") else (1,)
+            for tp, pp, ep in product((1, 8), (1, 4, 8, 16), experts):
+                guess = dict(tp=tp, pp=pp, ep=ep, vpp=self.text("vpp") or min(2, pp), cp=self.text("cp") or 1)
+                guess["micro_batch"] = self.text("micro_batch") or 1
+                yield from Row(self.cells | {name: str(value) for name, value in guess.items()}, 0).plans(hardware)
+            return
         tp, pp, cp = (self.number(axis, 1) or 1 for axis in ("tp", "pp", "cp"))
         devices = self.number("n_devices") or tp * pp * cp * max(1, self.number("dp", 1))
         dp = max(1, devices // (tp * pp * cp))
@@ -1986,7 +2026,7 @@ class Row:
                     vpp, schedule, n_whole = 2, "dualpipev", max(n, 2 * pp)
                 yield replace(base, micro_batch=micro, global_batch=n_whole * dp * micro, recompute=items, vpp=vpp,
                               schedule=schedule, overlap="adaptive" if dual or adaptive else "none",
-                              layer_split=self.layer_split(pp * vpp))
+                              layer_split=() if dual else self.layer_split(pp * vpp))
 
     def layer_split(self, stages):
         """Layers of each stage: as stated, else equal, if need be with embedding and head in the place of layers."""
@@ -2022,7 +2062,7 @@ def choose_plan(row, hardware):
         short = replace(plan, global_batch=min(plan.n_micro, 3 * plan.pp) * plan.dp * plan.micro_batch)
         seconds, memory = simulate_row(row, short, hardware)
         seconds *= 1 if row.number("global_batch") else plan.n_micro / short.n_micro
-        too_much = max(0.0, sum(memory.values()) - hardware.memory)
+        too_much = max(0.0, sum(memory.values()) - memory["allocator"] - hardware.memory)
         tried.append((too_much, order.index(plan.recompute), seconds, plan))
     return min(tried, key=lambda one: one[:3])[3]
 
@@ -2032,9 +2072,11 @@ def predict_row(row):
     plan = choose_plan(row, hardware)
     seconds, memory = simulate_row(row, plan, hardware)
     needed, kind = sum(memory.values()), row.text("mem_kind")
-    shown = needed - memory["framework"] * ("allocated" in kind or "reserved" in kind)     # of a program's tensors
-    return dict(row_id=row.name, step_time_s=seconds, mem_gib=shown / GIB, fits=int(needed <= hardware.memory),
-                plan=plan)
+    # a reading by the program has no libraries in it, and of what is allocated no unused pieces
+    shown = needed - memory["framework"] * ("allocated" in kind or "reserved" in kind)
+    shown -= memory["allocator"] * ("allocated" in kind)
+    return dict(row_id=row.name, step_time_s=seconds, mem_gib=shown / GIB,
+                fits=int(needed - memory["allocator"] <= hardware.memory), plan=plan)
 
 
 def read_rows(path):
@@ -2104,7 +2146,7 @@ class Fit:
 
     hold: a constant this far from its prior, in its logarithm, weighs as much as one row that is 10 % off.
     """
-    hold, steps = 0.3, 6
+    hold, steps = 0.6, 6
 
     def __init__(self, rows, found):
         timed = [(row, one["plan"]) for row, one in zip(rows, found) if row.measured("step_time_s")]
@@ -2130,7 +2172,7 @@ class Fit:
         """(rows, constants): change of a row's error with the logarithm of a constant."""
         slopes, step = np.zeros((len(errors), len(logs))), 0.03
         for i, (j, (_, generation)) in product(range(len(errors)), enumerate(self.names)):
-            if generation in ("all", self.rows[i].hardware().generation):
+            if generation in ("all", self.rows[i].hardware().generation) and self.low[j] < self.high[j]:
                 nudged = logs + step * (np.arange(len(logs)) == j)
                 slopes[i, j] = (self.error(i, nudged) - errors[i]) / step
         return slopes
@@ -2567,8 +2609,8 @@ def calibrate(out, precision, seconds):
     def peak_with(half):
         """(peak that the largest matmul shows, mean relative error of all matmuls' times)."""
         largest = shapes[-1]
-        peak = 2 * math.prod(largest) / (times[largest] - start) / matmul_share(*largest, 1, half, 0)
-        errors = [abs((start + 2 * math.prod(one) / peak / matmul_share(*one, 1, half, 0)) / taken - 1)
+        peak = 2 * math.prod(largest) / (times[largest] - start) / matmul_share(*largest, 1, (half,) * 3, 0)
+        errors = [abs((start + 2 * math.prod(one) / peak / matmul_share(*one, 1, (half,) * 3, 0)) / taken - 1)
                   for one, taken in times.items()]
         return peak, sum(errors) / len(errors)
 
@@ -2576,7 +2618,8 @@ def calibrate(out, precision, seconds):
     (peak, error), experts, rows, width = peak_with(half), 16, 128, 256
     counts = torch.full((experts,), rows, device=device)
     taken = best(partial(model.grouped_matmul, random(experts * rows, width), random(experts, width, width), counts))
-    single = 2 * experts * rows * width**2 / (peak * matmul_share(experts * rows, width, width, experts, half, 0))
+    share = matmul_share(experts * rows, width, width, experts, (half,) * 3, 0)
+    single = 2 * experts * rows * width**2 / (peak * share)
     heads = random(4, 256, 4, 64)
     attention = best(lambda: model.attention(heads, heads, heads, 0.125))
     scores = 4 * 4 * 256**2 * 64 * 2 / 2                   # FLOPs of the causal half: scores and values
@@ -2585,7 +2628,8 @@ def calibrate(out, precision, seconds):
     values = dict(
         name=f"calibrated {device.type}", peak={precision: peak}, bandwidth=2 * wide.numel() * size / norm,
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu"
-        else torch.accelerator.get_memory_info()[1], matmul_efficiency=1.0, matmul_half=half, memory_efficiency=1.0,
+        else torch.accelerator.get_memory_info()[1], matmul_efficiency=1.0, matmul_half=half, tokens_half=half,
+        memory_efficiency=1.0,
         grouped_efficiency=single / taken, attention_efficiency=scores / attention / peak, static_matmul=start,
         static_vector=best(partial(model.rms_norm, vector, torch.ones(64, device=device), 1e-5)),
         node_size=2**16, value_padded=device.type == "cpu", framework=2**29, inner_efficiency=1.0, outer_efficiency=1.0)
