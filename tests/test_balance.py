@@ -338,7 +338,7 @@ def train_through_pipeline(config, plan):
 
 @pytest.mark.parametrize("axes", [
     dict(pp=2, dp=2, ep=2, overlap="adaptive"), dict(dp=4, ep=4, node_size=2, overlap="adaptive", dispatch="dedup"),
-    dict(tp=2, sp=1, cp=2, ep=4)], ids=str)
+    pytest.param(dict(tp=2, sp=1, cp=2, ep=4), marks=pytest.mark.slow)], ids=str)
 def test_training_with_moves_on_a_grid(axes):
     """Three decisions; on two stages each for its own layers, in pairs, and with sequences over the expert group."""
     config = replace(TINY, num_hidden_layers=4, balance_group=1)

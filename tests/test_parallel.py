@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist
 import parallel
-from model import Config, Model, shifted
+import sim
+from model import PRESETS, Config, Model, shifted
 from sim import Plan, exchange_bytes
 
 TINY = Config(
@@ -445,3 +446,17 @@ def test_checkpoints_move_between_plans(tmp_path, writer):
     for reader in READERS:
         for error, step_number in on_ranks(reader, check_resumed_step, tmp_path / "ckpt", path, reader):
             assert error <= EXACT and step_number == 1, (reader, error)
+
+
+def test_every_rung_of_the_papers_ladder_is_a_plan_that_runs():
+    """What `python sim.py` times from the baseline up is neither refused by the model nor left to the simulator."""
+    changes = dict(seq_len=4096)
+    for change in sim.LADDER.values():
+        changes |= change
+        settings = sim.PAPER["baseline"]["plan"] | changes
+        settings.pop("max_vio", None)
+        plan = sim.Plan(**settings)
+        sim.check_plan(PRESETS["pangu-ultra-moe-718b"], plan, devices=plan.world_size)
+        parallel.refuse_what_is_not_run(plan)
+        schedules = plan.schedule, plan.overlap
+    assert schedules == ("paired", "adaptive")
