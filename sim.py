@@ -977,7 +977,7 @@ CONSTANTS = {
     "matmul_efficiency": ("of peak", 0.4, 0.97, (0.80, 0.70, 0.55, 0.70), (0.782, 0.751, 0.473, 0.679)),
     "matmul_half": ("elements", 60, 60, (60,), (60.0,)),
     "tokens_half": ("tokens", 30, 600, (256,), (226.0,)),
-    "grouped_efficiency": ("of matmul", 0.35, 1.0, (0.85, 0.85, 0.85, 0.70), (0.85, 1.0, 0.714, 0.505)),
+    "grouped_efficiency": ("of matmul", 0.70, 1.0, (0.85, 0.85, 0.85, 0.70), (0.85, 1.0, 0.714, 0.7)),
     "fp8_efficiency": ("of matmul", 0.5, 1.0, (0.75,), (1.0,)),
     "attention_efficiency": ("of peak", 0.2, 0.8, (0.60, 0.55, 0.60, 0.55), (0.713, 0.425, 0.551, 0.51)),
     "portable_attention": ("of attention", 0.3, 1.0, (0.6,), (0.492,)),
@@ -1008,13 +1008,14 @@ def constants_of(generation):
 # of 100 Gb/s for 8 GPUs (bigscience, tr11-176B-ml). a100_pcie: no NVLink, PCIe 4.0 x16. h100_96_hbm2e_500w: torchtitan,
 # benchmarks. H800: arXiv:2412.19437, section 3. Ascend 910B: Ascend/msmodeling, tensor_cast/device.py; bins differ in
 # cube cores (8192 FLOP a cycle) and clock; full mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866,
-# section 5. 910C, a die: the same file and arXiv:2506.12708 (CloudMatrix384: 768 dies of one bus).
+# section 5; unspecified is read as the largest bin. 910C, a die: the same file and arXiv:2506.12708 (CloudMatrix384:
+# 768 dies of one bus).
 GIB, GB = 2**30, 1e9
 PRESETS_OF_HARDWARE = (
     ("ascend_910b_376", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 24),
     ("ascend_910b_313", "ascend", 294.912, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
     ("ascend_910b_280", "ascend", 245.76, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
-    ("ascend_910b_unspecified", "ascend", 294.912, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
+    ("ascend_910b_unspecified", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 24),
     ("ascend_910c_die", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 768, 196, 24.5, 24),
     ("a100_80_sxm", "ampere", 312, 0, 79.2 * GIB, 2039, 8, 300, 25, 108),
     ("a100_40_sxm", "ampere", 312, 0, 39.4 * GIB, 1555, 8, 300, 25, 108),
@@ -1941,6 +1942,12 @@ class Row:
     def measured(self, column):
         return self.number(column, 0, float)
 
+    def step_seconds(self, plan):
+        """Published seconds of a step, else what tokens/s mean at the plan's batch and length; 0: none published."""
+        tokens = (self.number("global_batch") or plan.global_batch) * plan.seq_len
+        rate = self.measured("tokens_per_s")
+        return self.measured("step_time_s") or (tokens / rate if rate else 0.0)
+
     def hardware(self):
         name = self.text("hardware")
         if name in HARDWARE:
@@ -1983,7 +1990,8 @@ class Row:
 
     def max_vio(self):
         load = self.text("expert_load")
-        return 0.0 if not load or self.capacity() or "forced" in load or "aux-loss-free" in load else UNBALANCED
+        balanced = any(word in load for word in ("forced", "aux-loss-free", "dynamic placement"))
+        return 0.0 if not load or self.capacity() or balanced else UNBALANCED
 
     def plans(self, hardware):
         """Plans that the row may mean, best guess of the unstated first: more than one where cells are empty."""
@@ -2029,14 +2037,16 @@ class Row:
                               layer_split=() if dual else self.layer_split(pp * vpp))
 
     def layer_split(self, stages):
-        """Layers of each stage: as stated, else equal, if need be with embedding and head in the place of layers."""
+        """Layers of each stage: as stated, else equal, embedding and head may stand for layers, else () for by cost."""
         layers, stated = self.number("n_layers"), re.fullmatch(r"\d+(,\d+)+", self.text("layer_split"))
         if stated:
             split = [int(n) for n in self.text("layer_split").split(",")]
             if len(split) == stages and sum(split) == layers:
                 return split
-        ends = next((ends for ends in (0, 2, 1) if (layers + ends) % stages == 0), 0)
+        ends = next((ends for ends in (0, 2, 1) if (layers + ends) % stages == 0), None)
         ends = 2 if self.text("layer_split").startswith("embedding and head") else ends
+        if ends is None:
+            return ()                                                     # by cost, as any plan that does not say
         each, more = divmod(layers + ends, stages)
         split = [each + (0 < stage <= more) for stage in range(stages)]
         split[0] -= ends == 2
@@ -2134,8 +2144,8 @@ def validate(path, out, fit):
             writer.writeheader()
             writer.writerows(found)
     print(f"{len(found)} rows of {path or ROWS.name} predicted with the frozen constants")
-    print_errors([(row, row.measured("step_time_s"), one["step_time_s"]) for row, one in zip(rows, found)
-                  if row.measured("step_time_s")])
+    print_errors([(row, row.step_seconds(one["plan"]), one["step_time_s"]) for row, one in zip(rows, found)
+                  if row.step_seconds(one["plan"])])
     print_memory(rows, found)
     if fit:
         Fit(rows, found).report()
