@@ -397,7 +397,7 @@ def test_command_line(tmp_path):
     """torchrun train.py with moves has the losses of one without; its log and its recording tell of them."""
     def losses(name, *more):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", str(ROOT / "train.py"), *RUN,
-                   "--data", str(ROOT / "model.py"), "--out", str(tmp_path / name), *more]
+                   "--precision", "fp32", "--data", str(ROOT / "model.py"), "--out", str(tmp_path / name), *more]
         subprocess.run(command, check=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
         return [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
 
