@@ -1816,7 +1816,7 @@ def fit_memory(config, plan, hardware, budget):
                for recompute, swap in memory_choices(config)]
     fitting = [result for result in results if result["mem_gib"] * 2**30 <= budget]
     if fitting:
-        return min(fitting, key=lambda result: (result["step_time_s"], result["mem_gib"]))
+        return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
     least = min(results, key=lambda result: result["mem_gib"])
     parts = least["memory_by_stage"][least["peak_rank"]]
     items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
