@@ -429,12 +429,18 @@ def matmul_by_expert(a, b, counts):
                                                 group_type=0 if by_rows else 2)[0]
     # torch's own has no float64, wants rows of whole 16-byte words, and at least one of them
     aligned = all(n * a.element_size() % 16 == 0 for n in (a.size(1) if by_rows else a.size(0), b.size(-1)))
-    if backend(a) != "plain" and a.dtype != torch.float64 and aligned and a.numel() > 0:
+    compiled = backend(a) == "cpu" and a.dtype == torch.bfloat16
+    if backend(a) != "plain" and not compiled and a.dtype != torch.float64 and aligned and a.numel() > 0:
         return F.grouped_mm(a, b, offs=counts.cumsum(0, dtype=torch.int32))
-    sizes = counts.tolist()
+    sizes, pieces = counts.tolist(), 1
+    if compiled:
+        # a CPU's bf16 matmul is compiled anew for each number of rows it meets: multiples of 32, and rests, are few
+        sizes, pieces = [piece for n in sizes for piece in (n - n % 32, n % 32)], 2
     if by_rows:
-        return torch.cat([rows @ matrix for rows, matrix in zip(a.split(sizes), b.unbind())])
-    return torch.stack([columns @ rows for columns, rows in zip(a.split(sizes, 1), b.split(sizes))])
+        matrices = [matrix for matrix in b for _ in range(pieces)]
+        return torch.cat([rows @ matrix for rows, matrix in zip(a.split(sizes), matrices)])
+    products = torch.stack([columns @ rows for columns, rows in zip(a.split(sizes, 1), b.split(sizes))])
+    return products.unflatten(0, (-1, pieces)).sum(1)
 
 
 def permute(x, ids):
