@@ -408,6 +408,9 @@ def prepare(settings, vocab_size, parent):
         try:
             tokenise(files, settings, encoding or learn_encoding(files, settings, vocab_size), unfinished)
             unfinished.rename(cache)
+        except OSError:
+            if not cache.exists():                                        # else another run was faster: its is as good
+                raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     facts = json.loads((cache / "facts.json").read_text())

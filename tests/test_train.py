@@ -182,6 +182,20 @@ def test_tokenised_once_and_change_noticed(text, at, capsys):
     assert len(list(at.glob("data-*"))) == 2
 
 
+def test_two_runs_tokenise_at_once(text, at, monkeypatch):
+    """The second to end finds the first one's corpus and takes it."""
+    tokenise = train.tokenise
+
+    def slowly(*args):
+        monkeypatch.setattr(train, "tokenise", tokenise)
+        corpus_of([text], at)
+        tokenise(*args)
+
+    monkeypatch.setattr(train, "tokenise", slowly)
+    assert corpus_of([text], at).facts["files"] == 8
+    assert len(list(at.glob("data-*"))) == 1
+
+
 def test_sources_agree(text, at):
     """The same documents as .jsonl, .jsonl.gz, and as a .bin of their tokens give the same training tokens."""
     documents = [file.read_text() for file in sorted(text.iterdir())]
