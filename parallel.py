@@ -1434,6 +1434,7 @@ class Pipeline:
                 out.total_loss.backward()
             for name in self.sums:
                 self.add(name, getattr(out, name))
+            del out                                                       # and its graph, before the next one is made
 
     def run_table(self, plan):
         self.chunks, self.local, self.owed = {}, {}, {}                   # by (stage, micro-batch)
