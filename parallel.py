@@ -206,20 +206,19 @@ scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 
 
 class Traffic:
-    """Bytes that this rank sent to others, and calls, by (forward | backward, tier): as in sim.exchange_bytes."""
+    """Bytes that this rank sent to others, by (forward | backward, tier): as in sim.exchange_bytes."""
 
     def __init__(self):
         self.reset()
 
     def reset(self):
         self.bytes = {(way, tier): 0 for way in ("forward", "backward") for tier in TIERS}
-        self.calls = dict(self.bytes)
 
     def add(self, way, tiers, sizes):
         """sizes[i]: bytes for member i of a group, tiers[i]: inner, outer, or None for this rank itself."""
-        for tier in set(tiers) - {None}:
-            self.calls[way, tier] += 1
-            self.bytes[way, tier] += sum(size for size, where in zip(sizes, tiers) if where == tier)
+        for tier, size in zip(tiers, sizes):
+            if tier is not None:
+                self.bytes[way, tier] += size
 
 
 def tiers_of(group, node_size):
@@ -306,6 +305,15 @@ class Flight:
     def whole(self, x):
         return self.finish(self.start(x))
 
+    def mirrored(self):
+        """The way back of what came by this one."""
+        return Flight(self.backward, self.forward)
+
+
+def flight_of_rows(group, send, recv):
+    """send[i] rows go to member i of a group, recv[i] come from it."""
+    return Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
+
 
 class Start(torch.autograd.Function):
     @staticmethod
@@ -349,18 +357,18 @@ class Finish(torch.autograd.Function):
 
 def host_sizes(*sizes):
     """The one host synchronisation of a dispatch: split sizes (1-d tensors) -> lists. Fake-tensor runs replace it."""
-    whole = torch.cat(sizes).tolist()
-    return [[whole.pop(0) for _ in part] for part in sizes]
+    parts = torch.cat(sizes).cpu().split([len(part) for part in sizes])
+    return [part.tolist() for part in parts]
 
 
 class Route:
     """How the copies of one dispatch travel over the last hop: sizes by member, rows they start from and arrive at."""
 
-    def __init__(self, ids, leaving, arriving, send, recv):
+    def __init__(self, ids, arriving, send, recv):
+        """arriving (members, local experts): copies from each."""
         self.ids, self.top_k = ids, ids.size(1)                           # of the tokens that start the last hop
         self.send, self.recv = send, recv                                 # rows to and from each member
-        self.arriving = arriving                                          # (members, local experts): copies from each
-        self.relayed, self.back, self.outer_back = False, None, None      # what was done before wait and combine
+        self.flights, self.back, self.outer_back = None, None, None       # what was done before wait and combine
         local = torch.arange(arriving.size(1), device=arriving.device).repeat(len(arriving))
         self.expert = local.repeat_interleave(arriving.flatten(), output_size=sum(recv))    # (M,) of each arriving row
 
@@ -374,10 +382,14 @@ class FlatDispatcher(LocalDispatcher):
         self.n_reached = config.n_routed_experts                          # experts on its ranks
 
     def dispatch(self, x, ids, weights):
-        ids = self.within_capacity(ids, weights)
+        ids = self.choices_here(self.within_capacity(ids, weights))
         leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
-        route = Route(ids, leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
+        route = Route(ids, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
         return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+
+    def choices_here(self, ids):
+        """Experts (N,K) of this rank's tokens -> of the tokens that start the last hop here, as depart wants them."""
+        return ids
 
     def within_capacity(self, ids, weights):
         """A copy above capacity gets an expert that does not exist, and travels nowhere."""
@@ -394,18 +406,14 @@ class FlatDispatcher(LocalDispatcher):
         work.wait()
         return leaving, arriving
 
-    def depart(self, x, ids, weights, route):
-        """Start the last hop. ids (N,K) count from the first expert reached; n_reached: no copy to send."""
+    def depart(self, x, weights, route):
+        """Start the last hop. route.ids (N,K) count from the first expert reached; n_reached: no copy to send."""
         n_rows = sum(route.send)
-        route.slot = sorted_slots(ids).clamp(max=n_rows)
-        rows = GatherRows.apply(x, route.slot, n_rows, n_rows < ids.numel())
+        route.slot = sorted_slots(route.ids).clamp(max=n_rows)
+        rows = GatherRows.apply(x, route.slot, n_rows, n_rows < route.ids.numel())
         row_weights = weights.new_zeros(n_rows + 1).scatter(0, route.slot.flatten(), weights.flatten())[:n_rows]
-        route.flights = [self.flight(route.send, route.recv) for _ in range(2)]
+        route.flights = [flight_of_rows(self.group, route.send, route.recv) for _ in range(2)]
         return [flight.start(t) for flight, t in zip(route.flights, (rows, row_weights))]
-
-    def flight(self, send, recv, group=None):
-        group = self.group if group is None else group
-        return Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
 
     def wait(self, rows, row_weights, route):
         """Rows arrive sorted by (sender, expert) and leave here sorted by expert."""
@@ -415,12 +423,12 @@ class FlatDispatcher(LocalDispatcher):
 
     def resend(self, x, route):
         again = copy(route)
-        again.relayed = False
+        again.flights = None
         return self.wait(*self.send(x, x.new_zeros(len(x), route.top_k), again), again)[0]
 
     def send(self, x, weights, route):
         """Start the first hop."""
-        return self.depart(x, route.ids, weights, route)
+        return self.depart(x, weights, route)
 
     # a pair of micro-batches calls the hops one by one; else wait and combine do what was not done before
 
@@ -429,7 +437,7 @@ class FlatDispatcher(LocalDispatcher):
         return rows, row_weights
 
     def send_back(self, rows, route):
-        route.back = self.flight(route.recv, route.send)
+        route.back = route.flights[0].mirrored()
         return route.back.start(unpermute(rows, route.order))
 
     def relay_back(self, rows, route):
@@ -452,13 +460,10 @@ class HierarchicalDispatcher(FlatDispatcher):
         self.n_reached = config.n_routed_experts // outer.size
         self.first_reached = outer.rank * self.n_reached
 
-    def dispatch(self, x, ids, weights):
-        ids, work = self.outer.all_gather(self.within_capacity(ids, weights), "forward")    # (nodes * N, K)
+    def choices_here(self, ids):
+        ids, work = self.outer.all_gather(ids, "forward")                 # (nodes * N, K)
         work.wait()
-        ids = self.experts_here(ids)
-        leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
-        route = Route(ids, leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
-        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+        return self.experts_here(ids)
 
     def experts_here(self, ids):
         """Numbers from the node's first expert; n_reached for an expert elsewhere."""
@@ -474,21 +479,17 @@ class HierarchicalDispatcher(FlatDispatcher):
 
     def relay(self, tokens, weights, route):
         tokens, weights = [flight.finish(t) for flight, t in zip(route.outer_flights, (tokens, weights))]
-        route.relayed = True
-        return self.depart(tokens, route.ids, weights, route)
+        return self.depart(tokens, weights, route)
 
     def wait(self, rows, weights, route):
-        if not route.relayed:
+        if route.flights is None:
             rows, weights = self.relay(rows, weights, route)
         return super().wait(rows, weights, route)
 
     def relay_back(self, rows, route):
         partial_sums = super().combine(rows, route)                       # (tokens of all nodes, C)
-        route.outer_back = self.outer_flight_back(route)
+        route.outer_back = route.outer_flights[0].mirrored()
         return route.outer_back.start(partial_sums)
-
-    def outer_flight_back(self, route):
-        return Flight(self.outer.reduce_scatter, self.outer.all_gather)
 
     def combine(self, rows, route):
         if route.outer_back is None:
@@ -509,7 +510,7 @@ class DedupDispatcher(HierarchicalDispatcher):
         work.wait()
         leaving, arriving = self.exchange_counts(message[:, 1:].sum(0))
         *outer_sizes, send, recv = host_sizes(wanted.sum(0), message[:, 0], leaving.sum(1), arriving.sum(1))
-        route = Route(ids, leaving, arriving, send, recv)
+        route = Route(ids, arriving, send, recv)
         self.choose_tokens(wanted, outer_sizes, route)
         token_ids, work = self.outer.all_to_all(self.chosen_tokens(ids, route), "forward", *outer_sizes)
         work.wait()
@@ -530,10 +531,7 @@ class DedupDispatcher(HierarchicalDispatcher):
         route.outer_sizes = outer_sizes
 
     def outer_flight(self, route):
-        return self.flight(*route.outer_sizes, self.outer)
-
-    def outer_flight_back(self, route):
-        return self.flight(*route.outer_sizes[::-1], self.outer)
+        return flight_of_rows(self.outer, *route.outer_sizes)
 
     def combine(self, rows, route):
         return unpermute(super().combine(rows, route), route.outer_slot, padded=True)
@@ -1700,8 +1698,7 @@ def with_copies(group, leaving, arriving, weight):
 
     In backward their gradients return and are summed there, so copies need no optimizer.
     """
-    send, recv = list(map(len, leaving)), list(map(len, arriving))
-    flight = Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
+    flight = flight_of_rows(group, list(map(len, leaving)), list(map(len, arriving)))
     came = flight.whole(weight[sum(leaving, [])])                         # by rank they came from
     return torch.cat((weight, came[np.argsort(sum(arriving, []))]))
 
