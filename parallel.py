@@ -29,14 +29,13 @@ import threading
 import time
 import weakref
 import zlib
-from collections import Counter
+from collections import Counter, UserDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -614,11 +613,10 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
     grid = Grid(plan, n_balance, device_type, timeout)
     if plan.pp > 1:
         keep_own_stages(model, grid)
-    for block in model.layers.values():
-        if block.is_moe:
-            keep_own_experts(block.mlp.experts, plan)
-            if n_balance > 1:
-                block.mlp.gate.average_counts = partial(mean_over, grid.balance["balance"].get_group())
+    for block in model.moe_blocks():
+        keep_own_experts(block.mlp.experts, plan)
+        if n_balance > 1:
+            block.mlp.gate.average_counts = partial(mean_over, grid.balance["balance"].get_group())
     if plan.tp > 1:
         cut_matrices(model, grid)
     if plan.cp > 1:
@@ -626,9 +624,8 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
     if plan.dp * plan.cp * plan.tp > 1:
         shard(model, grid)
     dispatcher = grid.dispatcher(model.config)                            # last: a group cannot be copied or saved
-    for block in model.layers.values():
-        if block.is_moe:
-            block.mlp.dispatcher = dispatcher
+    for block in model.moe_blocks():
+        block.mlp.dispatcher = dispatcher
     grid.live = LiveBalance(model, grid) if plan.balance_live else None
     return grid
 
@@ -818,28 +815,23 @@ def shard(model, grid):
         wrap(model.norm)
     wrap(model, tensor, free=False)
     model.register_forward_pre_hook(hand_on_routing, with_kwargs=True)
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            # the loss is a sum over the global batch's tokens, so gradients are summed; gloo has nothing but plain sums
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
+    for part in fsdp_parts(model):
+        # the loss is a sum over the global batch's tokens, so gradients are summed; gloo has nothing but plain sums
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
 
 
-class Routing(dict):
-    """A dict of chosen experts that FSDP's hooks hand on (plain ones they copy); what is noted goes to the caller's."""
-
-    def __init__(self, given):
-        super().__init__(given)
-        self.given = given
-
-    def __setitem__(self, layer, ids):
-        super().__setitem__(layer, ids)
-        self.given[layer] = ids
+def fsdp_parts(model):
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
 def hand_on_routing(model, args, kwargs):
-    given = kwargs.get("routing")
-    return args, kwargs if given is None else kwargs | dict(routing=Routing(given))
+    """FSDP's hooks copy a dict of chosen experts, but not a UserDict, through which notes go to the caller's dict."""
+    if kwargs.get("routing") is None:
+        return args, kwargs
+    routing = UserDict()
+    routing.data = kwargs["routing"]
+    return args, kwargs | dict(routing=routing)
 
 
 def cut_inside_experts(plan, weight):
@@ -893,7 +885,7 @@ def copies(name, tensor, grid):
 def sum_loads(model, loads):
     """loads (own MoE layers, E), as pop_stats counts -> those of all MoE layers and ranks (MoE layers, E); own rows."""
     c = model.config
-    rows = [block.index - c.first_k_dense_replace for block in model.layers.values() if block.is_moe]
+    rows = [block.index - c.first_k_dense_replace for block in model.moe_blocks()]
     whole = loads.new_zeros(c.num_hidden_layers + c.num_nextn_predict_layers - c.first_k_dense_replace, loads.size(1))
     whole[rows] = loads
     return all_sum(whole), rows
@@ -1277,14 +1269,13 @@ class Chunk:
         self.sizes = [len(part) for part in parts]
         self.values, self.grads, self.tape = {"x": x}, {}, []
         self.memory, self.inputs = memory, []                             # of layers that will run again
+        # of each segment, whether it is in such a layer
+        self.again = ["layer" in memory.names and size == LAYER for size in self.sizes for _ in range(size)]
 
     def forward(self, times=1):
         """Run the next segments."""
         for _ in range(times):
-            self.run_next(again="layer" in self.memory.names and self.is_layer(len(self.tape)))
-
-    def is_layer(self, number):
-        return LAYER in (size for size, end in zip(self.sizes, accumulate(self.sizes)) if end - size <= number < end)
+            self.run_next(self.again[len(self.tape)])
 
     def run_next(self, again):
         """again: the segment will run a second time, so it leaves no graph now."""
@@ -1398,8 +1389,7 @@ class Pipeline:
         self.model, self.plan, self.grid = model, plan, grid
         self.layers = stage_layers(model.config, plan)
         self.stages = plan.stages_of(grid.pp_rank if grid else 0)
-        self.plain = plan.is_plain
-        self.store = None if self.plain else WeightGradStore()
+        self.store = None if plan.is_plain else WeightGradStore()
         for module in model.modules():
             if hasattr(module, "store"):
                 module.store = self.store
@@ -1418,7 +1408,10 @@ class Pipeline:
         self.batches, self.loss_tokens, self.train = batches, loss_tokens, train
         self.sums = dict.fromkeys(("loss", "mtp_loss", "aux_loss"), loss_tokens.new_zeros(()))
         with torch.set_grad_enabled(train):
-            self.run_plain() if self.plain else self.run_table(plan)
+            if plan.is_plain:
+                self.run_plain()
+            else:
+                self.run_table(plan)
         total = self.sums["loss"] + self.model.config.mtp_loss_weight * self.sums["mtp_loss"] + self.sums["aux_loss"]
         return Output(**self.sums, total_loss=total)
 
@@ -1559,20 +1552,17 @@ class Pipeline:
 
     # FSDP: its hooks on layers do not run, since segments call a layer's parts
 
-    def fsdp_parts(self):
-        return [part for part in self.model.modules() if isinstance(part, FSDPModule)]
-
     def gather_weights(self):
         if isinstance(self.model, FSDPModule):
             fully_shard.state(self.model)._lazy_init()
             self.set_last_backward(False)
-        for part in self.fsdp_parts():
+        for part in fsdp_parts(self.model):
             part.unshard()
 
     def release_weights(self):
         """With gradients reduced over data ranks, and the embedding's over its two stages."""
         if not self.train:
-            for part in self.fsdp_parts():
+            for part in fsdp_parts(self.model):
                 part.reshard()
             return
         self.set_last_backward(True)
@@ -1715,7 +1705,7 @@ class LiveBalance:
     def __init__(self, model, grid):
         plan, n_experts = grid.plan, model.config.n_routed_experts
         self.plan, first_moe = plan, model.config.first_k_dense_replace
-        self.moes = {block.index - first_moe: block.mlp for block in model.layers.values() if block.is_moe}
+        self.moes = {block.index - first_moe: block.mlp for block in model.moe_blocks()}
         n_layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers - first_moe
         self.n_homes, self.first = n_experts // plan.ep, first_placement(n_experts, plan)
         self.group = Group(grid.expert["ep"].get_group(), plan.node_size, Traffic())
@@ -1978,11 +1968,6 @@ def load_state(folder, state, grid=None):
     except CheckpointException as error:
         raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): "
                               f"give back the config.json it was written with") from error
-
-
-def load_weights(folder, model):
-    """The model alone."""
-    load_state(folder, dict(model=model.state_dict()))
 
 
 def save(saver, model, optimizer, progress, grid=None):
