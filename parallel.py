@@ -365,7 +365,7 @@ class Route:
 
     def __init__(self, ids, arriving, send, recv):
         """arriving (members, local experts): copies from each."""
-        self.ids, self.top_k = ids, ids.size(1)                           # of the tokens that start the last hop
+        self.ids = ids                                                    # of the tokens that start the last hop
         self.send, self.recv = send, recv                                 # rows to and from each member
         self.flights, self.back, self.outer_back = None, None, None       # what was done before wait and combine
         local = torch.arange(arriving.size(1), device=arriving.device).repeat(len(arriving))
@@ -423,7 +423,7 @@ class FlatDispatcher(LocalDispatcher):
     def resend(self, x, route):
         again = copy(route)
         again.flights = None
-        return self.wait(*self.send(x, x.new_zeros(len(x), route.top_k), again), again)[0]
+        return self.wait(*self.send(x, x.new_zeros(len(x), route.ids.size(1)), again), again)[0]
 
     def send(self, x, weights, route):
         """Start the first hop."""
@@ -1300,7 +1300,8 @@ class Chunk:
         for _ in range(times):
             if self.tape[-1] is None:
                 self.run_again()
-            edges, grads = self.tape.pop(), [self.grads.pop(name, None) for name in self.segments[len(self.tape)].gives]
+            edges = self.tape.pop()
+            grads = [self.grads.pop(name, None) for name in self.segments[len(self.tape)].gives]
             pairs = [(edge, grad) for edge, grad in zip(edges, grads) if edge and grad is not None]
             if pairs:
                 torch.autograd.backward(*zip(*pairs))

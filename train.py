@@ -129,15 +129,11 @@ def add_plan(parser):
         plan.add_argument("--" + field.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS)
 
 
-def defaults_of(options):
-    return {name: default for name, (default, _) in options.items()}
-
-
 def settings_of(given):
     """All settings: what was given, else the preset's recipe, else the default."""
     recipe = RECIPES.get(given.get("preset", "tiny"), {})
     plan = {field.name: field.default for field in PLAN_FIELDS}
-    defaults = defaults_of(OPTIONS) | plan | PLAN_DEFAULTS | recipe
+    defaults = {name: default for name, (default, _) in OPTIONS.items()} | plan | PLAN_DEFAULTS | recipe
     return fit_to_world(defaults | given, given)
 
 
@@ -1172,7 +1168,7 @@ def sample(given):
 
 def continue_text(given):
     """The prompt, and what the model of a checkpoint writes after it. given: some of SAMPLE_OPTIONS."""
-    settings = defaults_of(SAMPLE_OPTIONS) | given
+    settings = {name: default for name, (default, _) in SAMPLE_OPTIONS.items()} | given
     if not settings["init"]:
         raise UserError("sample needs --init RUN, a run's folder")
     run, checkpoint = find_checkpoint(settings["init"], "--init")
