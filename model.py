@@ -1078,8 +1078,11 @@ class Model(nn.Module):
         x = self.embed_tokens(ids)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
+    def moe_blocks(self):
+        return [block for block in self.layers.values() if block.is_moe]
+
     def routers(self):
-        return [block.mlp.gate for block in self.layers.values() if block.is_moe]
+        return [block.mlp.gate for block in self.moe_blocks()]
 
     def mtp_layers(self):
         return [layer for layer in self.layers.values() if isinstance(layer, MTPLayer)]
@@ -1126,7 +1129,7 @@ class Model(nn.Module):
 
     def pop_stats(self):
         """Counted in training since last asked, on the device: loads (MoE layers, E), copies dropped, copies in all."""
-        moes = [block.mlp for block in self.layers.values() if block.is_moe]
+        moes = [block.mlp for block in self.moe_blocks()]
         none = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=next(self.parameters()).device)
         loads = torch.stack([none + moe.gate.load for moe in moes]) if moes else none.view(1, -1)[:0]
         dropped = none[0] + sum(moe.dropped for moe in moes)

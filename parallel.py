@@ -29,14 +29,13 @@ import threading
 import time
 import weakref
 import zlib
-from collections import Counter
+from collections import Counter, UserDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -206,20 +205,19 @@ scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 
 
 class Traffic:
-    """Bytes that this rank sent to others, and calls, by (forward | backward, tier): as in sim.exchange_bytes."""
+    """Bytes that this rank sent to others, by (forward | backward, tier): as in sim.exchange_bytes."""
 
     def __init__(self):
         self.reset()
 
     def reset(self):
         self.bytes = {(way, tier): 0 for way in ("forward", "backward") for tier in TIERS}
-        self.calls = dict(self.bytes)
 
     def add(self, way, tiers, sizes):
         """sizes[i]: bytes for member i of a group, tiers[i]: inner, outer, or None for this rank itself."""
-        for tier in set(tiers) - {None}:
-            self.calls[way, tier] += 1
-            self.bytes[way, tier] += sum(size for size, where in zip(sizes, tiers) if where == tier)
+        for tier, size in zip(tiers, sizes):
+            if tier is not None:
+                self.bytes[way, tier] += size
 
 
 def tiers_of(group, node_size):
@@ -306,6 +304,15 @@ class Flight:
     def whole(self, x):
         return self.finish(self.start(x))
 
+    def mirrored(self):
+        """The way back of what came by this one."""
+        return Flight(self.backward, self.forward)
+
+
+def flight_of_rows(group, send, recv):
+    """send[i] rows go to member i of a group, recv[i] come from it."""
+    return Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
+
 
 class Start(torch.autograd.Function):
     @staticmethod
@@ -349,18 +356,18 @@ class Finish(torch.autograd.Function):
 
 def host_sizes(*sizes):
     """The one host synchronisation of a dispatch: split sizes (1-d tensors) -> lists. Fake-tensor runs replace it."""
-    whole = torch.cat(sizes).tolist()
-    return [[whole.pop(0) for _ in part] for part in sizes]
+    parts = torch.cat(sizes).cpu().split([len(part) for part in sizes])
+    return [part.tolist() for part in parts]
 
 
 class Route:
     """How the copies of one dispatch travel over the last hop: sizes by member, rows they start from and arrive at."""
 
-    def __init__(self, ids, leaving, arriving, send, recv):
-        self.ids, self.top_k = ids, ids.size(1)                           # of the tokens that start the last hop
+    def __init__(self, ids, arriving, send, recv):
+        """arriving (members, local experts): copies from each."""
+        self.ids = ids                                                    # of the tokens that start the last hop
         self.send, self.recv = send, recv                                 # rows to and from each member
-        self.arriving = arriving                                          # (members, local experts): copies from each
-        self.relayed, self.back, self.outer_back = False, None, None      # what was done before wait and combine
+        self.flights, self.back, self.outer_back = None, None, None       # what was done before wait and combine
         local = torch.arange(arriving.size(1), device=arriving.device).repeat(len(arriving))
         self.expert = local.repeat_interleave(arriving.flatten(), output_size=sum(recv))    # (M,) of each arriving row
 
@@ -374,10 +381,14 @@ class FlatDispatcher(LocalDispatcher):
         self.n_reached = config.n_routed_experts                          # experts on its ranks
 
     def dispatch(self, x, ids, weights):
-        ids = self.within_capacity(ids, weights)
+        ids = self.choices_here(self.within_capacity(ids, weights))
         leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
-        route = Route(ids, leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
+        route = Route(ids, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
         return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+
+    def choices_here(self, ids):
+        """Experts (N,K) of this rank's tokens -> of the tokens that start the last hop here, as depart wants them."""
+        return ids
 
     def within_capacity(self, ids, weights):
         """A copy above capacity gets an expert that does not exist, and travels nowhere."""
@@ -394,18 +405,14 @@ class FlatDispatcher(LocalDispatcher):
         work.wait()
         return leaving, arriving
 
-    def depart(self, x, ids, weights, route):
-        """Start the last hop. ids (N,K) count from the first expert reached; n_reached: no copy to send."""
+    def depart(self, x, weights, route):
+        """Start the last hop. route.ids (N,K) count from the first expert reached; n_reached: no copy to send."""
         n_rows = sum(route.send)
-        route.slot = sorted_slots(ids).clamp(max=n_rows)
-        rows = GatherRows.apply(x, route.slot, n_rows, n_rows < ids.numel())
+        route.slot = sorted_slots(route.ids).clamp(max=n_rows)
+        rows = GatherRows.apply(x, route.slot, n_rows, n_rows < route.ids.numel())
         row_weights = weights.new_zeros(n_rows + 1).scatter(0, route.slot.flatten(), weights.flatten())[:n_rows]
-        route.flights = [self.flight(route.send, route.recv) for _ in range(2)]
+        route.flights = [flight_of_rows(self.group, route.send, route.recv) for _ in range(2)]
         return [flight.start(t) for flight, t in zip(route.flights, (rows, row_weights))]
-
-    def flight(self, send, recv, group=None):
-        group = self.group if group is None else group
-        return Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
 
     def wait(self, rows, row_weights, route):
         """Rows arrive sorted by (sender, expert) and leave here sorted by expert."""
@@ -415,12 +422,12 @@ class FlatDispatcher(LocalDispatcher):
 
     def resend(self, x, route):
         again = copy(route)
-        again.relayed = False
-        return self.wait(*self.send(x, x.new_zeros(len(x), route.top_k), again), again)[0]
+        again.flights = None
+        return self.wait(*self.send(x, x.new_zeros(len(x), route.ids.size(1)), again), again)[0]
 
     def send(self, x, weights, route):
         """Start the first hop."""
-        return self.depart(x, route.ids, weights, route)
+        return self.depart(x, weights, route)
 
     # a pair of micro-batches calls the hops one by one; else wait and combine do what was not done before
 
@@ -429,7 +436,7 @@ class FlatDispatcher(LocalDispatcher):
         return rows, row_weights
 
     def send_back(self, rows, route):
-        route.back = self.flight(route.recv, route.send)
+        route.back = route.flights[0].mirrored()
         return route.back.start(unpermute(rows, route.order))
 
     def relay_back(self, rows, route):
@@ -452,13 +459,10 @@ class HierarchicalDispatcher(FlatDispatcher):
         self.n_reached = config.n_routed_experts // outer.size
         self.first_reached = outer.rank * self.n_reached
 
-    def dispatch(self, x, ids, weights):
-        ids, work = self.outer.all_gather(self.within_capacity(ids, weights), "forward")    # (nodes * N, K)
+    def choices_here(self, ids):
+        ids, work = self.outer.all_gather(ids, "forward")                 # (nodes * N, K)
         work.wait()
-        ids = self.experts_here(ids)
-        leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
-        route = Route(ids, leaving, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
-        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+        return self.experts_here(ids)
 
     def experts_here(self, ids):
         """Numbers from the node's first expert; n_reached for an expert elsewhere."""
@@ -474,21 +478,17 @@ class HierarchicalDispatcher(FlatDispatcher):
 
     def relay(self, tokens, weights, route):
         tokens, weights = [flight.finish(t) for flight, t in zip(route.outer_flights, (tokens, weights))]
-        route.relayed = True
-        return self.depart(tokens, route.ids, weights, route)
+        return self.depart(tokens, weights, route)
 
     def wait(self, rows, weights, route):
-        if not route.relayed:
+        if route.flights is None:
             rows, weights = self.relay(rows, weights, route)
         return super().wait(rows, weights, route)
 
     def relay_back(self, rows, route):
         partial_sums = super().combine(rows, route)                       # (tokens of all nodes, C)
-        route.outer_back = self.outer_flight_back(route)
+        route.outer_back = route.outer_flights[0].mirrored()
         return route.outer_back.start(partial_sums)
-
-    def outer_flight_back(self, route):
-        return Flight(self.outer.reduce_scatter, self.outer.all_gather)
 
     def combine(self, rows, route):
         if route.outer_back is None:
@@ -509,7 +509,7 @@ class DedupDispatcher(HierarchicalDispatcher):
         work.wait()
         leaving, arriving = self.exchange_counts(message[:, 1:].sum(0))
         *outer_sizes, send, recv = host_sizes(wanted.sum(0), message[:, 0], leaving.sum(1), arriving.sum(1))
-        route = Route(ids, leaving, arriving, send, recv)
+        route = Route(ids, arriving, send, recv)
         self.choose_tokens(wanted, outer_sizes, route)
         token_ids, work = self.outer.all_to_all(self.chosen_tokens(ids, route), "forward", *outer_sizes)
         work.wait()
@@ -530,10 +530,7 @@ class DedupDispatcher(HierarchicalDispatcher):
         route.outer_sizes = outer_sizes
 
     def outer_flight(self, route):
-        return self.flight(*route.outer_sizes, self.outer)
-
-    def outer_flight_back(self, route):
-        return self.flight(*route.outer_sizes[::-1], self.outer)
+        return flight_of_rows(self.outer, *route.outer_sizes)
 
     def combine(self, rows, route):
         return unpermute(super().combine(rows, route), route.outer_slot, padded=True)
@@ -616,11 +613,10 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
     grid = Grid(plan, n_balance, device_type, timeout)
     if plan.pp > 1:
         keep_own_stages(model, grid)
-    for block in model.layers.values():
-        if block.is_moe:
-            keep_own_experts(block.mlp.experts, plan)
-            if n_balance > 1:
-                block.mlp.gate.average_counts = partial(mean_over, grid.balance["balance"].get_group())
+    for block in model.moe_blocks():
+        keep_own_experts(block.mlp.experts, plan)
+        if n_balance > 1:
+            block.mlp.gate.average_counts = partial(mean_over, grid.balance["balance"].get_group())
     if plan.tp > 1:
         cut_matrices(model, grid)
     if plan.cp > 1:
@@ -628,9 +624,8 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
     if plan.dp * plan.cp * plan.tp > 1:
         shard(model, grid)
     dispatcher = grid.dispatcher(model.config)                            # last: a group cannot be copied or saved
-    for block in model.layers.values():
-        if block.is_moe:
-            block.mlp.dispatcher = dispatcher
+    for block in model.moe_blocks():
+        block.mlp.dispatcher = dispatcher
     grid.live = LiveBalance(model, grid) if plan.balance_live else None
     return grid
 
@@ -820,28 +815,23 @@ def shard(model, grid):
         wrap(model.norm)
     wrap(model, tensor, free=False)
     model.register_forward_pre_hook(hand_on_routing, with_kwargs=True)
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            # the loss is a sum over the global batch's tokens, so gradients are summed; gloo has nothing but plain sums
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
+    for part in fsdp_parts(model):
+        # the loss is a sum over the global batch's tokens, so gradients are summed; gloo has nothing but plain sums
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
 
 
-class Routing(dict):
-    """A dict of chosen experts that FSDP's hooks hand on (plain ones they copy); what is noted goes to the caller's."""
-
-    def __init__(self, given):
-        super().__init__(given)
-        self.given = given
-
-    def __setitem__(self, layer, ids):
-        super().__setitem__(layer, ids)
-        self.given[layer] = ids
+def fsdp_parts(model):
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
 def hand_on_routing(model, args, kwargs):
-    given = kwargs.get("routing")
-    return args, kwargs if given is None else kwargs | dict(routing=Routing(given))
+    """FSDP's hooks copy a dict of chosen experts, but not a UserDict, through which notes go to the caller's dict."""
+    if kwargs.get("routing") is None:
+        return args, kwargs
+    routing = UserDict()
+    routing.data = kwargs["routing"]
+    return args, kwargs | dict(routing=routing)
 
 
 def cut_inside_experts(plan, weight):
@@ -895,7 +885,7 @@ def copies(name, tensor, grid):
 def sum_loads(model, loads):
     """loads (own MoE layers, E), as pop_stats counts -> those of all MoE layers and ranks (MoE layers, E); own rows."""
     c = model.config
-    rows = [block.index - c.first_k_dense_replace for block in model.layers.values() if block.is_moe]
+    rows = [block.index - c.first_k_dense_replace for block in model.moe_blocks()]
     whole = loads.new_zeros(c.num_hidden_layers + c.num_nextn_predict_layers - c.first_k_dense_replace, loads.size(1))
     whole[rows] = loads
     return all_sum(whole), rows
@@ -1279,14 +1269,13 @@ class Chunk:
         self.sizes = [len(part) for part in parts]
         self.values, self.grads, self.tape = {"x": x}, {}, []
         self.memory, self.inputs = memory, []                             # of layers that will run again
+        # of each segment, whether it is in such a layer
+        self.again = ["layer" in memory.names and size == LAYER for size in self.sizes for _ in range(size)]
 
     def forward(self, times=1):
         """Run the next segments."""
         for _ in range(times):
-            self.run_next(again="layer" in self.memory.names and self.is_layer(len(self.tape)))
-
-    def is_layer(self, number):
-        return LAYER in (size for size, end in zip(self.sizes, accumulate(self.sizes)) if end - size <= number < end)
+            self.run_next(self.again[len(self.tape)])
 
     def run_next(self, again):
         """again: the segment will run a second time, so it leaves no graph now."""
@@ -1311,7 +1300,8 @@ class Chunk:
         for _ in range(times):
             if self.tape[-1] is None:
                 self.run_again()
-            edges, grads = self.tape.pop(), [self.grads.pop(name, None) for name in self.segments[len(self.tape)].gives]
+            edges = self.tape.pop()
+            grads = [self.grads.pop(name, None) for name in self.segments[len(self.tape)].gives]
             pairs = [(edge, grad) for edge, grad in zip(edges, grads) if edge and grad is not None]
             if pairs:
                 torch.autograd.backward(*zip(*pairs))
@@ -1400,8 +1390,7 @@ class Pipeline:
         self.model, self.plan, self.grid = model, plan, grid
         self.layers = stage_layers(model.config, plan)
         self.stages = plan.stages_of(grid.pp_rank if grid else 0)
-        self.plain = plan.is_plain
-        self.store = None if self.plain else WeightGradStore()
+        self.store = None if plan.is_plain else WeightGradStore()
         for module in model.modules():
             if hasattr(module, "store"):
                 module.store = self.store
@@ -1420,7 +1409,10 @@ class Pipeline:
         self.batches, self.loss_tokens, self.train = batches, loss_tokens, train
         self.sums = dict.fromkeys(("loss", "mtp_loss", "aux_loss"), loss_tokens.new_zeros(()))
         with torch.set_grad_enabled(train):
-            self.run_plain() if self.plain else self.run_table(plan)
+            if plan.is_plain:
+                self.run_plain()
+            else:
+                self.run_table(plan)
         total = self.sums["loss"] + self.model.config.mtp_loss_weight * self.sums["mtp_loss"] + self.sums["aux_loss"]
         return Output(**self.sums, total_loss=total)
 
@@ -1562,20 +1554,17 @@ class Pipeline:
 
     # FSDP: its hooks on layers do not run, since segments call a layer's parts
 
-    def fsdp_parts(self):
-        return [part for part in self.model.modules() if isinstance(part, FSDPModule)]
-
     def gather_weights(self):
         if isinstance(self.model, FSDPModule):
             fully_shard.state(self.model)._lazy_init()
             self.set_last_backward(False)
-        for part in self.fsdp_parts():
+        for part in fsdp_parts(self.model):
             part.unshard()
 
     def release_weights(self):
         """With gradients reduced over data ranks, and the embedding's over its two stages."""
         if not self.train:
-            for part in self.fsdp_parts():
+            for part in fsdp_parts(self.model):
                 part.reshard()
             return
         self.set_last_backward(True)
@@ -1701,8 +1690,7 @@ def with_copies(group, leaving, arriving, weight):
 
     In backward their gradients return and are summed there, so copies need no optimizer.
     """
-    send, recv = list(map(len, leaving)), list(map(len, arriving))
-    flight = Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
+    flight = flight_of_rows(group, list(map(len, leaving)), list(map(len, arriving)))
     came = flight.whole(weight[sum(leaving, [])])                         # by rank they came from
     return torch.cat((weight, came[np.argsort(sum(arriving, []))]))
 
@@ -1719,7 +1707,7 @@ class LiveBalance:
     def __init__(self, model, grid):
         plan, n_experts = grid.plan, model.config.n_routed_experts
         self.plan, first_moe = plan, model.config.first_k_dense_replace
-        self.moes = {block.index - first_moe: block.mlp for block in model.layers.values() if block.is_moe}
+        self.moes = {block.index - first_moe: block.mlp for block in model.moe_blocks()}
         n_layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers - first_moe
         self.n_homes, self.first = n_experts // plan.ep, first_placement(n_experts, plan)
         self.group = Group(grid.expert["ep"].get_group(), plan.node_size, Traffic())
@@ -1982,11 +1970,6 @@ def load_state(folder, state, grid=None):
     except CheckpointException as error:
         raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): "
                               f"give back the config.json it was written with") from error
-
-
-def load_weights(folder, model):
-    """The model alone."""
-    load_state(folder, dict(model=model.state_dict()))
 
 
 def save(saver, model, optimizer, progress, grid=None):

@@ -820,7 +820,7 @@ def resume_settings(given):
     stored = saved_config(run)
     settings = stored["settings"]
     for name, value in given.items():
-        if name not in CHANGEABLE | {"resume", "command"} and value != settings.get(name):
+        if name not in CHANGEABLE | {"resume"} and value != settings.get(name):
             raise UserError(f"--{name.replace('_', '-')} {value}: the run in {run} has {settings.get(name)!r}, and "
                             f"resuming cannot change it; leave it away, or start a new run")
     return fit_to_world(settings | given | dict(out=str(run)), given), stored, checkpoint
@@ -970,18 +970,15 @@ def continue_folder(run, stored):
             (run.out / "ckpt" / f"step_{later}").rename(run.out / "ckpt" / f"aside_{later}_{time.time():.0f}")
 
 
-def config_of(run, phase):
-    return run.config if phase.rope_theta is None else replace(run.config, rope_theta=phase.rope_theta)
-
-
 def build(run, phase, checkpoint):
     """This rank's part of the model and its optimizer for a phase, as the checkpoint left them or as initialised.
 
     A parallel.Pipeline, which holds the model, its plan and its grid, and the optimizer.
     """
     torch.manual_seed(run.settings["seed"])
+    config = run.config if phase.rope_theta is None else replace(run.config, rope_theta=phase.rope_theta)
     with torch.device("meta"):
-        model = Model(config_of(run, phase))
+        model = Model(config)
     plan = replace(run.plan, seq_len=phase.seq_len)
     grid = parallel.parallelize(model, plan, run.device.type, timedelta(seconds=run.settings["timeout"]))
     model.to_empty(device=run.device)
@@ -1025,8 +1022,9 @@ def pretrain(given):
             windows = order.batch(progress["tokens"], size)[own_samples(plan, size)]
             batch = examples(windows, depths, run.device, document_end)
             new_tokens = size * phase.seq_len
-            for count, more in dict(step=1, tokens=new_tokens, phase_tokens=new_tokens).items():
-                progress[count] += more
+            progress["step"] += 1
+            progress["tokens"] += new_tokens
+            progress["phase_tokens"] += new_tokens
             lr = phase.learning_rate(progress["phase_tokens"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -1070,7 +1068,7 @@ def pretrain(given):
     if not is_done(run):
         print(f"stopped after step {progress['step']}; go on with: python train.py pretrain --resume {run.out}")
     else:
-        text = continue_text(run.out, checkpoint, run.device, prompt="def ")
+        text = continue_text(dict(init=str(checkpoint), prompt="def ", device=settings["device"]))
         write_whole(run.out / "sample.txt", text)
         print(f"a sample ({run.out / 'sample.txt'}; more: python train.py sample --init {run.out}):\n{text}")
 
@@ -1147,8 +1145,9 @@ def introduce(run):
           f"{facts['heldout_bytes']:,} held out (gzip -9 {facts['gzip']:,}, xz -9 {facts['xz']:,}), tokens "
           f"{facts['tokens']}")
     for phase in run.phases:
-        print(phase)
-    print(f"resumed from {run.checkpoint}" if run.checkpoint else "", end="\n" if run.checkpoint else "", flush=True)
+        print(phase, flush=True)
+    if run.checkpoint:
+        print(f"resumed from {run.checkpoint}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1167,15 +1166,16 @@ SAMPLE_OPTIONS = dict(
 
 
 def sample(given):
-    values = {name: default for name, (default, _) in SAMPLE_OPTIONS.items()} | given
-    if not values["init"]:
+    print(continue_text(given))
+
+
+def continue_text(given):
+    """The prompt, and what the model of a checkpoint writes after it. given: some of SAMPLE_OPTIONS."""
+    settings = {name: default for name, (default, _) in SAMPLE_OPTIONS.items()} | given
+    if not settings["init"]:
         raise UserError("sample needs --init RUN, a run's folder")
-    run, checkpoint = find_checkpoint(values.pop("init"), "--init")
-    print(continue_text(run, checkpoint, parallel.pick_device(values.pop("device")), **values))
-
-
-def continue_text(run, checkpoint, device, prompt, new_tokens=200, temperature=0.8, top_k=0, top_p=0.95, seed=0):
-    """The prompt, and what the model of a checkpoint writes after it."""
+    run, checkpoint = find_checkpoint(settings["init"], "--init")
+    device = parallel.pick_device(settings["device"])
     stored, progress = saved_config(run), dict(phase=0, phase_tokens=0)
     read_progress(checkpoint, progress)
     phase = stored["phases"][max(0, progress["phase"] - (progress["phase_tokens"] == 0))]
@@ -1183,11 +1183,12 @@ def continue_text(run, checkpoint, device, prompt, new_tokens=200, temperature=0
     config = replace(config, rope_theta=phase["rope_theta"] or config.rope_theta,
                      max_position_embeddings=phase["seq_len"])            # sees no more text than it was trained on
     model = Model(config).to(device)
-    parallel.load_weights(checkpoint, model)
+    parallel.load_state(checkpoint, dict(model=model.state_dict()))
     end = stored["corpus"]["end"]
     encoding = load_encoding(run / "tokenizer.tiktoken", stored["corpus"]["pattern"], end)
-    ids = torch.tensor([[end, *encode_bytes(encoding, os.fsencode(prompt))]], device=device)
-    ids = generate(model, ids, new_tokens, temperature, top_k, top_p, seed)
+    ids = torch.tensor([[end, *encode_bytes(encoding, os.fsencode(settings["prompt"]))]], device=device)
+    how = {name: settings[name] for name in ("new_tokens", "temperature", "top_k", "top_p", "seed")}
+    ids = generate(model, ids, **how)
     known = [i for i in ids[0, 1:].tolist() if i <= end]                  # the model may have more rows than tokens
     return encoding.decode_bytes(known).decode(errors="replace")
 
