@@ -37,7 +37,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
 from operator import itemgetter, le, mul
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 
@@ -950,6 +950,7 @@ class Hardware:
     tokens_half: float = 0.0               # ... and the number of tokens
     grouped_efficiency: float = 1.0        # of the experts' matmuls beside others
     fp8_efficiency: float = 1.0            # of matmuls in 8 bits beside those in 16
+    static_expert: float = 0.0             # seconds of each matrix of a grouped matmul, where they run one by one
     attention_efficiency: float = 0.7
     portable_attention: float = 1.0        # of a flash attention that is not the vendor's, beside it
     attention_half: float = 0.0            # keys with which flash attention reaches half of that
@@ -1130,6 +1131,7 @@ def op_seconds(op, plan, hardware):
     m, k, n, matrices = op.sizes
     start = hardware.static_matmul
     if op.kind == "matmul":
+        start += (matrices > 1) * matrices * hardware.static_expert
         sizes = (m, k, n, matrices), (m, n, k, matrices), (k * matrices, m / matrices, n, matrices)
         times = [matmul_seconds(op, each, plan, hardware, i == 2) + start for i, each in enumerate(sizes)]
         # the sum over micro-batches is read and written
@@ -1683,6 +1685,10 @@ class Simulation:
         held = sum((work.params for work in self.works_of(rank)), Counter())
         return held, sum(held[axis] / (ranks if self.plan.zero else 1) for axis, ranks in self.plan.holders.items())
 
+    def optimizer_bytes(self, rank):
+        """Moved by AdamW: reads gradient, master, two moments; writes three of them and the weight."""
+        return self.params(rank)[1] * (7 * 4 + BYTES_OF[self.plan.precision])
+
     def after_pipeline(self, rank):
         """(seconds of reducing gradients and gathering weights, seconds of the optimizer) on a pipeline rank."""
         plan, hardware, e, (held, cut) = self.plan, self.hardware, BYTES_OF[self.plan.precision], self.params(rank)
@@ -1693,9 +1699,8 @@ class Simulation:
         if "dp" in plan.hide:                              # beside the last backwards
             room = sum(action_account(*self.run(("B", stage)))[0] for stage in plan.stages_of(rank))
             sync -= min(hardware.hidden_share * sync, room)
-        moved = cut * (7 * 4 + e)                          # read gradient, master, moments; write three and weight
         swapped = 2 * 8 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0     # moments come and go
-        return sync, swapped + moved / (hardware.bandwidth * hardware.memory_efficiency)
+        return sync, swapped + self.optimizer_bytes(rank) / (hardware.bandwidth * hardware.memory_efficiency)
 
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
@@ -2587,79 +2592,205 @@ def load(kind, cls, presets, name):
     return replace(base, **values) if base else cls(**values)
 
 
-def calibrate(out, precision, seconds):
-    """Measures this device's operators, memory and, under torchrun, its collectives; writes a Hardware as JSON.
+# Models whose steps calibrate measures: changes to the smallest preset's config, sequences, tokens in each
+CALIBRATED = (
+    (dict(hidden_size=64, num_hidden_layers=6, vocab_size=512, moe_intermediate_size=64), 2, 64),
+    (dict(hidden_size=128, num_hidden_layers=2, vocab_size=1024, moe_intermediate_size=64), 4, 128),
+    (dict(n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=64), 8, 128),
+    (dict(hidden_size=256, num_hidden_layers=3, n_routed_experts=16, num_experts_per_tok=4), 4, 256),
+    (dict(hidden_size=384, num_hidden_layers=2, vocab_size=4096, n_routed_experts=4, moe_intermediate_size=512), 8,
+     256),
+    (dict(hidden_size=512, num_hidden_layers=2, vocab_size=8192, moe_intermediate_size=256), 4, 512))
+# ... and whose memory is held against the first one's
+LARGE = dict(hidden_size=256, num_hidden_layers=6, n_routed_experts=16, num_experts_per_tok=4), 8, 512
+# What calibrate fits, and its bounds
+FITTED = dict(peak=(1e9, 1e16), matmul_half=(1.0, 256.0), tokens_half=(1.0, 1024.0), grouped_efficiency=(0.1, 1.0),
+              static_expert=(1e-7, 1e-3), attention_efficiency=(0.01, 1.0), attention_half=(1.0, 1024.0),
+              bandwidth=(1e8, 1e13), static_matmul=(1e-6, 1e-3), static_vector=(1e-6, 1e-3))
 
-    Rates are of model.py's operators, the best of the calls that fit in `seconds` each. On a device with other work the
-    numbers are of what that leaves.
+
+class Sample(NamedTuple):
+    """Something to measure: its name, what runs it once, its operators as they are simulated, an optimizer's bytes."""
+    name: str
+    call: Callable
+    ops: list
+    moved: float = 0.0
+    weight: float = 1.0
+
+    def simulated(self, plan, hardware):
+        busy = self.moved / (hardware.bandwidth * hardware.memory_efficiency)
+        return busy + sum(sum(op_seconds(op, plan, hardware)) for op in self.ops)
+
+
+def calibrate(out, precision, seconds):
+    """Measures this device's operators, steps of small models, memory and, under torchrun, its collectives. Writes the
+    Hardware that explains them best as JSON and prints how well it does. Other work on the device spoils the numbers.
     """
     import torch
-    import model
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
-    size = dtype.itemsize
+    if precision == "auto":                                # train.py's rule
+        precision = "fp32" if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() else "bf16"
+    framework, fragmentation = calibrate_memory(precision, device)
+    samples = [calibrate_step(*calibrate_run(*one, precision), device) for one in CALIBRATED]
+    samples += calibrate_operators(precision, device)
+    measured = calibrate_clock([sample.call for sample in samples], seconds, device)
+    memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu"
+              else torch.accelerator.get_memory_info()[1])
+    hardware = Hardware(f"calibrated {device.type}", {precision: 1e12}, memory, bandwidth=1e10, node_size=2**16,
+                        framework=framework, fragmentation=fragmentation, value_padded=device.type == "cpu",
+                        **dict.fromkeys(("matmul_efficiency", "memory_efficiency"), 1.0), **calibrate_links(device))
+    plan = Plan(precision=precision)
+    hardware = calibrate_fit(samples, measured, plan, hardware)
+    with open(out, "w") as file:
+        json.dump(asdict(hardware), file, indent=1)
+    print(f"{out}: {device.type}, {precision}, {torch.get_num_threads()} threads")
+    print(f"{'milliseconds, forward and backward':36}{'measured':>10}{'fitted':>10}{'error':>8}")
+    for sample, taken in zip(samples, measured):
+        fitted = sample.simulated(plan, hardware)
+        print(f"{sample.name:36}{taken * 1e3:10.3f}{fitted * 1e3:10.3f}{fitted / taken - 1:+8.0%}")
+    for name, value in asdict(hardware).items():
+        print(f"{name:22} {value}")
 
-    def random(*shape):
-        return torch.randn(shape, device=device, dtype=dtype)
 
-    def best(call):
-        times, begin = [], time.perf_counter()
-        while len(times) < 4 or time.perf_counter() - begin < seconds:
+def calibrate_run(changes, sequences, seq_len, precision):
+    """(config, plan) of one of CALIBRATED."""
+    config = replace(PRESETS["tiny"], num_nextn_predict_layers=0, **changes)
+    return config, Plan(micro_batch=sequences, global_batch=sequences, seq_len=seq_len, precision=precision)
+
+
+def calibrate_step(config, plan, device):
+    """A training step on random tokens."""
+    import torch
+    import model
+    torch.manual_seed(0)
+    net = model.Model(config).to(device)
+    net.init_weights(0)
+    net.compute_dtype = torch.bfloat16 if plan.precision == "bf16" else None
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        ids = torch.randint(config.vocab_size, (plan.micro_batch, plan.seq_len), device=device)
+        net(ids, labels=ids).total_loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run = Simulation(config, plan, CPU)
+    name = f"step: {config.hidden_size} x {config.num_hidden_layers}, {config.n_routed_experts} experts"
+    ops = [op for work in run.works_of(0) for op in work.ops]
+    return Sample(name, step, ops, run.optimizer_bytes(0), weight=4.0)
+
+
+def calibrate_memory(precision, device):
+    """(framework, fragmentation): of what is held after steps of two models, what their tensors do not explain."""
+    import resource
+    import torch
+    kept, states, activations = [], [], []
+    for one, steps in ((CALIBRATED[0], 25), (LARGE, 12)):
+        config, plan = calibrate_run(*one, precision)
+        sample = calibrate_step(config, plan, device)
+        for _ in range(steps):
+            sample.call()
+        parts = Simulation(config, plan, replace(CPU, framework=0.0)).memory(0)
+        activations.append(parts["activations"] + parts["buffers"])
+        states.append(sum(parts.values()) - activations[-1])
+        kept.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device.type == "cpu"
+                    else torch.accelerator.max_memory_allocated())
+        del sample                                         # and its model
+    factor = (kept[1] - states[1] - kept[0] + states[0]) / (activations[1] - activations[0])
+    return max(0.0, kept[0] - states[0] - factor * activations[0]), max(0.0, factor - 1)
+
+
+def calibrate_operators(precision, device):
+    """Forward and backward of model.py's operators in several sizes."""
+    import torch
+    import model
+    dtype, size = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision], BYTES_OF[precision]
+
+    def random(*shape, dtype=dtype):
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    def sample(name, op, operator, *inputs, weight=1.0):
+        grad = torch.randn_like(operator(*inputs))
+        return Sample(name, lambda: torch.autograd.grad(operator(*inputs), inputs, grad), [op], weight=weight)
+
+    def matmul(m, k, n, matrices):
+        op = Op("", "", "matmul", 2 * m * k * n, size * (m * k + matrices * k * n + m * n), (m, k, n, matrices))
+        counts = torch.full((matrices,), m // matrices, device=device) if matrices > 1 else None
+        weights = random(*(matrices,)[:matrices > 1], n, k, dtype=torch.float32)
+        return sample(f"matmul {m} x {k} x {n}, {matrices} experts", op,
+                      lambda x, w: model.Matmul.apply(x, w, counts, None), random(m, k), weights)
+
+    def attention(sequences, seq_len, heads, width):
+        tokens = sequences * seq_len
+        op = Op("", "", "flash", 2 * tokens * seq_len * heads * width, 4 * tokens * heads * width * size,
+                (tokens, width, seq_len, heads * sequences))
+        return sample(f"attention {sequences} x {seq_len}, {heads} heads of {width}", op,
+                      lambda q, k, v: model.attention(q, k, v, width**-0.5),
+                      *(random(sequences, seq_len, heads, width) for _ in range(3)))
+
+    def norm(tokens, width):
+        return sample(f"norm {tokens} x {width}", Op("", "", "vector", 0, 2 * tokens * width * size),
+                      lambda x, w: model.rms_norm(x, w, 1e-5), random(tokens, width), random(width), weight=0.3)
+
+    plain = [matmul(m, k, n, 1) for m in (64, 512, 3072) for k, n in ((64, 256), (512, 192), (256, 1280))]
+    grouped = [matmul(*one) for one in ((768, 192, 256, 8), (6144, 192, 256, 8), (2048, 256, 256, 16),
+                                        (8192, 256, 256, 16), (2048, 256, 128, 64), (8192, 64, 256, 64))]
+    attentions = [attention(*one) for one in ((12, 256, 4, 48), (4, 256, 4, 64), (8, 128, 4, 48), (2, 512, 8, 64))]
+    return plain + grouped + attentions + [norm(512, 192), norm(3072, 192), norm(4096, 512)]
+
+
+def calibrate_clock(calls, seconds, device):
+    """Median seconds of each call. They take turns, so that what disturbs the machine disturbs all of them alike."""
+    import torch
+    times, begin, left = [[] for _ in calls], time.perf_counter(), seconds
+    while len(times[0]) < 5 or left > 0:
+        for call, spent in zip(calls, times):
             start = time.perf_counter()
             call()
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    shapes = [(m, k, n) for m in (32, 256, 2048) for k, n in ((64, 256), (256, 256), (256, 1280), (1024, 1024))]
-    times = {shape: best(partial(torch.matmul, random(*shape[:2]), random(*shape[1:]))) for shape in shapes}
-    start = best(partial(torch.matmul, random(1, 1), random(1, 1)))
-
-    def peak_with(half):
-        """(peak that the largest matmul shows, mean relative error of all matmuls' times)."""
-        largest = shapes[-1]
-        peak = 2 * math.prod(largest) / (times[largest] - start) / matmul_share(*largest, 1, (half,) * 3, 0)
-        errors = [abs((start + 2 * math.prod(one) / peak / matmul_share(*one, 1, (half,) * 3, 0)) / taken - 1)
-                  for one, taken in times.items()]
-        return peak, sum(errors) / len(errors)
-
-    half = min((0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), key=lambda half: peak_with(half)[1])
-    (peak, error), experts, rows, width = peak_with(half), 16, 128, 256
-    counts = torch.full((experts,), rows, device=device)
-    taken = best(partial(model.grouped_matmul, random(experts * rows, width), random(experts, width, width), counts))
-    share = matmul_share(experts * rows, width, width, experts, (half,) * 3, 0)
-    single = 2 * experts * rows * width**2 / (peak * share)
-    heads = random(4, 256, 4, 64)
-    attention = best(lambda: model.attention(heads, heads, heads, 0.125))
-    scores = 4 * 4 * 256**2 * 64 * 2 / 2                   # FLOPs of the causal half: scores and values
-    wide, vector = random(2**14, 1024), random(1, 64)
-    norm = best(partial(model.rms_norm, wide, torch.ones(1024, device=device), 1e-5))
-    values = dict(
-        name=f"calibrated {device.type}", peak={precision: peak}, bandwidth=2 * wide.numel() * size / norm,
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu"
-        else torch.accelerator.get_memory_info()[1], matmul_efficiency=1.0, matmul_half=half, tokens_half=half,
-        memory_efficiency=1.0,
-        grouped_efficiency=single / taken, attention_efficiency=scores / attention / peak, static_matmul=start,
-        static_vector=best(partial(model.rms_norm, vector, torch.ones(64, device=device), 1e-5)),
-        node_size=2**16, value_padded=device.type == "cpu", framework=2**29, inner_efficiency=1.0, outer_efficiency=1.0)
-    values |= calibrate_links(best, device)
-    with open(out, "w") as file:
-        json.dump(values, file, indent=1)
-    print(f"{out}: measured on {device.type}, {precision}, {torch.get_num_threads()} threads; mean error of the fit to "
-          f"{len(shapes)} matmuls {error:.0%}")
-    for name, value in values.items():
-        print(f"{name:22} {value}")
+            spent.append(time.perf_counter() - start)
+        left = seconds - (time.perf_counter() - begin)
+        print(f"\rround {len(times[0])}, {max(0.0, left):.0f} s left ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return [sorted(spent[2:])[len(spent[2:]) // 2] for spent in times]     # the first two rounds warm up
 
 
-def calibrate_links(best, device):
+def calibrate_fit(samples, measured, plan, hardware):
+    """Moves one constant at a time, the one that gains most: least weighted squares of log(simulated / measured)."""
+    def moved(name, factor):
+        low, high = FITTED[name]
+        if name == "peak":
+            return replace(hardware, peak={plan.precision: hardware.peak[plan.precision] * factor})
+        return replace(hardware, **{name: min(high, max(low, getattr(hardware, name) * factor))})
+
+    def error(hardware):
+        return sum(sample.weight * math.log(sample.simulated(plan, hardware) / taken) ** 2
+                   for sample, taken in zip(samples, measured))
+
+    middle = {name: math.sqrt(low * high) for name, (low, high) in FITTED.items() if name not in ("peak", "bandwidth")}
+    hardware = replace(hardware, **middle)
+    least, factor = error(hardware), 4.0
+    while factor > 1.01:
+        tries = [moved(name, by) for name in FITTED for by in (factor, 1 / factor)]
+        errors = [error(one) for one in tries]
+        if min(errors) < least - 1e-9:
+            least, hardware = min(errors), tries[errors.index(min(errors))]
+        else:
+            factor = math.sqrt(factor)
+    return hardware
+
+
+def calibrate_links(device):
     """Bandwidth and start of an all-reduce between the ranks of torchrun; nothing for a single process."""
     import torch
     import torch.distributed as dist
     if not dist.is_torchelastic_launched():
         return dict(inner_bandwidth=1e9, outer_bandwidth=1e9)              # not measured, no plan of one device uses it
     dist.init_process_group()
-    small, large = (best(partial(dist.all_reduce, torch.ones(n, device=device))) for n in (1, 2**22))
+    calls = [partial(dist.all_reduce, torch.ones(n, device=device)) for n in (1, 2**22)]
+    small, large = calibrate_clock(calls, 2.0, device)
     ranks = dist.get_world_size()
     bandwidth = 2 * (ranks - 1) / ranks * 2**24 / (large - small)
     dist.destroy_process_group()
@@ -2675,8 +2806,8 @@ def parse_arguments(argv):
     command.add_argument("--fit", action="store_true", help="refit the constants, on all rows and without each family")
     command = commands.add_parser("calibrate", help="measure this device, for --hardware; links under torchrun")
     command.add_argument("--out", required=True, help="JSON file of Hardware's fields")
-    command.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of operators measured")
-    command.add_argument("--seconds", type=float, default=1.0, help="s for each of some 18 measurements")
+    command.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's")
+    command.add_argument("--seconds", type=float, default=60.0, help="s that it measures")
     for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
                         ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
         command = commands.add_parser(name, help=about, description=about)
