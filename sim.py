@@ -49,6 +49,9 @@ RECOMPUTE = ("norm", "mla_up", "act", "permute", "expert", "core_attention", "at
 SWAP = ("expert_out", "attn_out", "optimizer")
 BYTES_OF = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "mxfp8": 2}    # activations; fp8 is for matmuls alone
 NARROW = ("fp8", "mxfp8")          # of matmuls alone
+V_SHAPED = ("zbv", "dualpipev")    # schedules in which the first rank holds the last stage too
+PAIRED = ("paired", "dualpipev")   # schedules with pairs of a forward and a backward
+GIB = 2**30
 PLAN_CHOICES = dict(
     sp=(0, 1), zero=(0, 1, 3), schedule=("1f1b", "interleaved", "paired", "zbv", "dualpipev"),
     overlap=("none", "adaptive"), dispatch=("flat", "hierarchical", "dedup", "pipelined"), precision=tuple(BYTES_OF),
@@ -120,7 +123,7 @@ class Plan:
 
     def stages_of(self, rank):
         """Stages that a pipeline rank holds: V-shaped for zbv and dualpipev, else round robin."""
-        if self.schedule in ("zbv", "dualpipev"):
+        if self.schedule in V_SHAPED:
             return [rank, 2 * self.pp - 1 - rank]
         return [chunk * self.pp + rank for chunk in range(self.vpp)]
 
@@ -256,7 +259,7 @@ def check_schedule(plan):
     n, pp, name, once = plan.n_micro, plan.pp, plan.schedule, plan.dp * plan.micro_batch
     need = {"1f1b": 1, "zbv": 2, "dualpipev": 2}.get(name, plan.vpp)
     require(plan.vpp == need, f"schedule={name} needs vpp={need}, not vpp={plan.vpp}: use vpp={need} or interleaved")
-    require(plan.overlap == "none" or name in ("paired", "dualpipev"),
+    require(plan.overlap == "none" or name in PAIRED,
             f"overlap=adaptive needs pairs of forward and backward, schedule={name} has none: use paired or dualpipev")
     least = {"1f1b": pp, "dualpipev": 2 * pp}.get(name, 1)
     require(n >= least, f"schedule={name} with pp={pp} needs {least} micro-batches, the plan has {n}: use global_batch="
@@ -841,7 +844,7 @@ def layer_flops(shape, seq_len):
 
 def stage_kinds(shape, plan):
     """list (pp*vpp) of tuples in the order of forward: embedding, kinds of layers, head."""
-    v_shaped = plan.schedule if plan.schedule in ("zbv", "dualpipev") else ""
+    v_shaped = plan.schedule if plan.schedule in V_SHAPED else ""
     return _stage_kinds(shape, Plan(pp=plan.pp, vpp=plan.vpp, layer_split=plan.layer_split, seq_len=plan.seq_len,
                                     schedule=v_shaped))
 
@@ -938,7 +941,7 @@ class Hardware:
     host_bandwidth: float = 32e9           # bytes/s to the host's memory
     power: float = 1.0                     # share of a matmul's rate that a power limit leaves
     cores: int = 0                         # output tiles of a matmul computed at a time; 0: any number
-    framework: float = 1.5 * 2**30         # bytes that runtime and libraries keep
+    framework: float = 1.5 * GIB           # bytes that runtime and libraries keep
     communicator: float = 0.0              # bytes of each kind of process group
     fragmentation: float = 0.0             # bytes that the allocator keeps for one of activations and buffers
     value_padded: bool = False             # its attention kernel wants values as wide as keys
@@ -961,6 +964,9 @@ class Hardware:
     hidden_share: float = 0.0              # of collectives that a plan hides, the share that runs beside computation
     overlap_tax: float = 0.0               # seconds of computation lost for a second of communication beside it
     scale_loss: float = 0.0                # share of the step that each doubling of the devices costs
+
+    # bytes/s of device memory that are reached
+    memory_rate = property(lambda self: self.bandwidth * self.memory_efficiency)
 
     def __hash__(self):
         return hash(self.name)
@@ -993,12 +999,9 @@ CONSTANTS = {
 }
 
 
-def of_generation(values, generation):
-    return values[GENERATIONS.index(generation) if len(values) > 1 else 0]
-
-
 def constants_of(generation):
-    return {name: of_generation(fitted, generation) for name, (*_, fitted) in CONSTANTS.items()}
+    index = GENERATIONS.index(generation)
+    return {name: fitted[index if len(fitted) > 1 else 0] for name, (*_, fitted) in CONSTANTS.items()}
 
 
 # Presets: name, generation, TFLOPS in 16 and 8 bits, memory, GB/s of it, node, GB/s inside and between nodes, cores.
@@ -1009,7 +1012,7 @@ def constants_of(generation):
 # cube cores (8192 FLOP a cycle) and clock; full mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866,
 # section 5; unspecified is read as the largest bin. 910C, a die: the same file and arXiv:2506.12708 (CloudMatrix384:
 # 768 dies of one bus).
-GIB, GB = 2**30, 1e9
+GB = 1e9
 PRESETS_OF_HARDWARE = (
     ("ascend_910b_376", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 24),
     ("ascend_910b_313", "ascend", 294.912, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
@@ -1045,22 +1048,25 @@ def _preset(name, generation, wide, narrow, memory, bandwidth, node_size, inner,
 HARDWARE = {row[0]: _preset(*row) for row in PRESETS_OF_HARDWARE}
 # 500 of 700 W: the clock follows the root of the power, which is assumed
 HARDWARE["h100_96_hbm2e_500w"] = replace(HARDWARE["h100_96_hbm2e_500w"], power=math.sqrt(500 / 700))
-
-# the stride of an axis' group among the ranks; ranks of a node are consecutive
-def stride_of(plan, axis):
-    return dict(tp=1, etp=1, cp=plan.tp, dp=plan.tp, edp=plan.ep * plan.etp, pp=plan.dp * plan.cp * plan.tp)[axis]
-
-
 # For --fit on a CPU, to compare choices: assumed numbers of two cores, not of the machine at hand.
 CPU = Hardware("a generic CPU", dict.fromkeys(BYTES_OF, 1e11), 2**40, 2e10, node_size=2**16, inner_bandwidth=1e9,
                outer_bandwidth=1e9, host_bandwidth=5e9, framework=2**29, value_padded=True)
 STEP_BYTES = 2**28                         # of moments that a step of a swapped optimizer has on the device at a time
 
 
+def group_size(plan, axis):
+    """Ranks of a group along an axis; dp and edp: of those that hold the same weights; pp: a stage and the next."""
+    return 2 if axis == "pp" else plan.holders.get(axis) or getattr(plan, axis)
+
+
+def stride_of(plan, axis):
+    """From a rank of the group to the next, in ranks; those of a node are consecutive."""
+    return dict(tp=1, etp=1, cp=plan.tp, dp=plan.tp, edp=plan.ep * plan.etp, pp=plan.dp * plan.cp * plan.tp)[axis]
+
+
 def tier_of(plan, axis):
-    """inner if a group of the axis lies inside one node, else outer; for pp: if the next stage's rank does."""
-    ranks = 2 if axis == "pp" else plan.holders.get(axis) or getattr(plan, axis)
-    return "inner" if ranks * stride_of(plan, axis) <= plan.node_size else "outer"
+    """inner if a group of the axis lies inside one node, else outer."""
+    return "inner" if group_size(plan, axis) * stride_of(plan, axis) <= plan.node_size else "outer"
 
 
 def collective_seconds(hardware, tier, ranks, sent, local=1):
@@ -1082,9 +1088,11 @@ def collective_seconds(hardware, tier, ranks, sent, local=1):
     return hardware.static_collective + steps * latency + sent / bandwidth
 
 
-def axis_seconds(plan, hardware, axis, ranks, sent):
-    stride, tier = stride_of(plan, axis), tier_of(plan, axis)
-    return collective_seconds(hardware, tier, ranks, sent, max(1, min(ranks, plan.node_size // stride)))
+def axis_seconds(plan, hardware, axis, sent):
+    """Seconds of a collective in the groups of an axis."""
+    ranks = group_size(plan, axis)
+    local = max(1, min(ranks, plan.node_size // stride_of(plan, axis)))
+    return collective_seconds(hardware, tier_of(plan, axis), ranks, sent, local)
 
 
 # a backward's work over its forward's: flash attention computes the scores again, vectors read a gradient more
@@ -1112,38 +1120,46 @@ def peak_of(hardware, precision, narrow=False):
 def matmul_seconds(op, sizes, plan, hardware, tokens_inside=False):
     """sizes: rows, inner, columns and matrices of one pass; tokens_inside: of the weights', which sums over tokens."""
     half = hardware.tokens_half, hardware.matmul_half, hardware.matmul_half
-    half = half[1::-1] + half[2:] if tokens_inside else half
+    if tokens_inside:
+        half = hardware.matmul_half, hardware.tokens_half, hardware.matmul_half
     narrow = plan.precision in NARROW and op.kind == "matmul" and op.name not in ("lm_head", "router")
     rate = peak_of(hardware, plan.precision, narrow) * hardware.matmul_efficiency
     rate *= hardware.power * (hardware.fp8_efficiency if narrow else 1.0)
     rate *= hardware.grouped_efficiency if op.sizes[3] > 1 and op.kind == "matmul" else 1.0
     share = matmul_share(*sizes, half, hardware.cores)
-    return max(op.flops / (rate * share), op.moved / (hardware.bandwidth * hardware.memory_efficiency))
+    return max(op.flops / (rate * share), op.moved / hardware.memory_rate)
 
 
 def op_seconds(op, plan, hardware):
     """Seconds of (forward, backward for inputs, for weights): arithmetic or memory, the slower, and a start."""
-    if op.kind == "vector":
-        busy = op.moved / (hardware.bandwidth * hardware.memory_efficiency)
-        return busy + hardware.static_vector, BACKWARD["vector"] * busy + hardware.static_vector, 0.0
-    m, k, n, matrices = op.sizes
-    start = hardware.static_matmul
     if op.kind == "matmul":
-        sizes = (m, k, n, matrices), (m, n, k, matrices), (k * matrices, m / matrices, n, matrices)
-        times = [matmul_seconds(op, each, plan, hardware, i == 2) + start for i, each in enumerate(sizes)]
-        # the sum over micro-batches is read and written
-        times[2] += 2 * gradient_bytes(plan) * k * n * matrices / (hardware.bandwidth * hardware.memory_efficiency)
-        if plan.precision in NARROW:                       # inputs and gradients are cast, in two layouts
-            cast = 2 / (hardware.bandwidth * hardware.memory_efficiency)
-            times = [times[0] + cast * m * k, times[1] + cast * m * n, times[2]]
-        return tuple(times)
-    if op.kind == "unfused":
-        busy = matmul_seconds(op, (m * matrices, k, n, matrices), plan, hardware)
-        return busy + start, BACKWARD["unfused"] * busy + start, 0.0
-    rate = peak_of(hardware, plan.precision) * hardware.attention_efficiency * n / (n + hardware.attention_half)
-    rate *= hardware.portable_attention if op.kind == "portable" else 1.0
-    busy = max(op.flops / rate, op.moved / (hardware.bandwidth * hardware.memory_efficiency))
-    return busy + start, BACKWARD["flash"] / FLASH_BACKWARD * busy + start, 0.0
+        return linear_seconds(op, plan, hardware)
+    start = hardware.static_matmul
+    if op.kind == "vector":
+        busy, again, start = op.moved / hardware.memory_rate, BACKWARD["vector"], hardware.static_vector
+    elif op.kind == "unfused":
+        m, k, n, matrices = op.sizes
+        busy, again = matmul_seconds(op, (m * matrices, k, n, matrices), plan, hardware), BACKWARD["unfused"]
+    else:
+        keys, rate = op.sizes[2], peak_of(hardware, plan.precision) * hardware.attention_efficiency
+        rate = rate * keys / (keys + hardware.attention_half)
+        rate *= hardware.portable_attention if op.kind == "portable" else 1.0
+        busy, again = max(op.flops / rate, op.moved / hardware.memory_rate), BACKWARD["flash"] / FLASH_BACKWARD
+    return busy + start, again * busy + start, 0.0
+
+
+def linear_seconds(op, plan, hardware):
+    """op_seconds of a matmul with weights."""
+    m, k, n, matrices = op.sizes
+    sizes = (m, k, n, matrices), (m, n, k, matrices), (k * matrices, m / matrices, n, matrices)
+    forward, inputs, weights = (matmul_seconds(op, each, plan, hardware, i == 2) + hardware.static_matmul
+                                for i, each in enumerate(sizes))
+    # the sum over micro-batches is read and written
+    weights += 2 * gradient_bytes(plan) * k * n * matrices / hardware.memory_rate
+    if plan.precision in NARROW:                           # inputs and gradients are cast, in two layouts
+        cast = 2 / hardware.memory_rate
+        forward, inputs = forward + cast * m * k, inputs + cast * m * n
+    return forward, inputs, weights
 
 
 def gradient_bytes(plan):
@@ -1153,7 +1169,7 @@ def gradient_bytes(plan):
 
 def weights_seconds(plan, hardware, params, size):
     """Seconds to gather weights of `size` bytes each from the ranks that hold a part, or to scatter their gradients."""
-    return sum(axis_seconds(plan, hardware, axis, ranks, (ranks - 1) / ranks * params[axis] * size)
+    return sum(axis_seconds(plan, hardware, axis, (ranks - 1) / ranks * params[axis] * size)
                for axis, ranks in plan.holders.items())
 
 
@@ -1184,7 +1200,7 @@ class LayerTime:
             if self.whole_again or (part == "attend" and "attention" in plan.recompute):
                 parts.append("recompute")
             for one in parts:
-                seconds = axis_seconds(plan, hardware, axis, getattr(plan, axis), sent)
+                seconds = axis_seconds(plan, hardware, axis, sent)
                 seconds *= 1 - hardware.hidden_share * (axis in plan.hide)     # the rest runs beside its matmul
                 self.collectives[one].append((axis, tier, seconds))
             self.sent[tier] += sent * (1 + len(parts))
@@ -1694,7 +1710,7 @@ class Simulation:
             sync -= min(hardware.hidden_share * sync, room)
         moved = cut * (7 * 4 + e)                          # read gradient, master, moments; write three and weight
         swapped = 2 * 8 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0     # moments come and go
-        return sync, swapped + moved / (hardware.bandwidth * hardware.memory_efficiency)
+        return sync, swapped + moved / hardware.memory_rate
 
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
@@ -1767,8 +1783,8 @@ class Simulation:
             return ""
         memory = [self.memory(rank) for rank in ranks]
         peak = max(memory, key=lambda parts: sum(parts.values()))
-        return (f"pipeline rank {ranks[memory.index(peak)]} needs {sum(peak.values()) / 2**30:.1f} of "
-                f"{self.hardware.memory / 2**30:.1f} GiB, most of it {max(peak, key=peak.get)}: use more recompute, "
+        return (f"pipeline rank {ranks[memory.index(peak)]} needs {sum(peak.values()) / GIB:.1f} of "
+                f"{self.hardware.memory / GIB:.1f} GiB, most of it {max(peak, key=peak.get)}: use more recompute, "
                 "pp, tp or zero=3, or a smaller micro_batch")
 
 
@@ -1790,11 +1806,11 @@ def predict(config, plan, hardware, max_vio=0.0):
     why_not = run.refusal()
     return dict(
         step_time_s=step, tokens_per_s=rate, tokens_per_s_per_device=rate / plan.world_size,
-        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12, mem_gib=needed / 2**30,
+        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12, mem_gib=needed / GIB,
         bubble=parts["bubble"] / step, exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
         hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0,
         fits=not why_not, why_not=why_not, peak_rank=peak, breakdown=parts,
-        memory_by_stage=[{name: size / 2**30 for name, size in rank.items()} for rank in memory],
+        memory_by_stage=[{name: size / GIB for name, size in rank.items()} for rank in memory],
         bytes_by_tier=run.bytes_by_tier(), plan=asdict(plan))
 
 
@@ -1813,16 +1829,16 @@ def fit_memory(config, plan, hardware, budget):
     bytes. ValueError says what is missing and what would help."""
     results = [predict(config, replace(plan, recompute=recompute, swap=swap), hardware)
                for recompute, swap in memory_choices(config)]
-    fitting = [result for result in results if result["mem_gib"] * 2**30 <= budget]
+    fitting = [result for result in results if result["mem_gib"] * GIB <= budget]
     if fitting:
         return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
     least = min(results, key=lambda result: result["mem_gib"])
     parts = least["memory_by_stage"][least["peak_rank"]]
     items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
     raise ValueError(
-        f"fit={budget / 2**30:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB (simulated: "
+        f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB (simulated: "
         + ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
-        + f"), {least['mem_gib'] - budget / 2**30:.2f} GiB too much: use "
+        + f"), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
         + what_would_fit(config, plan, hardware, budget))
 
 
@@ -1832,7 +1848,7 @@ def what_would_fit(config, plan, hardware, budget):
     sharded = dict(zero=3) if max(plan.holders.values()) > 1 else {}
     for change in (dict(micro_batch=1), sharded, dict(micro_batch=1, **sharded)):
         try:
-            if predict(config, replace(smallest, **change), hardware)["mem_gib"] * 2**30 <= budget:
+            if predict(config, replace(smallest, **change), hardware)["mem_gib"] * GIB <= budget:
                 return " ".join(f"{name}={value}" for name, value in change.items())
         except ValueError:
             continue
@@ -1921,7 +1937,7 @@ def candidate_plans(config, hardware, devices, **batch):
         group = devices // pp
         for ep, (schedule, vpp) in product(experts, RUNS if pp > 1 else (("1f1b", 1), ("paired", 1))):
             if devices % (tp * cp * pp) == 0 and group % ep == 0:
-                overlap = "adaptive" if schedule in ("paired", "dualpipev") else "none"
+                overlap = "adaptive" if schedule in PAIRED else "none"
                 yield Plan(tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=group // (tp * cp), ep=ep, micro_batch=micro_batch,
                            schedule=schedule, vpp=vpp, overlap=overlap, node_size=hardware.node_size, **batch)
 
@@ -1942,7 +1958,7 @@ def least_seconds(run):
     plan, n = run.plan, run.plan.n_micro
     least = _least(run.shape, same_time(replace(plan, zero=0, swap=())), run.hardware)
     forward, backward, half = zip(*map(least, run.stages))
-    v_shaped = plan.schedule in ("zbv", "dualpipev")
+    v_shaped = plan.schedule in V_SHAPED
     after = [sum(run.saving(plan.recompute, ()).after_pipeline(rank)) for rank in (0, plan.pp - 1)]
     up = half if v_shaped else backward                    # what a gradient needs to go up
     first, last = plan.stages_of(0), plan.stages_of(plan.pp - 1)
@@ -1962,7 +1978,7 @@ def least_seconds(run):
 def first_forwards(plan):
     """{chunk: forwards that the first rank can run before a gradient comes back to it}."""
     n, pp, alone = plan.n_micro, plan.pp, plan.schedule != "paired"        # a pair waits for both
-    if plan.schedule in ("zbv", "dualpipev"):
+    if plan.schedule in V_SHAPED:
         return {0: min(2 * pp - 1, n), 1: 1}
     first = alone + {"1f1b": pp - 1, "interleaved": 2 * pp - 2, "paired": 2 * pp - 1}[plan.schedule]
     return Counter(i // plan.turn % plan.vpp for i in range(min(n * plan.vpp, first + (plan.vpp - 1) * plan.turn)))
@@ -2215,7 +2231,7 @@ def neighbours(config, plan, hardware):
     """Legal plans with another schedule, expert group, cut over stages or exchange than this one."""
     for (schedule, vpp), ep, pp, dispatch in product(RUNS, (32, 64), (8, 12, 16), ("hierarchical", "flat", "dedup")):
         other = replace(plan, schedule=schedule, vpp=vpp, ep=ep, pp=pp, dp=plan.dp * plan.pp // pp, recompute=(),
-                        dispatch=dispatch, overlap="adaptive" if schedule in ("paired", "dualpipev") else "none")
+                        dispatch=dispatch, overlap="adaptive" if schedule in PAIRED else "none")
         with contextlib.suppress(ValueError):
             check_plan(config, other, hardware)
             yield other
