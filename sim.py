@@ -484,7 +484,11 @@ def plan_placement(load, current):
     goal, random = _goal(load, devices, replicas), np.random.default_rng(0)
     best = current
     for attempt in range(TRIES):
-        homes = best[:, :n_homes] if attempt == 0 else _kicked(best[:, :n_homes], random) if attempt > 1 else None
+        homes = best[:, :n_homes]
+        if attempt == 1:
+            homes = None                                   # the greedy places them too
+        elif attempt > 1:
+            homes = _kicked(homes, random)
         start = place_greedily(load, devices, replicas, homes)
         best = min(best, _refined(load, start, n_homes, goal), key=busiest)
         if busiest(best) <= goal:
@@ -729,17 +733,27 @@ class Work:
 
     def experts(self):
         """Router, permutation, shared and routed experts. A rank computes as many rows as it sends, on average."""
-        c, plan, wide = self.shape, self.plan, self.wide       # router and losses are computed in float32 or better
-        own, k, width, inner = plan.tokens, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size
-        rows, into, experts = math.ceil(own * k * (c.capacity_factor or 1)), 2 if c.gated_mlp else 1, c.n_routed_experts
-        own_experts = max(1, experts // plan.ep)
+        c, plan, own, inner = self.shape, self.plan, self.plan.tokens, self.shape.moe_intermediate_size
+        rows = math.ceil(own * c.num_experts_per_tok * (c.capacity_factor or 1))
+        self.route()
         if plan.etp > 1:                                       # rows of all that share an expert, a part of its width
-            self.gather("etp", "experts", 2 * rows, width)
+            self.gather("etp", "experts", 2 * rows, c.hidden_size)
             rows, inner = rows * plan.etp, inner // plan.etp
+        self.vector("attend", "permute", (own + rows) * c.hidden_size)
+        self.saved["order"] = rows * 8 if plan.ep > 1 else 0   # of rows as they arrive
+        if c.n_shared_experts:
+            self.mlp("shared", "shared", c.n_shared_experts * c.moe_intermediate_size)
+        self.routed_experts(rows, inner)
+        self.vector("combine", "unpermute", (rows + 2 * own) * c.hidden_size)
+
+    def route(self):
+        """Scores, choice and balance loss, computed in float32 or better."""
+        c, plan, own, wide = self.shape, self.plan, self.plan.tokens, self.wide
+        k, experts = c.num_experts_per_tok, c.n_routed_experts
         uncast = wide == self.element or "permute" in plan.recompute         # else only the shared expert keeps it
-        self.matmul("attend", "router", own, width, experts, keep="mlp_in" if uncast else None)
+        self.matmul("attend", "router", own, c.hidden_size, experts, keep="mlp_in" if uncast else None)
         if wide > self.element:
-            self.saved["router_in"] = own * width * wide       # cast
+            self.saved["router_in"] = own * c.hidden_size * wide             # cast
         self.vector("attend", "choose", 6 * own * experts * wide / self.element)
         self.saved.update(scores=own * experts * wide, ids=own * k * 8, slot=own * k * 8)
         if c.norm_topk_prob:
@@ -749,22 +763,22 @@ class Work:
             groups = plan.micro_batch // min(size, plan.micro_batch)           # of the balance loss
             self.saved["balance"] = groups * experts * wide    # load of each group's experts
             self.saved["balance.sum"] = own * wide if c.aux_scores == "normalized" else 0
-        self.vector("attend", "permute", (own + rows) * width)
-        self.saved["order"] = rows * 8 if plan.ep > 1 else 0   # of rows as they arrive
-        if c.n_shared_experts:
-            self.mlp("shared", "shared", c.n_shared_experts * c.moe_intermediate_size)
+
+    def routed_experts(self, rows, inner):
+        """SwiGLU of `rows` in all of a rank's experts, of inner width `inner`."""
+        c, plan, width, into = self.shape, self.plan, self.shape.hidden_size, 2 if self.shape.gated_mlp else 1
+        own_experts = max(1, c.n_routed_experts // plan.ep)
         self.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=own_experts)
         self.vector("experts", "expert.act", (into + 1) * rows * inner)
         self.keep("expert_gate_up", into * rows * inner)
         if plan.balance_replicas:                              # weights of homes and copies, put together for each use
-            self.keep("expert_weights", (experts // plan.ep + plan.balance_replicas) * (into + 1) * width * inner)
+            self.keep("expert_weights", (own_experts + plan.balance_replicas) * (into + 1) * width * inner)
         self.matmul("experts", "expert.down", rows, inner, width, keep="expert_hidden", experts=own_experts)
-        self.keep("row_weights", rows + (wide == self.element))                # a cast drops the spare last one
-        self.saved["counts"] = experts // plan.ep * 8
+        self.keep("row_weights", rows + (self.wide == self.element))           # a cast drops the spare last one
+        self.saved["counts"] = c.n_routed_experts // plan.ep * 8
         if c.expert_weight == "after_down":
             self.keep("expert_out", rows * width)
             self.vector("experts", "expert.weight", 2 * rows * width)
-        self.vector("combine", "unpermute", (rows + 2 * own) * width)
 
     def join(self):
         c, own = self.shape, self.plan.tokens
@@ -885,7 +899,9 @@ def recomputed(work, plan=None):
         outside = re.compile("input_layernorm$|ids|enorm|hnorm|eh_|shared_head").match    # MTP's join among it
         return ({name for name in work.saved if not outside(name)},
                 {op.name for op in work.ops if not outside(op.name)} | {"input_layernorm"})
-    gone, again = ({name for item in items if item != "layer" for name in RECOMPUTES[item][i]} for i in (0, 1))
+    chosen = [RECOMPUTES[item] for item in items if item != "layer"]
+    gone = {name for tensors, _ in chosen for name in tensors}
+    again = {name for _, operators in chosen for name in operators}
     if "attention" in items and not plan.is_plain:         # a matmul whose weight gradient can be deferred saves last
         again.add("o_proj")
     return gone, again
@@ -902,13 +918,12 @@ def saved_by_part(works):
     """Bytes that backward keeps of one micro-batch, by KEPT_IN; `host`: what is swapped."""
     parts = Counter()
     for work in works:
-        away = saved_bytes(work)[1]
         gone = recomputed(work)[0].union(*(SWAPPED[item] for item in work.plan.swap))
         kind = "dense" if "router_in" in work.saved else work.kind         # then the router keeps a cast of mlp_in
         for name in work.saved.keys() - gone:
             part = next(part for part, pattern in KEPT_IN.items() if re.search(pattern, f"{kind} {name}"))
             parts[part] += work.saved[name]
-        parts["host"] += away
+        parts["host"] += saved_bytes(work)[1]
     return parts
 
 
@@ -1186,37 +1201,47 @@ class LayerTime:
         # dropped rows travel again: before anything is recomputed from them, or else for the experts' backward
         self.rows_again = "" if "permute" not in again else "first" if "expert.gate_up" in again else "for experts"
         self.compute = Counter()                           # (part, pass) -> seconds; pass: F, I, W, or B = I + W
-        for op in work.ops:
-            seconds = [one * (slower if op.name.startswith("expert.") else 1) for one in op_seconds(op, plan, hardware)]
-            self.compute.update(dict(zip(product([op.part], "FIW"), seconds)))
-            self.compute["recompute", "F"] += seconds[0] if op.name in again else 0.0
-        self.compute.update({(part, "B"): self.compute[part, "I"] + self.compute[part, "W"]
-                             for part in {op.part for op in work.ops}})
         self.collectives = defaultdict(list)               # part -> list of (axis, tier, seconds) of one pass
         self.exchange = {"F": Counter(), "B": Counter()}   # pass -> tier -> seconds of one way
         self.sent = Counter()                              # tier -> bytes of a forward and a backward
-        for (axis, part), sent in work.sent.items():
-            tier, parts = tier_of(plan, axis), [part]
-            if self.whole_again or (part == "attend" and "attention" in plan.recompute):
-                parts.append("recompute")
-            for one in parts:
-                seconds = axis_seconds(plan, hardware, axis, sent)
-                seconds *= 1 - hardware.hidden_share * (axis in plan.hide)     # the rest runs beside its matmul
-                self.collectives[one].append((axis, tier, seconds))
-            self.sent[tier] += sent * (1 + len(parts))
-        outer = plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
-        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel one way
-        sent = exchange_bytes(work.shape, plan) if work.params["edp"] else {}
-        copied = copied_bytes(work.shape, plan)
-        for one, tiers in zip("FB", sent.values()):
-            for tier, ranks in (("inner", plan.inner), ("outer", outer)):
-                way = tiers[tier][0] / 2
-                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way + copied[tier] / 2)
-                self.sent[tier] += times[one] * way + copied[tier]
+        self._time_operators(work, plan, hardware, again, slower)
+        self._time_collectives(work, plan, hardware)
+        self._time_exchange(work, plan, hardware, slower)
         self.swap = saved_bytes(work, plan)[1] / hardware.host_bandwidth
         # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it; (tier, seconds)
         self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
                                          if plan.zero == 3 else 0.0) for size in (work.element, 4)]
+
+    def _time_operators(self, work, plan, hardware, again, slower):
+        for op in work.ops:
+            seconds = [one * (slower if op.name.startswith("expert.") else 1) for one in op_seconds(op, plan, hardware)]
+            self.compute.update(dict(zip(product([op.part], "FIW"), seconds)))
+            self.compute["recompute", "F"] += seconds[0] if op.name in again else 0.0
+        for part in {op.part for op in work.ops}:
+            self.compute[part, "B"] = self.compute[part, "I"] + self.compute[part, "W"]
+
+    def _time_collectives(self, work, plan, hardware):
+        for (axis, part), sent in work.sent.items():
+            tier, parts = tier_of(plan, axis), [part]
+            if self.whole_again or (part == "attend" and "attention" in plan.recompute):
+                parts.append("recompute")
+            seconds = axis_seconds(plan, hardware, axis, sent)
+            seconds *= 1 - hardware.hidden_share * (axis in plan.hide)         # the rest runs beside its matmul
+            for one in parts:
+                self.collectives[one].append((axis, tier, seconds))
+            self.sent[tier] += sent * (1 + len(parts))
+
+    def _time_exchange(self, work, plan, hardware, slower):
+        if not work.params["edp"]:                         # no experts
+            return
+        outer = plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
+        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel one way
+        copied = copied_bytes(work.shape, plan)
+        for one, tiers in zip("FB", exchange_bytes(work.shape, plan).values()):
+            for tier, ranks in (("inner", plan.inner), ("outer", outer)):
+                way = tiers[tier][0] / 2
+                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way + copied[tier] / 2)
+                self.sent[tier] += times[one] * way + copied[tier]
 
 
 @lru_cache(4096)
@@ -1249,8 +1274,8 @@ def same_work(plan):
 class Streams:
     """A device's queues: compute, links inside the node, links between nodes, the host's link; each runs in order."""
 
-    def __init__(self, flat, tax=0.0):
-        self.flat = flat
+    def __init__(self, flat, tax):
+        self.flat = flat                                   # the exchange uses both kinds of link at once
         self.tax = tax                                     # seconds of computation lost for one of a link beside it
         self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}
         self.tasks = []                                    # (name, stream, start, end), seconds from the action's start
@@ -1424,15 +1449,20 @@ def _one_forward_one_backward(plan, rank):
 
     paired: one more warm-up, so that each steady step holds a forward and a backward that do not wait for each other.
     """
-    n, vpp, hops = plan.n_micro, plan.vpp, plan.pp - 1 - rank
-    turn = plan.turn
+    n, vpp, turn = plan.n_micro, plan.vpp, plan.turn
     forward = [f"F{i // turn % vpp}" for i in range(n * vpp)]
     backward = [f"B{vpp - 1 - i // turn % vpp}" for i in range(n * vpp)]
-    first = {"1f1b": hops, "interleaved": 2 * hops, "paired": 2 * hops + 1}[plan.schedule]
-    warm_up = min(n * vpp, first + (vpp - 1) * turn)
+    first = min(n * vpp, warm_up(plan, rank))
     join = "+" if plan.schedule == "paired" else " "
-    steady = [f + join + b for f, b in zip(forward[warm_up:], backward)]
-    return " ".join(forward[:warm_up] + steady + backward[n * vpp - warm_up:]).split()
+    steady = [f + join + b for f, b in zip(forward[first:], backward)]
+    return " ".join(forward[:first] + steady + backward[n * vpp - first:]).split()
+
+
+def warm_up(plan, rank):
+    """Forwards of a rank before its first step of a forward and a backward, if there are as many."""
+    hops = plan.pp - 1 - rank
+    first = {"1f1b": hops, "interleaved": 2 * hops, "paired": 2 * hops + 1}[plan.schedule]
+    return first + (plan.vpp - 1) * plan.turn
 
 
 def _phases(*phases):
@@ -1678,7 +1708,7 @@ class Simulation:
             vars(other).pop(name, None)
         return other
 
-    def run(self, run):
+    def inputs_of(self, run):
         """What play_action takes for a run: (kind, stage, stage of a pair's backward)."""
         kind, *stages = run
         layers = [tuple(self.times[one] for one in self.stages[stage]) for stage in stages] + [()]
@@ -1686,9 +1716,16 @@ class Simulation:
         flat, adaptive = self.plan.dispatch in ("flat", "pipelined"), self.plan.overlap == "adaptive"
         return flat, adaptive, kind, forward, backward, self.hardware.overlap_tax
 
+    def account_of(self, run):
+        """account of the action that a run stands for."""
+        return action_account(*self.inputs_of(run))
+
+    def seconds_of(self, run):
+        return self.account_of(run)[0]
+
     def spans(self):
         """The whole step: list (pp) of lists of (start, end, action), seconds."""
-        return play(self.plan, schedule_table(self.plan), lambda run: action_account(*self.run(run))[0], self.link)
+        return play(self.plan, schedule_table(self.plan), self.seconds_of, self.link)
 
     def works_of(self, rank):
         return [self.works[kind] for stage in self.plan.stages_of(rank) for kind in self.stages[stage]]
@@ -1706,7 +1743,7 @@ class Simulation:
         sizes = () if plan.zero == 3 else (wide, e if plan.zero else wide)
         sync = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
         if "dp" in plan.hide:                              # beside the last backwards
-            room = sum(action_account(*self.run(("B", stage)))[0] for stage in plan.stages_of(rank))
+            room = sum(self.seconds_of(("B", stage)) for stage in plan.stages_of(rank))
             sync -= min(hardware.hidden_share * sync, room)
         moved = cut * (7 * 4 + e)                          # read gradient, master, moments; write three and weight
         swapped = 2 * 8 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0     # moments come and go
@@ -1715,13 +1752,13 @@ class Simulation:
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
         parts, travel, step = Counter(), 0.0, 0.0
-        ends, counts = time_pipeline(self.plan, lambda run: action_account(*self.run(run))[0], self.link)
+        ends, counts = time_pipeline(self.plan, self.seconds_of, self.link)
         for rank, (end, runs) in enumerate(zip(ends, counts)):
             sync, optimizer = self.after_pipeline(rank)
             step = max(step, end + sync + optimizer)
             parts.update(gradients=sync, optimizer=optimizer)
             for run, times in runs.items():
-                _, by_part, seconds = action_account(*self.run(run))
+                _, by_part, seconds = self.account_of(run)
                 for name, spent in by_part.items():
                     parts[name] += times * spent
                 travel += times * seconds
@@ -1779,11 +1816,11 @@ class Simulation:
 
     def refusal(self):
         """Why the step does not fit; "" if it does."""
-        if self.fits(ranks := list(range(self.plan.pp))):
+        if self.fits(list(range(self.plan.pp))):
             return ""
-        memory = [self.memory(rank) for rank in ranks]
+        memory = [self.memory(rank) for rank in range(self.plan.pp)]
         peak = max(memory, key=lambda parts: sum(parts.values()))
-        return (f"pipeline rank {ranks[memory.index(peak)]} needs {sum(peak.values()) / GIB:.1f} of "
+        return (f"pipeline rank {memory.index(peak)} needs {sum(peak.values()) / GIB:.1f} of "
                 f"{self.hardware.memory / GIB:.1f} GiB, most of it {max(peak, key=peak.get)}: use more recompute, "
                 "pp, tp or zero=3, or a smaller micro_batch")
 
@@ -1889,7 +1926,7 @@ def write_trace(run, path):
         names = [("process_name", 0, f"pipeline rank {rank}")] + [("thread_name", *one) for one in enumerate(threads)]
         events += [dict(ph="M", name=kind, pid=rank, tid=thread, args={"name": name}) for kind, thread, name in names]
         for start, end, action in row:
-            tasks = [(str(action), "schedule", 0.0, end - start)] + play_action(*run.run(action.run)).tasks
+            tasks = [(str(action), "schedule", 0.0, end - start)] + play_action(*run.inputs_of(action.run)).tasks
             events += [dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream),
                             ts=1e6 * (start + first), dur=1e6 * (last - first)) for name, stream, first, last in tasks]
     with open(path, "w") as file:
@@ -1977,11 +2014,10 @@ def least_seconds(run):
 
 def first_forwards(plan):
     """{chunk: forwards that the first rank can run before a gradient comes back to it}."""
-    n, pp, alone = plan.n_micro, plan.pp, plan.schedule != "paired"        # a pair waits for both
+    n, alone = plan.n_micro, plan.schedule != "paired"     # a pair waits for both
     if plan.schedule in V_SHAPED:
-        return {0: min(2 * pp - 1, n), 1: 1}
-    first = alone + {"1f1b": pp - 1, "interleaved": 2 * pp - 2, "paired": 2 * pp - 1}[plan.schedule]
-    return Counter(i // plan.turn % plan.vpp for i in range(min(n * plan.vpp, first + (plan.vpp - 1) * plan.turn)))
+        return {0: min(2 * plan.pp - 1, n), 1: 1}
+    return Counter(i // plan.turn % plan.vpp for i in range(min(n * plan.vpp, alone + warm_up(plan, 0))))
 
 
 @lru_cache(2**14)
