@@ -21,7 +21,6 @@ replicas, the host's own pace, power. The constants are fitted on published runs
 """
 import argparse
 import contextlib
-import copy
 import json
 import math
 import multiprocessing
@@ -36,6 +35,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
 from operator import itemgetter, le, mul
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -158,7 +158,7 @@ def divisors(n):
 
 
 def has_experts(config):
-    return {"moe", "mtp"} & set(layer_kinds(config)) != set()
+    return config.first_k_dense_replace < config.num_hidden_layers or config.num_nextn_predict_layers > 0
 
 
 def check_plan(config, plan, hardware=None, devices=None):
@@ -1244,9 +1244,7 @@ class LayerTime:
                 self.sent[tier] += times[one] * way + copied[tier]
 
 
-@lru_cache(4096)
-def layer_work(shape, plan, kind):
-    return Work(shape, plan, kind)
+layer_work = lru_cache(4096)(Work)
 
 
 @lru_cache(2**14)
@@ -1558,10 +1556,10 @@ class Timetable:
 
     def _count(self, first, end):
         """list (pp) of {run: steps of these micro-batches}."""
-        runs, counts = list(self.runs), [{} for _ in self.in_flight]
-        steps = islice(zip(self.rank, self.run, self.microbatch), 1, None)
-        for (rank, run), n in Counter((rank, run) for rank, run, m in steps if first <= m < end).items():
-            counts[rank][runs[run]] = n
+        runs, counts = list(self.runs), [Counter() for _ in self.in_flight]
+        for rank, run, microbatch in islice(zip(self.rank, self.run, self.microbatch), 1, None):
+            if first <= microbatch < end:
+                counts[rank][runs[run]] += 1
         return counts
 
     def play(self, seconds, link=0.0):
@@ -1634,7 +1632,7 @@ def time_pipeline(plan, duration, link):
     if period is None:
         repeated, period, table = 0, 0.0, timetable(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
         ends = table.play([duration(run) for run in table.runs], link)[1]
-    counts = [{run: n + repeated * more.get(run, 0) for run, n in one.items()}
+    counts = [{run: n + repeated * more[run] for run, n in one.items()}
               for one, more in zip(table.counts, table.one_round)]
     return [end + repeated * period for end in ends], counts
 
@@ -1699,14 +1697,6 @@ class Simulation:
         """stage -> bytes that a micro-batch keeps."""
         kept = {kind: saved_bytes(work, self.plan)[0] for kind, work in self.works.items()}
         return [sum(map(kept.get, stage)) for stage in self.stages]
-
-    def saving(self, recompute, swap):
-        """The same step with another choice of what is computed again and swapped."""
-        other = copy.copy(self)
-        other.plan = replace(self.plan, recompute=recompute, swap=swap)
-        for name in ("works", "times", "kept"):
-            vars(other).pop(name, None)
-        return other
 
     def inputs_of(self, run):
         """What play_action takes for a run: (kind, stage, stage of a pair's backward)."""
@@ -1804,11 +1794,18 @@ class Simulation:
         kept = [self.kept[stage] for stage in self.plan.stages_of(rank)]
         return max(sum(map(mul, kept, live)) for live in played_table(self.plan)[0].in_flight[rank])
 
+    @cached_property
+    def memories(self):
+        return [self.memory(rank) for rank in range(self.plan.pp)]
+
+    def overflows(self, parts):
+        """Whether a rank needs more than there is when the allocator has given unused pieces back."""
+        return sum(parts.values()) - parts["allocator"] > self.hardware.memory
+
     def fits(self, ranks):
         """Whether these pipeline ranks fit. One that does not is moved to the front, where the next look begins."""
         for rank in ranks:
-            parts = self.memory(rank)
-            if sum(parts.values()) - parts["allocator"] > self.hardware.memory:    # which gives unused pieces back
+            if self.overflows(self.memory(rank)):
                 ranks.remove(rank)
                 ranks.insert(0, rank)
                 return False
@@ -1816,11 +1813,10 @@ class Simulation:
 
     def refusal(self):
         """Why the step does not fit; "" if it does."""
-        if self.fits(list(range(self.plan.pp))):
+        if not any(map(self.overflows, self.memories)):
             return ""
-        memory = [self.memory(rank) for rank in range(self.plan.pp)]
-        peak = max(memory, key=lambda parts: sum(parts.values()))
-        return (f"pipeline rank {memory.index(peak)} needs {sum(peak.values()) / GIB:.1f} of "
+        peak = max(self.memories, key=lambda parts: sum(parts.values()))
+        return (f"pipeline rank {self.memories.index(peak)} needs {sum(peak.values()) / GIB:.1f} of "
                 f"{self.hardware.memory / GIB:.1f} GiB, most of it {max(peak, key=peak.get)}: use more recompute, "
                 "pp, tp or zero=3, or a smaller micro_batch")
 
@@ -1835,7 +1831,7 @@ def predict(config, plan, hardware, max_vio=0.0):
     check_plan(config, plan, hardware)
     run = Simulation(config, plan, hardware, max_vio)
     parts, travel = run.breakdown()
-    step, memory = sum(parts.values()), [run.memory(rank) for rank in range(plan.pp)]
+    step, memory = sum(parts.values()), run.memories
     peak = max(range(plan.pp), key=lambda rank: sum(memory[rank].values()))
     needed, rate = sum(memory[peak].values()), plan.global_batch * plan.seq_len / step
     # training is three forwards; tokens/s of a device times FLOPs of a token
@@ -1961,6 +1957,9 @@ def draw_png(run, path):
 
 RUNS = (("1f1b", 1), ("zbv", 2), ("dualpipev", 2), *product(("interleaved",), (2, 3, 4)),
         *product(("paired",), (1, 2, 3, 4)))               # (schedule, vpp); pairs are always interleaved: adaptive
+PANGU = PRESETS["pangu-ultra-moe-718b"]
+SLOWER = "slower than those above, by its step or by a lower bound of it"
+CHUNK, AHEAD = 16, 8                                       # plans of a job, jobs that wait
 
 
 def candidate_plans(config, hardware, devices, **batch):
@@ -1996,7 +1995,8 @@ def least_seconds(run):
     least = _least(run.shape, same_time(replace(plan, zero=0, swap=())), run.hardware)
     forward, backward, half = zip(*map(least, run.stages))
     v_shaped = plan.schedule in V_SHAPED
-    after = [sum(run.saving(plan.recompute, ()).after_pipeline(rank)) for rank in (0, plan.pp - 1)]
+    unswapped = Simulation(run.shape, replace(plan, swap=()), run.hardware, run.max_vio)
+    after = [sum(unswapped.after_pipeline(rank)) for rank in (0, plan.pp - 1)]
     up = half if v_shaped else backward                    # what a gradient needs to go up
     first, last = plan.stages_of(0), plan.stages_of(plan.pp - 1)
     before = dict.fromkeys(range(plan.vpp), 0) | first_forwards(plan)
@@ -2051,22 +2051,20 @@ def never_faster(more, less):
 
 def best_savings(config, plan, hardware, limit):
     """(prediction of a plan with the fastest recompute and swap that fit, if below `limit` seconds; else why not)."""
-    run, found, fitting, ranks = Simulation(config, plan, hardware), None, [], list(range(plan.pp))
-    for recompute, swap in memory_choices(config):
-        pair, other = (recompute, swap), run.saving(recompute, swap)
-        if any(never_faster(pair, one) for one in fitting) or not other.fits(ranks):
+    found, fitting, ranks = None, [], list(range(plan.pp))
+    for pair in memory_choices(config):
+        if any(never_faster(pair, one) for one in fitting):
+            continue
+        run = Simulation(config, replace(plan, recompute=pair[0], swap=pair[1]), hardware)
+        if not run.fits(ranks):
             continue
         fitting.append(pair)
-        if least_seconds(other) < limit:
-            result = predict(config, other.plan, hardware)
+        if least_seconds(run) < limit:
+            result = predict(config, run.plan, hardware)
             found, limit = (result, result["step_time_s"]) if result["step_time_s"] < limit else (found, limit)
     if fitting:
         return found, "" if found else SLOWER
-    return None, "recomputed and swapped as much as can be, " + other.refusal()
-
-
-SLOWER = "slower than those above, by its step or by a lower bound of it"
-CHUNK, AHEAD = 16, 8                                       # plans of a job, jobs that wait
+    return None, "recomputed and swapped as much as can be, " + run.refusal()
 
 
 def explore(config, hardware, plans, limit):
@@ -2127,34 +2125,36 @@ def search_plans(config, hardware, devices, top=10, **batch):
     return found, refused
 
 
-def candidate_shapes(budget, tolerance=0.03):
+def candidate_shapes(budget):
     """Shapes like Pangu Ultra MoE's, of an active and a total size within 3 % of the budget (embedding not counted).
 
     All sizes are multiples of 256 and counts of experts and heads powers of two, for the cube and any plan.
     """
-    paper = PRESETS["pangu-ultra-moe-718b"]
+    tolerance = 0.03
     axes = dict(num_hidden_layers=range(48, 81), hidden_size=range(5120, 9217, 256),
                 moe_intermediate_size=range(1024, 4097, 512), n_routed_experts=(128, 256, 512),
                 num_experts_per_tok=(4, 8, 16), num_attention_heads=(64, 128), q_lora_rank=(1024, 1536, 2048))
     for values in product(*axes.values()):
         shape = dict(zip(axes, values))
         shape["intermediate_size"] = round(2.4 * shape["hidden_size"] / 256) * 256         # the paper's ratio
-        active, total = shape_size(paper, **shape)
+        active, total = shape_size(PANGU, **shape)
         if abs(active / budget["active"] - 1) < tolerance and abs(total / budget["total"] - 1) < tolerance:
-            yield replace(paper, **shape), active, total
+            yield replace(PANGU, **shape), active, total
 
 
 def shape_size(config, **shape):
     """(active, total) parameters with the head, without embedding and MTP, of a model with these sizes."""
-    get = {**vars(config), **shape}.get
-    width, heads, q, kv = get("hidden_size"), get("num_attention_heads"), get("q_lora_rank"), config.kv_lora_rank
-    rope, nope, v = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
-    attention = width * (q + kv + rope) + heads * (q * (nope + rope) + kv * (nope + v) + v * width)
-    expert, dense = 3 * width * get("moe_intermediate_size"), config.first_k_dense_replace
-    layers, moe = get("num_hidden_layers"), get("num_hidden_layers") - dense
-    fixed = layers * attention + dense * 3 * width * get("intermediate_size") + width * config.vocab_size
-    own = config.n_shared_experts * expert + width * get("n_routed_experts")
-    return tuple(fixed + moe * (own + n * expert) for n in (get("num_experts_per_tok"), get("n_routed_experts")))
+    c = SimpleNamespace(**{**vars(config), **shape})       # a Config would check itself, for each of many shapes
+    width, heads = c.hidden_size, c.num_attention_heads
+    latents = width * (c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim)
+    queries = c.q_lora_rank * heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    keys_and_values = c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+    attention = latents + queries + keys_and_values + heads * c.v_head_dim * width
+    expert, n_dense = 3 * width * c.moe_intermediate_size, c.first_k_dense_replace
+    n_moe = c.num_hidden_layers - n_dense
+    fixed = c.num_hidden_layers * attention + n_dense * 3 * width * c.intermediate_size + width * c.vocab_size
+    fixed += n_moe * (c.n_shared_experts * expert + width * c.n_routed_experts)
+    return fixed + n_moe * c.num_experts_per_tok * expert, fixed + n_moe * c.n_routed_experts * expert
 
 
 def shape_plans(hardware, devices, seq_len):
@@ -2190,7 +2190,7 @@ def print_shapes(hardware, devices, budget, seq_len, top, experts):
           "beyond this table. Sizes leave out embedding and MTP layer.\n\n"
           "rank  tokens/s    MFU  active  total  layers hidden experts width top heads q-rank  plan")
     for rank, (rate, c, (active, total), result) in enumerate(rows, 1):
-        if rank <= top or c == PRESETS["pangu-ultra-moe-718b"]:
+        if rank <= top or c == PANGU:
             print(f"{rank:4} {rate:9.3g} {result['mfu']:6.1%} {active / 1e9:6.1f}B {total / 1e9:5.0f}B",
                   f"{c.num_hidden_layers:7} {c.hidden_size:6} {c.n_routed_experts:7} {c.moe_intermediate_size:5}",
                   f"{c.num_experts_per_tok:3} {c.num_attention_heads:5} {c.q_lora_rank:6}",
@@ -2206,6 +2206,7 @@ PAPER = {
         SHARED, dp=48, dispatch="hierarchical", overlap="adaptive", recompute=FINE, global_batch=48 * 2 * 48)),
     "baseline": dict(tokens_per_s=0.61e6, mfu=0.189, max_vio=0.3, plan=dict(
         SHARED, dp=32, recompute=("layer",), global_batch=32 * 2 * 48))}
+OPTIMISED = Plan(seq_len=4096, **PAPER["optimised"]["plan"])
 # technique -> what it changes, each on top of those above it
 LADDER = {"baseline": {}, "hierarchical exchange": dict(dispatch="hierarchical"),
           "adaptive overlap": dict(overlap="adaptive", schedule=""),
@@ -2216,7 +2217,7 @@ LADDER = {"baseline": {}, "hierarchical exchange": dict(dispatch="hierarchical")
 def simulate_paper(run, hardware, **changes):
     settings = dict(PAPER[run]["plan"], max_vio=PAPER[run]["max_vio"]) | changes
     max_vio = settings.pop("max_vio")
-    return predict(PRESETS["pangu-ultra-moe-718b"], Plan(**settings), hardware, max_vio)
+    return predict(PANGU, Plan(**settings), hardware, max_vio)
 
 
 def print_paper():
@@ -2235,6 +2236,8 @@ def print_paper():
               "| {tokens_per_s:10.3g} {mfu:7.1%} {step_time_s:8.2f} {mem_gib:6.1f}".format(**result),
               "yes" if result["fits"] else "no")
     print_ladder(bins[0])
+    print_neighbour(bins[0])
+    print_fewer_layers(bins[0])
     print(f"\nThe optimised run, {bins[0].name} at 4096 (all simulated)")
     print_prediction(simulate_paper("optimised", bins[0], seq_len=4096))
 
@@ -2250,17 +2253,6 @@ def print_ladder(hardware):
         rates.append(simulate_paper("baseline", hardware, **changes)["tokens_per_s_per_device"])
         print(f"{name:50} | {published.get(name, ''):16} | {rates[-1]:12.1f} {rates[-1] / rates[-2:][0]:6.3f} "
               f"{rates[-1] / rates[0]:8.3f}")
-    config, run = PRESETS["pangu-ultra-moe-718b"], Plan(seq_len=4096, **PAPER["optimised"]["plan"])
-    found, limit = None, math.inf
-    for plan in neighbours(config, run, hardware):
-        if least_seconds(Simulation(config, plan, hardware)) < limit:
-            result, _ = best_savings(config, plan, hardware, limit)
-            found, limit = (result, result["step_time_s"]) if result else (found, limit)
-    print("\nNot used by the paper, found near its plan, balanced (simulated; `plans` searches all): "
-          f"{found['tokens_per_s_per_device']:.1f} tokens/s/NPU,\n{describe(found['plan'])}")
-    rates = [predict(one, run, hardware)["tokens_per_s"] for one in (config, replace(config, num_hidden_layers=66))]
-    print("\nThroughput of 61 layers over 66, under the optimised run's plan and else alike: published +15 %, "
-          f"simulated {rates[0] / rates[1] - 1:+.1%}")
 
 
 def neighbours(config, plan, hardware):
@@ -2271,6 +2263,23 @@ def neighbours(config, plan, hardware):
         with contextlib.suppress(ValueError):
             check_plan(config, other, hardware)
             yield other
+
+
+def print_neighbour(hardware):
+    found, limit = None, math.inf
+    for plan in neighbours(PANGU, OPTIMISED, hardware):
+        if least_seconds(Simulation(PANGU, plan, hardware)) < limit:
+            result, _ = best_savings(PANGU, plan, hardware, limit)
+            found, limit = (result, result["step_time_s"]) if result else (found, limit)
+    print("\nNot used by the paper, found near its plan, balanced (simulated; `plans` searches all): "
+          f"{found['tokens_per_s_per_device']:.1f} tokens/s/NPU,\n{describe(found['plan'])}")
+
+
+def print_fewer_layers(hardware):
+    shapes = PANGU, replace(PANGU, num_hidden_layers=66)
+    rates = [predict(shape, OPTIMISED, hardware)["tokens_per_s"] for shape in shapes]
+    print("\nThroughput of 61 layers over 66, under the optimised run's plan and else alike: published +15 %, "
+          f"simulated {rates[0] / rates[1] - 1:+.1%}")
 
 
 def print_prediction(result):
@@ -2466,9 +2475,7 @@ def main(argv=None):
     if args.command == "plans":
         batch = dict(global_batch=args.global_batch, seq_len=args.seq_len)
         return print_plans(*search_plans(config, hardware, args.devices or hardware.node_size, args.top, **batch))
-    plan = Plan(seq_len=4096, **PAPER["optimised"]["plan"])
-    if args.plan:
-        plan = parse_plan(args.plan, node_size=hardware.node_size)
+    plan = parse_plan(args.plan, node_size=hardware.node_size) if args.plan else OPTIMISED
     check_plan(config, plan, hardware, args.devices)
     load_found = read_load(args.load, config, plan)
     if args.command == "predict":
