@@ -17,7 +17,8 @@ Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name s
 Modelled: matmuls by local shape and cores, other operators as bytes or arithmetic, a start-up cost of each, collectives
 by tier and topology, four streams of a device (compute, links inside the node, between nodes, to the host) with a tax
 on what runs side by side, unequal stages, an allocator's loss; replicas are alike. Not modelled: contention between
-replicas, the host's own pace, power. The constants are fitted on published runs: `validate` says how far off they are.
+replicas, the host's own pace, power. The constants are fitted on published runs, by tests/published.py: `validate` says
+how far off they are.
 """
 import argparse
 import contextlib
@@ -49,8 +50,8 @@ RECOMPUTE = ("norm", "mla_up", "act", "permute", "expert", "core_attention", "at
 SWAP = ("expert_out", "attn_out", "optimizer")
 BYTES_OF = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "mxfp8": 2}    # activations; fp8 is for matmuls alone
 NARROW = ("fp8", "mxfp8")          # of matmuls alone
-V_SHAPED = ("zbv", "dualpipev")    # schedules in which the first rank holds the last stage too
-PAIRED = ("paired", "dualpipev")   # schedules with pairs of a forward and a backward
+V_SHAPED = ("zbv", "dualpipev")        # schedules in which the first rank holds the last stage too
+WITH_PAIRS = ("paired", "dualpipev")   # schedules with pairs: a forward and a backward as one step
 GIB = 2**30
 PLAN_CHOICES = dict(
     sp=(0, 1), zero=(0, 1, 3), schedule=("1f1b", "interleaved", "paired", "zbv", "dualpipev"),
@@ -259,7 +260,7 @@ def check_schedule(plan):
     n, pp, name, once = plan.n_micro, plan.pp, plan.schedule, plan.dp * plan.micro_batch
     need = {"1f1b": 1, "zbv": 2, "dualpipev": 2}.get(name, plan.vpp)
     require(plan.vpp == need, f"schedule={name} needs vpp={need}, not vpp={plan.vpp}: use vpp={need} or interleaved")
-    require(plan.overlap == "none" or name in PAIRED,
+    require(plan.overlap == "none" or name in WITH_PAIRS,
             f"overlap=adaptive needs pairs of forward and backward, schedule={name} has none: use paired or dualpipev")
     least = {"1f1b": pp, "dualpipev": 2 * pp}.get(name, 1)
     require(n >= least, f"schedule={name} with pp={pp} needs {least} micro-batches, the plan has {n}: use global_batch="
@@ -1562,7 +1563,7 @@ class Timetable:
                 counts[rank][runs[run]] += 1
         return counts
 
-    def play(self, seconds, link=0.0):
+    def play(self, seconds, link):
         """(time at which each step's output reaches another rank, at which each rank ends). seconds: of each run.
 
         link: seconds that an output travels; sends are asynchronous, only the receiver waits. A pair starts when both
@@ -1973,7 +1974,7 @@ def candidate_plans(config, hardware, devices, **batch):
         group = devices // pp
         for ep, (schedule, vpp) in product(experts, RUNS if pp > 1 else (("1f1b", 1), ("paired", 1))):
             if devices % (tp * cp * pp) == 0 and group % ep == 0:
-                overlap = "adaptive" if schedule in PAIRED else "none"
+                overlap = "adaptive" if schedule in WITH_PAIRS else "none"
                 yield Plan(tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=group // (tp * cp), ep=ep, micro_batch=micro_batch,
                            schedule=schedule, vpp=vpp, overlap=overlap, node_size=hardware.node_size, **batch)
 
@@ -2259,7 +2260,7 @@ def neighbours(config, plan, hardware):
     """Legal plans with another schedule, expert group, cut over stages or exchange than this one."""
     for (schedule, vpp), ep, pp, dispatch in product(RUNS, (32, 64), (8, 12, 16), ("hierarchical", "flat", "dedup")):
         other = replace(plan, schedule=schedule, vpp=vpp, ep=ep, pp=pp, dp=plan.dp * plan.pp // pp, recompute=(),
-                        dispatch=dispatch, overlap="adaptive" if schedule in PAIRED else "none")
+                        dispatch=dispatch, overlap="adaptive" if schedule in WITH_PAIRS else "none")
         with contextlib.suppress(ValueError):
             check_plan(config, other, hardware)
             yield other
@@ -2316,6 +2317,13 @@ def print_plans(found, refused):
         print(f"{times:6}  {message}")
 
 
+def validate(rows, out, fit):
+    """Published runs beside their prediction: tests/published.py, which reads their table and fits CONSTANTS to it."""
+    sys.path.insert(0, str(Path(__file__).parent / "tests"))
+    import published
+    published.validate(rows, out, fit)
+
+
 def load(kind, cls, presets, name):
     """A preset, or a JSON file of cls's fields, which may name a preset as `base` to start from."""
     if name in presets:
@@ -2329,13 +2337,6 @@ def load(kind, cls, presets, name):
     unknown = set(values) - {field.name for field in fields(cls)}
     require(not unknown, f"{name} has unknown fields {sorted(unknown)}: use fields of {cls.__name__}")
     return replace(base, **values) if base else cls(**values)
-
-
-def validate(rows, out, fit):
-    """Published runs beside their prediction: tests/published.py, which reads their table and fits CONSTANTS to it."""
-    sys.path.insert(0, str(Path(__file__).parent / "tests"))
-    import published
-    published.validate(rows, out, fit)
 
 
 def calibrate(out, precision, seconds):
