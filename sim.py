@@ -17,12 +17,11 @@ Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name s
 Modelled: matmuls by local shape and cores, other operators as bytes or arithmetic, a start-up cost of each, collectives
 by tier and topology, four streams of a device (compute, links inside the node, between nodes, to the host) with a tax
 on what runs side by side, unequal stages, an allocator's loss; replicas are alike. Not modelled: contention between
-replicas, the host's own pace, power. The constants are fitted on published runs: `validate` says how far off they are.
+replicas, the host's own pace, power. The constants are fitted on published runs, by tests/published.py: `validate` says
+how far off they are.
 """
 import argparse
 import contextlib
-import copy
-import csv
 import json
 import math
 import multiprocessing
@@ -37,6 +36,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
 from operator import itemgetter, le, mul
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -50,6 +50,9 @@ RECOMPUTE = ("norm", "mla_up", "act", "permute", "expert", "core_attention", "at
 SWAP = ("expert_out", "attn_out", "optimizer")
 BYTES_OF = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "mxfp8": 2}    # activations; fp8 is for matmuls alone
 NARROW = ("fp8", "mxfp8")          # of matmuls alone
+V_SHAPED = ("zbv", "dualpipev")        # schedules in which the first rank holds the last stage too
+WITH_PAIRS = ("paired", "dualpipev")   # schedules with pairs: a forward and a backward as one step
+GIB = 2**30
 PLAN_CHOICES = dict(
     sp=(0, 1), zero=(0, 1, 3), schedule=("1f1b", "interleaved", "paired", "zbv", "dualpipev"),
     overlap=("none", "adaptive"), dispatch=("flat", "hierarchical", "dedup", "pipelined"), precision=tuple(BYTES_OF),
@@ -121,7 +124,7 @@ class Plan:
 
     def stages_of(self, rank):
         """Stages that a pipeline rank holds: V-shaped for zbv and dualpipev, else round robin."""
-        if self.schedule in ("zbv", "dualpipev"):
+        if self.schedule in V_SHAPED:
             return [rank, 2 * self.pp - 1 - rank]
         return [chunk * self.pp + rank for chunk in range(self.vpp)]
 
@@ -156,7 +159,7 @@ def divisors(n):
 
 
 def has_experts(config):
-    return {"moe", "mtp"} & set(layer_kinds(config)) != set()
+    return config.first_k_dense_replace < config.num_hidden_layers or config.num_nextn_predict_layers > 0
 
 
 def check_plan(config, plan, hardware=None, devices=None):
@@ -257,7 +260,7 @@ def check_schedule(plan):
     n, pp, name, once = plan.n_micro, plan.pp, plan.schedule, plan.dp * plan.micro_batch
     need = {"1f1b": 1, "zbv": 2, "dualpipev": 2}.get(name, plan.vpp)
     require(plan.vpp == need, f"schedule={name} needs vpp={need}, not vpp={plan.vpp}: use vpp={need} or interleaved")
-    require(plan.overlap == "none" or name in ("paired", "dualpipev"),
+    require(plan.overlap == "none" or name in WITH_PAIRS,
             f"overlap=adaptive needs pairs of forward and backward, schedule={name} has none: use paired or dualpipev")
     least = {"1f1b": pp, "dualpipev": 2 * pp}.get(name, 1)
     require(n >= least, f"schedule={name} with pp={pp} needs {least} micro-batches, the plan has {n}: use global_batch="
@@ -482,7 +485,11 @@ def plan_placement(load, current):
     goal, random = _goal(load, devices, replicas), np.random.default_rng(0)
     best = current
     for attempt in range(TRIES):
-        homes = best[:, :n_homes] if attempt == 0 else _kicked(best[:, :n_homes], random) if attempt > 1 else None
+        homes = best[:, :n_homes]
+        if attempt == 1:
+            homes = None                                   # the greedy places them too
+        elif attempt > 1:
+            homes = _kicked(homes, random)
         start = place_greedily(load, devices, replicas, homes)
         best = min(best, _refined(load, start, n_homes, goal), key=busiest)
         if busiest(best) <= goal:
@@ -727,17 +734,27 @@ class Work:
 
     def experts(self):
         """Router, permutation, shared and routed experts. A rank computes as many rows as it sends, on average."""
-        c, plan, wide = self.shape, self.plan, self.wide       # router and losses are computed in float32 or better
-        own, k, width, inner = plan.tokens, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size
-        rows, into, experts = math.ceil(own * k * (c.capacity_factor or 1)), 2 if c.gated_mlp else 1, c.n_routed_experts
-        own_experts = max(1, experts // plan.ep)
+        c, plan, own, inner = self.shape, self.plan, self.plan.tokens, self.shape.moe_intermediate_size
+        rows = math.ceil(own * c.num_experts_per_tok * (c.capacity_factor or 1))
+        self.route()
         if plan.etp > 1:                                       # rows of all that share an expert, a part of its width
-            self.gather("etp", "experts", 2 * rows, width)
+            self.gather("etp", "experts", 2 * rows, c.hidden_size)
             rows, inner = rows * plan.etp, inner // plan.etp
+        self.vector("attend", "permute", (own + rows) * c.hidden_size)
+        self.saved["order"] = rows * 8 if plan.ep > 1 else 0   # of rows as they arrive
+        if c.n_shared_experts:
+            self.mlp("shared", "shared", c.n_shared_experts * c.moe_intermediate_size)
+        self.routed_experts(rows, inner)
+        self.vector("combine", "unpermute", (rows + 2 * own) * c.hidden_size)
+
+    def route(self):
+        """Scores, choice and balance loss, computed in float32 or better."""
+        c, plan, own, wide = self.shape, self.plan, self.plan.tokens, self.wide
+        k, experts = c.num_experts_per_tok, c.n_routed_experts
         uncast = wide == self.element or "permute" in plan.recompute         # else only the shared expert keeps it
-        self.matmul("attend", "router", own, width, experts, keep="mlp_in" if uncast else None)
+        self.matmul("attend", "router", own, c.hidden_size, experts, keep="mlp_in" if uncast else None)
         if wide > self.element:
-            self.saved["router_in"] = own * width * wide       # cast
+            self.saved["router_in"] = own * c.hidden_size * wide             # cast
         self.vector("attend", "choose", 6 * own * experts * wide / self.element)
         self.saved.update(scores=own * experts * wide, ids=own * k * 8, slot=own * k * 8)
         if c.norm_topk_prob:
@@ -747,22 +764,22 @@ class Work:
             groups = plan.micro_batch // min(size, plan.micro_batch)           # of the balance loss
             self.saved["balance"] = groups * experts * wide    # load of each group's experts
             self.saved["balance.sum"] = own * wide if c.aux_scores == "normalized" else 0
-        self.vector("attend", "permute", (own + rows) * width)
-        self.saved["order"] = rows * 8 if plan.ep > 1 else 0   # of rows as they arrive
-        if c.n_shared_experts:
-            self.mlp("shared", "shared", c.n_shared_experts * c.moe_intermediate_size)
+
+    def routed_experts(self, rows, inner):
+        """SwiGLU of `rows` in all of a rank's experts, of inner width `inner`."""
+        c, plan, width, into = self.shape, self.plan, self.shape.hidden_size, 2 if self.shape.gated_mlp else 1
+        own_experts = max(1, c.n_routed_experts // plan.ep)
         self.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=own_experts)
         self.vector("experts", "expert.act", (into + 1) * rows * inner)
         self.keep("expert_gate_up", into * rows * inner)
         if plan.balance_replicas:                              # weights of homes and copies, put together for each use
-            self.keep("expert_weights", (experts // plan.ep + plan.balance_replicas) * (into + 1) * width * inner)
+            self.keep("expert_weights", (own_experts + plan.balance_replicas) * (into + 1) * width * inner)
         self.matmul("experts", "expert.down", rows, inner, width, keep="expert_hidden", experts=own_experts)
-        self.keep("row_weights", rows + (wide == self.element))                # a cast drops the spare last one
-        self.saved["counts"] = experts // plan.ep * 8
+        self.keep("row_weights", rows + (self.wide == self.element))           # a cast drops the spare last one
+        self.saved["counts"] = c.n_routed_experts // plan.ep * 8
         if c.expert_weight == "after_down":
             self.keep("expert_out", rows * width)
             self.vector("experts", "expert.weight", 2 * rows * width)
-        self.vector("combine", "unpermute", (rows + 2 * own) * width)
 
     def join(self):
         c, own = self.shape, self.plan.tokens
@@ -842,7 +859,7 @@ def layer_flops(shape, seq_len):
 
 def stage_kinds(shape, plan):
     """list (pp*vpp) of tuples in the order of forward: embedding, kinds of layers, head."""
-    v_shaped = plan.schedule if plan.schedule in ("zbv", "dualpipev") else ""
+    v_shaped = plan.schedule if plan.schedule in V_SHAPED else ""
     return _stage_kinds(shape, Plan(pp=plan.pp, vpp=plan.vpp, layer_split=plan.layer_split, seq_len=plan.seq_len,
                                     schedule=v_shaped))
 
@@ -883,7 +900,9 @@ def recomputed(work, plan=None):
         outside = re.compile("input_layernorm$|ids|enorm|hnorm|eh_|shared_head").match    # MTP's join among it
         return ({name for name in work.saved if not outside(name)},
                 {op.name for op in work.ops if not outside(op.name)} | {"input_layernorm"})
-    gone, again = ({name for item in items if item != "layer" for name in RECOMPUTES[item][i]} for i in (0, 1))
+    chosen = [RECOMPUTES[item] for item in items if item != "layer"]
+    gone = {name for tensors, _ in chosen for name in tensors}
+    again = {name for _, operators in chosen for name in operators}
     if "attention" in items and not plan.is_plain:         # a matmul whose weight gradient can be deferred saves last
         again.add("o_proj")
     return gone, again
@@ -900,13 +919,12 @@ def saved_by_part(works):
     """Bytes that backward keeps of one micro-batch, by KEPT_IN; `host`: what is swapped."""
     parts = Counter()
     for work in works:
-        away = saved_bytes(work)[1]
         gone = recomputed(work)[0].union(*(SWAPPED[item] for item in work.plan.swap))
         kind = "dense" if "router_in" in work.saved else work.kind         # then the router keeps a cast of mlp_in
         for name in work.saved.keys() - gone:
             part = next(part for part, pattern in KEPT_IN.items() if re.search(pattern, f"{kind} {name}"))
             parts[part] += work.saved[name]
-        parts["host"] += away
+        parts["host"] += saved_bytes(work)[1]
     return parts
 
 
@@ -939,7 +957,7 @@ class Hardware:
     host_bandwidth: float = 32e9           # bytes/s to the host's memory
     power: float = 1.0                     # share of a matmul's rate that a power limit leaves
     cores: int = 0                         # output tiles of a matmul computed at a time; 0: any number
-    framework: float = 1.5 * 2**30         # bytes that runtime and libraries keep
+    framework: float = 1.5 * GIB           # bytes that runtime and libraries keep
     communicator: float = 0.0              # bytes of each kind of process group
     fragmentation: float = 0.0             # bytes that the allocator keeps for one of activations and buffers
     value_padded: bool = False             # its attention kernel wants values as wide as keys
@@ -963,6 +981,9 @@ class Hardware:
     hidden_share: float = 0.0              # of collectives that a plan hides, the share that runs beside computation
     overlap_tax: float = 0.0               # seconds of computation lost for a second of communication beside it
     scale_loss: float = 0.0                # share of the step that each doubling of the devices costs
+
+    # bytes/s of device memory that are reached
+    memory_rate = property(lambda self: self.bandwidth * self.memory_efficiency)
 
     def __hash__(self):
         return hash(self.name)
@@ -995,12 +1016,9 @@ CONSTANTS = {
 }
 
 
-def of_generation(values, generation):
-    return values[GENERATIONS.index(generation) if len(values) > 1 else 0]
-
-
 def constants_of(generation):
-    return {name: of_generation(fitted, generation) for name, (*_, fitted) in CONSTANTS.items()}
+    index = GENERATIONS.index(generation)
+    return {name: fitted[index if len(fitted) > 1 else 0] for name, (*_, fitted) in CONSTANTS.items()}
 
 
 # Presets: name, generation, TFLOPS in 16 and 8 bits, memory, GB/s of it, node, GB/s inside and between nodes, cores.
@@ -1011,7 +1029,7 @@ def constants_of(generation):
 # cube cores (8192 FLOP a cycle) and clock; full mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866,
 # section 5; unspecified is read as the largest bin. 910C, a die: the same file and arXiv:2506.12708 (CloudMatrix384:
 # 768 dies of one bus).
-GIB, GB = 2**30, 1e9
+GB = 1e9
 PRESETS_OF_HARDWARE = (
     ("ascend_910b_376", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 24),
     ("ascend_910b_313", "ascend", 294.912, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
@@ -1047,22 +1065,25 @@ def _preset(name, generation, wide, narrow, memory, bandwidth, node_size, inner,
 HARDWARE = {row[0]: _preset(*row) for row in PRESETS_OF_HARDWARE}
 # 500 of 700 W: the clock follows the root of the power, which is assumed
 HARDWARE["h100_96_hbm2e_500w"] = replace(HARDWARE["h100_96_hbm2e_500w"], power=math.sqrt(500 / 700))
-
-# the stride of an axis' group among the ranks; ranks of a node are consecutive
-def stride_of(plan, axis):
-    return dict(tp=1, etp=1, cp=plan.tp, dp=plan.tp, edp=plan.ep * plan.etp, pp=plan.dp * plan.cp * plan.tp)[axis]
-
-
 # For --fit on a CPU, to compare choices: assumed numbers of two cores, not of the machine at hand.
 CPU = Hardware("a generic CPU", dict.fromkeys(BYTES_OF, 1e11), 2**40, 2e10, node_size=2**16, inner_bandwidth=1e9,
                outer_bandwidth=1e9, host_bandwidth=5e9, framework=2**29, value_padded=True)
 STEP_BYTES = 2**28                         # of moments that a step of a swapped optimizer has on the device at a time
 
 
+def group_size(plan, axis):
+    """Ranks of a group along an axis; dp and edp: of those that hold the same weights; pp: a stage and the next."""
+    return 2 if axis == "pp" else plan.holders.get(axis) or getattr(plan, axis)
+
+
+def stride_of(plan, axis):
+    """From a rank of the group to the next, in ranks; those of a node are consecutive."""
+    return dict(tp=1, etp=1, cp=plan.tp, dp=plan.tp, edp=plan.ep * plan.etp, pp=plan.dp * plan.cp * plan.tp)[axis]
+
+
 def tier_of(plan, axis):
-    """inner if a group of the axis lies inside one node, else outer; for pp: if the next stage's rank does."""
-    ranks = 2 if axis == "pp" else plan.holders.get(axis) or getattr(plan, axis)
-    return "inner" if ranks * stride_of(plan, axis) <= plan.node_size else "outer"
+    """inner if a group of the axis lies inside one node, else outer."""
+    return "inner" if group_size(plan, axis) * stride_of(plan, axis) <= plan.node_size else "outer"
 
 
 def collective_seconds(hardware, tier, ranks, sent, local=1):
@@ -1084,9 +1105,11 @@ def collective_seconds(hardware, tier, ranks, sent, local=1):
     return hardware.static_collective + steps * latency + sent / bandwidth
 
 
-def axis_seconds(plan, hardware, axis, ranks, sent):
-    stride, tier = stride_of(plan, axis), tier_of(plan, axis)
-    return collective_seconds(hardware, tier, ranks, sent, max(1, min(ranks, plan.node_size // stride)))
+def axis_seconds(plan, hardware, axis, sent):
+    """Seconds of a collective in the groups of an axis."""
+    ranks = group_size(plan, axis)
+    local = max(1, min(ranks, plan.node_size // stride_of(plan, axis)))
+    return collective_seconds(hardware, tier_of(plan, axis), ranks, sent, local)
 
 
 # a backward's work over its forward's: flash attention computes the scores again, vectors read a gradient more
@@ -1114,39 +1137,47 @@ def peak_of(hardware, precision, narrow=False):
 def matmul_seconds(op, sizes, plan, hardware, tokens_inside=False):
     """sizes: rows, inner, columns and matrices of one pass; tokens_inside: of the weights', which sums over tokens."""
     half = hardware.tokens_half, hardware.matmul_half, hardware.matmul_half
-    half = half[1::-1] + half[2:] if tokens_inside else half
+    if tokens_inside:
+        half = hardware.matmul_half, hardware.tokens_half, hardware.matmul_half
     narrow = plan.precision in NARROW and op.kind == "matmul" and op.name not in ("lm_head", "router")
     rate = peak_of(hardware, plan.precision, narrow) * hardware.matmul_efficiency
     rate *= hardware.power * (hardware.fp8_efficiency if narrow else 1.0)
     rate *= hardware.grouped_efficiency if op.sizes[3] > 1 and op.kind == "matmul" else 1.0
     share = matmul_share(*sizes, half, hardware.cores)
-    return max(op.flops / (rate * share), op.moved / (hardware.bandwidth * hardware.memory_efficiency))
+    return max(op.flops / (rate * share), op.moved / hardware.memory_rate)
 
 
 def op_seconds(op, plan, hardware):
     """Seconds of (forward, backward for inputs, for weights): arithmetic or memory, the slower, and a start."""
-    if op.kind == "vector":
-        busy = op.moved / (hardware.bandwidth * hardware.memory_efficiency)
-        return busy + hardware.static_vector, BACKWARD["vector"] * busy + hardware.static_vector, 0.0
-    m, k, n, matrices = op.sizes
-    start = hardware.static_matmul
     if op.kind == "matmul":
-        start += (matrices > 1) * matrices * hardware.static_expert
-        sizes = (m, k, n, matrices), (m, n, k, matrices), (k * matrices, m / matrices, n, matrices)
-        times = [matmul_seconds(op, each, plan, hardware, i == 2) + start for i, each in enumerate(sizes)]
-        # the sum over micro-batches is read and written
-        times[2] += 2 * gradient_bytes(plan) * k * n * matrices / (hardware.bandwidth * hardware.memory_efficiency)
-        if plan.precision in NARROW:                       # inputs and gradients are cast, in two layouts
-            cast = 2 / (hardware.bandwidth * hardware.memory_efficiency)
-            times = [times[0] + cast * m * k, times[1] + cast * m * n, times[2]]
-        return tuple(times)
-    if op.kind == "unfused":
-        busy = matmul_seconds(op, (m * matrices, k, n, matrices), plan, hardware)
-        return busy + start, BACKWARD["unfused"] * busy + start, 0.0
-    rate = peak_of(hardware, plan.precision) * hardware.attention_efficiency * n / (n + hardware.attention_half)
-    rate *= hardware.portable_attention if op.kind == "portable" else 1.0
-    busy = max(op.flops / rate, op.moved / (hardware.bandwidth * hardware.memory_efficiency))
-    return busy + start, BACKWARD["flash"] / FLASH_BACKWARD * busy + start, 0.0
+        return linear_seconds(op, plan, hardware)
+    start = hardware.static_matmul
+    if op.kind == "vector":
+        busy, again, start = op.moved / hardware.memory_rate, BACKWARD["vector"], hardware.static_vector
+    elif op.kind == "unfused":
+        m, k, n, matrices = op.sizes
+        busy, again = matmul_seconds(op, (m * matrices, k, n, matrices), plan, hardware), BACKWARD["unfused"]
+    else:
+        keys, rate = op.sizes[2], peak_of(hardware, plan.precision) * hardware.attention_efficiency
+        rate = rate * keys / (keys + hardware.attention_half)
+        rate *= hardware.portable_attention if op.kind == "portable" else 1.0
+        busy, again = max(op.flops / rate, op.moved / hardware.memory_rate), BACKWARD["flash"] / FLASH_BACKWARD
+    return busy + start, again * busy + start, 0.0
+
+
+def linear_seconds(op, plan, hardware):
+    """op_seconds of a matmul with weights."""
+    m, k, n, matrices = op.sizes
+    sizes = (m, k, n, matrices), (m, n, k, matrices), (k * matrices, m / matrices, n, matrices)
+    start = hardware.static_matmul + (matrices > 1) * matrices * hardware.static_expert
+    forward, inputs, weights = (matmul_seconds(op, each, plan, hardware, i == 2) + start
+                                for i, each in enumerate(sizes))
+    # the sum over micro-batches is read and written
+    weights += 2 * gradient_bytes(plan) * k * n * matrices / hardware.memory_rate
+    if plan.precision in NARROW:                           # inputs and gradients are cast, in two layouts
+        cast = 2 / hardware.memory_rate
+        forward, inputs = forward + cast * m * k, inputs + cast * m * n
+    return forward, inputs, weights
 
 
 def gradient_bytes(plan):
@@ -1156,7 +1187,7 @@ def gradient_bytes(plan):
 
 def weights_seconds(plan, hardware, params, size):
     """Seconds to gather weights of `size` bytes each from the ranks that hold a part, or to scatter their gradients."""
-    return sum(axis_seconds(plan, hardware, axis, ranks, (ranks - 1) / ranks * params[axis] * size)
+    return sum(axis_seconds(plan, hardware, axis, (ranks - 1) / ranks * params[axis] * size)
                for axis, ranks in plan.holders.items())
 
 
@@ -1173,42 +1204,50 @@ class LayerTime:
         # dropped rows travel again: before anything is recomputed from them, or else for the experts' backward
         self.rows_again = "" if "permute" not in again else "first" if "expert.gate_up" in again else "for experts"
         self.compute = Counter()                           # (part, pass) -> seconds; pass: F, I, W, or B = I + W
-        for op in work.ops:
-            seconds = [one * (slower if op.name.startswith("expert.") else 1) for one in op_seconds(op, plan, hardware)]
-            self.compute.update(dict(zip(product([op.part], "FIW"), seconds)))
-            self.compute["recompute", "F"] += seconds[0] if op.name in again else 0.0
-        self.compute.update({(part, "B"): self.compute[part, "I"] + self.compute[part, "W"]
-                             for part in {op.part for op in work.ops}})
         self.collectives = defaultdict(list)               # part -> list of (axis, tier, seconds) of one pass
         self.exchange = {"F": Counter(), "B": Counter()}   # pass -> tier -> seconds of one way
         self.sent = Counter()                              # tier -> bytes of a forward and a backward
-        for (axis, part), sent in work.sent.items():
-            tier, parts = tier_of(plan, axis), [part]
-            if self.whole_again or (part == "attend" and "attention" in plan.recompute):
-                parts.append("recompute")
-            for one in parts:
-                seconds = axis_seconds(plan, hardware, axis, getattr(plan, axis), sent)
-                seconds *= 1 - hardware.hidden_share * (axis in plan.hide)     # the rest runs beside its matmul
-                self.collectives[one].append((axis, tier, seconds))
-            self.sent[tier] += sent * (1 + len(parts))
-        outer = plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
-        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel one way
-        sent = exchange_bytes(work.shape, plan) if work.params["edp"] else {}
-        copied = copied_bytes(work.shape, plan)
-        for one, tiers in zip("FB", sent.values()):
-            for tier, ranks in (("inner", plan.inner), ("outer", outer)):
-                way = tiers[tier][0] / 2
-                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way + copied[tier] / 2)
-                self.sent[tier] += times[one] * way + copied[tier]
+        self._time_operators(work, plan, hardware, again, slower)
+        self._time_collectives(work, plan, hardware)
+        self._time_exchange(work, plan, hardware, slower)
         self.swap = saved_bytes(work, plan)[1] / hardware.host_bandwidth
         # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it; (tier, seconds)
         self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
                                          if plan.zero == 3 else 0.0) for size in (work.element, 4)]
 
+    def _time_operators(self, work, plan, hardware, again, slower):
+        for op in work.ops:
+            seconds = [one * (slower if op.name.startswith("expert.") else 1) for one in op_seconds(op, plan, hardware)]
+            self.compute.update(dict(zip(product([op.part], "FIW"), seconds)))
+            self.compute["recompute", "F"] += seconds[0] if op.name in again else 0.0
+        for part in {op.part for op in work.ops}:
+            self.compute[part, "B"] = self.compute[part, "I"] + self.compute[part, "W"]
 
-@lru_cache(4096)
-def layer_work(shape, plan, kind):
-    return Work(shape, plan, kind)
+    def _time_collectives(self, work, plan, hardware):
+        for (axis, part), sent in work.sent.items():
+            tier, parts = tier_of(plan, axis), [part]
+            if self.whole_again or (part == "attend" and "attention" in plan.recompute):
+                parts.append("recompute")
+            seconds = axis_seconds(plan, hardware, axis, sent)
+            seconds *= 1 - hardware.hidden_share * (axis in plan.hide)         # the rest runs beside its matmul
+            for one in parts:
+                self.collectives[one].append((axis, tier, seconds))
+            self.sent[tier] += sent * (1 + len(parts))
+
+    def _time_exchange(self, work, plan, hardware, slower):
+        if not work.params["edp"]:                         # no experts
+            return
+        outer = plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
+        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel one way
+        copied = copied_bytes(work.shape, plan)
+        for one, tiers in zip("FB", exchange_bytes(work.shape, plan).values()):
+            for tier, ranks in (("inner", plan.inner), ("outer", outer)):
+                way = tiers[tier][0] / 2
+                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way + copied[tier] / 2)
+                self.sent[tier] += times[one] * way + copied[tier]
+
+
+layer_work = lru_cache(4096)(Work)
 
 
 @lru_cache(2**14)
@@ -1236,8 +1275,8 @@ def same_work(plan):
 class Streams:
     """A device's queues: compute, links inside the node, links between nodes, the host's link; each runs in order."""
 
-    def __init__(self, flat, tax=0.0):
-        self.flat = flat
+    def __init__(self, flat, tax):
+        self.flat = flat                                   # the exchange uses both kinds of link at once
         self.tax = tax                                     # seconds of computation lost for one of a link beside it
         self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}
         self.tasks = []                                    # (name, stream, start, end), seconds from the action's start
@@ -1411,15 +1450,20 @@ def _one_forward_one_backward(plan, rank):
 
     paired: one more warm-up, so that each steady step holds a forward and a backward that do not wait for each other.
     """
-    n, vpp, hops = plan.n_micro, plan.vpp, plan.pp - 1 - rank
-    turn = plan.turn
+    n, vpp, turn = plan.n_micro, plan.vpp, plan.turn
     forward = [f"F{i // turn % vpp}" for i in range(n * vpp)]
     backward = [f"B{vpp - 1 - i // turn % vpp}" for i in range(n * vpp)]
-    first = {"1f1b": hops, "interleaved": 2 * hops, "paired": 2 * hops + 1}[plan.schedule]
-    warm_up = min(n * vpp, first + (vpp - 1) * turn)
+    first = min(n * vpp, warm_up(plan, rank))
     join = "+" if plan.schedule == "paired" else " "
-    steady = [f + join + b for f, b in zip(forward[warm_up:], backward)]
-    return " ".join(forward[:warm_up] + steady + backward[n * vpp - warm_up:]).split()
+    steady = [f + join + b for f, b in zip(forward[first:], backward)]
+    return " ".join(forward[:first] + steady + backward[n * vpp - first:]).split()
+
+
+def warm_up(plan, rank):
+    """Forwards of a rank before its first step of a forward and a backward, if there are as many."""
+    hops = plan.pp - 1 - rank
+    first = {"1f1b": hops, "interleaved": 2 * hops, "paired": 2 * hops + 1}[plan.schedule]
+    return first + (plan.vpp - 1) * plan.turn
 
 
 def _phases(*phases):
@@ -1515,13 +1559,13 @@ class Timetable:
 
     def _count(self, first, end):
         """list (pp) of {run: steps of these micro-batches}."""
-        runs, counts = list(self.runs), [{} for _ in self.in_flight]
-        steps = islice(zip(self.rank, self.run, self.microbatch), 1, None)
-        for (rank, run), n in Counter((rank, run) for rank, run, m in steps if first <= m < end).items():
-            counts[rank][runs[run]] = n
+        runs, counts = list(self.runs), [Counter() for _ in self.in_flight]
+        for rank, run, microbatch in islice(zip(self.rank, self.run, self.microbatch), 1, None):
+            if first <= microbatch < end:
+                counts[rank][runs[run]] += 1
         return counts
 
-    def play(self, seconds, link=0.0):
+    def play(self, seconds, link):
         """(time at which each step's output reaches another rank, at which each rank ends). seconds: of each run.
 
         link: seconds that an output travels; sends are asynchronous, only the receiver waits. A pair starts when both
@@ -1591,7 +1635,7 @@ def time_pipeline(plan, duration, link):
     if period is None:
         repeated, period, table = 0, 0.0, timetable(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
         ends = table.play([duration(run) for run in table.runs], link)[1]
-    counts = [{run: n + repeated * more.get(run, 0) for run, n in one.items()}
+    counts = [{run: n + repeated * more[run] for run, n in one.items()}
               for one, more in zip(table.counts, table.one_round)]
     return [end + repeated * period for end in ends], counts
 
@@ -1657,15 +1701,7 @@ class Simulation:
         kept = {kind: saved_bytes(work, self.plan)[0] for kind, work in self.works.items()}
         return [sum(map(kept.get, stage)) for stage in self.stages]
 
-    def saving(self, recompute, swap):
-        """The same step with another choice of what is computed again and swapped."""
-        other = copy.copy(self)
-        other.plan = replace(self.plan, recompute=recompute, swap=swap)
-        for name in ("works", "times", "kept"):
-            vars(other).pop(name, None)
-        return other
-
-    def run(self, run):
+    def inputs_of(self, run):
         """What play_action takes for a run: (kind, stage, stage of a pair's backward)."""
         kind, *stages = run
         layers = [tuple(self.times[one] for one in self.stages[stage]) for stage in stages] + [()]
@@ -1673,9 +1709,16 @@ class Simulation:
         flat, adaptive = self.plan.dispatch in ("flat", "pipelined"), self.plan.overlap == "adaptive"
         return flat, adaptive, kind, forward, backward, self.hardware.overlap_tax
 
+    def account_of(self, run):
+        """account of the action that a run stands for."""
+        return action_account(*self.inputs_of(run))
+
+    def seconds_of(self, run):
+        return self.account_of(run)[0]
+
     def spans(self):
         """The whole step: list (pp) of lists of (start, end, action), seconds."""
-        return play(self.plan, schedule_table(self.plan), lambda run: action_account(*self.run(run))[0], self.link)
+        return play(self.plan, schedule_table(self.plan), self.seconds_of, self.link)
 
     def works_of(self, rank):
         return [self.works[kind] for stage in self.plan.stages_of(rank) for kind in self.stages[stage]]
@@ -1697,21 +1740,21 @@ class Simulation:
         sizes = () if plan.zero == 3 else (wide, e if plan.zero else wide)
         sync = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
         if "dp" in plan.hide:                              # beside the last backwards
-            room = sum(action_account(*self.run(("B", stage)))[0] for stage in plan.stages_of(rank))
+            room = sum(self.seconds_of(("B", stage)) for stage in plan.stages_of(rank))
             sync -= min(hardware.hidden_share * sync, room)
         swapped = 2 * 8 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0     # moments come and go
-        return sync, swapped + self.optimizer_bytes(rank) / (hardware.bandwidth * hardware.memory_efficiency)
+        return sync, swapped + self.optimizer_bytes(rank) / hardware.memory_rate
 
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
         parts, travel, step = Counter(), 0.0, 0.0
-        ends, counts = time_pipeline(self.plan, lambda run: action_account(*self.run(run))[0], self.link)
+        ends, counts = time_pipeline(self.plan, self.seconds_of, self.link)
         for rank, (end, runs) in enumerate(zip(ends, counts)):
             sync, optimizer = self.after_pipeline(rank)
             step = max(step, end + sync + optimizer)
             parts.update(gradients=sync, optimizer=optimizer)
             for run, times in runs.items():
-                _, by_part, seconds = action_account(*self.run(run))
+                _, by_part, seconds = self.account_of(run)
                 for name, spent in by_part.items():
                     parts[name] += times * spent
                 travel += times * seconds
@@ -1757,11 +1800,18 @@ class Simulation:
         kept = [self.kept[stage] for stage in self.plan.stages_of(rank)]
         return max(sum(map(mul, kept, live)) for live in played_table(self.plan)[0].in_flight[rank])
 
+    @cached_property
+    def memories(self):
+        return [self.memory(rank) for rank in range(self.plan.pp)]
+
+    def overflows(self, parts):
+        """Whether a rank needs more than there is when the allocator has given unused pieces back."""
+        return sum(parts.values()) - parts["allocator"] > self.hardware.memory
+
     def fits(self, ranks):
         """Whether these pipeline ranks fit. One that does not is moved to the front, where the next look begins."""
         for rank in ranks:
-            parts = self.memory(rank)
-            if sum(parts.values()) - parts["allocator"] > self.hardware.memory:    # which gives unused pieces back
+            if self.overflows(self.memory(rank)):
                 ranks.remove(rank)
                 ranks.insert(0, rank)
                 return False
@@ -1769,12 +1819,11 @@ class Simulation:
 
     def refusal(self):
         """Why the step does not fit; "" if it does."""
-        if self.fits(ranks := list(range(self.plan.pp))):
+        if not any(map(self.overflows, self.memories)):
             return ""
-        memory = [self.memory(rank) for rank in ranks]
-        peak = max(memory, key=lambda parts: sum(parts.values()))
-        return (f"pipeline rank {ranks[memory.index(peak)]} needs {sum(peak.values()) / 2**30:.1f} of "
-                f"{self.hardware.memory / 2**30:.1f} GiB, most of it {max(peak, key=peak.get)}: use more recompute, "
+        peak = max(self.memories, key=lambda parts: sum(parts.values()))
+        return (f"pipeline rank {self.memories.index(peak)} needs {sum(peak.values()) / GIB:.1f} of "
+                f"{self.hardware.memory / GIB:.1f} GiB, most of it {max(peak, key=peak.get)}: use more recompute, "
                 "pp, tp or zero=3, or a smaller micro_batch")
 
 
@@ -1788,7 +1837,7 @@ def predict(config, plan, hardware, max_vio=0.0):
     check_plan(config, plan, hardware)
     run = Simulation(config, plan, hardware, max_vio)
     parts, travel = run.breakdown()
-    step, memory = sum(parts.values()), [run.memory(rank) for rank in range(plan.pp)]
+    step, memory = sum(parts.values()), run.memories
     peak = max(range(plan.pp), key=lambda rank: sum(memory[rank].values()))
     needed, rate = sum(memory[peak].values()), plan.global_batch * plan.seq_len / step
     # training is three forwards; tokens/s of a device times FLOPs of a token
@@ -1796,11 +1845,11 @@ def predict(config, plan, hardware, max_vio=0.0):
     why_not = run.refusal()
     return dict(
         step_time_s=step, tokens_per_s=rate, tokens_per_s_per_device=rate / plan.world_size,
-        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12, mem_gib=needed / 2**30,
+        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12, mem_gib=needed / GIB,
         bubble=parts["bubble"] / step, exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
         hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0,
         fits=not why_not, why_not=why_not, peak_rank=peak, breakdown=parts,
-        memory_by_stage=[{name: size / 2**30 for name, size in rank.items()} for rank in memory],
+        memory_by_stage=[{name: size / GIB for name, size in rank.items()} for rank in memory],
         bytes_by_tier=run.bytes_by_tier(), plan=asdict(plan))
 
 
@@ -1819,16 +1868,16 @@ def fit_memory(config, plan, hardware, budget):
     bytes. ValueError says what is missing and what would help."""
     results = [predict(config, replace(plan, recompute=recompute, swap=swap), hardware)
                for recompute, swap in memory_choices(config)]
-    fitting = [result for result in results if result["mem_gib"] * 2**30 <= budget]
+    fitting = [result for result in results if result["mem_gib"] * GIB <= budget]
     if fitting:
         return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
     least = min(results, key=lambda result: result["mem_gib"])
     parts = least["memory_by_stage"][least["peak_rank"]]
     items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
     raise ValueError(
-        f"fit={budget / 2**30:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB (simulated: "
+        f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB (simulated: "
         + ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
-        + f"), {least['mem_gib'] - budget / 2**30:.2f} GiB too much: use "
+        + f"), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
         + what_would_fit(config, plan, hardware, budget))
 
 
@@ -1838,7 +1887,7 @@ def what_would_fit(config, plan, hardware, budget):
     sharded = dict(zero=3) if max(plan.holders.values()) > 1 else {}
     for change in (dict(micro_batch=1), sharded, dict(micro_batch=1, **sharded)):
         try:
-            if predict(config, replace(smallest, **change), hardware)["mem_gib"] * 2**30 <= budget:
+            if predict(config, replace(smallest, **change), hardware)["mem_gib"] * GIB <= budget:
                 return " ".join(f"{name}={value}" for name, value in change.items())
         except ValueError:
             continue
@@ -1879,7 +1928,7 @@ def write_trace(run, path):
         names = [("process_name", 0, f"pipeline rank {rank}")] + [("thread_name", *one) for one in enumerate(threads)]
         events += [dict(ph="M", name=kind, pid=rank, tid=thread, args={"name": name}) for kind, thread, name in names]
         for start, end, action in row:
-            tasks = [(str(action), "schedule", 0.0, end - start)] + play_action(*run.run(action.run)).tasks
+            tasks = [(str(action), "schedule", 0.0, end - start)] + play_action(*run.inputs_of(action.run)).tasks
             events += [dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream),
                             ts=1e6 * (start + first), dur=1e6 * (last - first)) for name, stream, first, last in tasks]
     with open(path, "w") as file:
@@ -1910,326 +1959,13 @@ def draw_png(run, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Published rows: from a line of a table to a shape and a plan, and how far the prediction is off
-
-ROWS = Path(__file__).parent / "tests/data/train_rows.csv"
-RECOMPUTE_WORDS = (("full, block", ()), ("full", ("layer",)), ("none", ()), ("mla up", ("norm", "mla_up", "act")),
-                   ("mla kv", ("mla_up", "permute", "act")), ("norm, act", ("norm", "act")), ("activation", ("act",)),
-                   ("per-op", ("norm", "mla_up", "act")), ("per stage", ("norm", "act")),
-                   ("selective", ("core_attention",)))
-# recomputation not stated: the first of these that fits
-GAPS = ((), ("norm", "act"), ("norm", "act", "permute", "expert"), ("layer",))
-HIDE_WORDS = (("tp-comm", "tp"), ("async-tp", "tp"), ("mc2", "tp"), ("holistic", "tp"), ("grad-reduce", "dp"),
-              ("holistic", "dp"), ("core defaults", "dp"), ("core defaults", "pp"), ("p2p", "pp"), ("holistic", "pp"))
-UNBALANCED = 0.2                                           # max_vio of routing that nothing says to be even
-
-
-class Row:
-    """A line of a table with named columns. Cells that cannot be read count as empty, and are told."""
-
-    def __init__(self, cells, number):
-        self.cells, self.name, self.faults = cells, cells.get("row_id") or f"line {number}", []
-
-    def text(self, column):
-        return (self.cells.get(column) or "").strip()
-
-    def number(self, column, otherwise=0, kind=int):
-        text = self.text(column)
-        try:
-            value = float(text) if text else otherwise
-            if value != value or value < 0 or value == math.inf:
-                raise ValueError
-            return kind(value)
-        except ValueError:
-            self.faults.append(f"row {self.name}, column {column}: {text!r} is no number, read as {otherwise}")
-            return otherwise
-
-    def measured(self, column):
-        return self.number(column, 0, float)
-
-    def step_seconds(self, plan):
-        """Published seconds of a step, else what tokens/s mean at the plan's batch and length; 0: none published."""
-        tokens = (self.number("global_batch") or plan.global_batch) * plan.seq_len
-        rate = self.measured("tokens_per_s")
-        return self.measured("step_time_s") or (tokens / rate if rate else 0.0)
-
-    def hardware(self):
-        name = self.text("hardware")
-        if name in HARDWARE:
-            return HARDWARE[name]
-        instead = "ascend_910b_unspecified" if self.text("vendor") == "ascend" else "h100_sxm"
-        self.faults.append(f"row {self.name}, column hardware: {name!r} is no preset, read as {instead}")
-        return HARDWARE[instead]
-
-    def shape(self):
-        """Shape, its vocabulary padded as Megatron-LM does so that tensor ranks share it."""
-        heads, hidden, layers = self.number("n_heads", 1), self.number("hidden"), self.number("n_layers")
-        experts, seq_len, inner = self.number("n_experts"), self.number("seq_len", 4096), self.number("moe_ffn")
-        unit = 128 * max(1, self.number("tp", 1))
-        return Shape(
-            vocab_size=math.ceil(self.number("vocab", 50304) / unit) * unit, hidden_size=hidden,
-            num_hidden_layers=layers, first_k_dense_replace=self.number("n_dense_layers") if experts else layers,
-            intermediate_size=self.number("ffn_hidden", 0) or 4 * hidden, num_attention_heads=heads,
-            num_key_value_heads=self.number("n_kv_heads") or heads, head_dim=self.number("head_dim") or hidden // heads,
-            attn_type=self.text("attn_type") or "mha", q_lora_rank=self.number("q_lora_rank"),
-            kv_lora_rank=self.number("kv_lora_rank"), qk_nope_head_dim=self.number("qk_nope_dim"),
-            qk_rope_head_dim=self.number("qk_rope_dim"), v_head_dim=self.number("v_head_dim"),
-            gated_mlp=bool(self.number("gated_mlp", 1)), tie_word_embeddings=bool(self.number("tied_embeddings")),
-            n_routed_experts=experts or 1, num_experts_per_tok=self.number("top_k", 1), moe_intermediate_size=inner,
-            n_shared_experts=self.number("shared_ffn") / inner if inner else 0,
-            num_nextn_predict_layers=self.number("mtp_layers"), capacity_factor=self.capacity(), norm="pre",
-            balance="none", max_position_embeddings=seq_len, megatron=True,
-            n_group=max(1, self.number("ep") // 8), topk_group=self.found("expert_load", r"routing (\d+) nodes"),
-            window=self.found("notes", r"sliding window (\d+)"), group_choice="limited" if self.found(
-                "expert_load", r"routing (\d+) nodes") else "equal",
-            attn_kernel="unfused" if self.text("attn_kernel").startswith("unfused") else
-            "portable" if "fsdp prefetch" in self.text("overlap") else "flash")
-
-    def found(self, column, pattern, kind=int):
-        """The number that a text column states, or 0."""
-        match = re.search(pattern, self.text(column))
-        return kind(match[1]) if match else 0
-
-    def capacity(self):
-        return self.found("expert_load", r"capacity factor (\d*\.?\d+)", float)
-
-    def max_vio(self):
-        load = self.text("expert_load")
-        balanced = any(word in load for word in ("forced", "aux-loss-free", "dynamic placement"))
-        return 0.0 if not load or self.capacity() or balanced else UNBALANCED
-
-    def plans(self, hardware):
-        """Plans that the row may mean, best guess of the unstated first: more than one where cells are empty."""
-        if not self.text("tp") and not self.text("pp"):
-            experts = (8, 32) if self.number("n_experts") else (1,)
-            for tp, pp, ep in product((1, 8), (1, 4, 8, 16), experts):
-                guess = dict(tp=tp, pp=pp, ep=ep, vpp=self.text("vpp") or min(2, pp), cp=self.text("cp") or 1)
-                guess["micro_batch"] = self.text("micro_batch") or 1
-                yield from Row(self.cells | {name: str(value) for name, value in guess.items()}, 0).plans(hardware)
-            return
-        tp, pp, cp = (self.number(axis, 1) or 1 for axis in ("tp", "pp", "cp"))
-        devices = self.number("n_devices") or tp * pp * cp * max(1, self.number("dp", 1))
-        dp = max(1, devices // (tp * pp * cp))
-        ep, etp = (self.number(axis, 1) or 1 for axis in ("ep", "etp"))
-        batch, layers = self.number("global_batch") or dp * pp * 8, self.number("n_layers")
-        shard, overlap = self.text("dp_shard"), self.text("overlap").lower()
-        dual, adaptive = self.text("schedule") == "dualpipe", "ep-a2a" in overlap or "adaptive 1f1b" in overlap
-        base = Plan(
-            tp=tp, sp=self.number("sp", int(tp > 1)), pp=pp, cp=cp, dp=dp, ep=ep, etp=etp,
-            node_size=2**int(math.log2(min(hardware.node_size, max(devices, 8)))), seq_len=self.number("seq_len", 4096),
-            zero=3 if "3" in shard else 0 if "ddp" in shard else 1,
-            precision=next((one for one in BYTES_OF if self.text("precision").startswith(one)), "bf16"),
-            dispatch=dict(hierarchical="hierarchical", deepep="pipelined", hybridep="pipelined").get(
-                self.text("moe_dispatch"), "flat"),
-            hide=tuple({axis for word, axis in HIDE_WORDS if word in overlap}))
-        micros = [self.number("micro_batch")] if self.number("micro_batch") else [1, 2, 4, 8]
-        micros = [micro for micro in micros if micro * dp <= batch] or [1]
-        stated = self.text("recompute").lower()
-        again = next((items for word, items in RECOMPUTE_WORDS if stated.startswith(word) or word in stated), None)
-        for items, micro in product(GAPS if again is None else [again], micros):
-            n = max(1, batch // (dp * micro))
-            vpps = [self.number("vpp")] if self.number("vpp") else \
-                [vpp for vpp in divisors(max(1, layers // pp)) if vpp == 1 or (layers % pp == 0 and n % pp == 0)]
-            if self.text("schedule") in ("1f1b", "none") or pp == 1:
-                vpps = [1]
-            for vpp in vpps:
-                n_whole = n if vpp == 1 or n < pp else n // pp * pp
-                schedule = "1f1b" if vpp == 1 else "paired" if adaptive else "interleaved"
-                if dual:
-                    vpp, schedule, n_whole = 2, "dualpipev", max(n, 2 * pp)
-                yield replace(base, micro_batch=micro, global_batch=n_whole * dp * micro, recompute=items, vpp=vpp,
-                              schedule=schedule, overlap="adaptive" if dual or adaptive else "none",
-                              layer_split=() if dual else self.layer_split(pp * vpp))
-
-    def layer_split(self, stages):
-        """Layers of each stage: as stated, else equal, embedding and head may stand for layers, else () for by cost."""
-        layers, stated = self.number("n_layers"), re.fullmatch(r"\d+(,\d+)+", self.text("layer_split"))
-        if stated:
-            split = [int(n) for n in self.text("layer_split").split(",")]
-            if len(split) == stages and sum(split) == layers:
-                return split
-        ends = next((ends for ends in (0, 2, 1) if (layers + ends) % stages == 0), None)
-        ends = 2 if self.text("layer_split").startswith("embedding and head") else ends
-        if ends is None:
-            return ()                                                     # by cost, as any plan that does not say
-        each, more = divmod(layers + ends, stages)
-        split = [each + (0 < stage <= more) for stage in range(stages)]
-        split[0] -= ends == 2
-        split[-1] -= ends > 0
-        return split
-
-
-def simulate_row(row, plan, hardware):
-    """(seconds of a step of the row's global batch, parts of the memory of its fullest rank in bytes)."""
-    run = Simulation(row.shape(), plan, hardware, row.max_vio())
-    seconds = sum(run.breakdown()[0].values())
-    memory = max((run.memory(rank) for rank in range(plan.pp)), key=lambda parts: sum(parts.values()))
-    return seconds * (row.number("global_batch") or plan.global_batch) / plan.global_batch, memory
-
-
-def choose_plan(row, hardware):
-    """Of the plans that a row may mean: the first recomputation that fits, with it the fastest, as short steps tell."""
-    plans = list(row.plans(hardware))
-    if len(plans) == 1:
-        return plans[0]
-    order, tried = list(dict.fromkeys(plan.recompute for plan in plans)), []
-    for plan in plans:
-        short = replace(plan, global_batch=min(plan.n_micro, 3 * plan.pp) * plan.dp * plan.micro_batch)
-        seconds, memory = simulate_row(row, short, hardware)
-        seconds *= 1 if row.number("global_batch") else plan.n_micro / short.n_micro
-        too_much = max(0.0, sum(memory.values()) - memory["allocator"] - hardware.memory)
-        tried.append((too_much, order.index(plan.recompute), seconds, plan))
-    return min(tried, key=lambda one: one[:3])[3]
-
-
-def predict_row(row):
-    hardware = row.hardware()
-    plan = choose_plan(row, hardware)
-    seconds, memory = simulate_row(row, plan, hardware)
-    needed, kind = sum(memory.values()), row.text("mem_kind")
-    # a reading by the program has no libraries in it, and of what is allocated no unused pieces
-    shown = needed - memory["framework"] * ("allocated" in kind or "reserved" in kind)
-    shown -= memory["allocator"] * ("allocated" in kind)
-    return dict(row_id=row.name, step_time_s=seconds, mem_gib=shown / GIB,
-                fits=int(needed - memory["allocator"] <= hardware.memory), plan=plan)
-
-
-def read_rows(path):
-    try:
-        with open(path, newline="") as file:
-            return [Row(cells, number) for number, cells in enumerate(csv.DictReader(file), 2)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"rows={path}: {error}: use a CSV file with the columns of {ROWS.name}") from None
-
-
-def ordered_pairs(timed):
-    """For each two plans of one model, on as many devices, with sequences as long, whose measured times of a sequence
-    are more than 4 % apart: whether the prediction has them in this order."""
-    def alike(row):
-        return [row.text(name) for name in ("family", "model", "n_devices", "seq_len")]
-
-    each = [(row, measured / row.number("global_batch", 1), found / row.number("global_batch", 1))
-            for row, measured, found in timed]
-    return [(one[1] < two[1]) == (one[2] < two[2]) for one, two in combinations(each, 2)
-            if alike(one[0]) == alike(two[0]) and max(one[1], two[1]) > 1.04 * min(one[1], two[1])]
-
-
-def print_errors(timed):
-    """timed: list of (row, measured seconds, predicted seconds)."""
-    print("step time, absolute error         rows    mean  median")
-    for key in (lambda row: "all", lambda row: f"{row.text('vendor')} {row.text('arch')}",
-                lambda row: f"  {row.text('family')}"):
-        for name in dict.fromkeys(key(row) for row, *_ in timed):
-            errors = [abs(found / measured - 1) for row, measured, found in timed if key(row) == name]
-            print(f"{name:32} {len(errors):5} {np.mean(errors):7.1%} {np.median(errors):7.1%}")
-    right = ordered_pairs(timed)
-    print(f"pairs of plans of one model, more than 4 % apart, in order: {sum(right)} of {len(right)}, "
-          f"{np.mean(right or [0]):.1%}")
-
-
-def print_memory(rows, found):
-    errors = [abs(one["mem_gib"] / row.measured("mem_gib") - 1) for row, one in zip(rows, found)
-              if row.measured("mem_gib")]
-    print(f"memory, absolute error: {len(errors)} rows, mean {np.mean(errors or [0]):.1%}, "
-          f"median {np.median(errors or [0]):.1%}")
-    for title, oom in (("working runs rejected", "0"), ("out-of-memory runs accepted", "1")):
-        fits = {row.name: one["fits"] for row, one in zip(rows, found) if row.text("oom") == oom}
-        wrong = [name for name, one in fits.items() if one == int(oom)]
-        print(f"{title}: {len(wrong)} of {len(fits)}", *wrong)
-
-
-def validate(path, out, fit):
-    rows = read_rows(path or ROWS)
-    found = [predict_row(row) for row in rows]
-    for message in dict.fromkeys(chain(*(row.faults for row in rows))):
-        print(message, file=sys.stderr)
-    if out:
-        with open(out, "w", newline="") as file:
-            writer = csv.DictWriter(file, ("row_id", "step_time_s", "mem_gib", "fits"), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(found)
-    print(f"{len(found)} rows of {path or ROWS.name} predicted with the frozen constants")
-    print_errors([(row, row.step_seconds(one["plan"]), one["step_time_s"]) for row, one in zip(rows, found)
-                  if row.step_seconds(one["plan"])])
-    print_memory(rows, found)
-    if fit:
-        Fit(rows, found).report()
-
-
-class Fit:
-    """Of CONSTANTS to rows: Gauss-Newton steps on logarithms, from the priors, for least absolute errors.
-
-    hold: a constant this far from its prior, in its logarithm, weighs as much as one row that is 10 % off.
-    """
-    hold, steps = 0.6, 6
-
-    def __init__(self, rows, found):
-        timed = [(row, one["plan"]) for row, one in zip(rows, found) if row.measured("step_time_s")]
-        self.rows, self.plans = zip(*timed)
-        self.measured = np.log([row.measured("step_time_s") for row in self.rows])
-        self.weights = np.array([0.3 if row.text("quality") == "C" else 1.0 for row in self.rows])
-        self.names = [(name, generation) for name, (*_, values) in CONSTANTS.items()
-                      for generation in (GENERATIONS if len(values) > 1 else ("all",))]
-        self.prior = np.log(list(chain(*(priors for *_, priors, _ in CONSTANTS.values()))))
-        self.low, self.high = np.log([CONSTANTS[name][1:3] for name, _ in self.names]).T
-
-    def error(self, i, logs):
-        """Logarithm of predicted over measured time of a row."""
-        hardware = self.rows[i].hardware()
-        mine = {name: math.exp(x) for (name, generation), x in zip(self.names, logs)
-                if generation in ("all", hardware.generation)}
-        return math.log(simulate_row(self.rows[i], self.plans[i], replace(hardware, **mine))[0]) - self.measured[i]
-
-    def errors(self, logs):
-        return np.array([self.error(i, logs) for i in range(len(self.rows))])
-
-    def slopes(self, logs, errors):
-        """(rows, constants): change of a row's error with the logarithm of a constant."""
-        slopes, step = np.zeros((len(errors), len(logs))), 0.03
-        for i, (j, (_, generation)) in product(range(len(errors)), enumerate(self.names)):
-            if generation in ("all", self.rows[i].hardware().generation) and self.low[j] < self.high[j]:
-                nudged = logs + step * (np.arange(len(logs)) == j)
-                slopes[i, j] = (self.error(i, nudged) - errors[i]) / step
-        return slopes
-
-    def best(self, logs, errors, slopes, weights):
-        """The constants that fit best if errors followed their slopes. Reweighted least squares: absolute errors."""
-        moved = logs
-        for _ in range(50):
-            weight = weights / np.maximum(np.abs(errors + slopes @ (moved - logs)), 0.03)
-            left = slopes.T @ (weight[:, None] * slopes) + np.eye(len(logs)) / self.hold**2
-            right = slopes.T @ (weight * errors) + (logs - self.prior) / self.hold**2
-            moved = np.clip(logs - np.linalg.solve(left, right), self.low, self.high)
-        return moved
-
-    def report(self):
-        logs = self.prior
-        for _ in range(self.steps):
-            errors = self.errors(logs)
-            slopes = self.slopes(logs, errors)
-            logs = logs + np.clip(self.best(logs, errors, slopes, self.weights) - logs, -0.5, 0.5)
-        errors, seconds = self.errors(logs), np.exp(self.measured)
-        print("\nfitted on all rows")
-        print_errors(list(zip(self.rows, seconds, np.exp(self.measured + errors))))
-        print("\nconstant: unit, bounds, priors, fitted, of", *GENERATIONS, "or of all")
-        for name, (*head, priors, _) in CONSTANTS.items():
-            fitted = [float(f"{math.exp(x):.3g}") for (one, _), x in zip(self.names, logs) if one == name]
-            print(f'    "{name}": {(*head, priors, tuple(fitted))},')
-        slopes, families = self.slopes(logs, errors), np.array([row.text("family") for row in self.rows])
-        unseen = np.zeros(len(errors))
-        for family in dict.fromkeys(families):             # the others' best, by the slopes where all are best
-            others = self.best(logs, errors, slopes, self.weights * (families != family))
-            for i in np.flatnonzero(families == family):
-                unseen[i] = self.error(i, others)
-        print("\neach family predicted from the others")
-        print_errors(list(zip(self.rows, seconds, np.exp(self.measured + unseen))))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Search, and the command
 
 RUNS = (("1f1b", 1), ("zbv", 2), ("dualpipev", 2), *product(("interleaved",), (2, 3, 4)),
         *product(("paired",), (1, 2, 3, 4)))               # (schedule, vpp); pairs are always interleaved: adaptive
+PANGU = PRESETS["pangu-ultra-moe-718b"]
+SLOWER = "slower than those above, by its step or by a lower bound of it"
+CHUNK, AHEAD = 16, 8                                       # plans of a job, jobs that wait
 
 
 def candidate_plans(config, hardware, devices, **batch):
@@ -2243,7 +1979,7 @@ def candidate_plans(config, hardware, devices, **batch):
         group = devices // pp
         for ep, (schedule, vpp) in product(experts, RUNS if pp > 1 else (("1f1b", 1), ("paired", 1))):
             if devices % (tp * cp * pp) == 0 and group % ep == 0:
-                overlap = "adaptive" if schedule in ("paired", "dualpipev") else "none"
+                overlap = "adaptive" if schedule in WITH_PAIRS else "none"
                 yield Plan(tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=group // (tp * cp), ep=ep, micro_batch=micro_batch,
                            schedule=schedule, vpp=vpp, overlap=overlap, node_size=hardware.node_size, **batch)
 
@@ -2264,8 +2000,9 @@ def least_seconds(run):
     plan, n = run.plan, run.plan.n_micro
     least = _least(run.shape, same_time(replace(plan, zero=0, swap=())), run.hardware)
     forward, backward, half = zip(*map(least, run.stages))
-    v_shaped = plan.schedule in ("zbv", "dualpipev")
-    after = [sum(run.saving(plan.recompute, ()).after_pipeline(rank)) for rank in (0, plan.pp - 1)]
+    v_shaped = plan.schedule in V_SHAPED
+    unswapped = Simulation(run.shape, replace(plan, swap=()), run.hardware, run.max_vio)
+    after = [sum(unswapped.after_pipeline(rank)) for rank in (0, plan.pp - 1)]
     up = half if v_shaped else backward                    # what a gradient needs to go up
     first, last = plan.stages_of(0), plan.stages_of(plan.pp - 1)
     before = dict.fromkeys(range(plan.vpp), 0) | first_forwards(plan)
@@ -2283,11 +2020,10 @@ def least_seconds(run):
 
 def first_forwards(plan):
     """{chunk: forwards that the first rank can run before a gradient comes back to it}."""
-    n, pp, alone = plan.n_micro, plan.pp, plan.schedule != "paired"        # a pair waits for both
-    if plan.schedule in ("zbv", "dualpipev"):
-        return {0: min(2 * pp - 1, n), 1: 1}
-    first = alone + {"1f1b": pp - 1, "interleaved": 2 * pp - 2, "paired": 2 * pp - 1}[plan.schedule]
-    return Counter(i // plan.turn % plan.vpp for i in range(min(n * plan.vpp, first + (plan.vpp - 1) * plan.turn)))
+    n, alone = plan.n_micro, plan.schedule != "paired"     # a pair waits for both
+    if plan.schedule in V_SHAPED:
+        return {0: min(2 * plan.pp - 1, n), 1: 1}
+    return Counter(i // plan.turn % plan.vpp for i in range(min(n * plan.vpp, alone + warm_up(plan, 0))))
 
 
 @lru_cache(2**14)
@@ -2321,22 +2057,20 @@ def never_faster(more, less):
 
 def best_savings(config, plan, hardware, limit):
     """(prediction of a plan with the fastest recompute and swap that fit, if below `limit` seconds; else why not)."""
-    run, found, fitting, ranks = Simulation(config, plan, hardware), None, [], list(range(plan.pp))
-    for recompute, swap in memory_choices(config):
-        pair, other = (recompute, swap), run.saving(recompute, swap)
-        if any(never_faster(pair, one) for one in fitting) or not other.fits(ranks):
+    found, fitting, ranks = None, [], list(range(plan.pp))
+    for pair in memory_choices(config):
+        if any(never_faster(pair, one) for one in fitting):
+            continue
+        run = Simulation(config, replace(plan, recompute=pair[0], swap=pair[1]), hardware)
+        if not run.fits(ranks):
             continue
         fitting.append(pair)
-        if least_seconds(other) < limit:
-            result = predict(config, other.plan, hardware)
+        if least_seconds(run) < limit:
+            result = predict(config, run.plan, hardware)
             found, limit = (result, result["step_time_s"]) if result["step_time_s"] < limit else (found, limit)
     if fitting:
         return found, "" if found else SLOWER
-    return None, "recomputed and swapped as much as can be, " + other.refusal()
-
-
-SLOWER = "slower than those above, by its step or by a lower bound of it"
-CHUNK, AHEAD = 16, 8                                       # plans of a job, jobs that wait
+    return None, "recomputed and swapped as much as can be, " + run.refusal()
 
 
 def explore(config, hardware, plans, limit):
@@ -2397,34 +2131,36 @@ def search_plans(config, hardware, devices, top=10, **batch):
     return found, refused
 
 
-def candidate_shapes(budget, tolerance=0.03):
+def candidate_shapes(budget):
     """Shapes like Pangu Ultra MoE's, of an active and a total size within 3 % of the budget (embedding not counted).
 
     All sizes are multiples of 256 and counts of experts and heads powers of two, for the cube and any plan.
     """
-    paper = PRESETS["pangu-ultra-moe-718b"]
+    tolerance = 0.03
     axes = dict(num_hidden_layers=range(48, 81), hidden_size=range(5120, 9217, 256),
                 moe_intermediate_size=range(1024, 4097, 512), n_routed_experts=(128, 256, 512),
                 num_experts_per_tok=(4, 8, 16), num_attention_heads=(64, 128), q_lora_rank=(1024, 1536, 2048))
     for values in product(*axes.values()):
         shape = dict(zip(axes, values))
         shape["intermediate_size"] = round(2.4 * shape["hidden_size"] / 256) * 256         # the paper's ratio
-        active, total = shape_size(paper, **shape)
+        active, total = shape_size(PANGU, **shape)
         if abs(active / budget["active"] - 1) < tolerance and abs(total / budget["total"] - 1) < tolerance:
-            yield replace(paper, **shape), active, total
+            yield replace(PANGU, **shape), active, total
 
 
 def shape_size(config, **shape):
     """(active, total) parameters with the head, without embedding and MTP, of a model with these sizes."""
-    get = {**vars(config), **shape}.get
-    width, heads, q, kv = get("hidden_size"), get("num_attention_heads"), get("q_lora_rank"), config.kv_lora_rank
-    rope, nope, v = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
-    attention = width * (q + kv + rope) + heads * (q * (nope + rope) + kv * (nope + v) + v * width)
-    expert, dense = 3 * width * get("moe_intermediate_size"), config.first_k_dense_replace
-    layers, moe = get("num_hidden_layers"), get("num_hidden_layers") - dense
-    fixed = layers * attention + dense * 3 * width * get("intermediate_size") + width * config.vocab_size
-    own = config.n_shared_experts * expert + width * get("n_routed_experts")
-    return tuple(fixed + moe * (own + n * expert) for n in (get("num_experts_per_tok"), get("n_routed_experts")))
+    c = SimpleNamespace(**{**vars(config), **shape})       # a Config would check itself, for each of many shapes
+    width, heads = c.hidden_size, c.num_attention_heads
+    latents = width * (c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim)
+    queries = c.q_lora_rank * heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    keys_and_values = c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+    attention = latents + queries + keys_and_values + heads * c.v_head_dim * width
+    expert, n_dense = 3 * width * c.moe_intermediate_size, c.first_k_dense_replace
+    n_moe = c.num_hidden_layers - n_dense
+    fixed = c.num_hidden_layers * attention + n_dense * 3 * width * c.intermediate_size + width * c.vocab_size
+    fixed += n_moe * (c.n_shared_experts * expert + width * c.n_routed_experts)
+    return fixed + n_moe * c.num_experts_per_tok * expert, fixed + n_moe * c.n_routed_experts * expert
 
 
 def shape_plans(hardware, devices, seq_len):
@@ -2460,7 +2196,7 @@ def print_shapes(hardware, devices, budget, seq_len, top, experts):
           "beyond this table. Sizes leave out embedding and MTP layer.\n\n"
           "rank  tokens/s    MFU  active  total  layers hidden experts width top heads q-rank  plan")
     for rank, (rate, c, (active, total), result) in enumerate(rows, 1):
-        if rank <= top or c == PRESETS["pangu-ultra-moe-718b"]:
+        if rank <= top or c == PANGU:
             print(f"{rank:4} {rate:9.3g} {result['mfu']:6.1%} {active / 1e9:6.1f}B {total / 1e9:5.0f}B",
                   f"{c.num_hidden_layers:7} {c.hidden_size:6} {c.n_routed_experts:7} {c.moe_intermediate_size:5}",
                   f"{c.num_experts_per_tok:3} {c.num_attention_heads:5} {c.q_lora_rank:6}",
@@ -2476,6 +2212,7 @@ PAPER = {
         SHARED, dp=48, dispatch="hierarchical", overlap="adaptive", recompute=FINE, global_batch=48 * 2 * 48)),
     "baseline": dict(tokens_per_s=0.61e6, mfu=0.189, max_vio=0.3, plan=dict(
         SHARED, dp=32, recompute=("layer",), global_batch=32 * 2 * 48))}
+OPTIMISED = Plan(seq_len=4096, **PAPER["optimised"]["plan"])
 # technique -> what it changes, each on top of those above it
 LADDER = {"baseline": {}, "hierarchical exchange": dict(dispatch="hierarchical"),
           "adaptive overlap": dict(overlap="adaptive", schedule=""),
@@ -2486,7 +2223,7 @@ LADDER = {"baseline": {}, "hierarchical exchange": dict(dispatch="hierarchical")
 def simulate_paper(run, hardware, **changes):
     settings = dict(PAPER[run]["plan"], max_vio=PAPER[run]["max_vio"]) | changes
     max_vio = settings.pop("max_vio")
-    return predict(PRESETS["pangu-ultra-moe-718b"], Plan(**settings), hardware, max_vio)
+    return predict(PANGU, Plan(**settings), hardware, max_vio)
 
 
 def print_paper():
@@ -2505,6 +2242,8 @@ def print_paper():
               "| {tokens_per_s:10.3g} {mfu:7.1%} {step_time_s:8.2f} {mem_gib:6.1f}".format(**result),
               "yes" if result["fits"] else "no")
     print_ladder(bins[0])
+    print_neighbour(bins[0])
+    print_fewer_layers(bins[0])
     print(f"\nThe optimised run, {bins[0].name} at 4096 (all simulated)")
     print_prediction(simulate_paper("optimised", bins[0], seq_len=4096))
 
@@ -2520,27 +2259,33 @@ def print_ladder(hardware):
         rates.append(simulate_paper("baseline", hardware, **changes)["tokens_per_s_per_device"])
         print(f"{name:50} | {published.get(name, ''):16} | {rates[-1]:12.1f} {rates[-1] / rates[-2:][0]:6.3f} "
               f"{rates[-1] / rates[0]:8.3f}")
-    config, run = PRESETS["pangu-ultra-moe-718b"], Plan(seq_len=4096, **PAPER["optimised"]["plan"])
-    found, limit = None, math.inf
-    for plan in neighbours(config, run, hardware):
-        if least_seconds(Simulation(config, plan, hardware)) < limit:
-            result, _ = best_savings(config, plan, hardware, limit)
-            found, limit = (result, result["step_time_s"]) if result else (found, limit)
-    print("\nNot used by the paper, found near its plan, balanced (simulated; `plans` searches all): "
-          f"{found['tokens_per_s_per_device']:.1f} tokens/s/NPU,\n{describe(found['plan'])}")
-    rates = [predict(one, run, hardware)["tokens_per_s"] for one in (config, replace(config, num_hidden_layers=66))]
-    print("\nThroughput of 61 layers over 66, under the optimised run's plan and else alike: published +15 %, "
-          f"simulated {rates[0] / rates[1] - 1:+.1%}")
 
 
 def neighbours(config, plan, hardware):
     """Legal plans with another schedule, expert group, cut over stages or exchange than this one."""
     for (schedule, vpp), ep, pp, dispatch in product(RUNS, (32, 64), (8, 12, 16), ("hierarchical", "flat", "dedup")):
         other = replace(plan, schedule=schedule, vpp=vpp, ep=ep, pp=pp, dp=plan.dp * plan.pp // pp, recompute=(),
-                        dispatch=dispatch, overlap="adaptive" if schedule in ("paired", "dualpipev") else "none")
+                        dispatch=dispatch, overlap="adaptive" if schedule in WITH_PAIRS else "none")
         with contextlib.suppress(ValueError):
             check_plan(config, other, hardware)
             yield other
+
+
+def print_neighbour(hardware):
+    found, limit = None, math.inf
+    for plan in neighbours(PANGU, OPTIMISED, hardware):
+        if least_seconds(Simulation(PANGU, plan, hardware)) < limit:
+            result, _ = best_savings(PANGU, plan, hardware, limit)
+            found, limit = (result, result["step_time_s"]) if result else (found, limit)
+    print("\nNot used by the paper, found near its plan, balanced (simulated; `plans` searches all): "
+          f"{found['tokens_per_s_per_device']:.1f} tokens/s/NPU,\n{describe(found['plan'])}")
+
+
+def print_fewer_layers(hardware):
+    shapes = PANGU, replace(PANGU, num_hidden_layers=66)
+    rates = [predict(shape, OPTIMISED, hardware)["tokens_per_s"] for shape in shapes]
+    print("\nThroughput of 61 layers over 66, under the optimised run's plan and else alike: published +15 %, "
+          f"simulated {rates[0] / rates[1] - 1:+.1%}")
 
 
 def print_prediction(result):
@@ -2575,6 +2320,13 @@ def print_plans(found, refused):
     print("\nLeft out, how often and one example each:")
     for times, message in sorted(refused.values(), reverse=True):
         print(f"{times:6}  {message}")
+
+
+def validate(rows, out, fit):
+    """Published runs beside their prediction: tests/published.py, which reads their table and fits CONSTANTS to it."""
+    sys.path.insert(0, str(Path(__file__).parent / "tests"))
+    import published
+    published.validate(rows, out, fit)
 
 
 def load(kind, cls, presets, name):
@@ -2618,7 +2370,7 @@ class Sample(NamedTuple):
     weight: float = 1.0
 
     def simulated(self, plan, hardware):
-        busy = self.moved / (hardware.bandwidth * hardware.memory_efficiency)
+        busy = self.moved / hardware.memory_rate
         return busy + sum(sum(op_seconds(op, plan, hardware)) for op in self.ops)
 
 
@@ -2801,7 +2553,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("validate", help="published rows, predicted")
-    command.add_argument("rows", nargs="?", help=f"CSV file with the columns of {ROWS.name}, the default")
+    command.add_argument("rows", nargs="?", help="CSV file with the columns of train_rows.csv, the default")
     command.add_argument("--out", help="write row_id, step_time_s (s), mem_gib (GiB), fits (0 or 1) to this CSV file")
     command.add_argument("--fit", action="store_true", help="refit the constants, on all rows and without each family")
     command = commands.add_parser("calibrate", help="measure this device, for --hardware; links under torchrun")
@@ -2855,9 +2607,7 @@ def main(argv=None):
     if args.command == "plans":
         batch = dict(global_batch=args.global_batch, seq_len=args.seq_len)
         return print_plans(*search_plans(config, hardware, args.devices or hardware.node_size, args.top, **batch))
-    plan = Plan(seq_len=4096, **PAPER["optimised"]["plan"])
-    if args.plan:
-        plan = parse_plan(args.plan, node_size=hardware.node_size)
+    plan = parse_plan(args.plan, node_size=hardware.node_size) if args.plan else OPTIMISED
     check_plan(config, plan, hardware, args.devices)
     load_found = read_load(args.load, config, plan)
     if args.command == "predict":

@@ -17,6 +17,7 @@ import torch.multiprocessing
 from torch.distributed.pipelining import schedules
 from torch.utils.checkpoint import checkpoint
 
+import published
 import sim
 from model import PRESETS, Config, Model, count_params, flops_per_token, rope_table
 from sim import HARDWARE, Plan, check_plan, exchange_bytes, predict, schedule_table
@@ -789,7 +790,7 @@ def test_search_is_never_beaten_by_a_random_plan_it_considered():
 # Published rows
 
 
-ROWS = {row.name: row for row in sim.read_rows(sim.ROWS)}
+ROWS = {row.name: row for row in published.read_rows(published.ROWS)}
 
 
 def test_every_rows_hardware_is_a_preset():
@@ -798,7 +799,7 @@ def test_every_rows_hardware_is_a_preset():
 
 @pytest.mark.parametrize("name", ["megatron_sp-04", "vtrain_multi-08", "simumax_b200-12", "mindspeed_llm-11"])
 def test_a_published_row_is_predicted_within_a_fifth(name):
-    found = sim.predict_row(ROWS[name])
+    found = published.predict_row(ROWS[name])
     assert abs(found["step_time_s"] / ROWS[name].measured("step_time_s") - 1) < 0.2, found
 
 
@@ -810,12 +811,12 @@ def odd_rows():
                  precision="int2", schedule="zigzag", head_dim="", vocab="x", n_kv_heads="-1", dp_shard="zero9",
                  attn_type="none")
     for name in ("vtrain_multi-08", "moe_modelzoo-02"):
-        yield from (sim.Row(ROWS[name].cells | {column: cell}, 0) for column, cell in cells.items())
+        yield from (published.Row(ROWS[name].cells | {column: cell}, 0) for column, cell in cells.items())
 
 
 def test_odd_rows_are_predicted_too():
     for row in odd_rows():
-        found = sim.predict_row(row)
+        found = published.predict_row(row)
         assert 0 < found["step_time_s"] < 1e5 and 0 < found["mem_gib"] < 1e5, (row.name, row.cells, found)
 
 
@@ -857,8 +858,8 @@ def test_a_ring_over_nodes_uses_the_links_of_all_its_ranks_in_a_node():
 def test_a_fit_finds_the_constants_that_made_the_times(monkeypatch):
     """Times simulated with a matmul efficiency 20 % above its prior are fitted better than by the priors."""
     rows = [ROWS[name] for name in ("mindspeed_llm-11", "mindspeed_llm-06", "mindformers-01", "mindspeed_llm-22")]
-    found = [sim.predict_row(row) for row in rows]
-    fit = sim.Fit(rows, found)
+    found = [published.predict_row(row) for row in rows]
+    fit = published.Fit(rows, found)
     true = fit.prior + 0.2 * np.array([name == ("matmul_efficiency", "ascend") for name in fit.names])
     fit.measured = fit.measured + fit.errors(true)
     before = fit.errors(fit.prior)
@@ -870,14 +871,14 @@ def test_a_fit_finds_the_constants_that_made_the_times(monkeypatch):
 def test_published_rows_are_predicted_within_the_gates():
     """Mean absolute errors of step time and memory, order of pairs, what fits: constants fitted on the same rows."""
     rows = list(ROWS.values())
-    found = [sim.predict_row(row) for row in rows]
+    found = [published.predict_row(row) for row in rows]
     timed = [(row, row.step_seconds(one["plan"]), one["step_time_s"]) for row, one in zip(rows, found)
              if row.step_seconds(one["plan"])]
     groups = {}
     for row, measured, predicted in timed:
         groups.setdefault((row.text("vendor"), row.text("arch")), []).append(abs(predicted / measured - 1))
     assert np.mean(sum(groups.values(), [])) < 0.12 and max(map(np.mean, groups.values())) < 0.22, groups
-    assert np.mean(sim.ordered_pairs(timed)) > 0.80
+    assert np.mean(published.ordered_pairs(timed)) > 0.80
     memory = [one["mem_gib"] / row.measured("mem_gib") - 1 for row, one in zip(rows, found) if row.measured("mem_gib")]
     assert np.abs(memory).mean() < 0.12
     assert sum(not one["fits"] for row, one in zip(rows, found) if row.text("oom") == "0") <= 0.05 * len(rows)

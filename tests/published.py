@@ -1,0 +1,398 @@
+"""
+Published training runs beside their prediction: from a row of a table to a shape and a plan, how far the simulated step
+time and memory are off, and the constants that fit the rows best. `python sim.py validate [ROWS.csv] [--out F.csv]
+[--fit]` runs validate(); the constants themselves stand in sim.py.
+"""
+import csv
+import math
+import re
+import sys
+from dataclasses import replace
+from itertools import chain, combinations, product
+from pathlib import Path
+
+import numpy as np
+
+from sim import BYTES_OF, CONSTANTS, GENERATIONS, GIB, HARDWARE, Plan, Shape, Simulation, divisors
+
+ROWS = Path(__file__).parent / "data/train_rows.csv"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a row to a shape and a plan
+
+# words of the row -> items that are computed again; the first that is found counts
+RECOMPUTE_WORDS = (("full, block", ()), ("full", ("layer",)), ("none", ()), ("mla up", ("norm", "mla_up", "act")),
+                   ("mla kv", ("mla_up", "permute", "act")), ("norm, act", ("norm", "act")), ("activation", ("act",)),
+                   ("per-op", ("norm", "mla_up", "act")), ("per stage", ("norm", "act")),
+                   ("selective", ("core_attention",)))
+# recomputation not stated: the first of these with which the row fits in memory
+GAPS = ((), ("norm", "act"), ("norm", "act", "permute", "expert"), ("layer",))
+# words of the row -> collectives that run beside computation
+HIDE_WORDS = (("tp-comm", "tp"), ("async-tp", "tp"), ("mc2", "tp"), ("holistic", "tp"), ("grad-reduce", "dp"),
+              ("holistic", "dp"), ("core defaults", "dp"), ("core defaults", "pp"), ("p2p", "pp"), ("holistic", "pp"))
+EXCHANGES = dict(hierarchical="hierarchical", deepep="pipelined", hybridep="pipelined")      # others: flat
+UNBALANCED = 0.2                                           # max_vio of routing that nothing says to be even
+
+
+class Row:
+    """A line of a table with named columns. Cells that cannot be read count as empty, and are told."""
+
+    def __init__(self, cells, number):
+        self.cells, self.name, self.faults = cells, cells.get("row_id") or f"line {number}", []
+
+    def text(self, column):
+        return (self.cells.get(column) or "").strip()
+
+    def number(self, column, otherwise=0, kind=int):
+        text = self.text(column)
+        try:
+            value = float(text) if text else otherwise
+            if value != value or value < 0 or value == math.inf:
+                raise ValueError
+            return kind(value)
+        except ValueError:
+            self.faults.append(f"row {self.name}, column {column}: {text!r} is no number, read as {otherwise}")
+            return otherwise
+
+    def measured(self, column):
+        return self.number(column, 0, float)
+
+    def step_seconds(self, plan):
+        """Published seconds of a step, else what tokens/s mean at the plan's batch and length; 0: none published."""
+        tokens = (self.number("global_batch") or plan.global_batch) * plan.seq_len
+        rate = self.measured("tokens_per_s")
+        return self.measured("step_time_s") or (tokens / rate if rate else 0.0)
+
+    def hardware(self):
+        name = self.text("hardware")
+        if name in HARDWARE:
+            return HARDWARE[name]
+        instead = "ascend_910b_unspecified" if self.text("vendor") == "ascend" else "h100_sxm"
+        self.faults.append(f"row {self.name}, column hardware: {name!r} is no preset, read as {instead}")
+        return HARDWARE[instead]
+
+    def shape(self):
+        """Shape, its vocabulary padded as Megatron-LM does so that tensor ranks share it."""
+        heads, hidden, layers = self.number("n_heads", 1), self.number("hidden"), self.number("n_layers")
+        experts, seq_len, inner = self.number("n_experts"), self.number("seq_len", 4096), self.number("moe_ffn")
+        unit, nodes = 128 * max(1, self.number("tp", 1)), self.found("expert_load", r"routing (\d+) nodes")
+        return Shape(
+            vocab_size=math.ceil(self.number("vocab", 50304) / unit) * unit, hidden_size=hidden,
+            num_hidden_layers=layers, first_k_dense_replace=self.number("n_dense_layers") if experts else layers,
+            intermediate_size=self.number("ffn_hidden", 0) or 4 * hidden, num_attention_heads=heads,
+            num_key_value_heads=self.number("n_kv_heads") or heads, head_dim=self.number("head_dim") or hidden // heads,
+            attn_type=self.text("attn_type") or "mha", q_lora_rank=self.number("q_lora_rank"),
+            kv_lora_rank=self.number("kv_lora_rank"), qk_nope_head_dim=self.number("qk_nope_dim"),
+            qk_rope_head_dim=self.number("qk_rope_dim"), v_head_dim=self.number("v_head_dim"),
+            gated_mlp=bool(self.number("gated_mlp", 1)), tie_word_embeddings=bool(self.number("tied_embeddings")),
+            n_routed_experts=experts or 1, num_experts_per_tok=self.number("top_k", 1), moe_intermediate_size=inner,
+            n_shared_experts=self.number("shared_ffn") / inner if inner else 0,
+            num_nextn_predict_layers=self.number("mtp_layers"), capacity_factor=self.capacity(), norm="pre",
+            balance="none", max_position_embeddings=seq_len, megatron=True,
+            n_group=max(1, self.number("ep") // 8), topk_group=nodes, group_choice="limited" if nodes else "equal",
+            window=self.found("notes", r"sliding window (\d+)"), attn_kernel=self.attn_kernel())
+
+    def attn_kernel(self):
+        if self.text("attn_kernel").startswith("unfused"):
+            return "unfused"
+        return "portable" if "fsdp prefetch" in self.text("overlap") else "flash"
+
+    def found(self, column, pattern, kind=int):
+        """The number that a text column states, or 0."""
+        match = re.search(pattern, self.text(column))
+        return kind(match[1]) if match else 0
+
+    def capacity(self):
+        return self.found("expert_load", r"capacity factor (\d*\.?\d+)", float)
+
+    def max_vio(self):
+        load = self.text("expert_load")
+        balanced = any(word in load for word in ("forced", "aux-loss-free", "dynamic placement"))
+        return 0.0 if not load or self.capacity() or balanced else UNBALANCED
+
+    def plans(self, hardware):
+        """Plans that the row may mean, best guess of the unstated first: more than one where cells are empty."""
+        if not self.text("tp") and not self.text("pp"):
+            for row in self.guessed_cuts():
+                yield from row.plans(hardware)
+            return
+        base = self.base_plan(hardware)
+        for items, micro_batch in product(self.recompute_choices(), self.micro_batches(base)):
+            plan = replace(base, recompute=items, micro_batch=micro_batch)
+            n_micro = max(1, plan.n_micro)
+            for vpp in self.chunk_counts(plan.pp, n_micro):
+                yield self.scheduled(plan, vpp, n_micro)
+
+    def guessed_cuts(self):
+        """The row with each of some usual cuts, for one that states none."""
+        experts = (8, 32) if self.number("n_experts") else (1,)
+        for tp, pp, ep in product((1, 8), (1, 4, 8, 16), experts):
+            guess = dict(tp=tp, pp=pp, ep=ep, vpp=self.text("vpp") or min(2, pp), cp=self.text("cp") or 1,
+                         micro_batch=self.text("micro_batch") or 1)
+            yield Row(self.cells | {name: str(value) for name, value in guess.items()}, 0)
+
+    def base_plan(self, hardware):
+        """The plan but for micro-batch, recomputation, chunks and schedule. Data ranks are what the devices leave."""
+        tp, pp, cp = (self.number(axis, 1) or 1 for axis in ("tp", "pp", "cp"))
+        devices = self.number("n_devices") or tp * pp * cp * max(1, self.number("dp", 1))
+        ep, etp = (self.number(axis, 1) or 1 for axis in ("ep", "etp"))
+        dp = max(1, devices // (tp * pp * cp))
+        return Plan(
+            tp=tp, pp=pp, cp=cp, dp=dp, ep=ep, etp=etp, global_batch=self.number("global_batch") or dp * pp * 8,
+            sp=self.number("sp", int(tp > 1)), seq_len=self.number("seq_len", 4096), zero=self.zero(),
+            node_size=2**int(math.log2(min(hardware.node_size, max(devices, 8)))), precision=self.precision(),
+            dispatch=EXCHANGES.get(self.text("moe_dispatch"), "flat"), hide=self.hide())
+
+    def zero(self):
+        shard = self.text("dp_shard")
+        return 3 if "3" in shard else 0 if "ddp" in shard else 1
+
+    def precision(self):
+        return next((name for name in BYTES_OF if self.text("precision").startswith(name)), "bf16")
+
+    def hide(self):
+        overlap = self.text("overlap").lower()
+        return tuple({axis for word, axis in HIDE_WORDS if word in overlap})
+
+    def recompute_choices(self):
+        stated = self.text("recompute").lower()
+        items = next((items for word, items in RECOMPUTE_WORDS if word in stated), None)
+        return GAPS if items is None else [items]
+
+    def micro_batches(self, plan):
+        """Sequences of a micro-batch: as stated, else any of a few with which each data rank gets one."""
+        stated = self.number("micro_batch")
+        sizes = [stated] if stated else [1, 2, 4, 8]
+        return [size for size in sizes if size * plan.dp <= plan.global_batch] or [1]
+
+    def chunk_counts(self, pp, n_micro):
+        """Chunks of a pipeline rank: as its schedule has or as stated, else any that cut the layers evenly."""
+        stated, layers = self.number("vpp"), self.number("n_layers")
+        if self.text("schedule") == "dualpipe":
+            return [2]
+        if self.text("schedule") in ("1f1b", "none") or pp == 1:
+            return [1]
+        if stated:
+            return [stated]
+        return divisors(max(1, layers // pp)) if layers % pp == 0 and n_micro % pp == 0 else [1]
+
+    def scheduled(self, plan, vpp, n_micro):
+        """The plan with a schedule of `vpp` chunks, and with as many of n_micro micro-batches as that can run."""
+        sequences = plan.dp * plan.micro_batch             # of a micro-batch, on all data ranks
+        if self.text("schedule") == "dualpipe":
+            return replace(plan, vpp=2, schedule="dualpipev", overlap="adaptive",
+                           global_batch=max(n_micro, 2 * plan.pp) * sequences)
+        if vpp > 1 and n_micro >= plan.pp:
+            n_micro = n_micro // plan.pp * plan.pp
+        words = self.text("overlap").lower()
+        adaptive = "ep-a2a" in words or "adaptive 1f1b" in words
+        schedule = "1f1b" if vpp == 1 else "paired" if adaptive else "interleaved"
+        return replace(plan, vpp=vpp, schedule=schedule, overlap="adaptive" if adaptive else "none",
+                       global_batch=n_micro * sequences, layer_split=self.layer_split(plan.pp * vpp))
+
+    def layer_split(self, stages):
+        """Layers of each stage: as stated, else equal, embedding and head may stand for layers, else () for by cost."""
+        layers, stated = self.number("n_layers"), re.fullmatch(r"\d+(,\d+)+", self.text("layer_split"))
+        if stated:
+            split = [int(n) for n in self.text("layer_split").split(",")]
+            if len(split) == stages and sum(split) == layers:
+                return split
+        ends = next((ends for ends in (0, 2, 1) if (layers + ends) % stages == 0), None)
+        ends = 2 if self.text("layer_split").startswith("embedding and head") else ends
+        if ends is None:
+            return ()                                                     # by cost, as any plan that does not say
+        each, more = divmod(layers + ends, stages)
+        split = [each + (0 < stage <= more) for stage in range(stages)]
+        split[0] -= ends == 2
+        split[-1] -= ends > 0
+        return split
+
+
+def read_rows(path):
+    try:
+        with open(path, newline="") as file:
+            return [Row(cells, number) for number, cells in enumerate(csv.DictReader(file), 2)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"rows={path}: {error}: use a CSV file with the columns of {ROWS.name}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows predicted, and how far the predictions are off
+
+
+def simulate_row(row, plan, hardware):
+    """(seconds of a step of the row's global batch, parts of the memory of its fullest rank in bytes)."""
+    run = Simulation(row.shape(), plan, hardware, row.max_vio())
+    seconds = sum(run.breakdown()[0].values())
+    memory = max((run.memory(rank) for rank in range(plan.pp)), key=lambda parts: sum(parts.values()))
+    return seconds * (row.number("global_batch") or plan.global_batch) / plan.global_batch, memory
+
+
+def choose_plan(row, hardware):
+    """Of the plans that a row may mean: the first recomputation that fits, with it the fastest, as short steps tell."""
+    plans = list(row.plans(hardware))
+    if len(plans) == 1:
+        return plans[0]
+    order, tried = list(dict.fromkeys(plan.recompute for plan in plans)), []
+    for plan in plans:
+        short = replace(plan, global_batch=min(plan.n_micro, 3 * plan.pp) * plan.dp * plan.micro_batch)
+        seconds, memory = simulate_row(row, short, hardware)
+        seconds *= 1 if row.number("global_batch") else plan.n_micro / short.n_micro
+        too_much = max(0.0, sum(memory.values()) - memory["allocator"] - hardware.memory)
+        tried.append((too_much, order.index(plan.recompute), seconds, plan))
+    return min(tried, key=lambda one: one[:3])[3]
+
+
+def predict_row(row):
+    hardware = row.hardware()
+    plan = choose_plan(row, hardware)
+    seconds, memory = simulate_row(row, plan, hardware)
+    needed, kind = sum(memory.values()), row.text("mem_kind")
+    # a reading by the program has no libraries in it, and of what is allocated no unused pieces
+    shown = needed - memory["framework"] * ("allocated" in kind or "reserved" in kind)
+    shown -= memory["allocator"] * ("allocated" in kind)
+    return dict(row_id=row.name, step_time_s=seconds, mem_gib=shown / GIB,
+                fits=int(needed - memory["allocator"] <= hardware.memory), plan=plan)
+
+
+def ordered_pairs(timed):
+    """For each two plans of one model, on as many devices, with sequences as long, whose measured times of a sequence
+    are more than 4 % apart: whether the prediction has them in this order."""
+    def alike(row):
+        return [row.text(name) for name in ("family", "model", "n_devices", "seq_len")]
+
+    each = [(row, measured / row.number("global_batch", 1), found / row.number("global_batch", 1))
+            for row, measured, found in timed]
+    return [(one[1] < two[1]) == (one[2] < two[2]) for one, two in combinations(each, 2)
+            if alike(one[0]) == alike(two[0]) and max(one[1], two[1]) > 1.04 * min(one[1], two[1])]
+
+
+def print_errors(timed):
+    """timed: list of (row, measured seconds, predicted seconds)."""
+    print("step time, absolute error         rows    mean  median")
+    for key in (lambda row: "all", lambda row: f"{row.text('vendor')} {row.text('arch')}",
+                lambda row: f"  {row.text('family')}"):
+        for name in dict.fromkeys(key(row) for row, *_ in timed):
+            errors = [abs(found / measured - 1) for row, measured, found in timed if key(row) == name]
+            print(f"{name:32} {len(errors):5} {np.mean(errors):7.1%} {np.median(errors):7.1%}")
+    right = ordered_pairs(timed)
+    print(f"pairs of plans of one model, more than 4 % apart, in order: {sum(right)} of {len(right)}, "
+          f"{np.mean(right or [0]):.1%}")
+
+
+def print_memory(rows, found):
+    errors = [abs(one["mem_gib"] / row.measured("mem_gib") - 1) for row, one in zip(rows, found)
+              if row.measured("mem_gib")]
+    print(f"memory, absolute error: {len(errors)} rows, mean {np.mean(errors or [0]):.1%}, "
+          f"median {np.median(errors or [0]):.1%}")
+    for title, oom in (("working runs rejected", "0"), ("out-of-memory runs accepted", "1")):
+        fits = {row.name: one["fits"] for row, one in zip(rows, found) if row.text("oom") == oom}
+        wrong = [name for name, one in fits.items() if one == int(oom)]
+        print(f"{title}: {len(wrong)} of {len(fits)}", *wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants fitted to the rows
+
+
+class Fit:
+    """Of CONSTANTS to rows: Gauss-Newton steps on logarithms, from the priors, for least absolute errors.
+
+    hold: a constant this far from its prior, in its logarithm, weighs as much as one row that is 10 % off.
+    """
+    hold, steps = 0.6, 6
+
+    def __init__(self, rows, found):
+        timed = [(row, one["plan"]) for row, one in zip(rows, found) if row.measured("step_time_s")]
+        self.rows, self.plans = zip(*timed)
+        self.measured = np.log([row.measured("step_time_s") for row in self.rows])
+        self.weights = np.array([0.3 if row.text("quality") == "C" else 1.0 for row in self.rows])
+        self.names = [(name, generation) for name, (*_, values) in CONSTANTS.items()
+                      for generation in (GENERATIONS if len(values) > 1 else ("all",))]
+        self.prior = np.log(list(chain(*(priors for *_, priors, _ in CONSTANTS.values()))))
+        self.low, self.high = np.log([CONSTANTS[name][1:3] for name, _ in self.names]).T
+
+    def error(self, i, logs):
+        """Logarithm of predicted over measured time of a row."""
+        hardware = self.rows[i].hardware()
+        mine = {name: math.exp(x) for (name, generation), x in zip(self.names, logs)
+                if generation in ("all", hardware.generation)}
+        return math.log(simulate_row(self.rows[i], self.plans[i], replace(hardware, **mine))[0]) - self.measured[i]
+
+    def errors(self, logs):
+        return np.array([self.error(i, logs) for i in range(len(self.rows))])
+
+    def slopes(self, logs, errors):
+        """(rows, constants): change of a row's error with the logarithm of a constant."""
+        slopes, step = np.zeros((len(errors), len(logs))), 0.03
+        for i, (j, (_, generation)) in product(range(len(errors)), enumerate(self.names)):
+            if generation in ("all", self.rows[i].hardware().generation) and self.low[j] < self.high[j]:
+                nudged = logs + step * (np.arange(len(logs)) == j)
+                slopes[i, j] = (self.error(i, nudged) - errors[i]) / step
+        return slopes
+
+    def best(self, logs, errors, slopes, weights):
+        """The constants that fit best if errors followed their slopes. Reweighted least squares: absolute errors."""
+        moved = logs
+        for _ in range(50):
+            weight = weights / np.maximum(np.abs(errors + slopes @ (moved - logs)), 0.03)
+            left = slopes.T @ (weight[:, None] * slopes) + np.eye(len(logs)) / self.hold**2
+            right = slopes.T @ (weight * errors) + (logs - self.prior) / self.hold**2
+            moved = np.clip(logs - np.linalg.solve(left, right), self.low, self.high)
+        return moved
+
+    def fitted(self):
+        """The constants that fit all rows best: steps towards the best by the slopes where the last step ended."""
+        logs = self.prior
+        for _ in range(self.steps):
+            errors = self.errors(logs)
+            slopes = self.slopes(logs, errors)
+            logs = logs + np.clip(self.best(logs, errors, slopes, self.weights) - logs, -0.5, 0.5)
+        return logs
+
+    def left_out(self, logs, errors):
+        """Errors of each family's rows under the others' best constants, by the slopes where all are best."""
+        slopes, families = self.slopes(logs, errors), np.array([row.text("family") for row in self.rows])
+        unseen = np.zeros(len(errors))
+        for family in dict.fromkeys(families):
+            others = self.best(logs, errors, slopes, self.weights * (families != family))
+            for i in np.flatnonzero(families == family):
+                unseen[i] = self.error(i, others)
+        return unseen
+
+    def print_errors(self, errors):
+        print_errors(list(zip(self.rows, np.exp(self.measured), np.exp(self.measured + errors))))
+
+    def print_constants(self, logs):
+        """As lines of CONSTANTS."""
+        print("\nconstant: unit, bounds, priors, fitted, of", *GENERATIONS, "or of all")
+        for name, (*head, priors, _) in CONSTANTS.items():
+            fitted = [float(f"{math.exp(x):.3g}") for (one, _), x in zip(self.names, logs) if one == name]
+            print(f'    "{name}": {(*head, priors, tuple(fitted))},')
+
+    def report(self):
+        logs = self.fitted()
+        errors = self.errors(logs)
+        print("\nfitted on all rows")
+        self.print_errors(errors)
+        self.print_constants(logs)
+        print("\neach family predicted from the others")
+        self.print_errors(self.left_out(logs, errors))
+
+
+def validate(path, out, fit):
+    rows = read_rows(path or ROWS)
+    found = [predict_row(row) for row in rows]
+    for message in dict.fromkeys(chain(*(row.faults for row in rows))):
+        print(message, file=sys.stderr)
+    if out:
+        with open(out, "w", newline="") as file:
+            writer = csv.DictWriter(file, ("row_id", "step_time_s", "mem_gib", "fits"), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(found)
+    print(f"{len(found)} rows of {path or ROWS.name} predicted with the frozen constants")
+    print_errors([(row, row.step_seconds(one["plan"]), one["step_time_s"]) for row, one in zip(rows, found)
+                  if row.step_seconds(one["plan"])])
+    print_memory(rows, found)
+    if fit:
+        Fit(rows, found).report()
