@@ -640,8 +640,8 @@ def test_calibration_is_a_hardware(tmp_path, capsys, monkeypatch):
 
 def test_calibration_finds_the_constants_behind_its_samples():
     """Times that a known device would take are explained to 5 %, those of steps that were not measured too."""
-    known = replace(sim.CPU, name="known", peak=dict(fp32=1.5e11), bandwidth=8e9, static_matmul=2e-5, static_expert=4e-5,
-                    static_vector=1e-4, matmul_half=8.0, tokens_half=20.0, grouped_efficiency=0.7,
+    known = replace(sim.CPU, name="known", peak=dict(fp32=1.5e11), bandwidth=8e9, static_matmul=2e-5,
+                    static_expert=4e-5, static_vector=1e-4, matmul_half=8.0, tokens_half=20.0, grouped_efficiency=0.7,
                     attention_efficiency=0.3, attention_half=100.0, matmul_efficiency=1.0, memory_efficiency=1.0)
     plan = sim.Plan(precision="fp32")
     samples = [sim.calibrate_step(*sim.calibrate_run(*one, "fp32"), "cpu") for one in sim.CALIBRATED]
@@ -656,7 +656,7 @@ def test_calibration_finds_the_constants_behind_its_samples():
 
 
 def test_a_sample_of_calibrate_is_a_step_as_predicted():
-    """Operators and optimizer of a step, summed, are what predict says of it; what little links and bubbles add is 0."""
+    """Operators and optimizer of a step, summed, are what predict says of it."""
     config, plan = sim.calibrate_run(*sim.CALIBRATED[3], "fp32")
     sample = sim.calibrate_step(config, plan, "cpu")
     assert sample.simulated(plan, sim.CPU) == pytest.approx(sim.predict(config, plan, sim.CPU)["step_time_s"])
