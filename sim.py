@@ -2200,7 +2200,26 @@ def print_shapes(hardware, devices, budget, seq_len, top, experts):
             print(f"{rank:4} {rate:9.3g} {result['mfu']:6.1%} {active / 1e9:6.1f}B {total / 1e9:5.0f}B",
                   f"{c.num_hidden_layers:7} {c.hidden_size:6} {c.n_routed_experts:7} {c.moe_intermediate_size:5}",
                   f"{c.num_experts_per_tok:3} {c.num_attention_heads:5} {c.q_lora_rank:6}",
-                  " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" * (rank > top))
+                  " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" * (c == PANGU))
+    print_own_cut([config for config, *_ in shapes], plans, hardware)
+
+
+def print_own_cut(shapes, plans, hardware):
+    """The paper's shape beside the others, all under the cut that it was made for, and beside itself by depth alone."""
+    cut = [plan for plan in plans if (plan.pp, plan.vpp, plan.ep) == (16, 2, 32)]
+    found = {config: best_of_shape(config, cut, hardware) for config in shapes}
+    rates = {config: result["tokens_per_s"] for config, result in found.items() if result}
+    if PANGU not in rates:
+        return
+    faster = [config for config, rate in rates.items() if rate > rates[PANGU]]
+    alike = sum(config.moe_intermediate_size == PANGU.moe_intermediate_size for config in faster)
+    print(f"\nUnder its own cut, pp=16 vpp=2 ep=32, Pangu Ultra MoE is number {len(faster) + 1} of {len(rates)}, and number "
+          f"{alike + 1} of those\nwith experts as wide as its own. By depth alone, its 61 layers fill the stages before "
+          "head and MTP:")
+    for layers in (58, 60, 61, 62, 64, 66):
+        result = best_of_shape(replace(PANGU, num_hidden_layers=layers), cut, hardware)
+        if result:
+            print(f"{layers} layers {result['tokens_per_s']:.3g} tokens/s")
 
 
 # The published runs (arXiv:2505.04519; "6K" and "4K" devices read as 6,144 and 4,096). Not published, so assumed here:

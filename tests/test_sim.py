@@ -708,8 +708,11 @@ def test_shapes_as_a_table(capsys, monkeypatch):
     shapes = [(config, *sim.shape_size(config)) for config in (replace(PANGU, num_hidden_layers=66), PANGU)]
     monkeypatch.setattr(sim, "candidate_shapes", lambda budget: shapes)
     sim.main(["shapes", "--devices", "6144", "--top", "2"])
-    first, last = capsys.readouterr().out.splitlines()[-2:]
+    table, account = capsys.readouterr().out.split("\n\n")[1:]
+    first, last = table.splitlines()[-2:]
     assert [first.split()[0], last.split()[0]] == ["1", "2"] and " 61   7680 " in first and " 718B" in first
+    rates = {int(line.split()[0]): float(line.split()[2]) for line in account.splitlines() if " layers " in line[:10]}
+    assert "is number 1 of 2" in account and 1.10 < rates[61] / rates[66] < 1.20         # published: about 1.15
 
 
 def test_the_paper_beside_the_simulation(capsys):
