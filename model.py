@@ -41,7 +41,7 @@ class Config:
     """A model's shape, in the spelling of DeepSeek-style configs. Checked when made."""
     vocab_size: int = 2048
     hidden_size: int = 192
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 3
     first_k_dense_replace: int = 1            # leading layers with a dense MLP in place of experts
     intermediate_size: int = 512              # width of the dense MLP
     # multi-head latent attention

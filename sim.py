@@ -2214,8 +2214,8 @@ def print_own_cut(shapes, plans, hardware):
     faster = [config for config, rate in rates.items() if rate > rates[PANGU]]
     alike = sum(config.moe_intermediate_size == PANGU.moe_intermediate_size for config in faster)
     print(f"\nUnder its own cut, pp=16 vpp=2 ep=32, Pangu Ultra MoE is number {len(faster) + 1} of {len(rates)}, and "
-          f"number {alike + 1} of those\nwith experts as wide as its own. By depth alone, 61 layers are the most before a "
-          "stage grows:")
+          f"number {alike + 1} of those\nwith experts as wide as its own. By depth alone, 61 layers are the most before "
+          "a stage grows:")
     for layers in (58, 60, 61, 62, 64, 66):
         result = best_of_shape(replace(PANGU, num_hidden_layers=layers), cut, hardware)
         if result:

@@ -23,7 +23,7 @@ from model import PRESETS, Config, Model, count_params, flops_per_token, rope_ta
 from sim import HARDWARE, Plan, check_plan, exchange_bytes, predict, schedule_table
 
 ROOT = Path(__file__).parent.parent
-TINY = Config()
+TINY = Config(num_hidden_layers=4)
 ASCEND = HARDWARE["ascend_910b_376"]
 PANGU = PRESETS["pangu-ultra-moe-718b"]
 SCHEDULES = ("1f1b", "interleaved", "paired", "zbv", "dualpipev")
