@@ -2214,8 +2214,8 @@ def print_own_cut(shapes, plans, hardware):
     faster = [config for config, rate in rates.items() if rate > rates[PANGU]]
     alike = sum(config.moe_intermediate_size == PANGU.moe_intermediate_size for config in faster)
     print(f"\nUnder its own cut, pp=16 vpp=2 ep=32, Pangu Ultra MoE is number {len(faster) + 1} of {len(rates)}, and "
-          f"number {alike + 1} of those\nwith experts as wide as its own. By depth alone, 61 layers are the most before "
-          "a stage grows:")
+          f"number {alike + 1} of those\nwith experts as wide as its own. By depth alone, 61 layers are the most "
+          "before a stage grows:")
     for layers in (58, 60, 61, 62, 64, 66):
         result = best_of_shape(replace(PANGU, num_hidden_layers=layers), cut, hardware)
         if result:
@@ -2374,10 +2374,11 @@ CALIBRATED = (
     (dict(hidden_size=512, num_hidden_layers=2, vocab_size=8192, moe_intermediate_size=256), 4, 512))
 # ... and whose memory is held against the first one's
 LARGE = dict(hidden_size=256, num_hidden_layers=6, n_routed_experts=16, num_experts_per_tok=4), 8, 512
-# What calibrate fits, and its bounds
-FITTED = dict(peak=(1e9, 1e16), matmul_half=(1.0, 256.0), tokens_half=(1.0, 1024.0), grouped_efficiency=(0.1, 1.0),
-              static_expert=(1e-7, 1e-3), attention_efficiency=(0.01, 1.0), attention_half=(1.0, 1024.0),
-              bandwidth=(1e8, 1e13), static_matmul=(1e-6, 1e-3), static_vector=(1e-6, 1e-3))
+# What calibrate fits: where it starts, and between which bounds
+FITTED = dict(peak=(2e11, 1e9, 1e16), matmul_half=(8.0, 1.0, 256.0), tokens_half=(16.0, 1.0, 1024.0),
+              grouped_efficiency=(0.8, 0.1, 1.0), static_expert=(3e-5, 1e-7, 1e-3),
+              attention_efficiency=(0.3, 0.01, 1.0), attention_half=(64.0, 1.0, 1024.0), bandwidth=(1e10, 1e8, 1e13),
+              static_matmul=(3e-5, 1e-6, 1e-3), static_vector=(3e-5, 1e-6, 1e-3))
 
 
 class Sample(NamedTuple):
@@ -2401,10 +2402,10 @@ def calibrate(out, precision, seconds):
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if precision == "auto":                                # train.py's rule
         precision = "fp32" if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() else "bf16"
-    framework, fragmentation = calibrate_memory(precision, device)
-    samples = [calibrate_step(*calibrate_run(*one, precision), device) for one in CALIBRATED]
-    samples += calibrate_operators(precision, device)
-    measured = calibrate_clock([sample.call for sample in samples], seconds, device)
+    with multiprocessing.get_context("spawn").Pool(1) as apart:            # a process whose memory is its own
+        framework, fragmentation = apart.apply(calibrate_memory, (CALIBRATED[0], LARGE, precision, device))
+    steps = (calibrate_step(*calibrate_run(*one, precision), device) for one in CALIBRATED)
+    samples, measured = zip(*calibrate_clock(chain(steps, calibrate_operators(precision, device)), seconds, device))
     memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu"
               else torch.accelerator.get_memory_info()[1])
     hardware = Hardware(f"calibrated {device.type}", {precision: 1e12}, memory, bandwidth=1e10, node_size=2**16,
@@ -2452,12 +2453,12 @@ def calibrate_step(config, plan, device):
     return Sample(name, step, ops, run.optimizer_bytes(0), weight=4.0)
 
 
-def calibrate_memory(precision, device):
+def calibrate_memory(small, large, precision, device):
     """(framework, fragmentation): of what is held after steps of two models, what their tensors do not explain."""
     import resource
     import torch
     kept, states, activations = [], [], []
-    for one, steps in ((CALIBRATED[0], 25), (LARGE, 12)):
+    for one, steps in ((small, 25), (large, 12)):
         config, plan = calibrate_run(*one, precision)
         sample = calibrate_step(config, plan, device)
         for _ in range(steps):
@@ -2511,46 +2512,45 @@ def calibrate_operators(precision, device):
     return plain + grouped + attentions + [norm(512, 192), norm(3072, 192), norm(4096, 512)]
 
 
-def calibrate_clock(calls, seconds, device):
-    """Median seconds of each call. They take turns, so that what disturbs the machine disturbs all of them alike."""
+def calibrate_clock(samples, seconds, device):
+    """Yields (sample, its median seconds), one sample after the other: if they took turns each would find its memory
+    cold, and take 20 to 40 % longer than in a run. The first third of the times warms up."""
     import torch
-    times, begin, left = [[] for _ in calls], time.perf_counter(), seconds
-    while len(times[0]) < 5 or left > 0:
-        for call, spent in zip(calls, times):
+    for sample in samples:
+        times, begin = [], time.perf_counter()
+        while len(times) < 9 or time.perf_counter() - begin < seconds:
             start = time.perf_counter()
-            call()
+            sample.call()
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-            spent.append(time.perf_counter() - start)
-        left = seconds - (time.perf_counter() - begin)
-        print(f"\rround {len(times[0])}, {max(0.0, left):.0f} s left ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return [sorted(spent[2:])[len(spent[2:]) // 2] for spent in times]     # the first two rounds warm up
+            times.append(time.perf_counter() - start)
+        times = sorted(times[len(times) // 3:])
+        print(f"{sample.name:36}{times[len(times) // 2] * 1e3:10.3f} ms", flush=True)
+        yield sample._replace(call=None), times[len(times) // 2]            # its model goes with the call
 
 
 def calibrate_fit(samples, measured, plan, hardware):
-    """Moves one constant at a time, the one that gains most: least weighted squares of log(simulated / measured)."""
-    def moved(name, factor):
-        low, high = FITTED[name]
-        if name == "peak":
-            return replace(hardware, peak={plan.precision: hardware.peak[plan.precision] * factor})
-        return replace(hardware, **{name: min(high, max(low, getattr(hardware, name) * factor))})
+    """Least weighted squares of log(simulated / measured), one constant moved after the other in ever smaller steps."""
+    def put(constants):
+        rest = {name: value for name, value in constants.items() if name != "peak"}
+        return replace(hardware, peak={plan.precision: constants["peak"]}, **rest)
 
-    def error(hardware):
-        return sum(sample.weight * math.log(sample.simulated(plan, hardware) / taken) ** 2
+    def error(constants):
+        tried = put(constants)
+        return sum(sample.weight * math.log(sample.simulated(plan, tried) / taken) ** 2
                    for sample, taken in zip(samples, measured))
 
-    middle = {name: math.sqrt(low * high) for name, (low, high) in FITTED.items() if name not in ("peak", "bandwidth")}
-    hardware = replace(hardware, **middle)
-    least, factor = error(hardware), 4.0
-    while factor > 1.01:
-        tries = [moved(name, by) for name in FITTED for by in (factor, 1 / factor)]
-        errors = [error(one) for one in tries]
-        if min(errors) < least - 1e-9:
-            least, hardware = min(errors), tries[errors.index(min(errors))]
-        else:
+    constants = {name: start for name, (start, _, _) in FITTED.items()}
+    least, factor = error(constants), 2.0
+    while factor > 1.005:
+        before = least
+        for (name, (_, low, high)), by in product(FITTED.items(), (factor, 1 / factor)):
+            tried = constants | {name: min(high, max(low, constants[name] * by))}
+            if (found := error(tried)) < least:
+                least, constants = found, tried
+        if least > 0.999 * before:
             factor = math.sqrt(factor)
-    return hardware
+    return put(constants)
 
 
 def calibrate_links(device):
@@ -2560,8 +2560,9 @@ def calibrate_links(device):
     if not dist.is_torchelastic_launched():
         return dict(inner_bandwidth=1e9, outer_bandwidth=1e9)              # not measured, no plan of one device uses it
     dist.init_process_group()
-    calls = [partial(dist.all_reduce, torch.ones(n, device=device)) for n in (1, 2**22)]
-    small, large = calibrate_clock(calls, 2.0, device)
+    calls = {n: partial(dist.all_reduce, torch.ones(n, device=device)) for n in (1, 2**22)}
+    small, large = (taken for _, taken in calibrate_clock([Sample(f"all-reduce {n}", call, []) for n, call in
+                                                           calls.items()], 1.0, device))
     ranks = dist.get_world_size()
     bandwidth = 2 * (ranks - 1) / ranks * 2**24 / (large - small)
     dist.destroy_process_group()
@@ -2578,7 +2579,7 @@ def parse_arguments(argv):
     command = commands.add_parser("calibrate", help="measure this device, for --hardware; links under torchrun")
     command.add_argument("--out", required=True, help="JSON file of Hardware's fields")
     command.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's")
-    command.add_argument("--seconds", type=float, default=60.0, help="s that it measures")
+    command.add_argument("--seconds", type=float, default=2.0, help="s for each of some 28 measurements")
     for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
                         ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
         command = commands.add_parser(name, help=about, description=about)

@@ -645,7 +645,7 @@ def test_calibration_finds_the_constants_behind_its_samples():
                     attention_efficiency=0.3, attention_half=100.0, matmul_efficiency=1.0, memory_efficiency=1.0)
     plan = sim.Plan(precision="fp32")
     samples = [sim.calibrate_step(*sim.calibrate_run(*one, "fp32"), "cpu") for one in sim.CALIBRATED]
-    samples += sim.calibrate_operators("fp32", "cpu")
+    samples += sim.calibrate_operators("fp32", torch.device("cpu"))
     times = [sample.simulated(plan, known) for sample in samples]
     found = sim.calibrate_fit(samples, times, plan, replace(known, name="found", peak=dict(fp32=1e12), bandwidth=1e10))
     assert all(abs(sample.simulated(plan, found) / time - 1) < 0.05 for sample, time in zip(samples, times))
