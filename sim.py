@@ -2372,7 +2372,8 @@ CALIBRATED = (
     (dict(hidden_size=384, num_hidden_layers=2, vocab_size=4096, n_routed_experts=4, moe_intermediate_size=512), 8,
      256),
     (dict(hidden_size=512, num_hidden_layers=2, vocab_size=8192, moe_intermediate_size=256), 4, 512))
-# ... and whose memory is held against the first one's
+# ... and the two whose memory it measures: many tokens both, few values of each and many
+SMALL = dict(hidden_size=256, num_hidden_layers=2), 12, 256
 LARGE = dict(hidden_size=256, num_hidden_layers=6, n_routed_experts=16, num_experts_per_tok=4), 8, 512
 # What calibrate fits: where it starts, and between which bounds
 FITTED = dict(peak=(2e11, 1e9, 1e16), matmul_half=(8.0, 1.0, 256.0), tokens_half=(16.0, 1.0, 1024.0),
@@ -2402,8 +2403,7 @@ def calibrate(out, precision, seconds):
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if precision == "auto":                                # train.py's rule
         precision = "fp32" if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() else "bf16"
-    with multiprocessing.get_context("spawn").Pool(1) as apart:            # a process whose memory is its own
-        framework, fragmentation = apart.apply(calibrate_memory, (CALIBRATED[0], LARGE, precision, device))
+    framework, fragmentation = calibrate_memory(precision, device)
     steps = (calibrate_step(*calibrate_run(*one, precision), device) for one in CALIBRATED)
     samples, measured = zip(*calibrate_clock(chain(steps, calibrate_operators(precision, device)), seconds, device))
     memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu"
@@ -2453,24 +2453,30 @@ def calibrate_step(config, plan, device):
     return Sample(name, step, ops, run.optimizer_bytes(0), weight=4.0)
 
 
-def calibrate_memory(small, large, precision, device):
-    """(framework, fragmentation): of what is held after steps of two models, what their tensors do not explain."""
+def calibrate_memory(precision, device):
+    """(framework, fragmentation): of what two models hold, each in a process of its own, what their tensors do not
+    explain; in bytes, and for a byte of activations."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as apart:
+        tasks = [(*one, precision, device) for one in (SMALL, LARGE)]
+        small, large = np.array(apart.starmap(calibrate_held, tasks, chunksize=1))
+    held, states, activations = large - small
+    factor = max(1.0, (held - states) / activations)
+    return max(0.0, small[0] - small[1] - factor * small[2]), factor - 1
+
+
+def calibrate_held(changes, sequences, seq_len, precision, device):
+    """(bytes held at most in 25 steps, bytes of weights and optimizer, of activations) of a small model."""
     import resource
     import torch
-    kept, states, activations = [], [], []
-    for one, steps in ((small, 25), (large, 12)):
-        config, plan = calibrate_run(*one, precision)
-        sample = calibrate_step(config, plan, device)
-        for _ in range(steps):
-            sample.call()
-        parts = Simulation(config, plan, replace(CPU, framework=0.0)).memory(0)
-        activations.append(parts["activations"] + parts["buffers"])
-        states.append(sum(parts.values()) - activations[-1])
-        kept.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device.type == "cpu"
-                    else torch.accelerator.max_memory_allocated())
-        del sample                                         # and its model
-    factor = (kept[1] - states[1] - kept[0] + states[0]) / (activations[1] - activations[0])
-    return max(0.0, kept[0] - states[0] - factor * activations[0]), max(0.0, factor - 1)
+    config, plan = calibrate_run(changes, sequences, seq_len, precision)
+    sample = calibrate_step(config, plan, device)
+    for _ in range(25):
+        sample.call()
+    held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device.type == "cpu"
+            else torch.accelerator.max_memory_allocated())
+    parts = Simulation(config, plan, replace(CPU, framework=0.0)).memory(0)
+    activations = parts["activations"] + parts["buffers"]
+    return held, sum(parts.values()) - activations, activations
 
 
 def calibrate_operators(precision, device):

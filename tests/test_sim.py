@@ -625,6 +625,7 @@ def test_predict_prints_one_json_object(capsys):
 
 def test_calibration_is_a_hardware(tmp_path, capsys, monkeypatch):
     """What is measured is positive and read back; how right it is no test can say on a busy machine."""
+    monkeypatch.setattr(sim, "SMALL", sim.CALIBRATED[0])
     monkeypatch.setattr(sim, "LARGE", sim.CALIBRATED[2])
     monkeypatch.setattr(sim, "CALIBRATED", sim.CALIBRATED[:2])
     sim.main(["calibrate", "--out", str(tmp_path / "hw.json"), "--precision", "fp32", "--seconds", "0.01"])
@@ -743,7 +744,7 @@ def test_trace_has_the_format_of_chrome_traces(tmp_path):
     for spans in lanes.values():
         spans.sort()
         assert all(first[1] <= second[0] + 1e-3 for first, second in zip(spans, spans[1:]))
-    run = sim.Simulation(TINY, sim.parse_plan(plan), ASCEND)
+    run = sim.Simulation(PRESETS["tiny"], sim.parse_plan(plan), ASCEND)
     assert max(end for spans in lanes.values() for _, end in spans) == pytest.approx(
         1e6 * max(row[-1][1] for row in run.spans()))
 
