@@ -1,7 +1,7 @@
 """
 Short runs of train.py beside what sim.py predicts of them on a calibrated device.
 
-    python tests/bench_calibrate.py                                # calibrates, then three presets: about 8 minutes
+    python tests/bench_calibrate.py                                # calibrates, then three presets: about 6 minutes
     python tests/bench_calibrate.py --hardware HW.json --presets tiny
 
 Measured: the median step after the first --warm-up ones, and the most memory that the process held. The calibration
