@@ -429,18 +429,31 @@ def matmul_by_expert(a, b, counts):
                                                 group_type=0 if by_rows else 2)[0]
     # torch's own has no float64, wants rows of whole 16-byte words, and at least one of them
     aligned = all(n * a.element_size() % 16 == 0 for n in (a.size(1) if by_rows else a.size(0), b.size(-1)))
-    compiled = backend(a) == "cpu" and a.dtype == torch.bfloat16
-    if backend(a) != "plain" and not compiled and a.dtype != torch.float64 and aligned and a.numel() > 0:
+    in_blocks = backend(a) == "cpu" and a.dtype == torch.bfloat16
+    if backend(a) != "plain" and not in_blocks and a.dtype != torch.float64 and aligned and a.numel() > 0:
         return F.grouped_mm(a, b, offs=counts.cumsum(0, dtype=torch.int32))
-    sizes, pieces = counts.tolist(), 1
-    if compiled:
-        # a CPU's bf16 matmul is compiled anew for each number of rows it meets: multiples of 32, and rests, are few
-        sizes, pieces = [piece for n in sizes for piece in (n - n % 32, n % 32)], 2
+    sizes = counts.tolist()
     if by_rows:
-        matrices = [matrix for matrix in b for _ in range(pieces)]
-        return torch.cat([rows @ matrix for rows, matrix in zip(a.split(sizes), matrices)])
-    products = torch.stack([columns @ rows for columns, rows in zip(a.split(sizes, 1), b.split(sizes))])
-    return products.unflatten(0, (-1, pieces)).sum(1)
+        of_experts = zip(a.split(sizes), b)
+        products = [part for x, w in of_experts for part in (matmul_rows_in_blocks(x, w) if in_blocks else [x @ w])]
+        return torch.cat(products)
+    product = matmul_columns_in_blocks if in_blocks else torch.matmul
+    return torch.stack([product(x, y) for x, y in zip(a.split(sizes, 1), b.split(sizes))])
+
+
+# A CPU's bf16 matmul is compiled anew, and kept, for each number of rows it meets. These two meet few: blocks of 128,
+# and a rest of fewer that zeros fill up to a multiple of 32.
+def matmul_rows_in_blocks(a, b):
+    """a (n,k) @ b (k,m) as two parts: (blocks,m), (rest,m)."""
+    blocks, rest = a.split([len(a) - len(a) % 128, len(a) % 128])
+    return blocks @ b, (F.pad(rest, (0, 0, 0, -len(a) % 32)) @ b)[:len(rest)]
+
+
+def matmul_columns_in_blocks(a, b):
+    """a (k,n) @ b (n,m) -> (k,m)."""
+    blocks, fill = len(b) - len(b) % 128, -len(b) % 32
+    rest = F.pad(a[:, blocks:], (0, fill)), F.pad(b[blocks:], (0, 0, 0, fill))
+    return torch.addmm(a[:, :blocks] @ b[:blocks], *rest)
 
 
 def permute(x, ids):
