@@ -441,17 +441,24 @@ def matmul_by_expert(a, b, counts):
     return torch.stack([product(x, y) for x, y in zip(a.split(sizes, 1), b.split(sizes))])
 
 
-# A CPU's bf16 matmul is compiled anew, and kept, for each number of rows it meets. These two meet few: blocks of 128,
-# and a rest of fewer that zeros fill up to a multiple of 32.
+# A CPU's bf16 matmul is compiled anew, and kept, for each number of rows it meets. These two meet few: blocks of 512,
+# and a rest of fewer that zeros fill up to a multiple of 128, or to 32.
+def rest_of(n):
+    """(rows in whole blocks, rows of zeros that fill the rest)."""
+    rest = n % 512
+    return n - rest, -rest % (32 if rest <= 32 else 128)
+
+
 def matmul_rows_in_blocks(a, b):
     """a (n,k) @ b (k,m) as two parts: (blocks,m), (rest,m)."""
-    blocks, rest = a.split([len(a) - len(a) % 128, len(a) % 128])
-    return blocks @ b, (F.pad(rest, (0, 0, 0, -len(a) % 32)) @ b)[:len(rest)]
+    blocks, fill = rest_of(len(a))
+    rest = F.pad(a[blocks:], (0, 0, 0, fill)) @ b
+    return a[:blocks] @ b, rest[:len(a) - blocks]
 
 
 def matmul_columns_in_blocks(a, b):
     """a (k,n) @ b (n,m) -> (k,m)."""
-    blocks, fill = len(b) - len(b) % 128, -len(b) % 32
+    blocks, fill = rest_of(len(b))
     rest = F.pad(a[:, blocks:], (0, fill)), F.pad(b[blocks:], (0, 0, 0, fill))
     return torch.addmm(a[:, :blocks] @ b[:blocks], *rest)
 

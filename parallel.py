@@ -20,7 +20,6 @@ names that no plan changes, so any plan reads what any other wrote.
 """
 import itertools
 import json
-import math
 import os
 import re
 import resource
@@ -64,7 +63,9 @@ from sim import (STEP_BYTES, balance_group, check_plan, decide, first_placement,
 
 
 def pick_device(name="auto"):
-    """torch.device by name (cpu | cuda | npu), or for auto the accelerator that is there, else the CPU."""
+    """torch.device by name (cpu | cuda | npu), or for auto the accelerator that is there, else the CPU.
+
+    Of a node's accelerators it becomes the current one that torchrun's LOCAL_RANK counts."""
     if name == "npu" or (name == "auto" and not torch.cuda.is_available()):
         try:
             import torch_npu  # noqa: F401  (registers the device; installed on Ascend machines only)
@@ -79,6 +80,9 @@ def pick_device(name="auto"):
         raise ValueError(f"--device {name}: use auto, cpu, cuda or npu")
     if name != "cpu" and not getattr(torch, name).is_available():
         raise ValueError(f"--device {name}: none found here; use --device cpu")
+    if name != "cpu":
+        accelerators = getattr(torch, name)
+        accelerators.set_device(int(os.environ.get("LOCAL_RANK", 0)) % accelerators.device_count())
     return torch.device(name)
 
 

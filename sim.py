@@ -22,22 +22,22 @@ how far off they are.
 """
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import multiprocessing
-import os
 import re
 import sys
 import time
 from array import array
 from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import chain, combinations, islice, product, zip_longest
 from operator import itemgetter, le, mul
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -2341,11 +2341,10 @@ def print_plans(found, refused):
         print(f"{times:6}  {message}")
 
 
-def validate(rows, out, fit):
-    """Published runs beside their prediction: tests/published.py, which reads their table and fits CONSTANTS to it."""
+def beside(name):
+    """A module of tests/: `published` reads a table of runs and fits CONSTANTS to it, `calibrate` measures a device."""
     sys.path.insert(0, str(Path(__file__).parent / "tests"))
-    import published
-    published.validate(rows, out, fit)
+    return importlib.import_module(name)
 
 
 def load(kind, cls, presets, name):
@@ -2363,218 +2362,6 @@ def load(kind, cls, presets, name):
     return replace(base, **values) if base else cls(**values)
 
 
-# Models whose steps calibrate measures: changes to the smallest preset's config, sequences, tokens in each
-CALIBRATED = (
-    (dict(hidden_size=64, num_hidden_layers=6, vocab_size=512, moe_intermediate_size=64), 2, 64),
-    (dict(hidden_size=128, num_hidden_layers=2, vocab_size=1024, moe_intermediate_size=64), 4, 128),
-    (dict(n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=64), 8, 128),
-    (dict(hidden_size=256, num_hidden_layers=3, n_routed_experts=16, num_experts_per_tok=4), 4, 256),
-    (dict(hidden_size=384, num_hidden_layers=2, vocab_size=4096, n_routed_experts=4, moe_intermediate_size=512), 8,
-     256),
-    (dict(hidden_size=512, num_hidden_layers=2, vocab_size=8192, moe_intermediate_size=256), 4, 512))
-# ... and the two whose memory it measures: many tokens both, few values of each and many
-SMALL = dict(hidden_size=256, num_hidden_layers=2), 12, 256
-LARGE = dict(hidden_size=256, num_hidden_layers=6, n_routed_experts=16, num_experts_per_tok=4), 8, 512
-# What calibrate fits: where it starts, and between which bounds
-FITTED = dict(peak=(2e11, 1e9, 1e16), matmul_half=(8.0, 1.0, 256.0), tokens_half=(16.0, 1.0, 1024.0),
-              grouped_efficiency=(0.8, 0.1, 1.0), static_expert=(3e-5, 1e-7, 1e-3),
-              attention_efficiency=(0.3, 0.01, 1.0), attention_half=(64.0, 1.0, 1024.0), bandwidth=(1e10, 1e8, 1e13),
-              static_matmul=(3e-5, 1e-6, 1e-3), static_vector=(3e-5, 1e-6, 1e-3))
-
-
-class Sample(NamedTuple):
-    """Something to measure: its name, what runs it once, its operators as they are simulated, an optimizer's bytes."""
-    name: str
-    call: Callable
-    ops: list
-    moved: float = 0.0
-    weight: float = 1.0
-
-    def simulated(self, plan, hardware):
-        busy = self.moved / hardware.memory_rate
-        return busy + sum(sum(op_seconds(op, plan, hardware)) for op in self.ops)
-
-
-def calibrate(out, precision, seconds):
-    """Measures this device's operators, steps of small models, memory and, under torchrun, its collectives. Writes the
-    Hardware that explains them best as JSON and prints how well it does. Other work on the device spoils the numbers.
-    """
-    import torch
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    if precision == "auto":                                # train.py's rule
-        precision = "fp32" if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() else "bf16"
-    framework, fragmentation = calibrate_memory(precision, device)
-    steps = (calibrate_step(*calibrate_run(*one, precision), device) for one in CALIBRATED)
-    samples, measured = zip(*calibrate_clock(chain(steps, calibrate_operators(precision, device)), seconds, device))
-    memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu"
-              else torch.accelerator.get_memory_info()[1])
-    hardware = Hardware(f"calibrated {device.type}", {precision: 1e12}, memory, bandwidth=1e10, node_size=2**16,
-                        framework=framework, fragmentation=fragmentation, value_padded=device.type == "cpu",
-                        **dict.fromkeys(("matmul_efficiency", "memory_efficiency"), 1.0), **calibrate_links(device))
-    plan = Plan(precision=precision)
-    hardware = calibrate_fit(samples, measured, plan, hardware)
-    with open(out, "w") as file:
-        json.dump(asdict(hardware), file, indent=1)
-    print(f"{out}: {device.type}, {precision}, {torch.get_num_threads()} threads")
-    print(f"{'milliseconds, forward and backward':36}{'measured':>10}{'fitted':>10}{'error':>8}")
-    for sample, taken in zip(samples, measured):
-        fitted = sample.simulated(plan, hardware)
-        print(f"{sample.name:36}{taken * 1e3:10.3f}{fitted * 1e3:10.3f}{fitted / taken - 1:+8.0%}")
-    for name, value in asdict(hardware).items():
-        print(f"{name:22} {value}")
-
-
-def calibrate_run(changes, sequences, seq_len, precision):
-    """(config, plan) of one of CALIBRATED."""
-    config = replace(PRESETS["tiny"], num_nextn_predict_layers=0, **changes)
-    return config, Plan(micro_batch=sequences, global_batch=sequences, seq_len=seq_len, precision=precision)
-
-
-def calibrate_step(config, plan, device):
-    """A training step on random tokens."""
-    import torch
-    import model
-    torch.manual_seed(0)
-    net = model.Model(config).to(device)
-    net.init_weights(0)
-    net.compute_dtype = torch.bfloat16 if plan.precision == "bf16" else None
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-
-    def step():
-        ids = torch.randint(config.vocab_size, (plan.micro_batch, plan.seq_len), device=device)
-        net(ids, labels=ids).total_loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    run = Simulation(config, plan, CPU)
-    name = f"step: {config.hidden_size} x {config.num_hidden_layers}, {config.n_routed_experts} experts"
-    ops = [op for work in run.works_of(0) for op in work.ops]
-    return Sample(name, step, ops, run.optimizer_bytes(0), weight=4.0)
-
-
-def calibrate_memory(precision, device):
-    """(framework, fragmentation): of what two models hold, each in a process of its own, what their tensors do not
-    explain; in bytes, and for a byte of activations."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as apart:
-        tasks = [(*one, precision, device) for one in (SMALL, LARGE)]
-        small, large = np.array(apart.starmap(calibrate_held, tasks, chunksize=1))
-    held, states, activations = large - small
-    factor = max(1.0, (held - states) / activations)
-    return max(0.0, small[0] - small[1] - factor * small[2]), factor - 1
-
-
-def calibrate_held(changes, sequences, seq_len, precision, device):
-    """(bytes held at most in 25 steps, bytes of weights and optimizer, of activations) of a small model."""
-    import resource
-    import torch
-    config, plan = calibrate_run(changes, sequences, seq_len, precision)
-    sample = calibrate_step(config, plan, device)
-    for _ in range(25):
-        sample.call()
-    held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device.type == "cpu"
-            else torch.accelerator.max_memory_allocated())
-    parts = Simulation(config, plan, replace(CPU, framework=0.0)).memory(0)
-    activations = parts["activations"] + parts["buffers"]
-    return held, sum(parts.values()) - activations, activations
-
-
-def calibrate_operators(precision, device):
-    """Forward and backward of model.py's operators in several sizes."""
-    import torch
-    import model
-    dtype, size = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision], BYTES_OF[precision]
-
-    def random(*shape, dtype=dtype):
-        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-
-    def sample(name, op, operator, *inputs, weight=1.0):
-        grad = torch.randn_like(operator(*inputs))
-        return Sample(name, lambda: torch.autograd.grad(operator(*inputs), inputs, grad), [op], weight=weight)
-
-    def matmul(m, k, n, matrices):
-        op = Op("", "", "matmul", 2 * m * k * n, size * (m * k + matrices * k * n + m * n), (m, k, n, matrices))
-        counts = torch.full((matrices,), m // matrices, device=device) if matrices > 1 else None
-        weights = random(*(matrices,)[:matrices > 1], n, k, dtype=torch.float32)
-        return sample(f"matmul {m} x {k} x {n}, {matrices} experts", op,
-                      lambda x, w: model.Matmul.apply(x, w, counts, None), random(m, k), weights)
-
-    def attention(sequences, seq_len, heads, width):
-        tokens = sequences * seq_len
-        op = Op("", "", "flash", 2 * tokens * seq_len * heads * width, 4 * tokens * heads * width * size,
-                (tokens, width, seq_len, heads * sequences))
-        return sample(f"attention {sequences} x {seq_len}, {heads} heads of {width}", op,
-                      lambda q, k, v: model.attention(q, k, v, width**-0.5),
-                      *(random(sequences, seq_len, heads, width) for _ in range(3)))
-
-    def norm(tokens, width):
-        return sample(f"norm {tokens} x {width}", Op("", "", "vector", 0, 2 * tokens * width * size),
-                      lambda x, w: model.rms_norm(x, w, 1e-5), random(tokens, width), random(width), weight=0.3)
-
-    plain = [matmul(m, k, n, 1) for m in (64, 512, 3072) for k, n in ((64, 256), (512, 192), (256, 1280))]
-    grouped = [matmul(*one) for one in ((768, 192, 256, 8), (6144, 192, 256, 8), (2048, 256, 256, 16),
-                                        (8192, 256, 256, 16), (2048, 256, 128, 64), (8192, 64, 256, 64))]
-    attentions = [attention(*one) for one in ((12, 256, 4, 48), (4, 256, 4, 64), (8, 128, 4, 48), (2, 512, 8, 64))]
-    return plain + grouped + attentions + [norm(512, 192), norm(3072, 192), norm(4096, 512)]
-
-
-def calibrate_clock(samples, seconds, device):
-    """Yields (sample, its median seconds), one sample after the other: if they took turns each would find its memory
-    cold, and take 20 to 40 % longer than in a run. The first third of the times warms up."""
-    import torch
-    for sample in samples:
-        times, begin = [], time.perf_counter()
-        while len(times) < 9 or time.perf_counter() - begin < seconds:
-            start = time.perf_counter()
-            sample.call()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            times.append(time.perf_counter() - start)
-        times = sorted(times[len(times) // 3:])
-        print(f"{sample.name:36}{times[len(times) // 2] * 1e3:10.3f} ms", flush=True)
-        yield sample._replace(call=None), times[len(times) // 2]            # its model goes with the call
-
-
-def calibrate_fit(samples, measured, plan, hardware):
-    """Least weighted squares of log(simulated / measured), one constant moved after the other in ever smaller steps."""
-    def put(constants):
-        rest = {name: value for name, value in constants.items() if name != "peak"}
-        return replace(hardware, peak={plan.precision: constants["peak"]}, **rest)
-
-    def error(constants):
-        tried = put(constants)
-        return sum(sample.weight * math.log(sample.simulated(plan, tried) / taken) ** 2
-                   for sample, taken in zip(samples, measured))
-
-    constants = {name: start for name, (start, _, _) in FITTED.items()}
-    least, factor = error(constants), 2.0
-    while factor > 1.005:
-        before = least
-        for (name, (_, low, high)), by in product(FITTED.items(), (factor, 1 / factor)):
-            tried = constants | {name: min(high, max(low, constants[name] * by))}
-            if (found := error(tried)) < least:
-                least, constants = found, tried
-        if least > 0.999 * before:
-            factor = math.sqrt(factor)
-    return put(constants)
-
-
-def calibrate_links(device):
-    """Bandwidth and start of an all-reduce between the ranks of torchrun; nothing for a single process."""
-    import torch
-    import torch.distributed as dist
-    if not dist.is_torchelastic_launched():
-        return dict(inner_bandwidth=1e9, outer_bandwidth=1e9)              # not measured, no plan of one device uses it
-    dist.init_process_group()
-    calls = {n: partial(dist.all_reduce, torch.ones(n, device=device)) for n in (1, 2**22)}
-    small, large = (taken for _, taken in calibrate_clock([Sample(f"all-reduce {n}", call, []) for n, call in
-                                                           calls.items()], 1.0, device))
-    ranks = dist.get_world_size()
-    bandwidth = 2 * (ranks - 1) / ranks * 2**24 / (large - small)
-    dist.destroy_process_group()
-    return dict(inner_bandwidth=bandwidth, outer_bandwidth=bandwidth, static_collective=small / 2, inner_latency=0.0)
-
-
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
@@ -2585,7 +2372,7 @@ def parse_arguments(argv):
     command = commands.add_parser("calibrate", help="measure this device, for --hardware; links under torchrun")
     command.add_argument("--out", required=True, help="JSON file of Hardware's fields")
     command.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's")
-    command.add_argument("--seconds", type=float, default=2.0, help="s for each of some 28 measurements")
+    command.add_argument("--seconds", type=float, default=1.0, help="s for each of 28 measurements in each round")
     for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
                         ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
         command = commands.add_parser(name, help=about, description=about)
@@ -2620,9 +2407,9 @@ def main(argv=None):
         return print_paper()
     if args.command == "validate":
         require(not (args.fit and args.rows), f"--fit with {args.rows}: a file is predicted, never fitted; drop one")
-        return validate(args.rows, args.out, args.fit)
+        return beside("published").validate(args.rows, args.out, args.fit)
     if args.command == "calibrate":
-        return calibrate(args.out, args.precision, args.seconds)
+        return beside("calibrate").calibrate(args.out, args.precision, args.seconds)
     hardware = load("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "shapes":
         match = re.fullmatch(r"active=([\d.e]+),total=([\d.e]+)", args.budget)

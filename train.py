@@ -86,7 +86,7 @@ OPTIONS = dict(
     # optimisation
     steps=(1000, "optimizer steps at the full batch; sets the tokens of the run"),
     tokens=(0.0, "tokens of the run, in place of --steps; published phases are scaled to it"),
-    phases=("", f"pangu-ultra | pangu-pro | FILE, a JSON list of objects with the keys of Phase in train.py"),
+    phases=("", "pangu-ultra | pangu-pro | FILE, a JSON list of objects with the keys of Phase in train.py"),
     lr=(3e-4, "highest learning rate"),
     min_lr=(0.1, "final learning rate as a share of --lr"),
     decay=("cosine", "cosine | constant: the learning rate after its warm-up"),

@@ -1,11 +1,12 @@
 """
 Short runs of train.py beside what sim.py predicts of them on a calibrated device.
 
-    python tests/bench_calibrate.py                                # calibrates, then three presets: about 6 minutes
+    python tests/bench_calibrate.py                                # calibrates, then three presets: about 9 minutes
     python tests/bench_calibrate.py --hardware HW.json --presets tiny
 
-Measured: the median step after the first --warm-up ones, and the most memory that the process held. The calibration
-measures other models than these. Worth little where anything else runs on the machine.
+Measured, in --rounds: the median of all steps after the first --warm-up ones of each run, and the most memory that a
+process held which found its text tokenised. The calibration measures other models than these. A shared machine's memory
+is slower in some minutes than in others (the same step by 30 %), so a single run says little.
 """
 import argparse
 import json
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,37 +28,46 @@ def run(*command):
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def measure(out, warm_up):
-    """(plan, seconds of a step, GiB) of a finished run."""
+def train(preset, steps, out):
+    """(plan, milliseconds of each step, GiB held) of a run."""
+    run("train.py", "--preset", preset, "--steps", str(steps), "--out", str(out))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     stored = json.loads((out / "config.json").read_text())
     plan = sim.Plan(**{**stored["plan"], "precision": stored["settings"]["precision"]})
-    return plan, statistics.median(line["step_ms"] for line in lines[warm_up:]) / 1e3, lines[-1]["mem_gib"]
+    return plan, [line["step_ms"] for line in lines], lines[-1]["mem_gib"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--hardware", help="JSON file of sim.py calibrate; default: made now")
     parser.add_argument("--presets", nargs="+", default=["tiny", "cpu-small", "cpu-fine"], choices=PRESETS)
-    parser.add_argument("--steps", type=int, default=30, help="of each run")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps that do not count")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each preset")
+    parser.add_argument("--steps", type=int, default=20, help="of each run")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps of a run that do not count")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = args.hardware or f"{folder}/hw.json"
         if not args.hardware:
             run("sim.py", "calibrate", "--out", file)
         hardware = sim.load("hardware", sim.Hardware, sim.HARDWARE, file)
-        rows = []
-        for preset in args.presets:
-            out = Path(folder) / preset
-            run("train.py", "--preset", preset, "--steps", str(args.steps), "--out", str(out))
-            plan, seconds, held = measure(out, args.warm_up)
-            rows.append((preset, plan, seconds, held, sim.predict(PRESETS[preset], plan, hardware)))
-    print(f"{'':12}{'step, ms':>10}{'predicted':>11}{'error':>8}{'GiB held':>10}{'predicted':>11}{'error':>8}")
-    for preset, plan, seconds, held, found in rows:
-        step, needed = found["step_time_s"], found["mem_gib"]
-        print(f"{preset:12}{seconds * 1e3:10.0f}{step * 1e3:11.0f}{step / seconds - 1:+8.1%}{held:10.2f}{needed:11.2f}"
-              f"{needed / held - 1:+8.1%}   {plan.precision}, {plan.n_micro} x {plan.micro_batch} x {plan.seq_len}")
+        times, held = {preset: [] for preset in args.presets}, dict.fromkeys(args.presets, 0.0)
+        plans = {preset: train(preset, 1, Path(folder) / preset)[0] for preset in args.presets}       # tokenises
+        for number, preset in product(range(args.rounds), args.presets):
+            _, steps, gib = train(preset, args.steps, Path(folder) / f"{preset}_{number}")
+            times[preset] += steps[args.warm_up:]
+            held[preset] = max(held[preset], gib)
+    print(f"{'':12}{'step, ms':>10}{'simulated':>11}{'error':>8}{'GiB held':>10}{'simulated':>11}{'error':>8}")
+    for preset, plan in plans.items():
+        found, step = sim.predict(PRESETS[preset], plan, hardware), statistics.median(times[preset])
+        expected, needed = found["step_time_s"] * 1e3, found["mem_gib"]
+        print(f"{preset:12}{step:10.0f}{expected:11.0f}{expected / step - 1:+8.1%}{held[preset]:10.2f}{needed:11.2f}"
+              f"{needed / held[preset] - 1:+8.1%}   {plan.precision}, {plan.n_micro} x {plan.micro_batch} x "
+              f"{plan.seq_len}; half of the steps took {' to '.join(f'{q:.0f}' for q in middle_half(times[preset]))}")
+
+
+def middle_half(values):
+    first, _, third = statistics.quantiles(values, n=4)
+    return first, third
 
 
 if __name__ == "__main__":

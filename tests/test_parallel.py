@@ -215,7 +215,8 @@ def check_bf16(path, plan, batch_plan):
     model, grid = build(TINY, plan)
     routers = [block.mlp.gate for block in model.layers.values() if block.is_moe]
     seen = []
-    hooks = [router.register_forward_pre_hook(lambda part, _: seen.append(part.weight.dtype)) for router in routers]
+    for router in routers:
+        router.register_forward_pre_hook(lambda part, _: seen.append(part.weight.dtype))
     loss, norm, grads, _ = step(model, grid, plan, batch_plan)
     want_loss, want_norm, _, _ = torch.load(path)
     assert {p.dtype for p in model.parameters()} == {torch.float32} == {parallel.local(g).dtype for g in grads.values()}

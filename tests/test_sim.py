@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch.multiprocessing
 from torch.distributed.pipelining import schedules
 from torch.utils.checkpoint import checkpoint
 
+import calibrate
 import published
 import sim
 from model import PRESETS, Config, Model, count_params, flops_per_token, rope_table
@@ -625,9 +626,10 @@ def test_predict_prints_one_json_object(capsys):
 
 def test_calibration_is_a_hardware(tmp_path, capsys, monkeypatch):
     """What is measured is positive and read back; how right it is no test can say on a busy machine."""
-    monkeypatch.setattr(sim, "SMALL", sim.CALIBRATED[0])
-    monkeypatch.setattr(sim, "LARGE", sim.CALIBRATED[2])
-    monkeypatch.setattr(sim, "CALIBRATED", sim.CALIBRATED[:2])
+    monkeypatch.setattr(calibrate, "SMALL", calibrate.CALIBRATED[0])
+    monkeypatch.setattr(calibrate, "LARGE", calibrate.CALIBRATED[2])
+    monkeypatch.setattr(calibrate, "CALIBRATED", calibrate.CALIBRATED[:2])
+    monkeypatch.setattr(calibrate, "ROUNDS", 1)
     sim.main(["calibrate", "--out", str(tmp_path / "hw.json"), "--precision", "fp32", "--seconds", "0.01"])
     assert "step: 128 x 2, 8 experts" in capsys.readouterr().out
     hardware = sim.load("hardware", sim.Hardware, HARDWARE, str(tmp_path / "hw.json"))
@@ -645,10 +647,10 @@ def test_calibration_finds_the_constants_behind_its_samples():
                     static_expert=4e-5, static_vector=1e-4, matmul_half=8.0, tokens_half=20.0, grouped_efficiency=0.7,
                     attention_efficiency=0.3, attention_half=100.0, matmul_efficiency=1.0, memory_efficiency=1.0)
     plan = sim.Plan(precision="fp32")
-    samples = [sim.calibrate_step(*sim.calibrate_run(*one, "fp32"), "cpu") for one in sim.CALIBRATED]
-    samples += sim.calibrate_operators("fp32", torch.device("cpu"))
+    samples = [calibrate.training_step(*calibrate.small_run(*one, "fp32"), "cpu") for one in calibrate.CALIBRATED]
+    samples += [build() for build in calibrate.build_operators("fp32", torch.device("cpu"))]
     times = [sample.simulated(plan, known) for sample in samples]
-    found = sim.calibrate_fit(samples, times, plan, replace(known, name="found", peak=dict(fp32=1e12), bandwidth=1e10))
+    found = calibrate.fit(samples, times, plan, replace(known, name="found", peak=dict(fp32=1e12), bandwidth=1e10))
     assert all(abs(sample.simulated(plan, found) / time - 1) < 0.05 for sample, time in zip(samples, times))
     for preset in "tiny", "cpu-fine":
         step = sim.Plan(precision="fp32", micro_batch=8, global_batch=16, seq_len=256)
@@ -658,8 +660,8 @@ def test_calibration_finds_the_constants_behind_its_samples():
 
 def test_a_sample_of_calibrate_is_a_step_as_predicted():
     """Operators and optimizer of a step, summed, are what predict says of it."""
-    config, plan = sim.calibrate_run(*sim.CALIBRATED[3], "fp32")
-    sample = sim.calibrate_step(config, plan, "cpu")
+    config, plan = calibrate.small_run(*calibrate.CALIBRATED[3], "fp32")
+    sample = calibrate.training_step(config, plan, "cpu")
     assert sample.simulated(plan, sim.CPU) == pytest.approx(sim.predict(config, plan, sim.CPU)["step_time_s"])
 
 
