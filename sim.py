@@ -969,6 +969,7 @@ class Hardware:
     grouped_efficiency: float = 1.0        # of the experts' matmuls beside others
     fp8_efficiency: float = 1.0            # of matmuls in 8 bits beside those in 16
     static_expert: float = 0.0             # seconds of each matrix of a grouped matmul, where they run one by one
+    loss_cached: float = 1.0               # rate of the loss beside memory's: a chunk of its logits may stay in a cache
     attention_efficiency: float = 0.7
     portable_attention: float = 1.0        # of a flash attention that is not the vendor's, beside it
     attention_half: float = 0.0            # keys with which flash attention reaches half of that
@@ -1153,7 +1154,8 @@ def op_seconds(op, plan, hardware):
         return linear_seconds(op, plan, hardware)
     start = hardware.static_matmul
     if op.kind == "vector":
-        busy, again, start = op.moved / hardware.memory_rate, BACKWARD["vector"], hardware.static_vector
+        rate = hardware.memory_rate * (hardware.loss_cached if op.name == "loss" else 1.0)
+        busy, again, start = op.moved / rate, BACKWARD["vector"], hardware.static_vector
     elif op.kind == "unfused":
         m, k, n, matrices = op.sizes
         busy, again = matmul_seconds(op, (m * matrices, k, n, matrices), plan, hardware), BACKWARD["unfused"]
@@ -2372,7 +2374,7 @@ def parse_arguments(argv):
     command = commands.add_parser("calibrate", help="measure this device, for --hardware; links under torchrun")
     command.add_argument("--out", required=True, help="JSON file of Hardware's fields")
     command.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's")
-    command.add_argument("--seconds", type=float, default=1.0, help="s for each of 28 measurements in each round")
+    command.add_argument("--seconds", type=float, default=1.0, help="s for each of 31 measurements in each round")
     for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
                         ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
         command = commands.add_parser(name, help=about, description=about)

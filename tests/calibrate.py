@@ -40,6 +40,7 @@ LARGE = dict(hidden_size=256, num_hidden_layers=6, n_routed_experts=16, num_expe
 FITTED = dict(peak=(2e11, 1e9, 1e16), matmul_half=(8.0, 1.0, 256.0), tokens_half=(16.0, 1.0, 1024.0),
               grouped_efficiency=(0.8, 0.1, 1.0), static_expert=(3e-5, 1e-7, 1e-3),
               attention_efficiency=(0.3, 0.01, 1.0), attention_half=(64.0, 1.0, 1024.0), bandwidth=(1e10, 1e8, 1e13),
+              loss_cached=(2.0, 1.0, 16.0),
               static_matmul=(3e-5, 1e-6, 1e-3), static_vector=(3e-5, 1e-6, 1e-3))
 ROUNDS = 3                         # of all measurements: a shared machine is slower in one minute than in the next
 
@@ -48,7 +49,7 @@ class Sample(NamedTuple):
     """Something to measure: its name, what runs it once, its operators as they are simulated, an optimizer's bytes."""
     name: str
     call: Callable
-    ops: list
+    ops: tuple
     moved: float = 0.0
     weight: float = 1.0
 
@@ -113,7 +114,7 @@ def training_step(config, plan, device):
 
     run = Simulation(config, plan, CPU)
     name = f"step: {config.hidden_size} x {config.num_hidden_layers}, {config.n_routed_experts} experts"
-    ops = [op for work in run.works_of(0) for op in work.ops]
+    ops = tuple(op for work in run.works_of(0) for op in work.ops)
     return Sample(name, step, ops, run.optimizer_bytes(0), weight=4.0)
 
 
@@ -146,36 +147,47 @@ def build_operators(precision, device):
     def random(*shape, dtype=dtype):
         return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
-    def sample(name, op, operator, *inputs, weight=1.0):
+    def sample(name, ops, operator, *inputs, weight=1.0):
         grad = torch.randn_like(operator(*inputs))
-        return Sample(name, lambda: torch.autograd.grad(operator(*inputs), inputs, grad), [op], weight=weight)
+        return Sample(name, lambda: torch.autograd.grad(operator(*inputs), inputs, grad), ops, weight=weight)
+
+    def matmul_op(m, k, n, matrices):
+        return Op("", "", "matmul", 2 * m * k * n, size * (m * k + matrices * k * n + m * n), (m, k, n, matrices))
 
     def matmul(m, k, n, matrices):
-        op = Op("", "", "matmul", 2 * m * k * n, size * (m * k + matrices * k * n + m * n), (m, k, n, matrices))
         counts = torch.full((matrices,), m // matrices, device=device) if matrices > 1 else None
         weights = random(*(matrices,)[:matrices > 1], n, k, dtype=torch.float32)
-        return sample(f"matmul {m} x {k} x {n}, {matrices} experts", op,
+        return sample(f"matmul {m} x {k} x {n}, {matrices} experts", (matmul_op(m, k, n, matrices),),
                       lambda x, w: model.Matmul.apply(x, w, counts, None), random(m, k), weights)
 
     def attention(sequences, seq_len, heads, width):
         tokens = sequences * seq_len
         op = Op("", "", "flash", 2 * tokens * seq_len * heads * width, 4 * tokens * heads * width * size,
                 (tokens, width, seq_len, heads * sequences))
-        return sample(f"attention {sequences} x {seq_len}, {heads} heads of {width}", op,
+        return sample(f"attention {sequences} x {seq_len}, {heads} heads of {width}", (op,),
                       lambda q, k, v: model.attention(q, k, v, width**-0.5),
                       *(random(sequences, seq_len, heads, width) for _ in range(3)))
 
     def norm(tokens, width):
-        return sample(f"norm {tokens} x {width}", Op("", "", "vector", 0, 2 * tokens * width * size),
+        return sample(f"norm {tokens} x {width}", (Op("", "", "vector", 0, 2 * tokens * width * size),),
                       lambda x, w: model.rms_norm(x, w, 1e-5), random(tokens, width), random(width), weight=0.3)
+
+    def loss(tokens, width, vocab):
+        ops = matmul_op(tokens, width, vocab, 1), Op("", "loss", "vector", 0, 4 * tokens * vocab * 4)
+        targets = torch.randint(vocab, (tokens,), device=device)
+        return sample(f"head and loss {tokens} x {width} x {vocab}", ops,
+                      lambda x, w: model.cross_entropy(x, w, targets), random(tokens, width),
+                      random(vocab, width, dtype=torch.float32))
 
     plain = product((64, 512, 3072), ((64, 256), (512, 192), (256, 1280)))
     grouped = ((768, 192, 256, 8), (6144, 192, 256, 8), (2048, 256, 256, 16), (8192, 256, 256, 16),
                (2048, 256, 128, 64), (8192, 64, 256, 64))
     attentions = (12, 256, 4, 48), (4, 256, 4, 64), (8, 128, 4, 48), (2, 512, 8, 64)
     norms = (512, 192), (3072, 192), (4096, 512)
+    losses = (4096, 128, 2048), (1024, 256, 2048), (2048, 320, 4096)
     return [*(partial(matmul, m, k, n, 1) for m, (k, n) in plain), *(partial(matmul, *one) for one in grouped),
-            *(partial(attention, *one) for one in attentions), *(partial(norm, *one) for one in norms)]
+            *(partial(attention, *one) for one in attentions), *(partial(norm, *one) for one in norms),
+            *(partial(loss, *one) for one in losses)]
 
 
 def clock(builders, seconds, device):
@@ -201,27 +213,28 @@ def clock(builders, seconds, device):
 
 
 def fit(samples, measured, plan, hardware):
-    """Least weighted squares of log(simulated / measured), one constant moved after the other in ever smaller steps."""
-    def put(constants):
-        rest = {name: value for name, value in constants.items() if name != "peak"}
-        return replace(hardware, peak={plan.precision: constants["peak"]}, **rest)
+    """Least weighted squares of log(simulated / measured): damped Gauss-Newton steps on FITTED's logarithms."""
+    start, low, high = np.log(list(FITTED.values())).T
+    weights = np.sqrt([sample.weight for sample in samples])
 
-    def error(constants):
-        tried = put(constants)
-        return sum(sample.weight * math.log(sample.simulated(plan, tried) / taken) ** 2
-                   for sample, taken in zip(samples, measured))
+    def put(logs):
+        constants = dict(zip(FITTED, np.exp(logs).tolist()))
+        return replace(hardware, peak={plan.precision: constants.pop("peak")}, **constants)
 
-    constants = {name: start for name, (start, _, _) in FITTED.items()}
-    least, factor = error(constants), 2.0
-    while factor > 1.005:
-        before = least
-        for (name, (_, low, high)), by in product(FITTED.items(), (factor, 1 / factor)):
-            tried = constants | {name: min(high, max(low, constants[name] * by))}
-            if (found := error(tried)) < least:
-                least, constants = found, tried
-        if least > 0.999 * before:
-            factor = math.sqrt(factor)
-    return put(constants)
+    def errors_of(logs):
+        tried = put(logs)
+        return weights * np.log([sample.simulated(plan, tried) / taken for sample, taken in zip(samples, measured)])
+
+    logs, errors, damping = start, errors_of(start), 0.1
+    for _ in range(60):
+        slopes = np.stack([(errors_of(logs + nudge) - errors) / 0.01 for nudge in 0.01 * np.eye(len(logs))], axis=1)
+        step = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(logs)), slopes.T @ errors)
+        tried = np.clip(logs - step, low, high)
+        if np.sum((found := errors_of(tried)) ** 2) < np.sum(errors ** 2):
+            logs, errors, damping = tried, found, damping / 3
+        else:
+            damping *= 5
+    return put(logs)
 
 
 def measure_links(device):
@@ -248,7 +261,7 @@ def measure_links(device):
                 dist.all_reduce(x, group=group)
                 dist.all_to_all_single(y, x, group=group)
                 dist.all_gather(list(y.chunk(n)), x[:elements], group=group)
-            return Sample(f"{tier} {elements}", call, [])
+            return Sample(f"{tier} {elements}", call, ())
 
         _, (short, long) = clock([partial(collectives, 1), partial(collectives, 2**20)], 0.0, device)
         fields[f"{tier}_bandwidth"] = 4 * (n - 1) * 4 * 2**20 / (long - short)

@@ -33,6 +33,17 @@ DTYPES = dict(fp64=torch.float64, fp32=torch.float32, bf16=torch.float32)
 EXACT = 1e-9                               # float64, relative to a tensor's largest value
 
 
+@pytest.mark.parametrize("local_rank, current", [(None, 0), ("3", 3), ("9", 1)])
+def test_each_rank_of_a_node_has_its_own_accelerator(monkeypatch, local_rank, current):
+    """torchrun's LOCAL_RANK counts the node's; beyond them (each rank sees one of its own) it goes round."""
+    chosen = []
+    for name, value in dict(is_available=lambda: True, device_count=lambda: 8, set_device=chosen.append).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert parallel.pick_device("auto").type == "cuda" and chosen == [current]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One step, on one process or on many
 
