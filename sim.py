@@ -2175,23 +2175,23 @@ def shape_plans(hardware, devices, seq_len):
                        node_size=hardware.node_size, dispatch="hierarchical", overlap="adaptive", recompute=FINE)
 
 
-def best_of_shape(config, plans, hardware):
-    """The fastest prediction that fits in memory, or None."""
+def fitting(config, plans, hardware):
+    """Predictions of a shape under the plans that suit it and fit in memory, the fastest first."""
     found = []
     for plan in plans:
         with contextlib.suppress(ValueError):
             found.append(predict(config, plan, hardware))
-    return max((one for one in found if one["fits"]), key=itemgetter("tokens_per_s"), default=None)
+    return sorted((one for one in found if one["fits"]), key=itemgetter("tokens_per_s"), reverse=True)
 
 
 def print_shapes(hardware, devices, budget, seq_len, top, experts):
     shapes = [one for one in candidate_shapes(budget) if experts in (0, one[0].n_routed_experts)]
-    plans, rows = list(shape_plans(hardware, devices, seq_len)), []
+    plans, rows, found = list(shape_plans(hardware, devices, seq_len)), [], {}
     require(shapes, f"budget={budget}: no shape within 3 % of both, use another ratio of active to total")
     require(plans, f"devices={devices}: use a multiple of 8 * 16 = 128")
     for config, *sizes in with_progress("shapes tried", shapes):
-        if result := best_of_shape(config, plans, hardware):
-            rows.append((result["tokens_per_s"], config, sizes, result))
+        found[config] = fitting(config, plans, hardware)
+        rows += [(result["tokens_per_s"], config, sizes, result) for result in found[config][:1]]
     rows.sort(key=itemgetter(0), reverse=True)
     print(f"{len(shapes)} shapes within 3 % of {budget['active'] / 1e9:.0f} B active and {budget['total'] / 1e9:.0f} B "
           f"in all; {len(rows)} run on {devices} {hardware.name}.\nOnly speed is simulated: what a shape learns is "
@@ -2203,14 +2203,14 @@ def print_shapes(hardware, devices, budget, seq_len, top, experts):
                   f"{c.num_hidden_layers:7} {c.hidden_size:6} {c.n_routed_experts:7} {c.moe_intermediate_size:5}",
                   f"{c.num_experts_per_tok:3} {c.num_attention_heads:5} {c.q_lora_rank:6}",
                   " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" * (c == PANGU))
-    print_own_cut([config for config, *_ in shapes], plans, hardware)
+    print_own_cut(found, plans, hardware)
 
 
-def print_own_cut(shapes, plans, hardware):
-    """The paper's shape beside the others, all under the cut that it was made for, and beside itself by depth alone."""
+def print_own_cut(found, plans, hardware):
+    """The paper's shape beside the others (found: fitting of each), all under its own cut, and by depth alone."""
     cut = [plan for plan in plans if (plan.pp, plan.vpp, plan.ep) == (16, 2, 32)]
-    found = {config: best_of_shape(config, cut, hardware) for config in shapes}
-    rates = {config: result["tokens_per_s"] for config, result in found.items() if result}
+    rates = {config: one["tokens_per_s"] for config, results in found.items()
+             for one in reversed(results) if Plan(**one["plan"]) in cut}       # the fastest comes last
     if PANGU not in rates:
         return
     faster = [config for config, rate in rates.items() if rate > rates[PANGU]]
@@ -2219,8 +2219,7 @@ def print_own_cut(shapes, plans, hardware):
           f"number {alike + 1} of those\nwith experts as wide as its own. By depth alone, 61 layers are the most "
           "before a stage grows:")
     for layers in (58, 60, 61, 62, 64, 66):
-        result = best_of_shape(replace(PANGU, num_hidden_layers=layers), cut, hardware)
-        if result:
+        for result in fitting(replace(PANGU, num_hidden_layers=layers), cut, hardware)[:1]:
             print(f"{layers} layers {result['tokens_per_s']:.3g} tokens/s")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 import bench_balance
 import dist
@@ -209,9 +209,7 @@ def train_step(model, grid, optimizer, plan, step=0):
 def whole(model, tensors, grid):
     """Tensors by name as on one process, experts in order of their numbers."""
     tensors = parallel.part_of_whole(tensors, grid, "")
-    gathers = {name: t.redistribute(placements=[Replicate()] * t.device_mesh.ndim, async_op=True).to_local()
-               if isinstance(t, DTensor) else t for name, t in tensors.items()}             # all at once, then wait
-    tensors = {name: t.clone() for name, t in gathers.items()}
+    tensors = {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
     for layer, block in enumerate(b for b in model.layers.values() if b.is_moe):
         if grid.live:
             numbers = grid.live.placements[layer][:, :grid.live.n_homes].flatten()
