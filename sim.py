@@ -2410,6 +2410,7 @@ def main(argv=None):
         require(not (args.fit and args.rows), f"--fit with {args.rows}: a file is predicted, never fitted; drop one")
         return beside("published").validate(args.rows, args.out, args.fit)
     if args.command == "calibrate":
+        require(Path(args.out).absolute().parent.is_dir(), f"--out {args.out}: make its folder first")
         return beside("calibrate").calibrate(args.out, args.precision, args.seconds)
     hardware = load("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "shapes":
@@ -2437,6 +2438,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"sim.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -852,10 +852,11 @@ def cut_metrics(path, step):
 
 class Stopper:
     """Ctrl-C and SIGTERM ask for an end after the step; asked twice, the process ends at once."""
+    signals = signal.SIGINT, signal.SIGTERM
 
     def __init__(self):
         self.asked = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.signals:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
@@ -1218,6 +1219,7 @@ def main(argv=None):
     if parallel.rank() > 0:
         sys.stdout = open(os.devnull, "w")                                # rank 0 speaks for all
     command, given = parse(sys.argv[1:] if argv is None else argv)
+    handlers = [(number, signal.getsignal(number)) for number in Stopper.signals]
     try:
         command(given)
         parallel.leave_world()
@@ -1231,6 +1233,9 @@ def main(argv=None):
             raise
         sys.exit(f"train.py: rank {parallel.rank()} has lost contact; no sign of rank {parallel.missing_ranks()} "
                  f"({str(error).splitlines()[0]})")
+    finally:
+        for number, handler in handlers:                                  # a caller goes on with its own
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

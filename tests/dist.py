@@ -7,7 +7,6 @@ The function is found by its name in its module, so it must be defined at the to
 """
 import multiprocessing
 import os
-import signal
 import socket
 import traceback
 from datetime import timedelta
@@ -66,7 +65,6 @@ def stop(world_size):
 
 
 def serve(pipe, rank, world_size, port):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)          # a test before may have left train.py's in the parent
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch_dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size,

@@ -671,6 +671,7 @@ def test_a_sample_of_calibrate_is_a_step_as_predicted():
     (("predict", "--model", "none"), "model 'none': use a JSON file or one of"),
     (("predict", "--hardware", "none"), "hardware 'none': use a JSON file or one of"),
     (("predict", "--devices", "5"), "for 5 devices"),
+    (("calibrate", "--out", "nowhere/hw.json"), "make its folder first"),
     (("predict", "--load", "5"), "max_vio=X")])
 def test_what_a_user_mistypes_is_refused(args, words):
     with pytest.raises(ValueError) as refusal:

@@ -346,7 +346,9 @@ def test_evaluation_counts_every_token_once():
 
 
 def test_a_run_leaves_what_it_promises(text, at, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
     run("--data", text, "--steps", 6, "--save-every", 2, "--keep", 2, "--out", "r", *TINY)
+    assert signal.getsignal(signal.SIGTERM) == handler    # a child of this process would not heed train.py's
     out = capsys.readouterr().out
     lines = [json.loads(line) for line in (at / "r/metrics.jsonl").read_text().splitlines()]
     keys = "step tokens loss mtp_loss aux_loss grad_norm lr step_ms tokens_per_s mfu mem_gib max_vio drop_rate skipped"
