@@ -64,8 +64,7 @@ from sim import (STEP_BYTES, balance_group, check_plan, decide, first_placement,
 
 def pick_device(name="auto"):
     """torch.device by name (cpu | cuda | npu), or for auto the accelerator that is there, else the CPU.
-
-    Of a node's accelerators it becomes the current one that torchrun's LOCAL_RANK counts."""
+    Of several in a node, the one that torchrun's LOCAL_RANK numbers becomes this process's current one."""
     if name == "npu" or (name == "auto" and not torch.cuda.is_available()):
         try:
             import torch_npu  # noqa: F401  (registers the device; installed on Ascend machines only)
@@ -78,10 +77,10 @@ def pick_device(name="auto"):
         name = there[0] if there else "cpu"
     if name not in ("cpu", "cuda", "npu"):
         raise ValueError(f"--device {name}: use auto, cpu, cuda or npu")
-    if name != "cpu" and not getattr(torch, name).is_available():
-        raise ValueError(f"--device {name}: none found here; use --device cpu")
     if name != "cpu":
         accelerators = getattr(torch, name)
+        if not accelerators.is_available():
+            raise ValueError(f"--device {name}: none found here; use --device cpu")
         accelerators.set_device(int(os.environ.get("LOCAL_RANK", 0)) % accelerators.device_count())
     return torch.device(name)
 

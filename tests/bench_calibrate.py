@@ -1,7 +1,7 @@
 """
 Short runs of train.py beside what sim.py predicts of them on a calibrated device.
 
-    python tests/bench_calibrate.py                                # calibrates, then three presets: about 9 minutes
+    python tests/bench_calibrate.py                                # calibrates, then three presets: about 16 minutes
     python tests/bench_calibrate.py --hardware HW.json --presets tiny
 
 Measured, in --rounds: the median of all steps after the first --warm-up ones of each run, and the most memory that a
@@ -59,15 +59,11 @@ def main():
     print(f"{'':12}{'step, ms':>10}{'simulated':>11}{'error':>8}{'GiB held':>10}{'simulated':>11}{'error':>8}")
     for preset, plan in plans.items():
         found, step = sim.predict(PRESETS[preset], plan, hardware), statistics.median(times[preset])
+        first, _, third = statistics.quantiles(times[preset], n=4)
         expected, needed = found["step_time_s"] * 1e3, found["mem_gib"]
         print(f"{preset:12}{step:10.0f}{expected:11.0f}{expected / step - 1:+8.1%}{held[preset]:10.2f}{needed:11.2f}"
               f"{needed / held[preset] - 1:+8.1%}   {plan.precision}, {plan.n_micro} x {plan.micro_batch} x "
-              f"{plan.seq_len}; half of the steps took {' to '.join(f'{q:.0f}' for q in middle_half(times[preset]))}")
-
-
-def middle_half(values):
-    first, _, third = statistics.quantiles(values, n=4)
-    return first, third
+              f"{plan.seq_len}; half of the steps took {first:.0f} to {third:.0f}")
 
 
 if __name__ == "__main__":
