@@ -36,6 +36,24 @@ import torch.nn.functional as F
 # Config and presets
 
 
+def require(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+def divisors(n):
+    """All divisors of n, ascending: for messages that say what would fit."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+class Weights(NamedTuple):
+    """A matmul's weight matrices: `n_in` inputs, `n_out` outputs; `copies` of them, of which a token uses `used`."""
+    n_in: int
+    n_out: int
+    copies: int = 1
+    used: int = 1
+
+
 @dataclass(frozen=True)
 class Config:
     """A model's shape, in the spelling of DeepSeek-style configs. Checked when made."""
@@ -95,6 +113,44 @@ class Config:
     def qk_head_dim(self):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    # what layers compute with: the one table that all counts are made from, of parameters and FLOPs below, and by
+    # stage, operator and rank in sim.py, whose Shape describes other models by other methods
+
+    def matmuls(self, kind):
+        """{name: Weights} of a layer of one of layer_kinds, or of kind "head"."""
+        width, inner = self.hidden_size, self.moe_intermediate_size
+        if kind == "head":
+            return dict(lm_head=Weights(width, self.vocab_size))
+        if kind == "dense":
+            return self.attention_matmuls() | self.mlp_matmuls("mlp", self.intermediate_size)
+        table = self.attention_matmuls() | dict(router=Weights(width, self.n_routed_experts))
+        if self.n_shared_experts:
+            table |= self.mlp_matmuls("shared", self.n_shared_experts * inner)
+        table |= self.mlp_matmuls("expert", inner, self.n_routed_experts, self.num_experts_per_tok)
+        return table | dict(eh_proj=Weights(2 * width, width)) if kind == "mtp" else table
+
+    def attention_matmuls(self):
+        heads, width = self.num_attention_heads, self.hidden_size
+        return dict(q_a_proj=Weights(width, self.q_lora_rank),
+                    q_b_proj=Weights(self.q_lora_rank, heads * self.qk_head_dim),
+                    kv_a_proj_with_mqa=Weights(width, self.kv_lora_rank + self.qk_rope_head_dim),
+                    kv_b_proj=Weights(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim)),
+                    o_proj=Weights(heads * self.v_head_dim, width))
+
+    def mlp_matmuls(self, name, inner, copies=1, used=1):
+        """Gate and up count as one."""
+        return {f"{name}.gate_up": Weights(self.hidden_size, 2 * inner, copies, used),
+                f"{name}.down": Weights(inner, self.hidden_size, copies, used)}
+
+    def attention_widths(self):
+        """Elements of all heads' queries, and of their values."""
+        return self.num_attention_heads * self.qk_head_dim, self.num_attention_heads * self.v_head_dim
+
+    def gains(self, kind):
+        """Parameters of a layer's norms."""
+        joining = 3 if kind == "mtp" else 0                               # enorm, hnorm, shared_head.norm
+        return ((2 if self.norm == "pre" else 4) + joining) * self.hidden_size + self.q_lora_rank + self.kv_lora_rank
+
 
 CHOICES = dict(
     scoring_func=("sigmoid", "softmax"), group_choice=("limited", "equal"), expert_weight=("before_down", "after_down"),
@@ -104,17 +160,8 @@ CHOICES = dict(
 YARN_KEYS = {"type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 
 
-def divisors(n, limit=8):
-    """Divisors of n, for messages that say what would fit; the largest `limit` of them."""
-    return [d for d in range(1, n + 1) if n % d == 0][-limit:]
-
-
 def check_config(c):
     """ValueError, in one line with the numbers and what would fit, for a shape that cannot be built."""
-    def require(ok, message):
-        if not ok:
-            raise ValueError(message)
-
     for name, allowed in CHOICES.items():
         require(getattr(c, name) in allowed, f"{name}={getattr(c, name)!r}: use one of {', '.join(allowed)}")
     may_be_zero = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "balance_group",
@@ -186,16 +233,10 @@ PRESETS = {
 # Counts, from Config alone
 
 
-def layer_params(c):
-    """Parameters of one layer's parts: attention, norms, dense, moe, moe_active (of the routed experts K only)."""
-    heads, width = c.num_attention_heads, c.hidden_size
-    attention = width * c.q_lora_rank + c.q_lora_rank * heads * c.qk_head_dim + c.q_lora_rank
-    attention += width * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
-    attention += c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim) + heads * c.v_head_dim * width
-    expert = 3 * width * c.moe_intermediate_size
-    always = c.n_shared_experts * expert + c.n_routed_experts * width      # shared experts and router
-    return dict(attention=attention, norms=(2 if c.norm == "pre" else 4) * width, dense=3 * width * c.intermediate_size,
-                moe=c.n_routed_experts * expert + always, moe_active=c.num_experts_per_tok * expert + always)
+def layer_kinds(config):
+    """Kind of each layer, in order: dense, moe (with experts), or mtp (moe, with what joins it to the embedding)."""
+    n_dense, n_mtp = config.first_k_dense_replace, config.num_nextn_predict_layers
+    return ["dense"] * n_dense + ["moe"] * (config.num_hidden_layers - n_dense) + ["mtp"] * n_mtp
 
 
 def count_params(config):
@@ -203,32 +244,33 @@ def count_params(config):
 
     Router biases are not counted: they are moved by a rule, not learnt.
     """
-    c, part = config, layer_params(config)
-    n_moe = c.num_hidden_layers - c.first_k_dense_replace
-    common = c.num_hidden_layers * (part["attention"] + part["norms"]) + c.first_k_dense_replace * part["dense"]
+    c, kinds = config, layer_kinds(config)
+    total, active = {}, {}
+    for kind in set(kinds):
+        weights, gains = c.matmuls(kind).values(), c.gains(kind)
+        total[kind] = gains + sum(w.copies * w.n_in * w.n_out for w in weights)
+        active[kind] = gains + sum(w.used * w.n_in * w.n_out for w in weights)
+    hidden = kinds[:c.num_hidden_layers]
     embedding = c.vocab_size * c.hidden_size
     head = 0 if c.tie_word_embeddings else embedding
     outside = embedding + head + c.hidden_size                             # with the last norm
-    mtp_extra = 2 * c.hidden_size**2 + 3 * c.hidden_size                   # eh_proj; enorm, hnorm, shared_head.norm
-    mtp = c.num_nextn_predict_layers * (mtp_extra + part["attention"] + part["norms"] + part["moe"])
-    return dict(total=common + n_moe * part["moe"] + outside, active=common + n_moe * part["moe_active"] + outside,
-                embedding=embedding, head=head, mtp=mtp)
+    return dict(total=sum(total[kind] for kind in hidden) + outside,
+                active=sum(active[kind] for kind in hidden) + outside, embedding=embedding, head=head, mtp=c.num_nextn_predict_layers * total.get("mtp", 0))
+
+
+def layer_flops(config, kind, seq_len):
+    """FLOPs of a token's forward in a layer, or the head: two a weight it uses, and causal attention, half the scores."""
+    matmuls = sum(2 * w.used * w.n_in * w.n_out for w in config.matmuls(kind).values())
+    return matmuls + (0 if kind == "head" else seq_len * sum(config.attention_widths()))
 
 
 def flops_per_token(config, seq_len):
     """Model FLOPs of training on one token: 6 x active matmul parameters, head and MTP included, + causal attention.
 
-    The head counts once per depth of prediction, causal attention half of the scores, recomputation never.
+    Backward is two forwards. The head counts once per depth of prediction, recomputation never.
     """
-    c, part = config, layer_params(config)
-    depths = c.num_nextn_predict_layers
-    n_moe = c.num_hidden_layers - c.first_k_dense_replace + depths
-    n_layers = c.num_hidden_layers + depths
-    latent_norms = c.q_lora_rank + c.kv_lora_rank                          # parameters, but of no matmul
-    matmul = n_layers * (part["attention"] - latent_norms) + c.first_k_dense_replace * part["dense"]
-    matmul += n_moe * part["moe_active"] + (1 + depths) * c.vocab_size * c.hidden_size + depths * 2 * c.hidden_size**2
-    scores = 3 * seq_len * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)   # 2 FLOPs x 1/2 causal x 3 passes
-    return 6 * matmul + n_layers * scores
+    kinds = layer_kinds(config) + ["head"] * (1 + config.num_nextn_predict_layers)
+    return 3 * sum(layer_flops(config, kind, seq_len) for kind in kinds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -816,7 +858,7 @@ class Router(Part):
         f_i: share of the group's copies that expert i got, times E; from counts, without gradient. p_i: mean score.
         """
         c, E = self.c, self.c.n_routed_experts
-        G = n_sequences // self.group_size(n_sequences)
+        G = n_sequences // (sequences_of_group(c, n_sequences) if self.training else n_sequences)
         tokens = len(ids) // G                                            # of a group, held here
         first = torch.arange(G, device=ids.device).unsqueeze(1) * E       # group by group in one count
         counts = count_ids(ids.view(G, -1) + first, G * E).view(G, E)
@@ -835,14 +877,16 @@ class Router(Part):
         self.aux_loss = aux_loss.detach() * self.aux_scale
         return AddGradient.apply(weights, aux_loss, self.aux_scale)
 
-    def group_size(self, n_sequences):
-        """Sequences of a balance group that are held here; a larger group is the matter of average_counts."""
-        sizes = dict(none=n_sequences, sequence=1, micro_batch=n_sequences)
-        size = sizes.get(self.c.balance, self.c.balance_group or n_sequences) if self.training else n_sequences
-        if size < n_sequences and n_sequences % size:
-            raise ValueError(f"balance_group={size} does not divide the {n_sequences} sequences of a micro-batch: "
-                             f"use one of {divisors(n_sequences)}")
-        return min(size, n_sequences)
+
+def sequences_of_group(config, n_sequences):
+    """Of the n_sequences of a micro-batch, how many form a balance group, or the part of one that is held here: what
+    a larger group needs beyond that is the matter of Router.average_counts."""
+    sizes = dict(none=n_sequences, sequence=1, micro_batch=n_sequences)
+    size = sizes.get(config.balance, config.balance_group or n_sequences)
+    require(size >= n_sequences or n_sequences % size == 0,
+            f"balance_group={size} does not divide the {n_sequences} sequences of a micro-batch: use one of "
+            f"{divisors(n_sequences)}")
+    return min(size, n_sequences)
 
 
 class Experts(Part):
@@ -1075,9 +1119,8 @@ class Model(nn.Module):
         if ids.size(1) > self.config.max_position_embeddings:
             raise ValueError(f"sequence of {ids.size(1)} tokens above max_position_embeddings="
                              f"{self.config.max_position_embeddings}: shorten the one or raise the other")
+        positions, next_ids = fill_inputs(ids, targets, len(self.mtp_layers()), positions, next_ids)
         x = ids if self.embed_tokens is None else self.embed(ids)         # (B,T,C)
-        if positions is None:
-            positions = torch.arange(x.size(1), device=x.device).unsqueeze(0)
         angles = rope_table(self.config, positions, x.dtype)
         mask = document_mask(doc_ids)
         for block in self.layers.values():
@@ -1085,7 +1128,6 @@ class Model(nn.Module):
                 x = block(x, angles, mask, routing)
         if self.norm is None:
             return x
-        next_ids = next_tokens(ids, targets, len(self.mtp_layers())) if next_ids is None else next_ids
         hiddens = []
         for depth, layer in enumerate(self.mtp_layers()):
             hidden, x = self.join(depth, x, next_ids)
@@ -1179,13 +1221,18 @@ def shifted(ids, distances, fill):
     return torch.stack(moved, 1) if moved else ids.new_empty(len(ids), 0, T)
 
 
-def next_tokens(ids, targets, depths):
-    """Tokens i+1, i+2, ... that MTP reads at i: ids (B,T), targets (B,1+MTP,T) or None -> (B,depths,T)."""
-    next_ids = shifted(ids, range(1, 1 + depths), 0)
-    if targets is None:
-        return next_ids
-    known = targets[:, :depths]                                           # past the end too
-    return torch.where(known >= 0, known, next_ids)
+def fill_inputs(ids, targets, depths, positions=None, next_ids=None):
+    """(positions (1 or B, T), next_ids (B, depths, T): tokens i+1, i+2, ... that MTP reads at i), made if not given.
+
+    ids (B,T), or hidden states (B,T,C) where no MTP layer is (depths=0); targets (B,1+MTP,T) or None.
+    """
+    if positions is None:
+        positions = torch.arange(ids.size(1), device=ids.device).unsqueeze(0)
+    if next_ids is None and depths:
+        next_ids = shifted(ids, range(1, 1 + depths), 0)
+        if targets is not None:                                           # they know what is past the end, too
+            next_ids = torch.where(targets[:, :depths] >= 0, targets[:, :depths], next_ids)
+    return positions, next_ids
 
 
 def document_mask(doc_ids):

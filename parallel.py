@@ -53,10 +53,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.checkpoint import checkpoint
 
 from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, LocalDispatcher, MTPLayer, Output, Part,
-                   Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, next_tokens, permute,
+                   Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, fill_inputs, permute,
                    rope_table, sorted_slots, unpermute)
-from sim import (STEP_BYTES, balance_group, check_plan, decide, first_placement, imbalance, moved_experts,
-                 plan_placement, predict_load, schedule_table, stage_layers)
+from sim import (STEP_BYTES, balance_ranks, check_plan, decide, first_placement, imbalance, items_in_force,
+                 moved_experts, plan_placement, predict_load, schedule_table, stage_layers)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
@@ -612,7 +612,7 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
     check_plan(model.config, plan, devices=world_size())
     if world_size() == 1:
         return None
-    n_balance = max(1, balance_group(model.config, plan) // plan.micro_batch) * plan.cp * plan.tp
+    n_balance = balance_ranks(model.config, plan)
     grid = Grid(plan, n_balance, device_type, timeout)
     if plan.pp > 1:
         keep_own_stages(model, grid)
@@ -768,13 +768,12 @@ def own_tokens(plan, depths, ids, targets, positions=None, doc_ids=None, next_id
     contexts = [torch.cat((slices[i], slices[-1 - i])) for i in range(plan.cp)]
     context = contexts[place // plan.tp]                                  # tokens of the tensor group
     own = context.chunk(plan.tp)[place % plan.tp]
-    next_ids = next_tokens(ids, targets, depths) if next_ids is None else next_ids
-    positions = torch.arange(T, device=ids.device).unsqueeze(0) if positions is None else positions
+    positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
     if plan.cp > 1:
         doc_ids = torch.zeros_like(ids[:1]) if doc_ids is None else doc_ids
         doc_ids = document_mask(doc_ids)[:, :, context][..., torch.cat(contexts)]
     return dict(ids=ids[:, own], targets=targets[..., own], positions=positions[:, context], doc_ids=doc_ids,
-                next_ids=next_ids[..., own], routing=routing and {i: chosen[:, own] for i, chosen in routing.items()})
+                next_ids=next_ids if next_ids is None else next_ids[..., own], routing=routing and {i: chosen[:, own] for i, chosen in routing.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -932,11 +931,7 @@ class Memory:
     """
 
     def __init__(self, plan, device):
-        self.names = {*plan.recompute, *plan.swap}
-        if "layer" in self.names:
-            self.names &= {"layer", "optimizer"}
-        if "attention" in self.names:
-            self.names -= {"attn_out", "mla_up"}
+        self.names = items_in_force(plan)
         self.kept, self.part = None, ""
         self.streams = torch.get_device_module(device)                    # torch.cpu's streams do nothing
         self.stream, self.leaving, self.before = self.streams.Stream(), [], []
@@ -1503,9 +1498,8 @@ class Pipeline:
     def parts(self, stage, ids, targets=None, positions=None, doc_ids=None, next_ids=None, routing=None):
         """Lists of segments: embedding, layers, what joins MTP layers to those before, last norm and losses."""
         model = self.model
-        next_ids = next_tokens(ids, targets, model.config.num_nextn_predict_layers) if next_ids is None else next_ids
-        if positions is None:
-            positions = torch.arange(ids.size(1), device=ids.device).unsqueeze(0)
+        depths = model.config.num_nextn_predict_layers
+        positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
         angles, mask = rope_table(model.config, positions, model_dtype(model)), document_mask(doc_ids)
 
         def embed(ids):

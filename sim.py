@@ -41,7 +41,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model import PRESETS, Config
+from model import (PRESETS, Config, Weights, count_params, divisors, flops_per_token, layer_flops, layer_kinds,
+                   require, sequences_of_group)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: how a model is cut, what is saved, how it is run
@@ -133,33 +134,33 @@ class Plan:
         return {stage: rank for rank in range(self.pp) for stage in self.stages_of(rank)}
 
 
+def plan_value(name, text):
+    """Text of the command line -> a value for this field of Plan; items of a list are joined by , or +."""
+    kind = {field.name: field.type for field in fields(Plan)}[name]
+    if kind is tuple:
+        return tuple(int(item) if item.isdigit() else item for item in re.split("[,+]", text) if item)
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: write a value of type {kind.__name__}") from None
+
+
 def parse_plan(text, **defaults):
-    """Plan from `tp=8,pp=16,recompute=act+permute,layer_split=2+2+1`; ValueError for what it cannot read."""
-    types = {field.name: field.type for field in fields(Plan)}
-    values = dict(defaults)
-    for item in filter(None, text.split(",")):
-        name, _, value = item.partition("=")
-        require(name in types, f"unknown plan key {name!r}: use one of {', '.join(types)}")
-        if types[name] is tuple:
-            value = [int(part) if part.isdigit() else part for part in value.split("+") if part]
-        try:
-            values[name] = types[name](value)
-        except ValueError:
-            raise ValueError(f"{name}={value!r}: write a value of type {types[name].__name__}") from None
-    return Plan(**values)
-
-
-def require(ok, message):
-    if not ok:
-        raise ValueError(message)
-
-
-def divisors(n):
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """Plan from `tp=8,pp=16,recompute=act,permute,layer_split=2+2+1`; ValueError for what it cannot read."""
+    names, texts, name = [field.name for field in fields(Plan)], {}, ""
+    for item in text.split(",") if text else ():
+        if "=" in item:
+            name, _, texts[name] = item.partition("=")
+        else:                                              # a list goes on
+            require(name, f"plan {text!r}: write key=value,...")
+            texts[name] += "," + item
+    unknown = set(texts) - set(names)
+    require(not unknown, f"unknown plan key {', '.join(sorted(unknown))}: use one of {', '.join(names)}")
+    return Plan(**dict(defaults) | {name: plan_value(name, value) for name, value in texts.items()})
 
 
 def has_experts(config):
-    return config.first_k_dense_replace < config.num_hidden_layers or config.num_nextn_predict_layers > 0
+    return set(layer_kinds(config)) != {"dense"}
 
 
 def check_plan(config, plan, hardware=None, devices=None):
@@ -254,6 +255,11 @@ def balance_group(config, plan):
     replicas = max(1, plan.ep // (plan.cp * plan.tp))      # data ranks inside one expert group
     return dict(none=1, sequence=1, micro_batch=plan.micro_batch, ep_group=plan.micro_batch * replicas,
                 dp_group=plan.micro_batch * plan.dp)[config.balance]
+
+
+def balance_ranks(config, plan):
+    """Ranks that share the counts of the balance loss: those that hold parts of one group, one after the other."""
+    return max(1, balance_group(config, plan) // plan.micro_batch) * plan.cp * plan.tp
 
 
 def check_schedule(plan):
@@ -570,6 +576,27 @@ class Shape(Config):
     def __post_init__(self):               # not Config's checks, which are of models that model.py builds
         pass
 
+    def attention_matmuls(self):
+        if self.attn_type == "mla":
+            return super().attention_matmuls()
+        queries, values = self.attention_widths()
+        keys = (self.num_key_value_heads or self.num_attention_heads) * self.head_dim
+        return dict(qkv_proj=Weights(self.hidden_size, queries + 2 * keys), o_proj=Weights(values, self.hidden_size))
+
+    def mlp_matmuls(self, name, inner, copies=1, used=1):
+        table = super().mlp_matmuls(name, inner, copies, used)
+        up = table[f"{name}.gate_up"]
+        return table if self.gated_mlp else table | {f"{name}.gate_up": up._replace(n_out=inner)}
+
+    def attention_widths(self):
+        if self.attn_type == "mla":
+            return super().attention_widths()
+        return (self.num_attention_heads * self.head_dim,) * 2
+
+    def gains(self, kind):
+        latents = 0 if self.attn_type == "mla" else self.q_lora_rank + self.kv_lora_rank
+        return super().gains(kind) - latents
+
 
 def as_shape(config):
     return config if isinstance(config, Shape) else Shape(**vars(config))
@@ -760,8 +787,7 @@ class Work:
         if c.norm_topk_prob:
             self.saved.update({"weights": own * k * wide, "weights.sum": own * wide})
         if c.balance != "none" and c.aux_loss_alpha:
-            size = {"sequence": 1, "micro_batch": plan.micro_batch}.get(c.balance, c.balance_group or plan.micro_batch)
-            groups = plan.micro_batch // min(size, plan.micro_batch)           # of the balance loss
+            groups = plan.micro_batch // sequences_of_group(c, plan.micro_batch)
             self.saved["balance"] = groups * experts * wide    # load of each group's experts
             self.saved["balance.sum"] = own * wide if c.aux_scores == "normalized" else 0
 
@@ -813,13 +839,6 @@ class Work:
         self.params["dp"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
 
 
-def layer_kinds(shape):
-    """Kind of each layer: dense, moe or mtp (moe, with what joins it to the embedding). Layers of a kind are alike."""
-    n_dense = min(shape.first_k_dense_replace, shape.num_hidden_layers)
-    n_moe, n_mtp = shape.num_hidden_layers - n_dense, shape.num_nextn_predict_layers
-    return ["dense"] * n_dense + ["moe"] * n_moe + ["mtp"] * n_mtp
-
-
 def stage_layers(config, plan):
     """list (pp*vpp) of lists of layer numbers. The embedding is on the first stage, head and MTP layers on the last."""
     layers, first = [], 0
@@ -837,8 +856,9 @@ def _even_split(shape, plan):
     rule of shape, length and schedule alone, so that every device cuts alike.
     """
     n_layers, last = shape.num_hidden_layers, plan.n_stages - 1
-    *hidden, tail = layer_flops(shape, plan.seq_len)
-    layer = sum(hidden) / n_layers
+    kinds = layer_kinds(shape) + ["head"] * (1 + shape.num_nextn_predict_layers)
+    flops = [layer_flops(shape, kind, plan.seq_len) for kind in kinds]
+    layer, tail = sum(flops[:n_layers]) / n_layers, sum(flops[n_layers:])
     split, load = [1] * last + [0], [layer] * last + [tail]
     ranks = [plan.stages_of(rank) for rank in reversed(range(plan.pp))]    # of equals the last: it has least in flight
     for _ in range(n_layers - last):
@@ -847,14 +867,6 @@ def _even_split(shape, plan):
         split[stage] += 1
         load[stage] += layer
     return split
-
-
-@lru_cache
-def layer_flops(shape, seq_len):
-    """Forward FLOPs of a sequence in each hidden layer, and last those of head and MTP together."""
-    kinds, n = layer_kinds(shape) + ["head"], shape.num_hidden_layers
-    flops = {kind: sum(op.flops for op in Work(shape, Plan(seq_len=seq_len), kind).ops) for kind in set(kinds)}
-    return [flops[kind] for kind in kinds[:n]] + [sum(flops[kind] for kind in kinds[n:])]
 
 
 def stage_kinds(shape, plan):
@@ -890,6 +902,17 @@ RECOMPUTES = {
                   ("input_layernorm", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm",
                    "kv_b_proj", "qkv_proj", "rope", "attention"))}
 SWAPPED = {"expert_out": ("expert_out",), "attn_out": ("attn_out", "attn_padded"), "optimizer": ()}
+
+
+def items_in_force(plan):
+    """The names in Plan.recompute and Plan.swap that have an effect beside the others: a layer, or an attention, that
+    runs again as a whole needs nothing inside it saved or made another way."""
+    names = {*plan.recompute, *plan.swap}
+    if "layer" in names:
+        names &= {"layer", "optimizer"}
+    if "attention" in names:
+        names -= {"attn_out", "mla_up"}
+    return names
 
 
 def recomputed(work, plan=None):
@@ -1842,8 +1865,7 @@ def predict(config, plan, hardware, max_vio=0.0):
     step, memory = sum(parts.values()), run.memories
     peak = max(range(plan.pp), key=lambda rank: sum(memory[rank].values()))
     needed, rate = sum(memory[peak].values()), plan.global_batch * plan.seq_len / step
-    # training is three forwards; tokens/s of a device times FLOPs of a token
-    flops = 3 * sum(layer_flops(run.shape, plan.seq_len)) / plan.seq_len * rate / plan.world_size
+    flops = flops_per_token(run.shape, plan.seq_len) * rate / plan.world_size          # FLOP/s of a device
     why_not = run.refusal()
     return dict(
         step_time_s=step, tokens_per_s=rate, tokens_per_s_per_device=rate / plan.world_size,
@@ -2079,15 +2101,16 @@ def explore(config, hardware, plans, limit):
     return [best_savings(config, plan, hardware, limit) for plan in plans]
 
 
-def with_progress(what, items):
+def with_progress(what, items, total=None):
     """The items, and on stderr from the third second on how many were taken and the time that the rest will need."""
     begin = shown = time.monotonic()
+    total = total or len(items)
     for i, item in enumerate(items):
         yield item
         now = time.monotonic()
         if now > shown + 1 and now > begin + 3:
-            left, shown = (now - begin) / (i + 1) * (len(items) - i - 1), now
-            print(f"\r{what}: {i + 1} of {len(items)}, at most {left:.0f} s left  ", end="", file=sys.stderr)
+            left, shown = (now - begin) / (i + 1) * (total - i - 1), now
+            print(f"\r{what}: {i + 1} of {total}, at most {left:.0f} s left  ", end="", file=sys.stderr)
             sys.stderr.flush()
     if shown > begin:
         print(file=sys.stderr)
@@ -2152,17 +2175,8 @@ def candidate_shapes(budget):
 
 def shape_size(config, **shape):
     """(active, total) parameters with the head, without embedding and MTP, of a model with these sizes."""
-    c = SimpleNamespace(**{**vars(config), **shape})       # a Config would check itself, for each of many shapes
-    width, heads = c.hidden_size, c.num_attention_heads
-    latents = width * (c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim)
-    queries = c.q_lora_rank * heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    keys_and_values = c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
-    attention = latents + queries + keys_and_values + heads * c.v_head_dim * width
-    expert, n_dense = 3 * width * c.moe_intermediate_size, c.first_k_dense_replace
-    n_moe = c.num_hidden_layers - n_dense
-    fixed = c.num_hidden_layers * attention + n_dense * 3 * width * c.intermediate_size + width * c.vocab_size
-    fixed += n_moe * (c.n_shared_experts * expert + width * c.n_routed_experts)
-    return fixed + n_moe * c.num_experts_per_tok * expert, fixed + n_moe * c.n_routed_experts * expert
+    counts = count_params(replace(as_shape(config), **shape))              # a Shape does not check itself
+    return tuple(counts[part] - counts["embedding"] for part in ("active", "total"))
 
 
 def shape_plans(hardware, devices, seq_len):
@@ -2348,7 +2362,7 @@ def beside(name):
     return importlib.import_module(name)
 
 
-def load(kind, cls, presets, name):
+def read_preset(kind, cls, presets, name):
     """A preset, or a JSON file of cls's fields, which may name a preset as `base` to start from."""
     if name in presets:
         return presets[name]
@@ -2412,13 +2426,13 @@ def main(argv=None):
     if args.command == "calibrate":
         require(Path(args.out).absolute().parent.is_dir(), f"--out {args.out}: make its folder first")
         return beside("calibrate").calibrate(args.out, args.precision, args.seconds)
-    hardware = load("hardware", Hardware, HARDWARE, args.hardware)
+    hardware = read_preset("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "shapes":
         match = re.fullmatch(r"active=([\d.e]+),total=([\d.e]+)", args.budget)
         require(match, f"budget={args.budget!r}: write active=39e9,total=718e9")
         budget = dict(active=float(match[1]), total=float(match[2]))
         return print_shapes(hardware, args.devices or 6144, budget, args.seq_len, args.top, args.experts)
-    config = load("model", Config, PRESETS, args.model)
+    config = read_preset("model", Config, PRESETS, args.model)
     if args.command == "plans":
         batch = dict(global_batch=args.global_batch, seq_len=args.seq_len)
         return print_plans(*search_plans(config, hardware, args.devices or hardware.node_size, args.top, **batch))

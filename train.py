@@ -172,7 +172,7 @@ def make_plan(settings):
     values = {field.name: settings[field.name] for field in PLAN_FIELDS}
     for field in PLAN_FIELDS:
         if field.type is tuple and isinstance(values[field.name], str):
-            values[field.name] = tuple(read_value(part) for part in values[field.name].split(","))
+            values[field.name] = sim.plan_value(field.name, values[field.name])
     return Plan(**values, precision=settings["precision"])
 
 
@@ -914,7 +914,7 @@ def fit_plan(run, plan):
         raise UserError(f"--fit needs --hardware on {run.device}: one of {', '.join(sim.HARDWARE)}, or a JSON file")
     hardware = sim.CPU
     if settings["hardware"]:
-        hardware = sim.load("hardware", sim.Hardware, sim.HARDWARE, settings["hardware"])
+        hardware = sim.read_preset("hardware", sim.Hardware, sim.HARDWARE, settings["hardware"])
     sim.check_plan(run.config, plan, devices=parallel.world_size())
     found = sim.fit_memory(run.config, plan, hardware, float(match[1]) * 2**dict(GiB=30, MiB=20)[match[2]])
     plan = Plan(**found["plan"])

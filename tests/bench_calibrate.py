@@ -49,7 +49,7 @@ def main():
         file = args.hardware or f"{folder}/hw.json"
         if not args.hardware:
             run("sim.py", "calibrate", "--out", file)
-        hardware = sim.load("hardware", sim.Hardware, sim.HARDWARE, file)
+        hardware = sim.read_preset("hardware", sim.Hardware, sim.HARDWARE, file)
         times, held = {preset: [] for preset in args.presets}, dict.fromkeys(args.presets, 0.0)
         plans = {preset: train(preset, 1, Path(folder) / preset)[0] for preset in args.presets}       # tokenises
         for number, preset in product(range(args.rounds), args.presets):
