@@ -155,7 +155,7 @@ def parse_plan(text, **defaults):
             require(name, f"plan {text!r}: write key=value,...")
             texts[name] += "," + item
     unknown = set(texts) - set(names)
-    require(not unknown, f"unknown plan key {', '.join(sorted(unknown))}: use one of {', '.join(names)}")
+    require(not unknown, f"unknown plan key {min(unknown)!r}: use one of {', '.join(names)}")
     return Plan(**dict(defaults) | {name: plan_value(name, value) for name, value in texts.items()})
 
 
