@@ -10,7 +10,7 @@ sim.py plans, parallel.py executes: the bytes counted there are the bytes sent h
         rank     0    1  |  2    3      ep=4, node_size=2: inner groups are (0,1) (2,3), outer (0,2) (1,3)
         experts 0-1  2-3 | 4-5  6-7     of 8
 
-In this order: device, world, traffic and groups, collectives with autograd, dispatchers, grid, parallelize, data
+In this order: device, world, groups, collectives with autograd, dispatchers, grid, parallelize, data
 parallelism, checkpoints.
 
 A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written
@@ -202,59 +202,28 @@ def all_sum(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Grid: who shares what
 
-TIERS = ("inner", "outer")                 # within a node, between nodes
 gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)         # torch 2.13 renamed them
 scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-
-class Traffic:
-    """Bytes that this rank sent to others, by (forward | backward, tier): as in sim.exchange_bytes."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self):
-        self.bytes = {(way, tier): 0 for way in ("forward", "backward") for tier in TIERS}
-
-    def add(self, way, tiers, sizes):
-        """sizes[i]: bytes for member i of a group, tiers[i]: inner, outer, or None for this rank itself."""
-        for tier, size in zip(tiers, sizes):
-            if tier is not None:
-                self.bytes[way, tier] += size
-
-
-def tiers_of(group, node_size):
-    """For each member: inner, outer, or None for this rank."""
-    nodes = [member // node_size for member in dist.get_process_group_ranks(group)]
-    tiers = [TIERS[node != nodes[group.rank()]] for node in nodes]
-    tiers[group.rank()] = None
-    return tiers
 
 
 class Group:
     """Ranks that exchange with each other. Every collective is started, not awaited: it returns (out, work)."""
 
-    def __init__(self, group, node_size, traffic):
-        self.group, self.traffic = group, traffic
-        self.size, self.rank = group.size(), group.rank()
-        self.tiers = tiers_of(group, node_size)
+    def __init__(self, group):
+        self.group, self.size, self.rank = group, group.size(), group.rank()
 
-    def all_to_all(self, x, way, send=None, recv=None):
+    def all_to_all(self, x, send=None, recv=None):
         """x (sum(send), ...) -> (sum(recv), ...); send[i] rows go to member i. Without sizes: equal parts."""
         out = torch.empty_like(x) if recv is None else x.new_empty(sum(recv), *x.shape[1:])
-        rows = [len(x) // self.size] * self.size if send is None else send
-        self.count(x, way, rows)
         return out, dist.all_to_all_single(out, x.contiguous(), recv, send, group=self.group, async_op=True)
 
-    def all_gather(self, x, way):
+    def all_gather(self, x):
         """x (N, ...) -> (size * N, ...), in order of members."""
-        self.count(x, way, [len(x)] * self.size)
         out = x.new_empty(self.size * len(x), *x.shape[1:])
         return out, gather_single(out, x.contiguous(), group=self.group, async_op=True)
 
-    def reduce_scatter(self, x, way):
+    def reduce_scatter(self, x):
         """x (size * N, ...) -> (N, ...): sums over members, each gets its part."""
-        self.count(x, way, [len(x) // self.size] * self.size)
         out = x.new_empty(len(x) // self.size, *x.shape[1:])
         if dist.get_backend(self.group) == "gloo":
             return out, SummedParts(out, x.contiguous(), self.group)
@@ -262,12 +231,8 @@ class Group:
 
     def all_reduce(self, x, op=dist.ReduceOp.SUM):
         """In place, and awaited."""
-        self.traffic.add("forward", self.tiers, [2 * x.nbytes // self.size] * self.size)
         dist.all_reduce(x, op, group=self.group)
         return x
-
-    def count(self, x, way, rows):
-        self.traffic.add(way, self.tiers, [n * x[:1].nbytes for n in rows])
 
 
 class SummedParts:
@@ -295,7 +260,7 @@ class Flight:
     """
 
     def __init__(self, forward, backward):
-        self.forward, self.backward = forward, backward                   # (tensor, way) -> (out, work)
+        self.forward, self.backward = forward, backward                   # tensor -> (out, work), not awaited
 
     def start(self, x):
         """The result's tensor, not yet to be read."""
@@ -321,7 +286,7 @@ class Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, flight):
         ctx.flight = flight
-        out, flight.work = flight.forward(x, "forward")
+        out, flight.work = flight.forward(x)
         return out
 
     @staticmethod
@@ -340,7 +305,7 @@ class Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         flight = ctx.flight
-        flight.grad, flight.work = flight.backward(grad, "backward")
+        flight.grad, flight.work = flight.backward(grad)
         return grad, None                                                 # of the right shape; Start has the true one
 
 
@@ -404,7 +369,7 @@ class FlatDispatcher(LocalDispatcher):
     def exchange_counts(self, counts):
         """counts (experts reached,) of copies here -> leaving, arriving (members, local experts of the receiver)."""
         leaving = counts.view(self.group.size, -1)
-        arriving, work = self.group.all_to_all(leaving, "forward")
+        arriving, work = self.group.all_to_all(leaving)
         work.wait()
         return leaving, arriving
 
@@ -463,7 +428,7 @@ class HierarchicalDispatcher(FlatDispatcher):
         self.first_reached = outer.rank * self.n_reached
 
     def choices_here(self, ids):
-        ids, work = self.outer.all_gather(ids, "forward")                 # (nodes * N, K)
+        ids, work = self.outer.all_gather(ids)                 # (nodes * N, K)
         work.wait()
         return self.experts_here(ids)
 
@@ -508,13 +473,13 @@ class DedupDispatcher(HierarchicalDispatcher):
         wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N, nodes)
         # one message a node: tokens that will come, and how many copies they hold for each of its experts
         copies = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
-        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1), "forward")
+        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1))
         work.wait()
         leaving, arriving = self.exchange_counts(message[:, 1:].sum(0))
         *outer_sizes, send, recv = host_sizes(wanted.sum(0), message[:, 0], leaving.sum(1), arriving.sum(1))
         route = Route(ids, arriving, send, recv)
         self.choose_tokens(wanted, outer_sizes, route)
-        token_ids, work = self.outer.all_to_all(self.chosen_tokens(ids, route), "forward", *outer_sizes)
+        token_ids, work = self.outer.all_to_all(self.chosen_tokens(ids, route), *outer_sizes)
         work.wait()
         route.ids = self.experts_here(token_ids)
         return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
@@ -554,7 +519,6 @@ class Grid:
 
     def __init__(self, plan, n_balance=1, device_type="cpu", timeout=None):
         self.plan, self.timeout = plan, timeout
-        self.traffic = Traffic()
         self.groups = {}                                                  # members -> process group
         ranks = torch.arange(plan.world_size)
 
@@ -585,7 +549,7 @@ class Grid:
         return self.groups[members]
 
     def group(self, mesh, name):
-        return Group(mesh[name].get_group(), self.plan.node_size, self.traffic)
+        return Group(mesh[name].get_group())
 
     def dispatcher(self, config):
         """What the plan says; the local one with no rank to exchange with; flat where the group lies in one node."""
@@ -1396,7 +1360,6 @@ class Pipeline:
         self.memory.attach(model)
         self.measured = {}                                                # if asked: what the first forward keeps
         self.runtimes = {}                                                # micro-batches of a step -> runtime
-        self.line = grid and grid.group(grid.dense, "pp")
 
     def step(self, batches, loss_tokens, train=True):
         """batches: for each micro-batch of whole sequences Model.forward's arguments, as a dict; the same on ranks that
@@ -1542,8 +1505,6 @@ class Pipeline:
         if neighbour in self.stages:
             self.local[kind, stage, microbatch] = x
             return
-        to = self.plan.homes()[neighbour]
-        self.line.traffic.add("forward" if kind == "F" else "backward", self.line.tiers[to:to + 1], [x.nbytes])
         if kind == "F":
             self.runtime.place[stage].fwd_cache[microbatch] = (x,), []
         else:
@@ -1676,7 +1637,7 @@ def move_homes(tensors, old, new, group):
     """
     leaving, arriving = leaving_and_arriving(old, new, group.rank)
     rows = torch.cat([t[sum(leaving, [])].flatten(1) for t in tensors], 1)
-    rows, work = group.all_to_all(rows, "forward", list(map(len, leaving)), list(map(len, arriving)))
+    rows, work = group.all_to_all(rows, list(map(len, leaving)), list(map(len, arriving)))
     work.wait()
     for tensor, part in zip(tensors, rows.split([t[0].numel() for t in tensors], 1)):
         tensor[sum(arriving, [])] = part.view(-1, *tensor.shape[1:])
@@ -1707,7 +1668,7 @@ class LiveBalance:
         self.moes = {block.index - first_moe: block.mlp for block in model.moe_blocks()}
         n_layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers - first_moe
         self.n_homes, self.first = n_experts // plan.ep, first_placement(n_experts, plan)
-        self.group = Group(grid.expert["ep"].get_group(), plan.node_size, Traffic())
+        self.group = Group(grid.expert["ep"].get_group())
         self.device = torch.device(grid.dense.device_type)
         slots = SimpleNamespace(n_routed_experts=self.first.size, capacity_factor=model.config.capacity_factor)
         exchange = grid.dispatcher(slots)
