@@ -30,8 +30,7 @@ import zlib
 from collections import Counter, UserDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -215,7 +214,7 @@ def missing_ranks(patience=4.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Grid: who shares what
+# Groups and their collectives
 
 gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)         # torch 2.13 renamed them
 scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -287,10 +286,6 @@ class Flight:
     def whole(self, x):
         return self.finish(self.start(x))
 
-    def mirrored(self):
-        """The way back of what came by this one."""
-        return Flight(self.backward, self.forward)
-
 
 def flight_of_rows(group, send, recv):
     """send[i] rows go to member i of a group, recv[i] come from it."""
@@ -332,6 +327,17 @@ class Finish(torch.autograd.Function):
 #                an all-to-all of copies inside the node; back by an all-to-all and a reduce-scatter of partial sums
 # dedup          as hierarchical, but a token goes to a node once if an expert there wants it, and not at all otherwise
 #
+# Order of calls, each with what the one before returned. A pair of micro-batches (see Segments) calls those in brackets
+# by itself, to have other work run between two hops; where nobody did, wait and combine do them first.
+#
+#     dispatch     choices become sizes, and the first hop starts
+#     [relay]      the hop between nodes has ended, the one to the experts' ranks starts   (flat: nothing to do)
+#     wait         the last hop has ended: rows sorted by expert
+#     experts      model.py's
+#     [send_back]  the hop from the experts' ranks starts
+#     [relay_back] it has ended, partial sums start between nodes                          (flat: nothing to do)
+#     combine      the last hop has ended: sums by token
+#
 # Weights travel with the tokens and are applied by the experts, so on the way back the slow hop carries sums alone.
 # Each dispatch makes the host wait once, in host_sizes. The shared expert runs while the first hop, the slow one, is
 # under way; MindSpeed runs it during the fast one.
@@ -343,16 +349,52 @@ def host_sizes(*sizes):
     return [part.tolist() for part in parts]
 
 
-class Route:
-    """How the copies of one dispatch travel over the last hop: sizes by member, rows they start from and arrive at."""
+class Hop:
+    """One hop of a dispatch: rows and their weights go there, rows alone come back."""
 
-    def __init__(self, ids, arriving, send, recv):
-        """arriving (members, local experts): copies from each."""
-        self.ids = ids                                                    # of the tokens that start the last hop
-        self.send, self.recv = send, recv                                 # rows to and from each member
-        self.flights, self.back, self.outer_back = None, None, None       # what was done before wait and combine
-        local = torch.arange(arriving.size(1), device=arriving.device).repeat(len(arriving))
-        self.expert = local.repeat_interleave(arriving.flatten(), output_size=sum(recv))    # (M,) of each arriving row
+    def __init__(self, there, back):
+        """Two collectives: tensor -> (out, work)."""
+        self.rows, self.weights = Flight(there, back), Flight(there, back)
+        self.rows_back = Flight(back, there)
+
+    def start(self, rows, weights):
+        return self.rows.start(rows), self.weights.start(weights)
+
+    def finish(self, rows, weights):
+        return self.rows.finish(rows), self.weights.finish(weights)
+
+
+@dataclass
+class Route:
+    """How the copies of one dispatch travel: made by dispatch, handed from call to call, which note what they did."""
+
+    # by dispatch; the last hop is the one that ends at the experts' ranks
+    ids: torch.Tensor                      # (N,K) of tokens where the last hop starts: number among the experts that it
+    #                                        reaches, which is their count for a copy that does not travel on it
+    send: list                             # copies to each member over the last hop
+    recv: list                             # copies from each member
+    expert: torch.Tensor                   # (M,) of each arriving copy, by sender: number among this rank's experts
+    # by dispatch of dedup alone
+    node_send: list = None                 # tokens to each node
+    node_recv: list = None                 # tokens from each node
+    node_slot: torch.Tensor = None         # (N,nodes) a token's row among those to a node; past the end: not sent there
+    # by the calls that start a hop
+    between_nodes: Hop = None
+    to_experts: Hop = None
+    slot: torch.Tensor = None              # (N,K) row of each copy that starts the last hop
+    # by wait
+    order: torch.Tensor = None             # (M,1) row, sorted by expert, of each copy that arrived
+    # which of the calls in brackets were made
+    relayed: bool = False
+    sent_back: bool = False
+    relayed_back: bool = False
+
+
+def experts_of_copies(arriving, n_copies):
+    """arriving (members, local experts): copies from each -> (n_copies,) local expert of each, in order of arrival."""
+    members, n_local = arriving.shape
+    experts = torch.arange(n_local, device=arriving.device).repeat(members)
+    return experts.repeat_interleave(arriving.flatten(), output_size=n_copies)
 
 
 class FlatDispatcher(LocalDispatcher):
@@ -360,17 +402,19 @@ class FlatDispatcher(LocalDispatcher):
 
     def __init__(self, config, group):
         super().__init__(config)
-        self.group = group                                                # of the hop that sorts by expert
+        self.group = group                                                # of the last hop
         self.n_reached = config.n_routed_experts                          # experts on its ranks
 
     def dispatch(self, x, ids, weights):
         ids = self.choices_here(self.within_capacity(ids, weights))
         leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
-        route = Route(ids, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
-        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+        send, recv = host_sizes(leaving.sum(1), arriving.sum(1))
+        route = Route(ids, send, recv, experts_of_copies(arriving, sum(recv)))
+        rows, row_weights = self.start_first_hop(x, weights.to(x.dtype), route)
+        return rows, row_weights, arriving.sum(0), route
 
     def choices_here(self, ids):
-        """Experts (N,K) of this rank's tokens -> of the tokens that start the last hop here, as depart wants them."""
+        """Experts (N,K) of this rank's tokens -> Route.ids."""
         return ids
 
     def within_capacity(self, ids, weights):
@@ -388,48 +432,58 @@ class FlatDispatcher(LocalDispatcher):
         work.wait()
         return leaving, arriving
 
-    def depart(self, x, weights, route):
-        """Start the last hop. route.ids (N,K) count from the first expert reached; n_reached: no copy to send."""
+    def start_first_hop(self, x, weights, route):
+        return self.start_last_hop(x, weights, route)
+
+    def start_last_hop(self, x, weights, route):
+        """x (N,C) and weights (N,K) of route.ids -> rows and their weights, under way."""
         n_rows = sum(route.send)
+        some_stay = n_rows < route.ids.numel()
         route.slot = sorted_slots(route.ids).clamp(max=n_rows)
-        rows = GatherRows.apply(x, route.slot, n_rows, n_rows < route.ids.numel())
+        rows = GatherRows.apply(x, route.slot, n_rows, some_stay)
         row_weights = weights.new_zeros(n_rows + 1).scatter(0, route.slot.flatten(), weights.flatten())[:n_rows]
-        route.flights = [flight_of_rows(self.group, route.send, route.recv) for _ in range(2)]
-        return [flight.start(t) for flight, t in zip(route.flights, (rows, row_weights))]
+        route.to_experts = hop_of_rows(self.group, route.send, route.recv)
+        return route.to_experts.start(rows, row_weights)
+
+    def relay(self, rows, row_weights, route):
+        route.relayed = True
+        return rows, row_weights
 
     def wait(self, rows, row_weights, route):
         """Rows arrive sorted by (sender, expert) and leave here sorted by expert."""
-        rows, row_weights = [flight.finish(t) for flight, t in zip(route.flights, (rows, row_weights))]
+        if not route.relayed:
+            rows, row_weights = self.relay(rows, row_weights, route)
+        rows, row_weights = route.to_experts.finish(rows, row_weights)
         rows, route.order = permute(rows, route.expert.unsqueeze(1))
         return rows, torch.zeros_like(row_weights).scatter(0, route.order.flatten().long(), row_weights)
 
     def resend(self, x, route):
-        again = copy(route)
-        again.flights = None
-        return self.wait(*self.send(x, x.new_zeros(len(x), route.ids.size(1)), again), again)[0]
-
-    def send(self, x, weights, route):
-        """Start the first hop."""
-        return self.depart(x, weights, route)
-
-    # a pair of micro-batches calls the hops one by one; else wait and combine do what was not done before
-
-    def relay(self, rows, row_weights, route):
-        """Between the hops of a dispatch."""
-        return rows, row_weights
+        again = replace(route, relayed=False)                             # its hops are on their way back by now
+        no_weights = x.new_zeros(len(x), route.ids.size(1))
+        rows, _ = self.wait(*self.start_first_hop(x, no_weights, again), again)
+        return rows
 
     def send_back(self, rows, route):
-        route.back = route.flights[0].mirrored()
-        return route.back.start(unpermute(rows, route.order))
+        route.sent_back = True
+        return route.to_experts.rows_back.start(unpermute(rows, route.order))
 
     def relay_back(self, rows, route):
-        """Between the hops of a combine."""
+        route.relayed_back = True
         return rows
 
     def combine(self, rows, route):
-        if route.back is None:
+        if not route.sent_back:
             rows = self.send_back(rows, route)
-        rows = route.back.finish(rows)
+        if not route.relayed_back:
+            rows = self.relay_back(rows, route)
+        return self.finish_way_back(rows, route)
+
+    def finish_way_back(self, rows, route):
+        return self.sum_copies(rows, route)
+
+    def sum_copies(self, rows, route):
+        """The end of the way back from the experts: a sum for each token of route.ids."""
+        rows = route.to_experts.rows_back.finish(rows)
         return unpermute(rows, route.slot, padded=len(rows) < route.slot.numel())
 
 
@@ -443,7 +497,7 @@ class HierarchicalDispatcher(FlatDispatcher):
         self.first_reached = outer.rank * self.n_reached
 
     def choices_here(self, ids):
-        ids, work = self.outer.all_gather(ids)                 # (nodes * N, K)
+        ids, work = self.outer.all_gather(ids)                            # (nodes * N, K)
         work.wait()
         return self.experts_here(ids)
 
@@ -452,31 +506,22 @@ class HierarchicalDispatcher(FlatDispatcher):
         here = ids - self.first_reached
         return torch.where((here >= 0) & (here < self.n_reached), here, self.n_reached)
 
-    def send(self, x, weights, route):
-        route.outer_flights = [self.outer_flight(route) for _ in range(2)]
-        return [flight.start(t) for flight, t in zip(route.outer_flights, (x, weights))]
-
-    def outer_flight(self, route):
-        return Flight(self.outer.all_gather, self.outer.reduce_scatter)
+    def start_first_hop(self, x, weights, route):
+        route.between_nodes = Hop(self.outer.all_gather, self.outer.reduce_scatter)
+        return route.between_nodes.start(x, weights)
 
     def relay(self, tokens, weights, route):
-        tokens, weights = [flight.finish(t) for flight, t in zip(route.outer_flights, (tokens, weights))]
-        return self.depart(tokens, weights, route)
-
-    def wait(self, rows, weights, route):
-        if route.flights is None:
-            rows, weights = self.relay(rows, weights, route)
-        return super().wait(rows, weights, route)
+        route.relayed = True
+        tokens, weights = route.between_nodes.finish(tokens, weights)
+        return self.start_last_hop(tokens, weights, route)
 
     def relay_back(self, rows, route):
-        partial_sums = super().combine(rows, route)                       # (tokens of all nodes, C)
-        route.outer_back = route.outer_flights[0].mirrored()
-        return route.outer_back.start(partial_sums)
+        route.relayed_back = True
+        partial_sums = self.sum_copies(rows, route)                       # (tokens of all nodes, C)
+        return route.between_nodes.rows_back.start(partial_sums)
 
-    def combine(self, rows, route):
-        if route.outer_back is None:
-            rows = self.relay_back(rows, route)
-        return route.outer_back.finish(rows)
+    def finish_way_back(self, rows, route):
+        return route.between_nodes.rows_back.finish(rows)
 
 
 class DedupDispatcher(HierarchicalDispatcher):
@@ -485,38 +530,48 @@ class DedupDispatcher(HierarchicalDispatcher):
     def dispatch(self, x, ids, weights):
         nodes = self.outer.size
         ids = self.within_capacity(ids, weights)
-        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N, nodes)
-        # one message a node: tokens that will come, and how many copies they hold for each of its experts
+        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N,nodes) 0, 1
+        # 1. one message to each node: tokens that will come, and how many copies they hold for each of its experts
         copies = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
         message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1))
         work.wait()
-        leaving, arriving = self.exchange_counts(message[:, 1:].sum(0))
-        *outer_sizes, send, recv = host_sizes(wanted.sum(0), message[:, 0], leaving.sum(1), arriving.sum(1))
-        route = Route(ids, arriving, send, recv)
-        self.choose_tokens(wanted, outer_sizes, route)
-        token_ids, work = self.outer.all_to_all(self.chosen_tokens(ids, route), *outer_sizes)
+        from_nodes, copies_here = message[:, 0], message[:, 1:].sum(0)
+        # 2. the sizes of both hops
+        leaving, arriving = self.exchange_counts(copies_here)
+        node_send, node_recv, send, recv = host_sizes(wanted.sum(0), from_nodes, leaving.sum(1), arriving.sum(1))
+        node_slot = slots_by_node(wanted, sum(node_send))
+        # 3. the tokens' choices, then the tokens
+        chosen = GatherRows.apply(ids, node_slot, sum(node_send), True)
+        token_ids, work = self.outer.all_to_all(chosen, node_send, node_recv)
         work.wait()
-        route.ids = self.experts_here(token_ids)
-        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+        route = Route(self.experts_here(token_ids), send, recv, experts_of_copies(arriving, sum(recv)),
+                      node_send, node_recv, node_slot)
+        rows, row_weights = self.start_first_hop(x, weights.to(x.dtype), route)
+        return rows, row_weights, arriving.sum(0), route
 
-    def send(self, x, weights, route):
-        return super().send(self.chosen_tokens(x, route), self.chosen_tokens(weights, route), route)
+    def start_first_hop(self, x, weights, route):
+        tokens, weights = [GatherRows.apply(t, route.node_slot, sum(route.node_send), True) for t in (x, weights)]
+        route.between_nodes = hop_of_rows(self.outer, route.node_send, route.node_recv)
+        return route.between_nodes.start(tokens, weights)
 
-    def chosen_tokens(self, x, route):
-        return GatherRows.apply(x, route.outer_slot, sum(route.outer_sizes[0]), True)
+    def finish_way_back(self, rows, route):
+        return unpermute(super().finish_way_back(rows, route), route.node_slot, padded=True)
 
-    def choose_tokens(self, wanted, outer_sizes, route):
-        """outer_slot (N, nodes): row of a token among those sent to a node; past the end if it does not go there."""
-        nodes = wanted.size(1)
-        numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
-        route.outer_slot = sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=sum(outer_sizes[0]))
-        route.outer_sizes = outer_sizes
 
-    def outer_flight(self, route):
-        return flight_of_rows(self.outer, *route.outer_sizes)
+def hop_of_rows(group, send, recv):
+    """send[i] rows go to member i of a group, recv[i] come from it."""
+    return Hop(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
 
-    def combine(self, rows, route):
-        return unpermute(super().combine(rows, route), route.outer_slot, padded=True)
+
+def slots_by_node(wanted, n_sent):
+    """wanted (N,nodes), 1 where a token goes -> its row among the tokens that leave, by node; n_sent: it does not."""
+    nodes = wanted.size(1)
+    numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
+    return sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=n_sent)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grid: who shares what
 
 
 class Grid:
