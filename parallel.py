@@ -10,7 +10,7 @@ sim.py plans, parallel.py executes: the bytes counted there are the bytes sent h
         rank     0    1  |  2    3      ep=4, node_size=2: inner groups are (0,1) (2,3), outer (0,2) (1,3)
         experts 0-1  2-3 | 4-5  6-7     of 8
 
-In this order: device, world, traffic and groups, collectives with autograd, dispatchers, grid, parallelize, data
+In this order: device, world, groups, collectives with autograd, dispatchers, grid, parallelize, data
 parallelism, checkpoints.
 
 A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written
@@ -18,7 +18,6 @@ under the name `step_N.tmp`; when it is complete, a list of its files with sizes
 renamed. So a folder without `.tmp` is whole, or it was damaged later, which the list shows. It holds whole tensors by
 names that no plan changes, so any plan reads what any other wrote.
 """
-import itertools
 import json
 import os
 import re
@@ -31,12 +30,10 @@ import zlib
 from collections import Counter, UserDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -125,40 +122,6 @@ def is_restarted():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def open_store():
-    """torchrun's key-value store; keys of a run that was started again are not those of the run before."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-
-
-def beat():
-    """Says every second that this process runs; a thread does, so collectives do not keep it from it."""
-    store = open_store()
-    for count in itertools.count():
-        store.set(f"pulse of {rank()}", str(count))
-        if LEAVING.wait(1):
-            return
-
-
-PULSE, LEAVING = threading.Thread(target=beat, daemon=True), threading.Event()
-
-
-def join_world(device, timeout):
-    """Meet the other processes; a process alone meets nobody. timeout: how long a collective may wait for a rank."""
-    if world_size() > 1 and not dist.is_initialized():
-        accelerator = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        dist.init_process_group("gloo" if device.type == "cpu" else accelerator, timeout=timeout, store=open_store(),
-                                rank=rank(), world_size=world_size())
-        PULSE.start()
-
-
-def leave_world():
-    if dist.is_initialized():
-        LEAVING.set()
-        PULSE.join()
-        dist.destroy_process_group()
-
-
 def first_does(work):
     """What work() returns on rank 0, or its refusal, on all ranks; the others wait for it as long as it takes."""
     if not dist.is_initialized():
@@ -176,22 +139,6 @@ def first_does(work):
     return answer[0]
 
 
-def is_lost_contact(error):
-    """Whether an error says that another rank is gone or does not answer."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
-
-
-def missing_ranks(patience=4.0):
-    """Ranks that say nothing for so many seconds: gone, or standing still. Who asks first decides for all."""
-    store, names = open_store(), [f"pulse of {other}" for other in range(world_size())]
-    if not store.check(["missing"]):
-        before = store.multi_get(names)
-        time.sleep(patience)
-        silent = [name.split()[-1] for name, old, new in zip(names, before, store.multi_get(names)) if old == new]
-        store.compare_set("missing", "", ", ".join(silent))
-    return store.get("missing").decode()
-
-
 def all_sum(x):
     """x summed over all ranks, in place."""
     if dist.is_initialized():
@@ -200,61 +147,96 @@ def all_sum(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Grid: who shares what
+# Joining the world and leaving it; which rank died or stands still
+#
+# Each process has a pulse: a thread of its own writes a new number into torchrun's store every second, whatever the process
+# itself waits for. Who loses contact looks twice which numbers stay. torchrun names no rank when it starts a run again,
+# and dist.monitored_barrier none that died: it ends at the first closed connection (both measured, torch 2.13).
 
-TIERS = ("inner", "outer")                 # within a node, between nodes
+
+def open_store():
+    """torchrun's key-value store; keys of a run that was started again are not those of the run before."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def beat():
+    store, count = open_store(), 0
+    while not LEAVING.is_set():
+        store.set(pulse_of(rank()), str(count))
+        count += 1
+        LEAVING.wait(1)
+
+
+def pulse_of(other):
+    return f"pulse of {other}"
+
+
+PULSE = threading.Thread(target=beat, daemon=True)
+LEAVING = threading.Event()
+
+
+def join_world(device, timeout):
+    """Meet the other processes; a process alone meets nobody. timeout: how long a collective may wait for a rank."""
+    if world_size() == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if device.type != "cpu":
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    dist.init_process_group(backend, timeout=timeout, store=open_store(), rank=rank(), world_size=world_size())
+    PULSE.start()
+
+
+def leave_world():
+    if dist.is_initialized():
+        LEAVING.set()
+        PULSE.join()
+        dist.destroy_process_group()
+
+
+def is_lost_contact(error):
+    """Whether an error says that another rank is gone or does not answer."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def missing_ranks(patience=4.0):
+    """Ranks without a pulse for so many seconds, as text. Who asks first decides for all: then these leave, too."""
+    store = open_store()
+    if not store.check(["missing"]):
+        pulses = [pulse_of(other) for other in range(world_size())]
+        before = store.multi_get(pulses)
+        time.sleep(patience)
+        after = store.multi_get(pulses)
+        silent = [str(other) for other in range(world_size()) if before[other] == after[other]]
+        store.compare_set("missing", "", ", ".join(silent))               # kept if somebody was faster
+    return store.get("missing").decode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups and their collectives
+
 gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)         # torch 2.13 renamed them
 scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-
-class Traffic:
-    """Bytes that this rank sent to others, by (forward | backward, tier): as in sim.exchange_bytes."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self):
-        self.bytes = {(way, tier): 0 for way in ("forward", "backward") for tier in TIERS}
-
-    def add(self, way, tiers, sizes):
-        """sizes[i]: bytes for member i of a group, tiers[i]: inner, outer, or None for this rank itself."""
-        for tier, size in zip(tiers, sizes):
-            if tier is not None:
-                self.bytes[way, tier] += size
-
-
-def tiers_of(group, node_size):
-    """For each member: inner, outer, or None for this rank."""
-    nodes = [member // node_size for member in dist.get_process_group_ranks(group)]
-    tiers = [TIERS[node != nodes[group.rank()]] for node in nodes]
-    tiers[group.rank()] = None
-    return tiers
 
 
 class Group:
     """Ranks that exchange with each other. Every collective is started, not awaited: it returns (out, work)."""
 
-    def __init__(self, group, node_size, traffic):
-        self.group, self.traffic = group, traffic
-        self.size, self.rank = group.size(), group.rank()
-        self.tiers = tiers_of(group, node_size)
+    def __init__(self, group):
+        self.group, self.size, self.rank = group, group.size(), group.rank()
 
-    def all_to_all(self, x, way, send=None, recv=None):
+    def all_to_all(self, x, send=None, recv=None):
         """x (sum(send), ...) -> (sum(recv), ...); send[i] rows go to member i. Without sizes: equal parts."""
         out = torch.empty_like(x) if recv is None else x.new_empty(sum(recv), *x.shape[1:])
-        rows = [len(x) // self.size] * self.size if send is None else send
-        self.count(x, way, rows)
         return out, dist.all_to_all_single(out, x.contiguous(), recv, send, group=self.group, async_op=True)
 
-    def all_gather(self, x, way):
+    def all_gather(self, x):
         """x (N, ...) -> (size * N, ...), in order of members."""
-        self.count(x, way, [len(x)] * self.size)
         out = x.new_empty(self.size * len(x), *x.shape[1:])
         return out, gather_single(out, x.contiguous(), group=self.group, async_op=True)
 
-    def reduce_scatter(self, x, way):
+    def reduce_scatter(self, x):
         """x (size * N, ...) -> (N, ...): sums over members, each gets its part."""
-        self.count(x, way, [len(x) // self.size] * self.size)
         out = x.new_empty(len(x) // self.size, *x.shape[1:])
         if dist.get_backend(self.group) == "gloo":
             return out, SummedParts(out, x.contiguous(), self.group)
@@ -262,12 +244,8 @@ class Group:
 
     def all_reduce(self, x, op=dist.ReduceOp.SUM):
         """In place, and awaited."""
-        self.traffic.add("forward", self.tiers, [2 * x.nbytes // self.size] * self.size)
         dist.all_reduce(x, op, group=self.group)
         return x
-
-    def count(self, x, way, rows):
-        self.traffic.add(way, self.tiers, [n * x[:1].nbytes for n in rows])
 
 
 class SummedParts:
@@ -295,7 +273,7 @@ class Flight:
     """
 
     def __init__(self, forward, backward):
-        self.forward, self.backward = forward, backward                   # (tensor, way) -> (out, work)
+        self.forward, self.backward = forward, backward                   # tensor -> (out, work), not awaited
 
     def start(self, x):
         """The result's tensor, not yet to be read."""
@@ -307,10 +285,6 @@ class Flight:
     def whole(self, x):
         return self.finish(self.start(x))
 
-    def mirrored(self):
-        """The way back of what came by this one."""
-        return Flight(self.backward, self.forward)
-
 
 def flight_of_rows(group, send, recv):
     """send[i] rows go to member i of a group, recv[i] come from it."""
@@ -321,7 +295,7 @@ class Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, flight):
         ctx.flight = flight
-        out, flight.work = flight.forward(x, "forward")
+        out, flight.work = flight.forward(x)
         return out
 
     @staticmethod
@@ -340,7 +314,7 @@ class Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         flight = ctx.flight
-        flight.grad, flight.work = flight.backward(grad, "backward")
+        flight.grad, flight.work = flight.backward(grad)
         return grad, None                                                 # of the right shape; Start has the true one
 
 
@@ -351,6 +325,17 @@ class Finish(torch.autograd.Function):
 # hierarchical   the paper's: every node gets every token, by an all-gather between ranks of equal place in their nodes;
 #                an all-to-all of copies inside the node; back by an all-to-all and a reduce-scatter of partial sums
 # dedup          as hierarchical, but a token goes to a node once if an expert there wants it, and not at all otherwise
+#
+# Order of calls, each with what the one before returned. A pair of micro-batches (see Segments) calls those in brackets
+# by itself, to have other work run between two hops; where nobody did, wait and combine do them first.
+#
+#     dispatch     choices become sizes, and the first hop starts
+#     [relay]      the hop between nodes has ended, the one to the experts' ranks starts   (flat: nothing to do)
+#     wait         the last hop has ended: rows sorted by expert
+#     experts      model.py's
+#     [send_back]  the hop from the experts' ranks starts
+#     [relay_back] it has ended, partial sums start between nodes                          (flat: nothing to do)
+#     combine      the last hop has ended: sums by token
 #
 # Weights travel with the tokens and are applied by the experts, so on the way back the slow hop carries sums alone.
 # Each dispatch makes the host wait once, in host_sizes. The shared expert runs while the first hop, the slow one, is
@@ -363,16 +348,52 @@ def host_sizes(*sizes):
     return [part.tolist() for part in parts]
 
 
-class Route:
-    """How the copies of one dispatch travel over the last hop: sizes by member, rows they start from and arrive at."""
+class Hop:
+    """One hop of a dispatch: rows and their weights go there, rows alone come back."""
 
-    def __init__(self, ids, arriving, send, recv):
-        """arriving (members, local experts): copies from each."""
-        self.ids = ids                                                    # of the tokens that start the last hop
-        self.send, self.recv = send, recv                                 # rows to and from each member
-        self.flights, self.back, self.outer_back = None, None, None       # what was done before wait and combine
-        local = torch.arange(arriving.size(1), device=arriving.device).repeat(len(arriving))
-        self.expert = local.repeat_interleave(arriving.flatten(), output_size=sum(recv))    # (M,) of each arriving row
+    def __init__(self, there, back):
+        """Two collectives: tensor -> (out, work)."""
+        self.rows, self.weights = Flight(there, back), Flight(there, back)
+        self.rows_back = Flight(back, there)
+
+    def start(self, rows, weights):
+        return self.rows.start(rows), self.weights.start(weights)
+
+    def finish(self, rows, weights):
+        return self.rows.finish(rows), self.weights.finish(weights)
+
+
+@dataclass
+class Route:
+    """How the copies of one dispatch travel: made by dispatch, handed from call to call, which note what they did."""
+
+    # by dispatch; the last hop is the one that ends at the experts' ranks
+    ids: torch.Tensor                      # (N,K) of tokens where the last hop starts: number among the experts that it
+    #                                        reaches, which is their count for a copy that does not travel on it
+    send: list                             # copies to each member over the last hop
+    recv: list                             # copies from each member
+    expert: torch.Tensor                   # (M,) of each arriving copy, by sender: number among this rank's experts
+    # by dispatch of dedup alone
+    node_send: list = None                 # tokens to each node
+    node_recv: list = None                 # tokens from each node
+    node_slot: torch.Tensor = None         # (N,nodes) a token's row among those to a node; past the end: not sent there
+    # by the calls that start a hop
+    between_nodes: Hop = None
+    to_experts: Hop = None
+    slot: torch.Tensor = None              # (N,K) row of each copy that starts the last hop
+    # by wait
+    order: torch.Tensor = None             # (M,1) row, sorted by expert, of each copy that arrived
+    # which of the calls in brackets were made
+    relayed: bool = False
+    sent_back: bool = False
+    relayed_back: bool = False
+
+
+def experts_of_copies(arriving, n_copies):
+    """arriving (members, local experts): copies from each -> (n_copies,) local expert of each, in order of arrival."""
+    members, n_local = arriving.shape
+    experts = torch.arange(n_local, device=arriving.device).repeat(members)
+    return experts.repeat_interleave(arriving.flatten(), output_size=n_copies)
 
 
 class FlatDispatcher(LocalDispatcher):
@@ -380,17 +401,19 @@ class FlatDispatcher(LocalDispatcher):
 
     def __init__(self, config, group):
         super().__init__(config)
-        self.group = group                                                # of the hop that sorts by expert
+        self.group = group                                                # of the last hop
         self.n_reached = config.n_routed_experts                          # experts on its ranks
 
     def dispatch(self, x, ids, weights):
         ids = self.choices_here(self.within_capacity(ids, weights))
         leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
-        route = Route(ids, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
-        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+        send, recv = host_sizes(leaving.sum(1), arriving.sum(1))
+        route = Route(ids, send, recv, experts_of_copies(arriving, sum(recv)))
+        rows, row_weights = self.start_first_hop(x, weights.to(x.dtype), route)
+        return rows, row_weights, arriving.sum(0), route
 
     def choices_here(self, ids):
-        """Experts (N,K) of this rank's tokens -> of the tokens that start the last hop here, as depart wants them."""
+        """Experts (N,K) of this rank's tokens -> Route.ids."""
         return ids
 
     def within_capacity(self, ids, weights):
@@ -404,52 +427,62 @@ class FlatDispatcher(LocalDispatcher):
     def exchange_counts(self, counts):
         """counts (experts reached,) of copies here -> leaving, arriving (members, local experts of the receiver)."""
         leaving = counts.view(self.group.size, -1)
-        arriving, work = self.group.all_to_all(leaving, "forward")
+        arriving, work = self.group.all_to_all(leaving)
         work.wait()
         return leaving, arriving
 
-    def depart(self, x, weights, route):
-        """Start the last hop. route.ids (N,K) count from the first expert reached; n_reached: no copy to send."""
+    def start_first_hop(self, x, weights, route):
+        return self.start_last_hop(x, weights, route)
+
+    def start_last_hop(self, x, weights, route):
+        """x (N,C) and weights (N,K) of route.ids -> rows and their weights, under way."""
         n_rows = sum(route.send)
+        some_stay = n_rows < route.ids.numel()
         route.slot = sorted_slots(route.ids).clamp(max=n_rows)
-        rows = GatherRows.apply(x, route.slot, n_rows, n_rows < route.ids.numel())
+        rows = GatherRows.apply(x, route.slot, n_rows, some_stay)
         row_weights = weights.new_zeros(n_rows + 1).scatter(0, route.slot.flatten(), weights.flatten())[:n_rows]
-        route.flights = [flight_of_rows(self.group, route.send, route.recv) for _ in range(2)]
-        return [flight.start(t) for flight, t in zip(route.flights, (rows, row_weights))]
+        route.to_experts = hop_of_rows(self.group, route.send, route.recv)
+        return route.to_experts.start(rows, row_weights)
+
+    def relay(self, rows, row_weights, route):
+        route.relayed = True
+        return rows, row_weights
 
     def wait(self, rows, row_weights, route):
         """Rows arrive sorted by (sender, expert) and leave here sorted by expert."""
-        rows, row_weights = [flight.finish(t) for flight, t in zip(route.flights, (rows, row_weights))]
+        if not route.relayed:
+            rows, row_weights = self.relay(rows, row_weights, route)
+        rows, row_weights = route.to_experts.finish(rows, row_weights)
         rows, route.order = permute(rows, route.expert.unsqueeze(1))
         return rows, torch.zeros_like(row_weights).scatter(0, route.order.flatten().long(), row_weights)
 
     def resend(self, x, route):
-        again = copy(route)
-        again.flights = None
-        return self.wait(*self.send(x, x.new_zeros(len(x), route.ids.size(1)), again), again)[0]
-
-    def send(self, x, weights, route):
-        """Start the first hop."""
-        return self.depart(x, weights, route)
-
-    # a pair of micro-batches calls the hops one by one; else wait and combine do what was not done before
-
-    def relay(self, rows, row_weights, route):
-        """Between the hops of a dispatch."""
-        return rows, row_weights
+        again = replace(route, relayed=False)                             # its hops are on their way back by now
+        no_weights = x.new_zeros(len(x), route.ids.size(1))
+        rows, _ = self.wait(*self.start_first_hop(x, no_weights, again), again)
+        return rows
 
     def send_back(self, rows, route):
-        route.back = route.flights[0].mirrored()
-        return route.back.start(unpermute(rows, route.order))
+        route.sent_back = True
+        return route.to_experts.rows_back.start(unpermute(rows, route.order))
 
     def relay_back(self, rows, route):
-        """Between the hops of a combine."""
+        route.relayed_back = True
         return rows
 
     def combine(self, rows, route):
-        if route.back is None:
+        if not route.sent_back:
             rows = self.send_back(rows, route)
-        rows = route.back.finish(rows)
+        if not route.relayed_back:
+            rows = self.relay_back(rows, route)
+        return self.finish_way_back(rows, route)
+
+    def finish_way_back(self, rows, route):
+        return self.sum_copies(rows, route)
+
+    def sum_copies(self, rows, route):
+        """The end of the way back from the experts: a sum for each token of route.ids."""
+        rows = route.to_experts.rows_back.finish(rows)
         return unpermute(rows, route.slot, padded=len(rows) < route.slot.numel())
 
 
@@ -463,7 +496,7 @@ class HierarchicalDispatcher(FlatDispatcher):
         self.first_reached = outer.rank * self.n_reached
 
     def choices_here(self, ids):
-        ids, work = self.outer.all_gather(ids, "forward")                 # (nodes * N, K)
+        ids, work = self.outer.all_gather(ids)                            # (nodes * N, K)
         work.wait()
         return self.experts_here(ids)
 
@@ -472,31 +505,22 @@ class HierarchicalDispatcher(FlatDispatcher):
         here = ids - self.first_reached
         return torch.where((here >= 0) & (here < self.n_reached), here, self.n_reached)
 
-    def send(self, x, weights, route):
-        route.outer_flights = [self.outer_flight(route) for _ in range(2)]
-        return [flight.start(t) for flight, t in zip(route.outer_flights, (x, weights))]
-
-    def outer_flight(self, route):
-        return Flight(self.outer.all_gather, self.outer.reduce_scatter)
+    def start_first_hop(self, x, weights, route):
+        route.between_nodes = Hop(self.outer.all_gather, self.outer.reduce_scatter)
+        return route.between_nodes.start(x, weights)
 
     def relay(self, tokens, weights, route):
-        tokens, weights = [flight.finish(t) for flight, t in zip(route.outer_flights, (tokens, weights))]
-        return self.depart(tokens, weights, route)
-
-    def wait(self, rows, weights, route):
-        if route.flights is None:
-            rows, weights = self.relay(rows, weights, route)
-        return super().wait(rows, weights, route)
+        route.relayed = True
+        tokens, weights = route.between_nodes.finish(tokens, weights)
+        return self.start_last_hop(tokens, weights, route)
 
     def relay_back(self, rows, route):
-        partial_sums = super().combine(rows, route)                       # (tokens of all nodes, C)
-        route.outer_back = route.outer_flights[0].mirrored()
-        return route.outer_back.start(partial_sums)
+        route.relayed_back = True
+        partial_sums = self.sum_copies(rows, route)                       # (tokens of all nodes, C)
+        return route.between_nodes.rows_back.start(partial_sums)
 
-    def combine(self, rows, route):
-        if route.outer_back is None:
-            rows = self.relay_back(rows, route)
-        return route.outer_back.finish(rows)
+    def finish_way_back(self, rows, route):
+        return route.between_nodes.rows_back.finish(rows)
 
 
 class DedupDispatcher(HierarchicalDispatcher):
@@ -505,38 +529,48 @@ class DedupDispatcher(HierarchicalDispatcher):
     def dispatch(self, x, ids, weights):
         nodes = self.outer.size
         ids = self.within_capacity(ids, weights)
-        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N, nodes)
-        # one message a node: tokens that will come, and how many copies they hold for each of its experts
+        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N,nodes) 0, 1
+        # 1. one message to each node: tokens that will come, and how many copies they hold for each of its experts
         copies = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
-        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1), "forward")
+        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1))
         work.wait()
-        leaving, arriving = self.exchange_counts(message[:, 1:].sum(0))
-        *outer_sizes, send, recv = host_sizes(wanted.sum(0), message[:, 0], leaving.sum(1), arriving.sum(1))
-        route = Route(ids, arriving, send, recv)
-        self.choose_tokens(wanted, outer_sizes, route)
-        token_ids, work = self.outer.all_to_all(self.chosen_tokens(ids, route), "forward", *outer_sizes)
+        from_nodes, copies_here = message[:, 0], message[:, 1:].sum(0)
+        # 2. the sizes of both hops
+        leaving, arriving = self.exchange_counts(copies_here)
+        node_send, node_recv, send, recv = host_sizes(wanted.sum(0), from_nodes, leaving.sum(1), arriving.sum(1))
+        node_slot = slots_by_node(wanted, sum(node_send))
+        # 3. the tokens' choices, then the tokens
+        chosen = GatherRows.apply(ids, node_slot, sum(node_send), True)
+        token_ids, work = self.outer.all_to_all(chosen, node_send, node_recv)
         work.wait()
-        route.ids = self.experts_here(token_ids)
-        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+        route = Route(self.experts_here(token_ids), send, recv, experts_of_copies(arriving, sum(recv)),
+                      node_send, node_recv, node_slot)
+        rows, row_weights = self.start_first_hop(x, weights.to(x.dtype), route)
+        return rows, row_weights, arriving.sum(0), route
 
-    def send(self, x, weights, route):
-        return super().send(self.chosen_tokens(x, route), self.chosen_tokens(weights, route), route)
+    def start_first_hop(self, x, weights, route):
+        tokens, weights = [GatherRows.apply(t, route.node_slot, sum(route.node_send), True) for t in (x, weights)]
+        route.between_nodes = hop_of_rows(self.outer, route.node_send, route.node_recv)
+        return route.between_nodes.start(tokens, weights)
 
-    def chosen_tokens(self, x, route):
-        return GatherRows.apply(x, route.outer_slot, sum(route.outer_sizes[0]), True)
+    def finish_way_back(self, rows, route):
+        return unpermute(super().finish_way_back(rows, route), route.node_slot, padded=True)
 
-    def choose_tokens(self, wanted, outer_sizes, route):
-        """outer_slot (N, nodes): row of a token among those sent to a node; past the end if it does not go there."""
-        nodes = wanted.size(1)
-        numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
-        route.outer_slot = sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=sum(outer_sizes[0]))
-        route.outer_sizes = outer_sizes
 
-    def outer_flight(self, route):
-        return flight_of_rows(self.outer, *route.outer_sizes)
+def hop_of_rows(group, send, recv):
+    """send[i] rows go to member i of a group, recv[i] come from it."""
+    return Hop(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
 
-    def combine(self, rows, route):
-        return unpermute(super().combine(rows, route), route.outer_slot, padded=True)
+
+def slots_by_node(wanted, n_sent):
+    """wanted (N,nodes), 1 where a token goes -> its row among the tokens that leave, by node; n_sent: it does not."""
+    nodes = wanted.size(1)
+    numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
+    return sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=n_sent)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grid: who shares what
 
 
 class Grid:
@@ -554,7 +588,6 @@ class Grid:
 
     def __init__(self, plan, n_balance=1, device_type="cpu", timeout=None):
         self.plan, self.timeout = plan, timeout
-        self.traffic = Traffic()
         self.groups = {}                                                  # members -> process group
         ranks = torch.arange(plan.world_size)
 
@@ -585,7 +618,7 @@ class Grid:
         return self.groups[members]
 
     def group(self, mesh, name):
-        return Group(mesh[name].get_group(), self.plan.node_size, self.traffic)
+        return Group(mesh[name].get_group())
 
     def dispatcher(self, config):
         """What the plan says; the local one with no rank to exchange with; flat where the group lies in one node."""
@@ -1396,7 +1429,6 @@ class Pipeline:
         self.memory.attach(model)
         self.measured = {}                                                # if asked: what the first forward keeps
         self.runtimes = {}                                                # micro-batches of a step -> runtime
-        self.line = grid and grid.group(grid.dense, "pp")
 
     def step(self, batches, loss_tokens, train=True):
         """batches: for each micro-batch of whole sequences Model.forward's arguments, as a dict; the same on ranks that
@@ -1542,8 +1574,6 @@ class Pipeline:
         if neighbour in self.stages:
             self.local[kind, stage, microbatch] = x
             return
-        to = self.plan.homes()[neighbour]
-        self.line.traffic.add("forward" if kind == "F" else "backward", self.line.tiers[to:to + 1], [x.nbytes])
         if kind == "F":
             self.runtime.place[stage].fwd_cache[microbatch] = (x,), []
         else:
@@ -1627,69 +1657,62 @@ def make_runtime(pipeline, plan):
 # ---------------------------------------------------------------------------------------------------------------------
 # Live load balance: experts move to where the load is
 #
-# sim.py predicts loads and plans placements, the same on every rank; here they are carried out. Router, its optimizer
-# state and bias, loads and the balance loss know experts by their own numbers, so nothing of them moves: only dispatch
-# looks up in which slot an expert is now. Checkpoints hold experts in order of their numbers, for any plan and reader.
+# sim.py predicts loads and plans placements, the same on every rank; here they are carried out. A placement is an array
+# (ep, slots) of expert numbers: which expert is in which slot of which rank. Slots of all ranks are numbered in a row.
+#
+# Router, its optimizer state and bias, loads and the balance loss know experts by their own numbers, so nothing of them
+# moves: only dispatch looks up in which slot an expert is now. Checkpoints hold experts in order of their numbers, for
+# any plan and reader.
 
 
 class PlacedDispatcher:
     """Sends rows to the slot where their expert is now, through one of the exchanges above, to which slots are experts.
 
-    Tokens take turns between the copies of a hot expert.
+    All else of a dispatcher is the exchange's.
     """
 
     def __init__(self, exchange):
         self.exchange = exchange
+        self.slot_of = None                                               # (E,) slot of each expert
 
     def __getattr__(self, name):
         return getattr(self.exchange, name)
 
-    def place(self, placement, device):
-        """placement: (ep, slots) of expert numbers."""
-        flat = placement.flatten()
-        slots = [np.flatnonzero(flat == expert) for expert in range(flat.max() + 1)]
-        most = max(map(len, slots))
-        self.slots = torch.tensor(np.stack([np.resize(each, most) for each in slots]), device=device)      # (E, most)
-        self.copies = torch.tensor([len(each) for each in slots], device=device)                            # (E,)
-
     def dispatch(self, x, ids, weights):
-        turn = torch.arange(len(ids), device=ids.device).unsqueeze(1) % self.copies[ids]
-        return self.exchange.dispatch(x, self.slots[ids, turn], weights)
+        return self.exchange.dispatch(x, self.slot_of[ids], weights)
 
 
 def leaving_and_arriving(old, new, me):
-    """Slots that rank `me` sends from, and to, for each member of its group, both in the order of the receiver's slots.
+    """What rank `me` sends to and gets from each rank, between two placements (ep, slots): two lists of its slots.
 
-    old, new: (ep, slots) of expert numbers. What stays in its slot is left out.
+    leaving[r] are the slots whose experts go to rank r, arriving[r] those where experts of rank r come, both in the
+    order of the receiver's slots. What stays in its slot is left out.
     """
-    leaving = [[i for j, expert in enumerate(row) for i in np.flatnonzero(old[me] == expert) if (member, j) != (me, i)]
-               for member, row in enumerate(new)]
-    arriving = [[j for j, expert in enumerate(new[me]) if expert in row and (member != me or row[j] != expert)]
-                for member, row in enumerate(old)]
+    ep, n_slots = old.shape
+    came_from = np.argsort(old.flatten())[new]                            # (ep, slots) slot where each expert was
+    sender, sender_slot = came_from // n_slots, came_from % n_slots
+    changed = old != new
+    leaving = [sender_slot[rank][changed[rank] & (sender[rank] == me)] for rank in range(ep)]
+    arriving = [np.flatnonzero(changed[me] & (sender[me] == rank)) for rank in range(ep)]
     return leaving, arriving
 
 
-def move_homes(tensors, old, new, group):
-    """Experts of one layer to their new homes, by one all-to-all of slices. old, new: (ep, homes).
+def move_experts(tensors, old, new, group):
+    """Experts of one layer from an old placement to a new one, by one all-to-all.
 
-    tensors: (homes, ...) on this rank, weights and optimizer states, cut alike on all ranks of the group.
+    tensors: (slots, ...) on this rank, weights and optimizer states, cut alike on all ranks of the group.
     """
     leaving, arriving = leaving_and_arriving(old, new, group.rank)
-    rows = torch.cat([t[sum(leaving, [])].flatten(1) for t in tensors], 1)
-    rows, work = group.all_to_all(rows, "forward", list(map(len, leaving)), list(map(len, arriving)))
+    send, recv = [len(slots) for slots in leaving], [len(slots) for slots in arriving]
+    device = tensors[0].device
+    leaving = torch.tensor(np.concatenate(leaving), device=device)
+    arriving = torch.tensor(np.concatenate(arriving), device=device)
+    rows = torch.cat([tensor[leaving].flatten(1) for tensor in tensors], 1)       # (experts that go, values of each)
+    rows, work = group.all_to_all(rows, send, recv)
     work.wait()
-    for tensor, part in zip(tensors, rows.split([t[0].numel() for t in tensors], 1)):
-        tensor[sum(arriving, [])] = part.view(-1, *tensor.shape[1:])
-
-
-def with_copies(group, leaving, arriving, weight):
-    """weight (homes, ...) of this rank -> (slots, ...): copies of hot experts come from their homes before each use.
-
-    In backward their gradients return and are summed there, so copies need no optimizer.
-    """
-    flight = flight_of_rows(group, list(map(len, leaving)), list(map(len, arriving)))
-    came = flight.whole(weight[sum(leaving, [])])                         # by rank they came from
-    return torch.cat((weight, came[np.argsort(sum(arriving, []))]))
+    sizes = [tensor[0].numel() for tensor in tensors]
+    for tensor, part in zip(tensors, rows.split(sizes, 1)):
+        tensor[arriving] = part.view(-1, *tensor.shape[1:])
 
 
 class LiveBalance:
@@ -1702,77 +1725,74 @@ class LiveBalance:
     """
 
     def __init__(self, model, grid):
-        plan, n_experts = grid.plan, model.config.n_routed_experts
-        self.plan, first_moe = plan, model.config.first_k_dense_replace
-        self.moes = {block.index - first_moe: block.mlp for block in model.moe_blocks()}
-        n_layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers - first_moe
-        self.n_homes, self.first = n_experts // plan.ep, first_placement(n_experts, plan)
-        self.group = Group(grid.expert["ep"].get_group(), plan.node_size, Traffic())
-        self.device = torch.device(grid.dense.device_type)
-        slots = SimpleNamespace(n_routed_experts=self.first.size, capacity_factor=model.config.capacity_factor)
-        exchange = grid.dispatcher(slots)
+        config, self.plan = model.config, grid.plan
+        n_layers = config.num_hidden_layers + config.num_nextn_predict_layers - config.first_k_dense_replace
+        self.group = Group(grid.expert["ep"].get_group())
+        self.moes = {block.index - config.first_k_dense_replace: block.mlp for block in model.moe_blocks()}
         for moe in self.moes.values():
-            moe.dispatcher = PlacedDispatcher(exchange)
-        self.expected = torch.zeros(n_layers, n_experts, device=self.device)
-        self.share = self.expected.new_zeros(n_layers, n_experts, plan.ep)           # of an expert's load on a rank
-        self.placements = [None] * n_layers
+            moe.dispatcher = PlacedDispatcher(moe.dispatcher)
+        self.expected = torch.zeros(n_layers, config.n_routed_experts, device=grid.dense.device_type)
+        self.first = first_placement(config.n_routed_experts, self.plan.ep)
+        self.placements = [self.first] * n_layers
+        self.expert_in = torch.zeros_like(self.expected, dtype=torch.int64)      # (layers, E) the placements, by slot
         for layer in range(n_layers):
             self.place(layer, self.first)
 
     def place(self, layer, placement):
-        moe, self.placements[layer] = self.moes.get(layer), placement
-        holds = (placement[:, :, None] == np.arange(self.first.max() + 1)).any(1)            # (ep, E)
-        self.share[layer] = torch.tensor(holds / holds.sum(0)).T
-        if moe is None:                                                   # on another pipeline rank
-            return
-        moe.dispatcher.place(placement, self.device)
-        if self.plan.balance_replicas:
-            homes, copied = placement[:, :self.n_homes], placement[:, self.n_homes:]
-            slots = leaving_and_arriving(homes, copied, self.group.rank)
-            moe.experts.with_copies = partial(with_copies, self.group, *slots)
+        """From now on a layer's experts are there: dispatch and observe know."""
+        self.placements[layer] = placement
+        self.expert_in[layer] = torch.tensor(placement.flatten())
+        if layer in self.moes:                                            # else it is on another pipeline rank
+            self.moes[layer].dispatcher.slot_of = self.expert_in[layer].argsort()
 
     def after_step(self, step, loads, optimizer):
         """What metrics.jsonl tells of the step; see observe and rebalance."""
         line = dict(device_vio=self.observe(loads).item())
-        return line | self.rebalance(optimizer) if step % self.plan.balance_live == 0 else line
+        if step % self.plan.balance_live == 0:
+            line |= self.rebalance(optimizer)
+        return line
 
     def observe(self, loads):
         """loads (MoE layers, E) of a step, summed over all ranks -> imbalance of the ranks, a mean over layers."""
         loads = loads.to(self.expected)
         self.expected = predict_load(self.expected, loads)
-        on_rank = torch.einsum("le,led->ld", loads, self.share)
-        return (on_rank.amax(1) / on_rank.mean(1) - 1).mean()
-
-    def imbalance(self, loads):
-        return float(np.mean([imbalance(*layer) for layer in zip(loads, self.placements)]))
+        of_ranks = loads.gather(1, self.expert_in).unflatten(1, self.first.shape).sum(2)      # (layers, ep)
+        return (of_ranks.amax(1) / of_ranks.mean(1) - 1).mean()
 
     def rebalance(self, optimizer):
         """Plan by the expected loads, and move: what metrics.jsonl tells of it."""
-        began, old, expected = time.perf_counter(), self.placements, self.expected.double().cpu().numpy()
-        before = self.imbalance(expected)
-        self.move_to([decide(*layer, self.plan) for layer in zip(expected, old)], optimizer)
-        moved = sum(moved_experts(*pair, expected.shape[1]) for pair in zip(old, self.placements))
-        return dict(balance_before=before, balance_after=self.imbalance(expected), balance_moved=moved,
-                    balance_s=time.perf_counter() - began)
+        began = time.perf_counter()
+        expected, old = self.expected.double().cpu().numpy(), list(self.placements)
+        new = [decide(load, placement, self.plan.balance_threshold) for load, placement in zip(expected, old)]
+        self.move_to(new, optimizer)
+        return dict(balance_before=mean_imbalance(expected, old), balance_after=mean_imbalance(expected, new),
+                    balance_moved=sum(map(moved_experts, old, new)), balance_s=time.perf_counter() - began)
 
     @torch.no_grad()
     def move_to(self, placements, optimizer):
         """Weights and what the optimizer keeps of them: every state of a weight's own shape."""
-        old, self.placements = self.placements, list(self.placements)
-        for layer, (here, there) in enumerate(zip(old, placements)):
-            weights = self.moes[layer].experts.parameters() if layer in self.moes else ()
-            state = [local(tensor) for weight in weights
-                     for tensor in (weight, *optimizer.state[weight].values()) if tensor.shape == weight.shape]
-            if (here != there).any():
-                if state:
-                    move_homes(state, here[:, :self.n_homes], there[:, :self.n_homes], self.group)
-                self.place(layer, there)
+        old = list(self.placements)
+        for layer, placement in enumerate(placements):
+            if (placement == old[layer]).all():
+                continue
+            if layer in self.moes:
+                tensors = self.tensors_of_experts(layer, optimizer)
+                move_experts(tensors, old[layer], placement, self.group)
+            self.place(layer, placement)
+
+    def tensors_of_experts(self, layer, optimizer):
+        """(slots, ...) each: weights of a layer's experts on this rank, and the optimizer's states of their shape."""
+        tensors = []
+        for weight in self.moes[layer].experts.parameters():
+            tensors.append(local(weight))
+            tensors += [local(state) for state in optimizer.state[weight].values() if state.shape == weight.shape]
+        return tensors
 
     @contextmanager
     def at_home(self, optimizer):
         """Experts stand in order of their numbers, as checkpoints hold them."""
-        placements = self.placements
-        self.move_to([self.first] * len(self.placements), optimizer)
+        placements = list(self.placements)
+        self.move_to([self.first] * len(placements), optimizer)
         yield
         self.move_to(placements, optimizer)
 
@@ -1789,6 +1809,11 @@ class LiveBalance:
         if placements[0].shape != self.first.shape:
             placements = [plan_placement(load, self.first) for load in self.expected.double().cpu().numpy()]
         self.move_to(placements, optimizer)
+
+
+def mean_imbalance(loads, placements):
+    """Of the ranks, a mean over layers: loads (layers, E), a placement for each layer."""
+    return float(np.mean([imbalance(load, placement) for load, placement in zip(loads, placements)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 Tests of the grid and the overlap: every axis, every schedule and combinations of them equal one process.
 """
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import parallel
 import sim
 from sim import Plan
 from test_parallel import DTYPES, EXACT, TINY, batch, build, on_ranks, one_process, relative_error
+from traffic import TIERS, Traffic, way_of_now
 
 DEEP = replace(TINY, num_hidden_layers=5, balance_group=2)
 PLAN = Plan(micro_batch=1, global_batch=8, seq_len=16, precision="fp64", zero=0)
@@ -192,10 +194,10 @@ def record_order(config, plan, reference):
     plain = {name: getattr(parallel.Group, name) for name in names}
 
     def recorded(name):
-        def call(group, x, way, *sizes, **more):
+        def call(group, x, *sizes, **more):
             members = tuple(torch.distributed.get_process_group_ranks(group.group))
-            orders.setdefault(members, []).append((name, way, x.dtype, x.shape[1:]))
-            return plain[name](group, x, way, *sizes, **more)
+            orders.setdefault(members, []).append((name, way_of_now(), x.dtype, x.shape[1:]))
+            return plain[name](group, x, *sizes, **more)
         return call
 
     for name in names:
@@ -254,14 +256,20 @@ def test_tied_embedding(folder, axes):
 
 
 def count_step(config, plan):
-    """Bytes by tier that this rank sends in a step while the pipeline runs, and its parameters, router bias apart."""
-    model, grid = build(config, plan)
+    """Bytes by tier that this rank sends in a step while the pipeline runs, and its parameters, router bias apart.
+    Left out are the sums of gradients and the balance loss's few counts, which are not predicted there, and the votes
+    of the pipeline's stages on shapes, in the first step."""
+    with mock.patch.object(parallel, "shard"), mock.patch.object(parallel, "mean_over", lambda group, counts: counts):
+        model, grid = build(config, plan)
     batches, loss_tokens = batches_of(config, plan, PLAN)
     own, E, K = batches[0]["ids"].shape, config.n_routed_experts, config.num_experts_per_tok
     ids = torch.arange(own.numel() * K).view(*own, K) % E                 # uniform
     batches = [batch | dict(routing={int(i): ids for i in model.layers}) for batch in batches]
-    parallel.Pipeline(model, plan, grid).step(batches, loss_tokens)
-    sent = [sum(grid.traffic.bytes[way, tier] for way in ("forward", "backward")) for tier in parallel.TIERS]
+    pipeline = parallel.Pipeline(model, plan, grid)
+    pipeline.step(batches, loss_tokens)
+    with Traffic(plan.node_size) as traffic, mock.patch.object(pipeline, "add_other_embedding"):
+        pipeline.step(batches, loss_tokens)
+    sent = {tier: traffic.bytes["forward", tier] + traffic.bytes["backward", tier] for tier in TIERS}
     return sent, sum(parallel.local(p).numel() for p in model.parameters())
 
 
@@ -276,7 +284,7 @@ def test_bytes_and_parameters_are_those_that_sim_predicts(axes):
     run = sim.Simulation(config, plan, replace(sim.HARDWARE["ascend_910b_376"], peak=dict(fp64=1e12)))
     answers = dist.run(plan.world_size, count_step, config, plan)
     for tier, predicted in run.bytes_by_tier().items():
-        mean = sum(sent[parallel.TIERS.index(tier)] for sent, _ in answers) / plan.world_size
+        mean = sum(sent[tier] for sent, _ in answers) / plan.world_size
         assert mean == pytest.approx(predicted, rel=1e-12), tier
     per_stage = plan.world_size // plan.pp
     assert [held for _, held in answers] == [sum(run.params(rank // per_stage)[0].values())

@@ -17,7 +17,6 @@ import torch.multiprocessing
 from torch.distributed.pipelining import schedules
 from torch.utils.checkpoint import checkpoint
 
-import calibrate
 import published
 import sim
 from model import PRESETS, Config, Model, count_params, flops_per_token, rope_table
@@ -625,54 +624,12 @@ def test_predict_prints_one_json_object(capsys):
     assert result["plan"]["schedule"] == "paired" and len(result["memory_by_stage"]) == 2
 
 
-def test_calibration_is_a_hardware(tmp_path, capsys, monkeypatch):
-    """What is measured is positive and read back; how right it is no test can say on a busy machine."""
-    monkeypatch.setattr(calibrate, "SMALL", calibrate.CALIBRATED[0])
-    monkeypatch.setattr(calibrate, "LARGE", calibrate.CALIBRATED[2])
-    monkeypatch.setattr(calibrate, "CALIBRATED", calibrate.CALIBRATED[:2])
-    monkeypatch.setattr(calibrate, "ROUNDS", 1)
-    sim.main(["calibrate", "--out", str(tmp_path / "hw.json"), "--precision", "fp32", "--seconds", "0.01"])
-    assert "step: 128 x 2, 8 experts" in capsys.readouterr().out
-    hardware = sim.read_preset("hardware", sim.Hardware, HARDWARE, str(tmp_path / "hw.json"))
-    assert min(hardware.peak["fp32"], hardware.bandwidth, hardware.static_matmul, hardware.framework) > 0
-    sim.main(["predict", "--model", "tiny", "--hardware", str(tmp_path / "hw.json"), "--json", "--plan",
-              "precision=fp32,seq_len=128"])
-    assert json.loads(capsys.readouterr().out)["step_time_s"] > 0
-    with pytest.raises(ValueError, match="fp32"):          # the only precision that was measured
-        sim.main(["predict", "--model", "tiny", "--hardware", str(tmp_path / "hw.json"), "--plan", "precision=bf16"])
-
-
-def test_calibration_finds_the_constants_behind_its_samples():
-    """Times that a known device would take are explained to 5 %, those of steps that were not measured too."""
-    known = replace(sim.CPU, name="known", peak=dict(fp32=1.5e11), bandwidth=8e9, static_matmul=2e-5,
-                    static_expert=4e-5, static_vector=1e-4, matmul_half=8.0, tokens_half=20.0, grouped_efficiency=0.7,
-                    attention_efficiency=0.3, attention_half=100.0, matmul_efficiency=1.0, memory_efficiency=1.0)
-    plan = sim.Plan(precision="fp32")
-    samples = [calibrate.training_step(*calibrate.small_run(*one, "fp32"), "cpu") for one in calibrate.CALIBRATED]
-    samples += [build() for build in calibrate.build_operators("fp32", torch.device("cpu"))]
-    times = [sample.simulated(plan, known) for sample in samples]
-    found = calibrate.fit(samples, times, plan, replace(known, name="found", peak=dict(fp32=1e12), bandwidth=1e10))
-    assert all(abs(sample.simulated(plan, found) / time - 1) < 0.05 for sample, time in zip(samples, times))
-    for preset in "tiny", "cpu-fine":
-        step = sim.Plan(precision="fp32", micro_batch=8, global_batch=16, seq_len=256)
-        one, other = (sim.predict(PRESETS[preset], step, hardware)["step_time_s"] for hardware in (known, found))
-        assert other == pytest.approx(one, rel=0.05)
-
-
-def test_a_sample_of_calibrate_is_a_step_as_predicted():
-    """Operators and optimizer of a step, summed, are what predict says of it."""
-    config, plan = calibrate.small_run(*calibrate.CALIBRATED[3], "fp32")
-    sample = calibrate.training_step(config, plan, "cpu")
-    assert sample.simulated(plan, sim.CPU) == pytest.approx(sim.predict(config, plan, sim.CPU)["step_time_s"])
-
-
 @pytest.mark.parametrize("args, words", [
     (("predict", "--plan", "tpp=2"), "unknown plan key 'tpp'"),
     (("predict", "--plan", "tp=two"), "write a value of type int"),
     (("predict", "--model", "none"), "model 'none': use a JSON file or one of"),
     (("predict", "--hardware", "none"), "hardware 'none': use a JSON file or one of"),
     (("predict", "--devices", "5"), "for 5 devices"),
-    (("calibrate", "--out", "nowhere/hw.json"), "make its folder first"),
     (("predict", "--load", "5"), "max_vio=X")])
 def test_what_a_user_mistypes_is_refused(args, words):
     with pytest.raises(ValueError) as refusal:
