@@ -55,7 +55,7 @@ BYTES_OF = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "mxfp8": 2}
 NARROW = ("fp8", "mxfp8")
 RECOMPUTE = (
     "norm",            # outputs of norms
-    "mla_up",          # queries, keys and values, from their latents
+    "mla_up",          # queries, keys and values, from their latents, or from what else they are made of
     "act",             # hidden activations of MLPs and experts, from gate and up
     "permute",         # rows of experts, which travel once more
     "expert",          # all between the rows and the output of experts
@@ -1281,7 +1281,7 @@ class Work:
         self.vector("attend", "rope", 2 * (tokens + keys) * heads * c.qk_head_dim, again=("mla_up",))
         if "mla_up" in plan.recompute and plan.cp == 1:
             self.keep("k_rope", keys * c.qk_rope_head_dim, "attention")    # what keys are made from again
-        self.core_attention(heads, heads, c.qk_head_dim, c.v_head_dim, again=("mla_up",))
+        self.core_attention(heads, heads, c.qk_head_dim, c.v_head_dim)
         self.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
 
     def keep_latent(self, name, tokens, width):
@@ -1297,19 +1297,19 @@ class Work:
         kv_heads = max(1, c.num_key_value_heads // plan.tp)
         self.gather_stream("attend")
         self.keep_input("attn_in", tokens * c.hidden_size, "attention", again=("norm",))
-        self.matmul("attend", "qkv_proj", tokens, cut="out")
+        self.matmul("attend", "qkv_proj", tokens, cut="out", again=("mla_up",))
         self.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
-        self.vector("attend", "rope", 2 * tokens * (heads + kv_heads) * c.head_dim)
+        self.vector("attend", "rope", 2 * tokens * (heads + kv_heads) * c.head_dim, again=("mla_up",))
         self.core_attention(heads, kv_heads, c.head_dim, c.head_dim)
 
-    def core_attention(self, heads, kv_heads, qk, v, again=()):
-        """Scores, softmax, values. A context group's keys are on every one of its ranks. again: makes q, k and v."""
+    def core_attention(self, heads, kv_heads, qk, v):
+        """Scores, softmax, values. A context group's keys are on every one of its ranks."""
         plan = self.plan
         tokens, keys = plan.gathered_tokens, plan.gathered_tokens * plan.cp
         padded = qk if self.shape.value_padded else v      # width of values, as the kernel takes them
-        self.keep("q", tokens * heads * qk, "attention", again=again)
-        self.keep("k", keys * kv_heads * qk, "attention", again=again)
-        self.keep("v", keys * kv_heads * padded, "attention", again=again)
+        self.keep("q", tokens * heads * qk, "attention", again=("mla_up",))
+        self.keep("k", keys * kv_heads * qk, "attention", again=("mla_up",))
+        self.keep("v", keys * kv_heads * padded, "attention", again=("mla_up",))
         self.attention_kernel(heads, qk + v, moved=(tokens * heads + keys * kv_heads) * (qk + v))
         if plan.cp > 1:                                    # pieces of a ring are merged one by one, in float32
             merged = (plan.cp - 1) * tokens * heads * v

@@ -1,21 +1,180 @@
 """
 Published training runs beside their prediction: from a row of a table to a shape and a plan, how far the simulated step
-time and memory are off, and the constants that fit the rows best. `python sim.py validate [ROWS.csv] [--out F.csv]
-[--fit]` runs validate(); the constants themselves stand in sim.py.
+time and memory are off, and the constants that fit the rows best.
+
+    python tests/published.py                    # all of tests/data/train_rows.csv, with the constants frozen in sim.py
+    python tests/published.py ROWS.csv --out F.csv   # other rows with the same columns; F: row_id, step_time_s, mem_gib, fits
+    python tests/published.py --fit              # refits the constants: on all rows, then each family left out
+
+What only runs of other systems need stands here, as subclasses of sim.py's classes.
 """
+import argparse
 import csv
 import math
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, combinations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from sim import BYTES_OF, CONSTANTS, GENERATIONS, GIB, HARDWARE, Plan, Shape, Simulation, divisors
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import sim  # noqa: E402
+from sim import (BYTES_OF, CONSTANTS, GENERATIONS, GIB, NARROW, Attention, Hardware, Passes, Plan, Shape,  # noqa: E402
+                 Simulation, Work, divisors, matmul_share, peak_of, require, setting, slower_of)
 
 ROWS = Path(__file__).parent / "data/train_rows.csv"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs of other systems need beside sim.py's own
+
+
+@dataclass(frozen=True)
+class RowHardware(Hardware):
+    portable_attention: float = setting(0.492, above=0)    # rate of a flash attention of no vendor, beside the vendor's
+    hidden_share: float = setting(0.567, least=0)          # of collectives that a plan hides, the time beside computation
+
+
+HARDWARE = {name: RowHardware(**asdict(preset)) for name, preset in sim.HARDWARE.items()}
+
+
+@dataclass(frozen=True)
+class RowPlan(Plan):
+    """recompute may name core_attention: scores and softmax, of Megatron-LM's selective recomputation."""
+    etp: int = setting(1, least=1)                         # ranks that share one expert's matrices
+    hide: tuple = setting((), choices=("tp", "dp", "pp"))  # axes whose collectives run beside computation
+    pipelined: bool = setting(False)                       # the exchange's two hops at once, as DeepEP and HybridEP do
+
+    @property
+    def inner(self):
+        return min(self.ep, max(1, self.node_size // self.etp))
+
+    @property
+    def edp(self):
+        return max(1, self.dp * self.cp * self.tp // (self.ep * self.etp))
+
+    def stride(self, axis):
+        if axis == "etp":
+            return 1
+        return super().stride(axis) * (self.etp if axis == "edp" else 1)
+
+    @property
+    def hops_together(self):
+        return self.pipelined or super().hops_together
+
+    def hidden_share(self, axis, hardware):
+        if axis not in self.hide:
+            return 0.0
+        return 1.0 if axis == "pp" else hardware.hidden_share
+
+    @property
+    def layer_key(self):
+        return (*super().layer_key, self.etp, self.hide)
+
+
+@dataclass(frozen=True)
+class RowShape(Shape):
+    gated_mlp: bool = True                 # three matrices (SwiGLU), or two
+    window: int = 0                        # keys that a query sees, 0: all before it
+    # flash | portable: of no vendor, as FlashAttention-2 or Triton's | unfused: the whole square of scores is kept
+    attn_kernel: str = "flash"
+
+    def mlp_matmuls(self, name, inner, copies=1, used=1):
+        table = super().mlp_matmuls(name, inner, copies, used)
+        if not self.gated_mlp:
+            up = f"{name}.gate_up"
+            table[up] = table[up]._replace(n_out=inner)
+        return table
+
+
+class Portable(Attention):
+    def rate(self, plan, hardware):
+        return super().rate(plan, hardware) * hardware.portable_attention
+
+
+class Unfused(NamedTuple):
+    """Scores, and their product with the values, as batched matmuls."""
+    part: str
+    name: str
+    flops: float
+    moved: float
+    sides: tuple                   # rows, inner, columns of each head's matmul
+    matrices: int                  # heads of all sequences
+    again: frozenset
+
+    def seconds(self, plan, hardware):
+        rows, inner, columns = self.sides
+        halves = hardware.tokens_half, hardware.matmul_half, hardware.matmul_half
+        share = matmul_share(rows * self.matrices, inner, columns, self.matrices, halves, hardware.cores)
+        rate = peak_of(hardware, plan.precision) * hardware.matmul_efficiency * hardware.power
+        forward = slower_of(self.flops, rate * share, self.moved, hardware)
+        return Passes(forward + hardware.static_matmul, 2 * forward + hardware.static_matmul)
+
+
+class RowWork(Work):
+    """A layer as in Megatron-LM and its kin: logits are kept, a rank's own part of gathered inputs, 8 bits of what 8-bit
+    matmuls read; with other attention kernels; with experts' matrices cut over ranks."""
+
+    def keep_input(self, name, elements, owner, again=(), swap=""):
+        plan, size = self.plan, self.element
+        if plan.sp and name in ("attn_in", "mlp_in"):
+            elements /= plan.tp
+        if plan.precision in NARROW:
+            size /= 2
+        self.keep(name, elements, owner, size, again, swap)
+
+    def keep_loss(self, depth, tokens, vocab):
+        """Logits in float32, beside those of the matmul, and its input. torch's own loss does not work in place."""
+        copies = 2 if self.shape.attn_kernel == "portable" else 1
+        self.keep(f"head_in.{depth}", self.plan.tokens * self.shape.hidden_size, "head")
+        self.keep(f"logits.{depth}", tokens * vocab, "head", size=self.element + copies * self.wide)
+
+    def attention_kernel(self, heads, width, moved):
+        with self.runs_again("core_attention"):
+            if self.shape.attn_kernel == "unfused":
+                return self.unfused_attention(heads, width, moved)
+            super().attention_kernel(heads, width, moved)
+        seq_len, window = self.plan.seq_len, self.shape.window
+        flash = self.ops.pop()
+        if window and window < seq_len / 2:                # what is seen, beside the causal half
+            flash = flash._replace(flops=flash.flops * 2 * window / seq_len)
+        self.ops.append(Portable(*flash) if self.shape.attn_kernel == "portable" else flash)
+
+    def unfused_attention(self, heads, width, moved):
+        plan, tokens = self.plan, self.plan.gathered_tokens
+        scores = tokens * plan.seq_len * heads
+        self.vector("attend", "attention", 7 * scores)     # written, scaled and masked, softmax, dropout, read
+        self.keep("probabilities", scores, "attention")
+        self.ops.append(Unfused("attend", "attention", 2 * scores * width, moved * self.element,
+                                (tokens, width // 2, plan.seq_len), heads * plan.micro_batch, frozenset(self.regions)))
+
+    def expert_rows(self):
+        """Of all that share an expert."""
+        return super().expert_rows() * self.plan.etp
+
+    def own_part(self, name, cut=""):
+        own, etp = super().own_part(name, cut), self.plan.etp
+        if cut != "experts" or etp == 1:
+            return own
+        if name == "expert.down":
+            return own._replace(n_in=own.n_in // etp)
+        gates = 2 if self.shape.gated_mlp else 1
+        return own._replace(n_out=gates * (own.n_out // gates // etp))
+
+    def moe(self):
+        self.gather("etp", "experts", 2 * super().expert_rows(), self.shape.hidden_size)
+        super().moe()
+
+
+class RowSimulation(Simulation):
+    @property
+    def stream_bytes(self):
+        """Whole tensors are sent in parts by the tensor ranks."""
+        whole = super().stream_bytes
+        return whole if self.plan.sp else whole / self.plan.tp
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a row to a shape and a plan
@@ -30,7 +189,7 @@ GAPS = ((), ("norm", "act"), ("norm", "act", "permute", "expert"), ("layer",))
 # words of the row -> collectives that run beside computation
 HIDE_WORDS = (("tp-comm", "tp"), ("async-tp", "tp"), ("mc2", "tp"), ("holistic", "tp"), ("grad-reduce", "dp"),
               ("holistic", "dp"), ("core defaults", "dp"), ("core defaults", "pp"), ("p2p", "pp"), ("holistic", "pp"))
-EXCHANGES = dict(hierarchical="hierarchical", deepep="pipelined", hybridep="pipelined")      # others: flat
+PIPELINED = ("deepep", "hybridep")                         # exchanges: dedup with both hops at once
 UNBALANCED = 0.2                                           # max_vio of routing that nothing says to be even
 
 
@@ -76,19 +235,20 @@ class Row:
         heads, hidden, layers = self.number("n_heads", 1), self.number("hidden"), self.number("n_layers")
         experts, seq_len, inner = self.number("n_experts"), self.number("seq_len", 4096), self.number("moe_ffn")
         unit, nodes = 128 * max(1, self.number("tp", 1)), self.found("expert_load", r"routing (\d+) nodes")
-        return Shape(
+        attn_type = "mla" if self.text("attn_type") == "mla" else "gqa"
+        return RowShape(
             vocab_size=math.ceil(self.number("vocab", 50304) / unit) * unit, hidden_size=hidden,
             num_hidden_layers=layers, first_k_dense_replace=self.number("n_dense_layers") if experts else layers,
             intermediate_size=self.number("ffn_hidden", 0) or 4 * hidden, num_attention_heads=heads,
             num_key_value_heads=self.number("n_kv_heads") or heads, head_dim=self.number("head_dim") or hidden // heads,
-            attn_type=self.text("attn_type") or "mha", q_lora_rank=self.number("q_lora_rank"),
+            attn_type=attn_type, q_lora_rank=self.number("q_lora_rank"),
             kv_lora_rank=self.number("kv_lora_rank"), qk_nope_head_dim=self.number("qk_nope_dim"),
             qk_rope_head_dim=self.number("qk_rope_dim"), v_head_dim=self.number("v_head_dim"),
             gated_mlp=bool(self.number("gated_mlp", 1)), tie_word_embeddings=bool(self.number("tied_embeddings")),
             n_routed_experts=experts or 1, num_experts_per_tok=self.number("top_k", 1), moe_intermediate_size=inner,
             n_shared_experts=self.number("shared_ffn") / inner if inner else 0,
             num_nextn_predict_layers=self.number("mtp_layers"), capacity_factor=self.capacity(), norm="pre",
-            balance="none", max_position_embeddings=seq_len, megatron=True,
+            balance="none", max_position_embeddings=seq_len,
             n_group=max(1, self.number("ep") // 8), topk_group=nodes, group_choice="limited" if nodes else "equal",
             window=self.found("notes", r"sliding window (\d+)"), attn_kernel=self.attn_kernel())
 
@@ -137,11 +297,13 @@ class Row:
         devices = self.number("n_devices") or tp * pp * cp * max(1, self.number("dp", 1))
         ep, etp = (self.number(axis, 1) or 1 for axis in ("ep", "etp"))
         dp = max(1, devices // (tp * pp * cp))
-        return Plan(
+        exchange = self.text("moe_dispatch")
+        dispatch = "dedup" if exchange in PIPELINED else "hierarchical" if exchange == "hierarchical" else "flat"
+        return RowPlan(
             tp=tp, pp=pp, cp=cp, dp=dp, ep=ep, etp=etp, global_batch=self.number("global_batch") or dp * pp * 8,
             sp=self.number("sp", int(tp > 1)), seq_len=self.number("seq_len", 4096), zero=self.zero(),
             node_size=2**int(math.log2(min(hardware.node_size, max(devices, 8)))), precision=self.precision(),
-            dispatch=EXCHANGES.get(self.text("moe_dispatch"), "flat"), hide=self.hide())
+            dispatch=dispatch, pipelined=exchange in PIPELINED, hide=self.hide())
 
     def zero(self):
         shard = self.text("dp_shard")
@@ -179,11 +341,11 @@ class Row:
     def scheduled(self, plan, vpp, n_micro):
         """The plan with a schedule of `vpp` chunks, and with as many of n_micro micro-batches as that can run."""
         sequences = plan.dp * plan.micro_batch             # of a micro-batch, on all data ranks
-        if self.text("schedule") == "dualpipe":
-            return replace(plan, vpp=2, schedule="dualpipev", overlap="adaptive",
-                           global_batch=max(n_micro, 2 * plan.pp) * sequences)
         if vpp > 1 and n_micro >= plan.pp:
             n_micro = n_micro // plan.pp * plan.pp
+        if self.text("schedule") == "dualpipe":            # the nearest that is simulated
+            return replace(plan, vpp=2, schedule="paired", overlap="adaptive",
+                           global_batch=max(n_micro, 2 * plan.pp) * sequences)
         words = self.text("overlap").lower()
         adaptive = "ep-a2a" in words or "adaptive 1f1b" in words
         schedule = "1f1b" if vpp == 1 else "paired" if adaptive else "interleaved"
@@ -222,7 +384,7 @@ def read_rows(path):
 
 def simulate_row(row, plan, hardware):
     """(seconds of a step of the row's global batch, parts of the memory of its fullest rank in bytes)."""
-    run = Simulation(row.shape(), plan, hardware, row.max_vio())
+    run = RowSimulation(row.shape(), plan, hardware, row.max_vio(), work=RowWork)
     seconds = sum(run.breakdown()[0].values())
     memory = max((run.memory(rank) for rank in range(plan.pp)), key=lambda parts: sum(parts.values()))
     return seconds * (row.number("global_batch") or plan.global_batch) / plan.global_batch, memory
