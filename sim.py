@@ -837,7 +837,7 @@ def constants_of(generation):
 GB = 1e9
 
 
-def _device(generation, name, tflops, memory, gb_per_s, inner, outer, cores, tflops_8bit=0.0, node_size=8, **more):
+def _device(generation, name, tflops, memory, gb_per_s, inner, outer, cores, tflops_8bit=0.0, node_size=8):
     """A preset. tflops: dense, in 16 bits; memory: bytes; gb_per_s: of it; inner, outer: GB/s inside and between nodes;
     cores: those that compute matmuls."""
     ascend = generation == "ascend"
@@ -850,18 +850,15 @@ def _device(generation, name, tflops, memory, gb_per_s, inner, outer, cores, tfl
     return Hardware(
         name, peak, memory, gb_per_s * GB, node_size, topology="mesh" if ascend and node_size == 8 else "switch",
         inner_bandwidth=inner * GB, outer_bandwidth=outer * GB, cores=cores, communicator=communicator,
-        fragmentation=0.15, generation=generation, **constants_of(generation), **more)
+        fragmentation=0.15, generation=generation, **constants_of(generation))
 
 
 # Ascend 910B: Ascend/msmodeling, tensor_cast/device.py. Bins differ in cube cores (8192 FLOP a cycle) and clock. Full
-# mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866, section 5. `unspecified` is read as the largest
-# bin. 910C, a die: the same file, and arXiv:2506.12708 (CloudMatrix384: 768 dies of one bus).
+# mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866, section 5. 910C, a die: the same file, and
+# arXiv:2506.12708 (CloudMatrix384: 768 dies of one bus).
 _ASCEND = partial(_device, "ascend", memory=64 * GIB, gb_per_s=1638.4 * GIB / GB, inner=196)
 # A100, H100, H200, H20, B200, GB200, GB300: NVIDIA's data sheets, dense, NVLink of one direction. Between nodes 200 Gb/s
-# a GPU for A100, 400 since, 800 for GB300, as usual for their systems. jeanzay: 4 OmniPath links of 100 Gb/s for 8 GPUs
-# (bigscience, tr11-176B-ml). pcie: no NVLink, PCIe 4.0 x16. h100_96_hbm2e_500w: torchtitan, benchmarks; 500 of 700 W,
-# the clock follows the root of the power, which is assumed. H800: arXiv:2412.19437, section 3.
-_A100 = partial(_device, "ampere", tflops=312, cores=108)
+# a GPU for A100, 400 since, 800 for GB300, as usual for their systems. H800: arXiv:2412.19437, section 3.
 _HOPPER = partial(_device, "hopper", outer=50)
 _H100 = partial(_HOPPER, tflops=989.5, tflops_8bit=1979, cores=132)
 _BLACKWELL = partial(_device, "blackwell", gb_per_s=8000, inner=900, cores=148)
@@ -869,14 +866,9 @@ HARDWARE = {device.name: device for device in (
     _ASCEND("ascend_910b_376", tflops=353.8944, outer=25, cores=24),
     _ASCEND("ascend_910b_313", tflops=294.912, outer=25, cores=20),
     _ASCEND("ascend_910b_280", tflops=245.76, outer=25, cores=20),
-    _ASCEND("ascend_910b_unspecified", tflops=353.8944, outer=25, cores=24),
     _ASCEND("ascend_910c_die", tflops=353.8944, outer=24.5, cores=24, node_size=768),
-    _A100("a100_80_sxm", memory=79.2 * GIB, gb_per_s=2039, inner=300, outer=25),
-    _A100("a100_40_sxm", memory=39.4 * GIB, gb_per_s=1555, inner=300, outer=25),
-    _A100("a100_80_jeanzay", memory=79.2 * GIB, gb_per_s=2039, inner=300, outer=6.25),
-    _A100("a100_pcie", memory=79.2 * GIB, gb_per_s=1935, inner=24, outer=25),
+    _device("ampere", "a100_80_sxm", tflops=312, memory=79.2 * GIB, gb_per_s=2039, inner=300, outer=25, cores=108),
     _H100("h100_sxm", memory=79.2 * GIB, gb_per_s=3350, inner=450),
-    _H100("h100_96_hbm2e_500w", memory=96 * GB, gb_per_s=2400, inner=450, power=math.sqrt(500 / 700)),
     _H100("h800_sxm", memory=79.2 * GIB, gb_per_s=3350, inner=200),
     _H100("h200_sxm", memory=141 * GB, gb_per_s=4800, inner=450),
     _HOPPER("h20", tflops=148, tflops_8bit=296, memory=96 * GB, gb_per_s=4000, inner=450, cores=78),
@@ -1177,33 +1169,33 @@ class Work:
             return weights._replace(copies=max(1, weights.copies // self.plan.ep))
         return weights
 
+    def items(self, again):
+        """All items of Plan.recompute under which what is recorded now runs, or is made, again."""
+        return frozenset((*self.regions, *again))
+
     def matmul(self, part, name, rows, cut="", again=(), wide=False):
         own = self.own_part(name, cut)
-        matrices = own.copies
-        self.ops.append(Matmul(part, name, rows, own.n_in, own.n_out, matrices, self.element, wide,
-                               frozenset((*self.regions, *again))))
-        self.params["edp" if cut == "experts" else "dp"] += matrices * own.n_in * own.n_out
+        self.ops.append(Matmul(part, name, rows, own.n_in, own.n_out, own.copies, self.element, wide,
+                               self.items(again)))
+        self.params["edp" if cut == "experts" else "dp"] += own.copies * own.n_in * own.n_out
 
     def vector(self, part, name, elements, again=(), cached=False):
         """An operator that only moves memory: elements read and written."""
-        self.ops.append(Vector(part, name, elements * self.element, cached, frozenset((*self.regions, *again))))
+        self.ops.append(Vector(part, name, elements * self.element, cached, self.items(again)))
 
-    def norm(self, part, name, width, owner, again=(), residual=False, keeps_input=True, storage=0):
-        """residual: followed by the sum with the residual stream, which is read and written too.
-
-        storage: width of the tensor that its input is a slice of, which is kept as a whole.
-        """
+    def norm(self, part, name, width, owner, again=(), residual=False):
+        """residual: followed by the sum with the residual stream, which is read and written too."""
         tokens = self.plan.tokens
         self.vector(part, name, (5 if residual else 2) * tokens * width, again)
         self.params["dp"] += width
-        if keeps_input:
-            self.keep(name, tokens * max(width, storage), owner)
-        self.keep(name + ".scale", tokens, owner, size=self.wide)          # 1 / rms of each token
+        self.keep(name, tokens * width, owner)                             # its input ...
+        self.keep(name + ".scale", tokens, owner, size=self.wide)          # ... and 1 / rms of each token
 
     def keep(self, name, elements, owner, size=0, again=(), swap=""):
-        """A saved tensor; of two that keep it the first counts. size: bytes of an element, if not those of others."""
-        items = frozenset((*self.regions, *again))
-        self.tensors.setdefault(name, Saved(elements * (size or self.element), owner, items, swap))
+        """A saved tensor; kept twice under one name, it is what was said first. size: bytes of an element that is not
+        in the plan's precision."""
+        saved = Saved(elements * (size or self.element), owner, self.items(again), swap)
+        self.tensors.setdefault(name, saved)
 
     def keep_input(self, name, elements, owner, again=(), swap=""):
         """A tensor that a matmul keeps."""
@@ -1234,14 +1226,15 @@ class Work:
     # -- a layer
 
     def layer(self):
-        """Norms and what they stand before or after. A layer that runs again keeps its input, and MTP's join is no part
-        of it."""
+        """Norms and what they stand before or after. MTP's join is no part of a layer that runs again."""
         c, sandwich = self.shape, self.shape.norm != "pre"
+        # what a layer that runs again keeps: its input, and the chosen experts, so that it chooses the same
         self.keep("input_layernorm", self.plan.tokens * c.hidden_size, "norms")
+        if self.kind != "dense":
+            self.keep("ids", self.plan.tokens * c.num_experts_per_tok, "routing", size=8)
         with self.runs_again("layer"):
             with self.runs_again("attention"):
-                self.norm("attend", "input_layernorm", c.hidden_size, "norms", again=("norm",), residual=not sandwich,
-                          keeps_input=False)
+                self.norm("attend", "input_layernorm", c.hidden_size, "norms", again=("norm",), residual=not sandwich)
                 if c.attn_type == "mla":
                     self.latent_attention()
                 else:
@@ -1269,7 +1262,8 @@ class Work:
         self.matmul("attend", "q_a_proj", own)
         self.norm("attend", "q_a_layernorm", c.q_lora_rank, "attention", again=("norm",))
         self.matmul("attend", "kv_a_proj_with_mqa", own)   # the same input
-        self.norm("attend", "kv_a_layernorm", c.kv_lora_rank, "attention", again=("norm",), storage=latent)
+        self.keep("kv_a_layernorm", own * latent, "attention")             # its input is a slice, which keeps the whole
+        self.norm("attend", "kv_a_layernorm", c.kv_lora_rank, "attention", again=("norm",))
         if plan.sp:
             self.gather("tp", "attend", own, c.q_lora_rank + latent)
         self.gather("cp", "attend", tokens, latent)
@@ -1322,8 +1316,7 @@ class Work:
         """Flash attention. width: of a query and a value together; moved: elements of queries, keys, values, output."""
         tokens, seq_len = self.plan.gathered_tokens, self.plan.seq_len
         causal_flops = 2 * tokens * seq_len * heads * width / 2            # half of the square of scores
-        self.ops.append(Attention("attend", "attention", causal_flops, moved * self.element, seq_len,
-                                  frozenset(self.regions)))
+        self.ops.append(Attention("attend", "attention", causal_flops, moved * self.element, seq_len, self.items(())))
         self.keep("log_sum", tokens * heads, "attention", size=self.wide)
 
     def output_projection(self):
@@ -1375,8 +1368,6 @@ class Work:
         self.matmul("attend", "router", own, wide=True)
         self.vector("attend", "choose", 6 * own * experts * wide / self.element)
         self.keep("scores", own * experts, "routing", size=wide)
-        # noted for a layer that runs again: it must choose the same experts
-        self.keep_whatever_runs_again("ids", own * k, "routing", size=8)
         self.keep("slot", own * k, "routing", size=8)
         if c.norm_topk_prob:
             self.keep("weights", own * k, "routing", size=wide)
@@ -1386,11 +1377,6 @@ class Work:
             self.keep("balance", groups * experts, "routing", size=wide)   # load of each group's experts
             if c.aux_scores == "normalized":
                 self.keep("balance.sum", own, "routing", size=wide)
-
-    def keep_whatever_runs_again(self, name, elements, owner, size):
-        regions, self.regions = self.regions, ()
-        self.keep(name, elements, owner, size)
-        self.regions = regions
 
     def experts(self, rows):
         """SwiGLU of `rows` in all of a rank's experts."""
@@ -1414,9 +1400,10 @@ class Work:
     def join(self):
         """The embedding of a later token joins the hidden state, before an MTP layer; and the norm after it."""
         c, own = self.shape, self.plan.tokens
+        if c.mtp_hidden == "pre_norm":                     # the same tensor as the input of the last norm before
+            self.keep("hnorm", 0, "MTP")
         self.norm("attend", "enorm", c.hidden_size, "MTP")
-        # mtp_hidden=pre_norm: the same tensor as the input of the last norm before
-        self.norm("attend", "hnorm", c.hidden_size, "MTP", keeps_input=c.mtp_hidden != "pre_norm")
+        self.norm("attend", "hnorm", c.hidden_size, "MTP")
         self.norm("attend", "shared_head.norm", c.hidden_size, "head")
         if not self.plan.embedding_twice:                  # else the copy counts it
             self.look_up()

@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sim  # noqa: E402
-from sim import (BYTES_OF, CONSTANTS, GENERATIONS, GIB, NARROW, Attention, Hardware, Passes, Plan, Shape,  # noqa: E402
+from sim import (BYTES_OF, GENERATIONS, GIB, NARROW, Attention, Hardware, Passes, Plan, Shape,  # noqa: E402
                  Simulation, Work, divisors, matmul_share, peak_of, require, setting, slower_of)
 
 ROWS = Path(__file__).parent / "data/train_rows.csv"
@@ -38,6 +38,18 @@ class RowHardware(Hardware):
 
 
 HARDWARE = {name: RowHardware(**asdict(preset)) for name, preset in sim.HARDWARE.items()}
+HARDWARE |= {
+    # read as the largest bin
+    "ascend_910b_unspecified": HARDWARE["ascend_910b_376"],
+    # NVIDIA's data sheet
+    "a100_40_sxm": replace(HARDWARE["a100_80_sxm"], memory=39.4 * GIB, bandwidth=1555e9),
+    # 4 OmniPath links of 100 Gb/s for 8 GPUs (bigscience, tr11-176B-ml)
+    "a100_80_jeanzay": replace(HARDWARE["a100_80_sxm"], outer_bandwidth=6.25e9),
+    # no NVLink, PCIe 4.0 x16
+    "a100_pcie": replace(HARDWARE["a100_80_sxm"], bandwidth=1935e9, inner_bandwidth=24e9),
+    # torchtitan, benchmarks; 500 of 700 W: the clock follows the root of the power, which is assumed
+    "h100_96_hbm2e_500w": replace(HARDWARE["h100_sxm"], memory=96e9, bandwidth=2400e9, power=math.sqrt(500 / 700)),
+}
 
 
 @dataclass(frozen=True)
@@ -417,29 +429,60 @@ def predict_row(row):
                 fits=int(needed - memory["allocator"] <= hardware.memory), plan=plan)
 
 
+class Timed(NamedTuple):
+    row: Row
+    measured: float                # seconds of a step
+    predicted: float
+
+    @property
+    def error(self):
+        return abs(self.predicted / self.measured - 1)
+
+    @property
+    def task(self):
+        """What two plans must share to be compared."""
+        return [self.row.text(name) for name in ("family", "model", "n_devices", "seq_len")]
+
+
+def timed_rows(rows, found):
+    """list of Timed: of all rows that say how long a step took."""
+    timed = [Timed(row, row.step_seconds(one["plan"]), one["step_time_s"]) for row, one in zip(rows, found)]
+    return [one for one in timed if one.measured]
+
+
 def ordered_pairs(timed):
     """For each two plans of one model, on as many devices, with sequences as long, whose measured times of a sequence
     are more than 4 % apart: whether the prediction has them in this order."""
-    def alike(row):
-        return [row.text(name) for name in ("family", "model", "n_devices", "seq_len")]
-
-    each = [(row, measured / row.number("global_batch", 1), found / row.number("global_batch", 1))
-            for row, measured, found in timed]
-    return [(one[1] < two[1]) == (one[2] < two[2]) for one, two in combinations(each, 2)
-            if alike(one[0]) == alike(two[0]) and max(one[1], two[1]) > 1.04 * min(one[1], two[1])]
+    right = []
+    for one, two in combinations(timed, 2):
+        if one.task != two.task:
+            continue
+        batches = [each.row.number("global_batch", 1) for each in (one, two)]
+        measured = one.measured / batches[0], two.measured / batches[1]
+        predicted = one.predicted / batches[0], two.predicted / batches[1]
+        if max(measured) > 1.04 * min(measured):
+            right.append((measured[0] < measured[1]) == (predicted[0] < predicted[1]))
+    return right
 
 
 def print_errors(timed):
-    """timed: list of (row, measured seconds, predicted seconds)."""
     print("step time, absolute error         rows    mean  median")
-    for key in (lambda row: "all", lambda row: f"{row.text('vendor')} {row.text('arch')}",
-                lambda row: f"  {row.text('family')}"):
-        for name in dict.fromkeys(key(row) for row, *_ in timed):
-            errors = [abs(found / measured - 1) for row, measured, found in timed if key(row) == name]
-            print(f"{name:32} {len(errors):5} {np.mean(errors):7.1%} {np.median(errors):7.1%}")
+    print_error_line("all", timed)
+    for title in (lambda row: f"{row.text('vendor')} {row.text('arch')}", lambda row: f"  {row.text('family')}"):
+        groups = {}
+        for one in timed:
+            groups.setdefault(title(one.row), []).append(one)
+        for name, group in groups.items():
+            print_error_line(name, group)
     right = ordered_pairs(timed)
     print(f"pairs of plans of one model, more than 4 % apart, in order: {sum(right)} of {len(right)}, "
           f"{np.mean(right or [0]):.1%}")
+
+
+def print_error_line(name, timed):
+    errors = [one.error for one in timed]
+    if errors:
+        print(f"{name:32} {len(errors):5} {np.mean(errors):7.1%} {np.median(errors):7.1%}")
 
 
 def print_memory(rows, found):
@@ -457,8 +500,47 @@ def print_memory(rows, found):
 # Constants fitted to the rows
 
 
+class Bounds(NamedTuple):
+    """Of a constant. priors: one for each of GENERATIONS, or one for all; where low equals high, that is its value."""
+    low: float
+    high: float
+    priors: tuple
+
+
+# Priors: matmul and memory of A100 and H100 by stas00/ml-engineering and Calculon, of B200 by SimuMax's measurements, of
+# 910B by msmodeling and HCCS collectives (19 of 28 GB/s a link); attention by arXiv:2307.08691 and 2407.08608; others
+# assumed. Units: see CONSTANTS in sim.py, and RowHardware.
+FITTED = {
+    "matmul_efficiency": Bounds(0.4, 0.97, (0.80, 0.70, 0.55, 0.70)),
+    "matmul_half": Bounds(60, 60, (60,)),
+    "tokens_half": Bounds(30, 600, (256,)),
+    "grouped_efficiency": Bounds(0.70, 1.0, (0.85, 0.85, 0.85, 0.70)),
+    "fp8_efficiency": Bounds(0.5, 1.0, (0.75,)),
+    "attention_efficiency": Bounds(0.2, 0.8, (0.60, 0.55, 0.60, 0.55)),
+    "portable_attention": Bounds(0.3, 1.0, (0.6,)),
+    "attention_half": Bounds(400, 400, (400,)),
+    "memory_efficiency": Bounds(0.3, 0.95, (0.70, 0.65, 0.67, 0.60)),
+    "inner_efficiency": Bounds(0.4, 0.9, (0.70, 0.70, 0.66, 0.665)),
+    "outer_efficiency": Bounds(0.3, 0.95, (0.80, 0.80, 0.80, 0.80)),
+    "static_matmul": Bounds(5e-6, 5e-6, (5e-6,)),
+    "static_vector": Bounds(4e-6, 4e-6, (4e-6,)),
+    "static_collective": Bounds(2e-5, 2e-5, (2e-5,)),
+    "hidden_share": Bounds(0.2, 0.95, (0.7,)),
+    "overlap_tax": Bounds(0.15, 0.15, (0.15,)),
+    "scale_loss": Bounds(1e-3, 0.03, (0.01,)),
+}
+
+
+class Constant(NamedTuple):
+    name: str
+    generation: str                # one of GENERATIONS, or "all"
+
+    def is_of(self, hardware):
+        return self.generation in ("all", hardware.generation)
+
+
 class Fit:
-    """Of CONSTANTS to rows: Gauss-Newton steps on logarithms, from the priors, for least absolute errors.
+    """Of FITTED to rows: Gauss-Newton steps on logarithms, from the priors, for least absolute errors.
 
     hold: a constant this far from its prior, in its logarithm, weighs as much as one row that is 10 % off.
     """
@@ -466,20 +548,25 @@ class Fit:
 
     def __init__(self, rows, found):
         timed = [(row, one["plan"]) for row, one in zip(rows, found) if row.measured("step_time_s")]
-        self.rows, self.plans = zip(*timed)
+        self.rows = [row for row, _ in timed]
+        self.plans = [plan for _, plan in timed]
         self.measured = np.log([row.measured("step_time_s") for row in self.rows])
         self.weights = np.array([0.3 if row.text("quality") == "C" else 1.0 for row in self.rows])
-        self.names = [(name, generation) for name, (*_, values) in CONSTANTS.items()
-                      for generation in (GENERATIONS if len(values) > 1 else ("all",))]
-        self.prior = np.log(list(chain(*(priors for *_, priors, _ in CONSTANTS.values()))))
-        self.low, self.high = np.log([CONSTANTS[name][1:3] for name, _ in self.names]).T
+        self.constants, prior, low, high = [], [], [], []
+        for name, bounds in FITTED.items():
+            for generation, one in zip(GENERATIONS if len(bounds.priors) > 1 else ("all",), bounds.priors):
+                self.constants.append(Constant(name, generation))
+                prior.append(one)
+                low.append(bounds.low)
+                high.append(bounds.high)
+        self.prior, self.low, self.high = np.log(prior), np.log(low), np.log(high)
 
     def error(self, i, logs):
         """Logarithm of predicted over measured time of a row."""
         hardware = self.rows[i].hardware()
-        mine = {name: math.exp(x) for (name, generation), x in zip(self.names, logs)
-                if generation in ("all", hardware.generation)}
-        return math.log(simulate_row(self.rows[i], self.plans[i], replace(hardware, **mine))[0]) - self.measured[i]
+        mine = {constant.name: math.exp(x) for constant, x in zip(self.constants, logs) if constant.is_of(hardware)}
+        seconds, _ = simulate_row(self.rows[i], self.plans[i], replace(hardware, **mine))
+        return math.log(seconds) - self.measured[i]
 
     def errors(self, logs):
         return np.array([self.error(i, logs) for i in range(len(self.rows))])
@@ -487,10 +574,14 @@ class Fit:
     def slopes(self, logs, errors):
         """(rows, constants): change of a row's error with the logarithm of a constant."""
         slopes, step = np.zeros((len(errors), len(logs))), 0.03
-        for i, (j, (_, generation)) in product(range(len(errors)), enumerate(self.names)):
-            if generation in ("all", self.rows[i].hardware().generation) and self.low[j] < self.high[j]:
-                nudged = logs + step * (np.arange(len(logs)) == j)
-                slopes[i, j] = (self.error(i, nudged) - errors[i]) / step
+        for j, constant in enumerate(self.constants):
+            if self.low[j] == self.high[j]:
+                continue
+            nudged = logs.copy()
+            nudged[j] += step
+            for i, row in enumerate(self.rows):
+                if constant.is_of(row.hardware()):
+                    slopes[i, j] = (self.error(i, nudged) - errors[i]) / step
         return slopes
 
     def best(self, logs, errors, slopes, weights):
@@ -523,14 +614,14 @@ class Fit:
         return unseen
 
     def print_errors(self, errors):
-        print_errors(list(zip(self.rows, np.exp(self.measured), np.exp(self.measured + errors))))
+        print_errors([Timed(*one) for one in zip(self.rows, np.exp(self.measured), np.exp(self.measured + errors))])
 
     def print_constants(self, logs):
-        """As lines of CONSTANTS."""
-        print("\nconstant: unit, bounds, priors, fitted, of", *GENERATIONS, "or of all")
-        for name, (*head, priors, _) in CONSTANTS.items():
-            fitted = [float(f"{math.exp(x):.3g}") for (one, _), x in zip(self.names, logs) if one == name]
-            print(f'    "{name}": {(*head, priors, tuple(fitted))},')
+        """As lines of CONSTANTS in sim.py; portable_attention and hidden_share are defaults of RowHardware."""
+        print("\nfitted constants, of", *GENERATIONS, "or of all")
+        for name in FITTED:
+            fitted = [float(f"{math.exp(x):.3g}") for constant, x in zip(self.constants, logs) if constant.name == name]
+            print(f'    "{name}": {tuple(fitted)},')
 
     def report(self):
         logs = self.fitted()
@@ -542,19 +633,47 @@ class Fit:
         self.print_errors(self.left_out(logs, errors))
 
 
-def validate(path, out, fit):
-    rows = read_rows(path or ROWS)
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def report_rows(path, out, fit):
+    rows = read_rows(path)
     found = [predict_row(row) for row in rows]
     for message in dict.fromkeys(chain(*(row.faults for row in rows))):
         print(message, file=sys.stderr)
     if out:
-        with open(out, "w", newline="") as file:
-            writer = csv.DictWriter(file, ("row_id", "step_time_s", "mem_gib", "fits"), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(found)
-    print(f"{len(found)} rows of {path or ROWS.name} predicted with the frozen constants")
-    print_errors([(row, row.step_seconds(one["plan"]), one["step_time_s"]) for row, one in zip(rows, found)
-                  if row.step_seconds(one["plan"])])
+        write_predictions(out, found)
+    print(f"{len(found)} rows of {path.name} predicted with the frozen constants")
+    print_errors(timed_rows(rows, found))
     print_memory(rows, found)
     if fit:
         Fit(rows, found).report()
+
+
+def write_predictions(path, found):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ("row_id", "step_time_s", "mem_gib", "fits"), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Published training runs beside their simulation: errors by group.")
+    parser.add_argument("rows", nargs="?", help=f"CSV file with the columns of {ROWS.name}, the default")
+    parser.add_argument("--out", help="write row_id, step_time_s (s), mem_gib (GiB), fits (0 or 1) to this CSV file")
+    parser.add_argument("--fit", action="store_true", help="refit the constants, on all rows and without each family")
+    args = parser.parse_args(argv)
+    path = Path(args.rows or ROWS)
+    require(not (args.fit and args.rows), f"--fit with {args.rows}: a file is predicted, never fitted; drop one")
+    require(not args.out or Path(args.out).resolve() != path.resolve(),
+            f"--out {args.out}: would overwrite the rows; name another file")
+    report_rows(path, args.out, args.fit)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"published.py: {error}", file=sys.stderr)
+        sys.exit(2)
