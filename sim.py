@@ -101,7 +101,6 @@ class Plan:
     balance_live: int = setting(0, least=0)                # steps between decisions on expert placement; 0: fixed
     # migrate if the deviation of device loads falls by this share of their mean
     balance_threshold: float = setting(0.08, least=0)
-    balance_replicas: int = setting(0, least=0)            # extra copies of hot experts per rank
 
     def __post_init__(self):
         for name in ("recompute", "swap", "layer_split"):
@@ -211,8 +210,7 @@ class Plan:
         """All that the counts and the time of a layer depend on: plans that agree in it share them."""
         gathered_from = (self.dp, self.edp) if self.zero == 3 else ()      # ranks that hold a part of each weight
         return (self.cp, self.tp, self.sp, self.ep, self.node_size, self.micro_batch, self.seq_len, self.dispatch,
-                self.recompute, self.swap, self.precision, self.balance_replicas, self.is_plain, self.embedding_twice,
-                gathered_from)
+                self.recompute, self.swap, self.precision, self.is_plain, self.embedding_twice, gathered_from)
 
 
 def plan_value(name, text):
@@ -410,18 +408,14 @@ def check_schedule(plan):
 
 
 def check_live(config, plan):
-    live, replicas, own = plan.balance_live, plan.balance_replicas, config.n_routed_experts // plan.ep
-    require(live == 0 or plan.ep > 1, f"balance_live={live} moves experts between ranks, ep={plan.ep}: use ep above 1")
-    require(live or not replicas, f"balance_replicas={replicas} are placed by live balance: use balance_live above 0")
-    require(0 <= replicas <= own, f"balance_replicas={replicas} beside {own} experts of a rank: use 0 to {own}")
-    cuts_inside = plan.zero == 0 or config.hidden_size % plan.edp == 0 or config.moe_intermediate_size % plan.edp == 0
-    require(live == 0 or cuts_inside,
+    """Live balance moves whole experts between ranks, each rank its part of them: zero must cut inside every expert."""
+    if plan.balance_live == 0:
+        return
+    require(plan.ep > 1,
+            f"balance_live={plan.balance_live} moves experts between ranks, ep={plan.ep}: use ep above 1")
+    cut_inside_experts = config.hidden_size % plan.edp == 0 or config.moe_intermediate_size % plan.edp == 0
+    require(plan.zero == 0 or cut_inside_experts,
             f"zero={plan.zero} over {plan.edp} ranks would cut between experts, which then cannot move: use zero=0")
-    require(not replicas or (plan.pp == 1 and plan.schedule == "1f1b"),
-            f"balance_replicas={replicas} with pp={plan.pp} schedule={plan.schedule}, which defer weight gradients: "
-            "use pp=1 and schedule=1f1b")
-    require(not replicas or config.capacity_factor == 0,
-            f"capacity_factor={config.capacity_factor} drops by expert, not by copy: use balance_replicas=0")
 
 
 def check_devices(plan, devices):
@@ -562,23 +556,15 @@ def routed_rows(config, plan, ids):
     return rows
 
 
-def copied_bytes(config, plan):
-    """Bytes by tier that a rank sends of hot experts' weights to their copies, in a layer's forward or backward."""
-    expert = 3 * config.hidden_size * config.moe_intermediate_size * BYTES_OF[plan.precision]
-    whole = plan.ep == plan.inner                          # else all are taken to cross between nodes
-    return dict(inner=plan.balance_replicas * expert * whole, outer=plan.balance_replicas * expert * (not whole))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Live load balance: which device holds which expert
 #
-# A placement is an array (devices, slots) of expert numbers. The first E / devices slots of a device are homes: an
-# expert has one, its weights and optimizer state live there. Further slots hold copies of hot experts, which share
-# their load.
+# Load of an expert: how many tokens were sent to it. The load of a step is predicted from the steps before; if another
+# placement of experts would even out the devices' loads enough, experts move there. parallel.py carries it out.
+#
+# A placement is an array (devices, slots) of expert numbers, each expert once: slots = E / devices.
 
 PREDICTOR_DECAY = 0.9      # a step, of the moving average of loads (recipe of MindSpeed; the paper's is not published)
-NEAR_ENOUGH = 1e-3         # busiest device over the mean, minus one, below which no better placement is looked for
-TRIES = 32                 # starts of the planner's search
 
 
 def predict_load(past, load):
@@ -586,20 +572,14 @@ def predict_load(past, load):
     return PREDICTOR_DECAY * past + (1 - PREDICTOR_DECAY) * load
 
 
-def first_placement(n_experts, plan):
-    """(ep, slots): experts in order; the copies, until loads are known, are of the next device's first experts."""
-    homes = np.arange(n_experts).reshape(plan.ep, -1)
-    return np.concatenate((homes, np.roll(homes, -1, 0)[:, :plan.balance_replicas]), 1)
-
-
-def count_copies(placement, n_experts):
-    """(E,) how often each expert stands in a placement, whose free slots are -1."""
-    return np.bincount(placement[placement >= 0], minlength=n_experts)
+def first_placement(n_experts, devices):
+    """(devices, slots): experts in order."""
+    return np.arange(n_experts).reshape(devices, -1)
 
 
 def device_loads(load, placement):
     """load (E,) -> (devices,)."""
-    return (load / count_copies(placement, len(load)))[placement].sum(1)
+    return load[placement].sum(1)
 
 
 def imbalance(load, placement):
@@ -608,150 +588,70 @@ def imbalance(load, placement):
     return loads.max() / loads.mean() - 1
 
 
-def place_greedily(load, devices, replicas=0, homes=None):
-    """The paper's greedy: experts by falling load, each to the least loaded device with a free slot.
+def deviation(load, placement):
+    """Standard deviation of the devices' loads over their mean."""
+    loads = device_loads(load, placement)
+    return loads.std(ddof=1) / loads.mean()
 
-    With replicas, the hottest experts are first given further copies, and a device never gets the same expert twice.
-    homes (devices, E / devices), if given, are kept: only the copies are placed.
+
+def moved_experts(old, new):
+    """How many experts change their device between two placements."""
+    on_same_device = (new[:, :, None] == old[:, None, :]).any(2)          # (devices, slots of new)
+    return int((~on_same_device).sum())
+
+
+def place_greedily(load, devices):
+    """The paper's greedy: experts by falling load, each to the least loaded device with a free slot."""
+    n_slots = len(load) // devices
+    placement = np.zeros((devices, n_slots), int)
+    filled, loads = np.zeros(devices, int), np.zeros(devices)
+    for expert in np.argsort(-load, kind="stable"):
+        device = np.where(filled < n_slots, loads, np.inf).argmin()
+        placement[device, filled[device]] = expert
+        filled[device] += 1
+        loads[device] += load[expert]
+    return placement
+
+
+def match_devices(groups, current):
+    """The greedy's groups of experts (devices, slots), each given to a device that holds many of them already.
+
+    Which device a group is on makes no difference to balance. So the group and the device that have most experts in
+    common come together, then those of the rest, and so on.
     """
-    n_homes = len(load) // devices
-    copies = np.ones(len(load), int)
-    for _ in range(devices * replicas):
-        copies[np.where(copies < devices, load / copies, -1).argmax()] += 1
-    share = load / copies
-    placement = np.full((devices, n_homes + replicas), -1)
-    if homes is not None:
-        placement[:, :n_homes] = homes
-    for expert in np.argsort(-share, kind="stable"):
-        if homes is None:
-            _put(placement, slice(n_homes), expert, share)
-        for _ in range(copies[expert] - 1):
-            _put(placement, slice(n_homes, None), expert, share)
-    for device, slot in np.argwhere(placement < 0):        # no device without this expert was left for some copy
-        wanted = load / count_copies(placement, len(load))
-        wanted[placement[device]] = -1
-        placement[device, slot] = wanted.argmax()
+    devices, n_slots = current.shape
+    holder = np.argsort(current.flatten()) // n_slots                     # (E,) device of each expert
+    in_common = (holder[groups][:, :, None] == np.arange(devices)).sum(1)      # (groups, devices)
+    placement = np.zeros_like(groups)
+    for _ in range(devices):
+        group, device = np.unravel_index(in_common.argmax(), in_common.shape)
+        placement[device] = groups[group]
+        in_common[group, :] = in_common[:, device] = -1
     return placement
 
 
-def _put(placement, columns, expert, share):
-    """Expert to a free slot of the least loaded device that has one, and that does not hold this expert."""
-    slots = placement[:, columns]
-    possible = (slots < 0).any(1) & (placement != expert).all(1)
-    if possible.any():
-        loads = np.where(placement >= 0, share[placement], 0).sum(1)
-        device = np.where(possible, loads, np.inf).argmin()
-        slots[device, (slots[device] < 0).argmax()] = expert
-
-
-def _best_swap(share, placement, columns):
-    """Swap an expert of the busiest device with one elsewhere, so that the busier has least. False: no swap helps."""
-    loads = share[placement].sum(1)                                       # (devices,)
-    busiest = loads.argmax()
-    mine, theirs = placement[busiest, columns], placement[:, columns]     # (slots,), (devices, slots)
-    shift = share[mine][:, None, None] - share[theirs]                    # (slots, devices, slots)
-    after = np.maximum(loads[busiest] - shift, loads[:, None] + shift)
-    holds = (placement[:, :, None] == np.arange(len(share))).any(1)       # (devices, E)
-    after = np.where(holds[:, mine].T[:, :, None] | holds[busiest][theirs], np.inf, after)
-    i, device, j = np.unravel_index(after.argmin(), after.shape)
-    if after[i, device, j] >= loads[busiest] * (1 - 1e-9):
-        return False
-    theirs[device, j], placement[busiest, columns][i] = mine[i], theirs[device, j]
-    return True
-
-
-def _refined(load, placement, n_homes, goal):
-    """Swaps until the busiest device has at most `goal` or no swap helps: homes with homes, copies with copies."""
-    placement, share = placement.copy(), load / count_copies(placement, len(load))
-    kinds = [slice(n_homes), slice(n_homes, None)][:1 + (placement.shape[1] > n_homes)]
-    while share[placement].sum(1).max() > goal and any(_best_swap(share, placement, columns) for columns in kinds):
-        pass
-    return placement
-
-
-def _kicked(homes, random):
-    """homes with two random pairs of experts swapped: a new start near a placement that no single swap improves."""
-    flat = homes.flatten()
-    for _ in range(2):
-        pair = random.choice(len(flat), 2, replace=False)
-        flat[pair] = flat[pair[::-1]]
-    return flat.reshape(homes.shape)
+def keep_slots(placement, current):
+    """The same experts on each device, those that stay there in the slot that they have now."""
+    result = current.copy()
+    for device, experts in enumerate(placement):
+        leaving = ~np.isin(current[device], experts)
+        arriving = ~np.isin(experts, current[device])
+        result[device, leaving] = experts[arriving]
+    return result
 
 
 def plan_placement(load, current):
-    """A placement for the predicted load (E,), never worse than `current` by its busiest device.
-
-    A search by swaps from where experts are, so that few move; if that is not near the mean, then from the paper's
-    greedy and from random changes of the best so far. Experts that stay on their device stay in their slot.
-    """
-    def busiest(placement):
-        return device_loads(load, placement).max()
-
-    devices, n_homes = len(current), len(load) // len(current)
-    replicas = current.shape[1] - n_homes
-    goal, random = _goal(load, devices, replicas), np.random.default_rng(0)
-    best = current
-    for attempt in range(TRIES):
-        homes = best[:, :n_homes]
-        if attempt == 1:
-            homes = None                                   # the greedy places them too
-        elif attempt > 1:
-            homes = _kicked(homes, random)
-        start = place_greedily(load, devices, replicas, homes)
-        best = min(best, _refined(load, start, n_homes, goal), key=busiest)
-        if busiest(best) <= goal:
-            break
-    return _in_old_slots(best, current, n_homes)
+    """A placement for the predicted load (E,), never worse than the current one by its busiest device."""
+    groups = place_greedily(load, len(current))
+    planned = keep_slots(match_devices(groups, current), current)
+    return planned if imbalance(load, planned) < imbalance(load, current) else current
 
 
-def _goal(load, devices, replicas):
-    """A busiest device with this needs no better: hardly above the mean, or the hottest expert with the lightest."""
-    beside = np.sort(load)[:len(load) // devices - 1].sum()
-    return max(load.mean() * len(load) / devices, 0 if replicas else load.max() + beside) * (1 + NEAR_ENOUGH)
-
-
-def _in_old_slots(placement, current, n_homes):
-    kept = placement.copy()
-    for new, old in zip(kept[:, :n_homes], current[:, :n_homes]):
-        arriving, stays = new[~np.isin(new, old)], np.isin(old, new)
-        new[stays], new[~stays] = old[stays], arriving
-    return kept
-
-
-def decide(load, current, plan):
-    """The planned placement; the current one where std / mean of the devices' loads would not fall by the threshold."""
-    def deviation(placement):
-        loads = device_loads(load, placement)
-        return loads.std(ddof=1) / loads.mean()
-
+def decide(load, current, threshold):
+    """The planned placement if the devices' deviation falls by at least `threshold` with it, else the current one."""
     planned = plan_placement(load, current)
-    return planned if deviation(current) - deviation(planned) >= plan.balance_threshold else current
-
-
-def moved_experts(old, new, n_experts):
-    """How many experts change their home device."""
-    n_homes = n_experts // len(old)
-    return int((~(new[:, :n_homes, None] == old[:, None, :n_homes]).any(2)).sum())
-
-
-def replay_loads(loads, plan):
-    """Recorded loads (steps, layers, E) under a plan: the devices' imbalance without and with live balance, a mean
-    over layers and steps from the first decision on, and homes moved. A placement is made from earlier steps alone.
-    """
-    steps, layers, n_experts = loads.shape
-    first = first_placement(n_experts, replace(plan, balance_replicas=0))
-    placements = [first_placement(n_experts, plan)] * layers
-    expected, moved, found = np.zeros((layers, n_experts)), 0, []
-    for step, load in enumerate(loads):
-        if plan.balance_live and step and step % plan.balance_live == 0:
-            planned = [decide(*layer, plan) for layer in zip(expected, placements)]
-            moved += sum(moved_experts(*pair, n_experts) for pair in zip(placements, planned))
-            placements = planned
-        if step >= plan.balance_live:
-            found.append([(imbalance(each, first), imbalance(each, now)) for each, now in zip(load, placements)])
-        expected = predict_load(expected, load)
-    fixed, live = np.mean(found, (0, 1))
-    return dict(fixed=float(fixed), live=float(live) if plan.balance_live else float(fixed), moved=moved)
+    gain = deviation(load, current) - deviation(load, planned)
+    return planned if gain >= threshold else current
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1307,7 +1207,7 @@ class Work:
         self.attention_kernel(heads, qk + v, moved=(tokens * heads + keys * kv_heads) * (qk + v))
         if plan.cp > 1:                                    # pieces of a ring are merged one by one, in float32
             merged = (plan.cp - 1) * tokens * heads * v
-            self.vector("attend", "attention", 4 * merged * self.wide / self.element)
+            self.vector("attend", "ring_merge", 4 * merged * self.wide / self.element)
         if padded != v:
             self.keep("attn_padded", tokens * heads * padded, "attention", swap="attn_out")
         self.keep_input("attn_out", tokens * heads * v, "attention", swap="attn_out")
@@ -1380,19 +1280,16 @@ class Work:
 
     def experts(self, rows):
         """SwiGLU of `rows` in all of a rank's experts."""
-        c, plan = self.shape, self.plan
+        c = self.shape
         up, down = self.own_part("expert.gate_up", "experts"), self.own_part("expert.down", "experts")
         self.keep_input("rows", rows * up.n_in, "experts", again=("permute",))
         self.matmul("experts", "expert.gate_up", rows, cut="experts", again=("expert",))
         self.vector("experts", "expert.act", rows * (up.n_out + down.n_in), again=("act", "expert"))
         self.keep("expert_gate_up", rows * up.n_out, "experts", again=("expert",))
-        if plan.balance_replicas:                              # weights of homes and copies, put together for each use
-            weights = up.n_in * up.n_out + down.n_in * down.n_out
-            self.keep("expert_weights", (up.copies + plan.balance_replicas) * weights, "experts")
         self.keep_input("expert_hidden", rows * down.n_in, "experts", again=("act", "expert"))
         self.matmul("experts", "expert.down", rows, cut="experts")
         self.keep("row_weights", rows + (self.wide == self.element), "experts")        # a cast drops the spare last one
-        self.keep("counts", c.n_routed_experts // plan.ep, "experts", size=8)
+        self.keep("counts", c.n_routed_experts // self.plan.ep, "experts", size=8)
         if c.expert_weight == "after_down":
             self.keep("expert_out", rows * c.hidden_size, "experts", swap="expert_out")
             self.vector("experts", "expert.weight", 2 * rows * c.hidden_size)
@@ -1604,14 +1501,13 @@ class LayerTime:
         outer_ranks = plan.ep if plan.dispatch == "flat" else plan.ep // plan.inner
         ranks = dict(inner=plan.inner, outer=outer_ranks)
         forwards = 2 + bool(self.rows_again) + self.whole_again            # how often rows travel one way
-        copied = copied_bytes(self.work.shape, plan)
         sent = exchange_bytes(self.work.shape, plan)
         for which, both_ways, times in (("F", sent["forward"], forwards), ("B", sent["backward"], 2)):
             for tier in ("inner", "outer"):
                 one_way = both_ways[tier][0] / 2
-                busiest = self.slower * one_way + copied[tier] / 2
-                self.exchange[which][tier] = collective_seconds(self.hardware, tier, ranks[tier], busiest)
-                self.sent[tier] += times * one_way + copied[tier]
+                seconds = collective_seconds(self.hardware, tier, ranks[tier], self.slower * one_way)
+                self.exchange[which][tier] = seconds
+                self.sent[tier] += times * one_way
 
 
 WORKS, LAYER_TIMES, MOST = {}, {}, 2**14       # caches of layer_work and layer_time, and entries after which they start anew
@@ -2046,10 +1942,9 @@ class Simulation:
         self.stages = stage_kinds(self.shape, plan)
         self.max_vio = max_vio
         self.work = work
-        link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
+        link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes())
         self.link = link * (1 - plan.hidden_share("pp", hardware))
 
-    @property
     def stream_bytes(self):
         """Of a micro-batch, to the next stage."""
         return self.plan.tokens * self.shape.hidden_size * BYTES_OF[self.plan.precision]
@@ -2143,7 +2038,7 @@ class Simulation:
         for kind in chain(*self.stages):
             total.update(self.times[kind].sent)
         crossings = sum(home[stage] != home[stage + 1] for stage in range(plan.n_stages - 1))
-        total[tier_of(plan, "pp")] += 2 * crossings * self.stream_bytes
+        total[tier_of(plan, "pp")] += 2 * crossings * self.stream_bytes()
         return {tier: sent * plan.n_micro / plan.pp for tier, sent in total.items()}
 
     def memory(self, rank):
@@ -2267,31 +2162,11 @@ def what_would_fit(config, plan, hardware, budget):
     return "more devices with pp, tp or ep, shorter sequences, or a smaller model"
 
 
-def read_load(text, config, plan):
-    """--load: max_vio=X or a recording (steps, layers, E) -> what replay_loads says of it."""
+def read_load(text):
+    """--load max_vio=X -> X."""
     match = re.fullmatch(r"max_vio=(\d+\.?\d*)", text)
-    if match:
-        return dict(fixed=float(match[1]), live=float(match[1]))
-    try:
-        loads = np.load(text)
-    except (OSError, ValueError):
-        raise ValueError(f"load={text!r}: write max_vio=X with X at least 0, or the loads.npy of a run") from None
-    loads = loads["loads"] if text.endswith(".npz") else loads
-    require(loads.ndim == 3 and loads.shape[2] == config.n_routed_experts,
-            f"load={text}: {loads.shape} recorded, needs (steps, layers, n_routed_experts={config.n_routed_experts})")
-    require(len(loads) > plan.balance_live,
-            f"load={text}: {len(loads)} steps recorded, balance_live={plan.balance_live} decides later: use less")
-    return replay_loads(loads, plan)
-
-
-def predict_under_load(config, plan, hardware, load):
-    """predict, and under `load` for a plan with live balance what the same plan takes without, and the gain."""
-    result = predict(config, plan, hardware, load["live"])
-    if load["live"] != load["fixed"]:
-        fixed_plan = replace(plan, balance_live=0, balance_replicas=0)
-        seconds = predict(config, fixed_plan, hardware, load["fixed"])["step_time_s"]
-        load = load | dict(step_time_fixed_s=seconds, gain=seconds / result["step_time_s"] - 1)
-    return result | dict(load=load)
+    require(match, f"load={text!r}: write max_vio=X with X at least 0; tests/bench_balance.py finds it in a recording")
+    return float(match[1])
 
 
 def write_trace(run, path):
@@ -2674,9 +2549,6 @@ def print_fewer_layers(hardware):
 def print_prediction(result):
     for name in [name for name, value in result.items() if isinstance(value, float)]:
         print(f"{name:24} {result[name]:12.4g}")
-    if "gain" in result.get("load", {}):
-        print("live balance: imbalance {fixed:.3f} to {live:.3f}, {moved} experts moved, {step_time_fixed_s:.4g} s "
-              "without, {gain:.1%} gained (simulated from recorded loads)".format(**result["load"]))
     print("\nwhere the step goes         seconds   share   (mean over pipeline ranks)")
     for name, seconds in sorted(result["breakdown"].items(), key=lambda item: -item[1]):
         print(f"{name:24} {seconds:10.3f} {seconds / result['step_time_s']:7.1%}")
@@ -2755,8 +2627,7 @@ def parse_arguments(argv):
             command.add_argument("--top", type=int, default=10, help="rows to print")
             continue
         command.add_argument("--plan", default="", help="key=value,... with lists joined by +; default: the paper's")
-        command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1; or "
-                             "the loads.npy of a run, played under the plan's ep and balance_live")
+        command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1")
         if name == "predict":
             command.add_argument("--json", action="store_true", help="one JSON object on stdout: s, GiB, bytes")
         else:
@@ -2787,11 +2658,11 @@ def main(argv=None):
         return print_plans(*search_plans(config, hardware, args.devices or hardware.node_size, args.top, **batch))
     plan = parse_plan(args.plan, node_size=hardware.node_size) if args.plan else OPTIMISED
     check_plan(config, plan, hardware, args.devices)
-    load_found = read_load(args.load, config, plan)
+    max_vio = read_load(args.load)
     if args.command == "predict":
-        result = predict_under_load(config, plan, hardware, load_found)
+        result = predict(config, plan, hardware, max_vio)
         return print(json.dumps(result)) if args.json else print_prediction(result)
-    run = Simulation(config, plan, hardware, load_found["live"])
+    run = Simulation(config, plan, hardware, max_vio)
     write_trace(run, args.out)
     print(draw_text(run.spans()))
     if args.png:

@@ -181,10 +181,9 @@ class RowWork(Work):
 
 
 class RowSimulation(Simulation):
-    @property
     def stream_bytes(self):
         """Whole tensors are sent in parts by the tensor ranks."""
-        whole = super().stream_bytes
+        whole = super().stream_bytes()
         return whole if self.plan.sp else whole / self.plan.tp
 
 
