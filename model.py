@@ -12,7 +12,6 @@ process groups. parallel.py takes a built model and spreads it; what the model c
     Linear.store            a WeightGradStore that delays weight gradients, so that they can hide an exchange
     Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
-    Experts.with_copies     the identity here; there it adds copies of experts that live on other ranks
     Experts.first_expert    the number of the first expert held here, so that seeding does not depend on the cut
 
 Legend of dimensions: B batch, T sequence, C model width, H heads, D head width, N tokens (B*T), K experts per token,
@@ -900,7 +899,6 @@ class Experts(Part):
         self.weight_before_down = c.expert_weight == "before_down"
         self.first_expert = 0                                             # global number of the first one held here
         self.store = None                                                 # a WeightGradStore: gradients are deferred
-        self.with_copies = lambda weight: weight                          # parallel.py: and copies from other ranks
 
     def forward(self, rows, counts, row_weights):
         """rows (M,C) sorted by expert, counts (E,), row_weights (M,) -> (M,C), weighted.
@@ -909,10 +907,9 @@ class Experts(Part):
         hidden, and with it what the weight's gradient needs, comes from gate_up. After the down-projection (MindSpeed's
         default) dweight = sum over C of out * dout: out is kept, or waits in the host's memory (swap=expert_out).
         """
-        weights = [self.with_copies(weight) for weight in (self.gate_up_proj, self.down_proj)]
-        gate_up = self.memory.again("expert", self.grouped, rows, weights[0], counts)              # (M,2I)
+        gate_up = self.memory.again("expert", self.grouped, rows, self.gate_up_proj, counts)       # (M,2I)
         hidden = self.memory.again("act expert", swiglu, gate_up, row_weights if self.weight_before_down else None)
-        out = self.grouped(hidden, weights[1], counts)                                             # (M,C)
+        out = self.grouped(hidden, self.down_proj, counts)                                         # (M,C)
         if self.weight_before_down:
             return out
         return self.memory.swap("expert_out", out) * row_weights.unsqueeze(-1)

@@ -36,7 +36,6 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -638,11 +637,6 @@ def refuse_what_is_not_run(plan):
         raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
     if plan.balance_live and "optimizer" in plan.swap:
         raise ValueError("swap=optimizer keeps moments where balance_live cannot move them: use one of both")
-    for name, only in (("hide", ()), ("etp", 1)):
-        if getattr(plan, name) != only:
-            raise ValueError(f"{name} is simulated, not run: leave it out")
-    if plan.dispatch == "pipelined" or "core_attention" in plan.recompute:
-        raise ValueError("dispatch=pipelined and recompute=core_attention are simulated, not run: use dedup, attention")
     if plan.precision not in ("fp32", "bf16", "fp64"):
         raise ValueError(f"precision={plan.precision} is not run: use fp32 or bf16")
 
@@ -1627,69 +1621,62 @@ def make_runtime(pipeline, plan):
 # ---------------------------------------------------------------------------------------------------------------------
 # Live load balance: experts move to where the load is
 #
-# sim.py predicts loads and plans placements, the same on every rank; here they are carried out. Router, its optimizer
-# state and bias, loads and the balance loss know experts by their own numbers, so nothing of them moves: only dispatch
-# looks up in which slot an expert is now. Checkpoints hold experts in order of their numbers, for any plan and reader.
+# sim.py predicts loads and plans placements, the same on every rank; here they are carried out. A placement is an array
+# (ep, slots) of expert numbers: which expert is in which slot of which rank. Slots of all ranks are numbered in a row.
+#
+# Router, its optimizer state and bias, loads and the balance loss know experts by their own numbers, so nothing of them
+# moves: only dispatch looks up in which slot an expert is now. Checkpoints hold experts in order of their numbers, for
+# any plan and reader.
 
 
 class PlacedDispatcher:
     """Sends rows to the slot where their expert is now, through one of the exchanges above, to which slots are experts.
 
-    Tokens take turns between the copies of a hot expert.
+    All else of a dispatcher is the exchange's.
     """
 
     def __init__(self, exchange):
         self.exchange = exchange
+        self.slot_of = None                                               # (E,) slot of each expert
 
     def __getattr__(self, name):
         return getattr(self.exchange, name)
 
-    def place(self, placement, device):
-        """placement: (ep, slots) of expert numbers."""
-        flat = placement.flatten()
-        slots = [np.flatnonzero(flat == expert) for expert in range(flat.max() + 1)]
-        most = max(map(len, slots))
-        self.slots = torch.tensor(np.stack([np.resize(each, most) for each in slots]), device=device)      # (E, most)
-        self.copies = torch.tensor([len(each) for each in slots], device=device)                            # (E,)
-
     def dispatch(self, x, ids, weights):
-        turn = torch.arange(len(ids), device=ids.device).unsqueeze(1) % self.copies[ids]
-        return self.exchange.dispatch(x, self.slots[ids, turn], weights)
+        return self.exchange.dispatch(x, self.slot_of[ids], weights)
 
 
 def leaving_and_arriving(old, new, me):
-    """Slots that rank `me` sends from, and to, for each member of its group, both in the order of the receiver's slots.
+    """What rank `me` sends to and gets from each rank, between two placements (ep, slots): two lists of its slots.
 
-    old, new: (ep, slots) of expert numbers. What stays in its slot is left out.
+    leaving[r] are the slots whose experts go to rank r, arriving[r] those where experts of rank r come, both in the
+    order of the receiver's slots. What stays in its slot is left out.
     """
-    leaving = [[i for j, expert in enumerate(row) for i in np.flatnonzero(old[me] == expert) if (member, j) != (me, i)]
-               for member, row in enumerate(new)]
-    arriving = [[j for j, expert in enumerate(new[me]) if expert in row and (member != me or row[j] != expert)]
-                for member, row in enumerate(old)]
+    ep, n_slots = old.shape
+    came_from = np.argsort(old.flatten())[new]                            # (ep, slots) slot where each expert was
+    sender, sender_slot = came_from // n_slots, came_from % n_slots
+    changed = old != new
+    leaving = [sender_slot[rank][changed[rank] & (sender[rank] == me)] for rank in range(ep)]
+    arriving = [np.flatnonzero(changed[me] & (sender[me] == rank)) for rank in range(ep)]
     return leaving, arriving
 
 
-def move_homes(tensors, old, new, group):
-    """Experts of one layer to their new homes, by one all-to-all of slices. old, new: (ep, homes).
+def move_experts(tensors, old, new, group):
+    """Experts of one layer from an old placement to a new one, by one all-to-all.
 
-    tensors: (homes, ...) on this rank, weights and optimizer states, cut alike on all ranks of the group.
+    tensors: (slots, ...) on this rank, weights and optimizer states, cut alike on all ranks of the group.
     """
     leaving, arriving = leaving_and_arriving(old, new, group.rank)
-    rows = torch.cat([t[sum(leaving, [])].flatten(1) for t in tensors], 1)
-    rows, work = group.all_to_all(rows, "forward", list(map(len, leaving)), list(map(len, arriving)))
+    send, recv = [len(slots) for slots in leaving], [len(slots) for slots in arriving]
+    device = tensors[0].device
+    leaving = torch.tensor(np.concatenate(leaving), device=device)
+    arriving = torch.tensor(np.concatenate(arriving), device=device)
+    rows = torch.cat([tensor[leaving].flatten(1) for tensor in tensors], 1)       # (experts that go, values of each)
+    rows, work = group.all_to_all(rows, "forward", send, recv)
     work.wait()
-    for tensor, part in zip(tensors, rows.split([t[0].numel() for t in tensors], 1)):
-        tensor[sum(arriving, [])] = part.view(-1, *tensor.shape[1:])
-
-
-def with_copies(group, leaving, arriving, weight):
-    """weight (homes, ...) of this rank -> (slots, ...): copies of hot experts come from their homes before each use.
-
-    In backward their gradients return and are summed there, so copies need no optimizer.
-    """
-    flight = flight_of_rows(group, list(map(len, leaving)), list(map(len, arriving)))
-    came = flight.whole(weight[sum(leaving, [])])                         # by rank they came from
-    return torch.cat((weight, came[np.argsort(sum(arriving, []))]))
+    sizes = [tensor[0].numel() for tensor in tensors]
+    for tensor, part in zip(tensors, rows.split(sizes, 1)):
+        tensor[arriving] = part.view(-1, *tensor.shape[1:])
 
 
 class LiveBalance:
@@ -1702,77 +1689,74 @@ class LiveBalance:
     """
 
     def __init__(self, model, grid):
-        plan, n_experts = grid.plan, model.config.n_routed_experts
-        self.plan, first_moe = plan, model.config.first_k_dense_replace
-        self.moes = {block.index - first_moe: block.mlp for block in model.moe_blocks()}
-        n_layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers - first_moe
-        self.n_homes, self.first = n_experts // plan.ep, first_placement(n_experts, plan)
-        self.group = Group(grid.expert["ep"].get_group(), plan.node_size, Traffic())
-        self.device = torch.device(grid.dense.device_type)
-        slots = SimpleNamespace(n_routed_experts=self.first.size, capacity_factor=model.config.capacity_factor)
-        exchange = grid.dispatcher(slots)
+        config, self.plan = model.config, grid.plan
+        n_layers = config.num_hidden_layers + config.num_nextn_predict_layers - config.first_k_dense_replace
+        self.group = Group(grid.expert["ep"].get_group(), self.plan.node_size, Traffic())
+        self.moes = {block.index - config.first_k_dense_replace: block.mlp for block in model.moe_blocks()}
         for moe in self.moes.values():
-            moe.dispatcher = PlacedDispatcher(exchange)
-        self.expected = torch.zeros(n_layers, n_experts, device=self.device)
-        self.share = self.expected.new_zeros(n_layers, n_experts, plan.ep)           # of an expert's load on a rank
-        self.placements = [None] * n_layers
+            moe.dispatcher = PlacedDispatcher(moe.dispatcher)
+        self.expected = torch.zeros(n_layers, config.n_routed_experts, device=grid.dense.device_type)
+        self.first = first_placement(config.n_routed_experts, self.plan.ep)
+        self.placements = [self.first] * n_layers
+        self.expert_in = torch.zeros_like(self.expected, dtype=torch.int64)      # (layers, E) the placements, by slot
         for layer in range(n_layers):
             self.place(layer, self.first)
 
     def place(self, layer, placement):
-        moe, self.placements[layer] = self.moes.get(layer), placement
-        holds = (placement[:, :, None] == np.arange(self.first.max() + 1)).any(1)            # (ep, E)
-        self.share[layer] = torch.tensor(holds / holds.sum(0)).T
-        if moe is None:                                                   # on another pipeline rank
-            return
-        moe.dispatcher.place(placement, self.device)
-        if self.plan.balance_replicas:
-            homes, copied = placement[:, :self.n_homes], placement[:, self.n_homes:]
-            slots = leaving_and_arriving(homes, copied, self.group.rank)
-            moe.experts.with_copies = partial(with_copies, self.group, *slots)
+        """From now on a layer's experts are there: dispatch and observe know."""
+        self.placements[layer] = placement
+        self.expert_in[layer] = torch.tensor(placement.flatten())
+        if layer in self.moes:                                            # else it is on another pipeline rank
+            self.moes[layer].dispatcher.slot_of = self.expert_in[layer].argsort()
 
     def after_step(self, step, loads, optimizer):
         """What metrics.jsonl tells of the step; see observe and rebalance."""
         line = dict(device_vio=self.observe(loads).item())
-        return line | self.rebalance(optimizer) if step % self.plan.balance_live == 0 else line
+        if step % self.plan.balance_live == 0:
+            line |= self.rebalance(optimizer)
+        return line
 
     def observe(self, loads):
         """loads (MoE layers, E) of a step, summed over all ranks -> imbalance of the ranks, a mean over layers."""
         loads = loads.to(self.expected)
         self.expected = predict_load(self.expected, loads)
-        on_rank = torch.einsum("le,led->ld", loads, self.share)
-        return (on_rank.amax(1) / on_rank.mean(1) - 1).mean()
-
-    def imbalance(self, loads):
-        return float(np.mean([imbalance(*layer) for layer in zip(loads, self.placements)]))
+        of_ranks = loads.gather(1, self.expert_in).unflatten(1, self.first.shape).sum(2)      # (layers, ep)
+        return (of_ranks.amax(1) / of_ranks.mean(1) - 1).mean()
 
     def rebalance(self, optimizer):
         """Plan by the expected loads, and move: what metrics.jsonl tells of it."""
-        began, old, expected = time.perf_counter(), self.placements, self.expected.double().cpu().numpy()
-        before = self.imbalance(expected)
-        self.move_to([decide(*layer, self.plan) for layer in zip(expected, old)], optimizer)
-        moved = sum(moved_experts(*pair, expected.shape[1]) for pair in zip(old, self.placements))
-        return dict(balance_before=before, balance_after=self.imbalance(expected), balance_moved=moved,
-                    balance_s=time.perf_counter() - began)
+        began = time.perf_counter()
+        expected, old = self.expected.double().cpu().numpy(), list(self.placements)
+        new = [decide(load, placement, self.plan.balance_threshold) for load, placement in zip(expected, old)]
+        self.move_to(new, optimizer)
+        return dict(balance_before=mean_imbalance(expected, old), balance_after=mean_imbalance(expected, new),
+                    balance_moved=sum(map(moved_experts, old, new)), balance_s=time.perf_counter() - began)
 
     @torch.no_grad()
     def move_to(self, placements, optimizer):
         """Weights and what the optimizer keeps of them: every state of a weight's own shape."""
-        old, self.placements = self.placements, list(self.placements)
-        for layer, (here, there) in enumerate(zip(old, placements)):
-            weights = self.moes[layer].experts.parameters() if layer in self.moes else ()
-            state = [local(tensor) for weight in weights
-                     for tensor in (weight, *optimizer.state[weight].values()) if tensor.shape == weight.shape]
-            if (here != there).any():
-                if state:
-                    move_homes(state, here[:, :self.n_homes], there[:, :self.n_homes], self.group)
-                self.place(layer, there)
+        old = list(self.placements)
+        for layer, placement in enumerate(placements):
+            if (placement == old[layer]).all():
+                continue
+            if layer in self.moes:
+                tensors = self.tensors_of_experts(layer, optimizer)
+                move_experts(tensors, old[layer], placement, self.group)
+            self.place(layer, placement)
+
+    def tensors_of_experts(self, layer, optimizer):
+        """(slots, ...) each: weights of a layer's experts on this rank, and the optimizer's states of their shape."""
+        tensors = []
+        for weight in self.moes[layer].experts.parameters():
+            tensors.append(local(weight))
+            tensors += [local(state) for state in optimizer.state[weight].values() if state.shape == weight.shape]
+        return tensors
 
     @contextmanager
     def at_home(self, optimizer):
         """Experts stand in order of their numbers, as checkpoints hold them."""
-        placements = self.placements
-        self.move_to([self.first] * len(self.placements), optimizer)
+        placements = list(self.placements)
+        self.move_to([self.first] * len(placements), optimizer)
         yield
         self.move_to(placements, optimizer)
 
@@ -1789,6 +1773,11 @@ class LiveBalance:
         if placements[0].shape != self.first.shape:
             placements = [plan_placement(load, self.first) for load in self.expected.double().cpu().numpy()]
         self.move_to(placements, optimizer)
+
+
+def mean_imbalance(loads, placements):
+    """Of the ranks, a mean over layers: loads (layers, E), a placement for each layer."""
+    return float(np.mean([imbalance(load, placement) for load, placement in zip(loads, placements)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
