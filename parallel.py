@@ -671,11 +671,6 @@ def refuse_what_is_not_run(plan):
         raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
     if plan.balance_live and "optimizer" in plan.swap:
         raise ValueError("swap=optimizer keeps moments where balance_live cannot move them: use one of both")
-    for name, only in (("hide", ()), ("etp", 1)):
-        if getattr(plan, name) != only:
-            raise ValueError(f"{name} is simulated, not run: leave it out")
-    if plan.dispatch == "pipelined" or "core_attention" in plan.recompute:
-        raise ValueError("dispatch=pipelined and recompute=core_attention are simulated, not run: use dedup, attention")
     if plan.precision not in ("fp32", "bf16", "fp64"):
         raise ValueError(f"precision={plan.precision} is not run: use fp32 or bf16")
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 import parallel  # noqa: E402
 from model import PRESETS, require  # noqa: E402
-from sim import BYTES_OF, CPU, Hardware, Op, Plan, Simulation, op_seconds, with_progress  # noqa: E402
+from sim import BYTES_OF, CPU, Attention, Hardware, Matmul, Plan, Simulation, Vector, with_progress  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured
@@ -73,7 +73,7 @@ class Measurement(NamedTuple):
     """Something to time, and what sim.py says that it does."""
     name: str
     call: Callable | None           # runs it once
-    ops: tuple                      # of sim.Op, forward and backward of each
+    ops: tuple                      # of sim's operators, forward and backward of each
     optimizer_bytes: float = 0.0    # that an optimizer moves
     weight: float = 1.0             # in the fit
 
@@ -81,7 +81,7 @@ class Measurement(NamedTuple):
         """Seconds."""
         total = self.optimizer_bytes / hardware.memory_rate
         for op in self.ops:
-            total += sum(op_seconds(op, plan, hardware))
+            total += sum(op.seconds(plan, hardware))
         return total
 
 
@@ -185,20 +185,20 @@ class Operators:
     def attention(self, sequences, seq_len, heads, width):
         q, k, v = [self.random(sequences, seq_len, heads, width) for _ in range(3)]
         tokens = sequences * seq_len
-        op = Op("", "", "flash", 2 * tokens * seq_len * heads * width, 4 * tokens * heads * width * self.bytes,
-                (tokens, width, seq_len, heads * sequences))
+        op = Attention("", "", flops=2 * tokens * seq_len * heads * width,
+                       moved=4 * tokens * heads * width * self.bytes, keys=seq_len)
         return self.measurement(f"attention {sequences} x {seq_len}, {heads} heads of {width}",
                                 lambda q, k, v: model.attention(q, k, v, width**-0.5), (q, k, v), op)
 
     def norm(self, tokens, width):
-        op = Op("", "", "vector", 0, 2 * tokens * width * self.bytes)
+        op = Vector("", "", moved=2 * tokens * width * self.bytes)
         return self.measurement(f"norm {tokens} x {width}", lambda x, gain: model.rms_norm(x, gain, 1e-5),
                                 (self.random(tokens, width), self.random(width)), op, weight=0.3)
 
     def loss(self, tokens, width, vocabulary):
         """The head's matmul and the loss of its logits, which are float32."""
         targets = torch.randint(vocabulary, (tokens,), device=self.device)
-        of_logits = Op("", "loss", "vector", 0, 4 * tokens * vocabulary * BYTES_OF["fp32"])
+        of_logits = Vector("", "", moved=4 * tokens * vocabulary * BYTES_OF["fp32"], cached=True)
         return self.measurement(f"head and loss {tokens} x {width} x {vocabulary}",
                                 lambda x, weight: model.cross_entropy(x, weight, targets),
                                 (self.random(tokens, width), self.random_weight(vocabulary, width)),
@@ -212,8 +212,7 @@ class Operators:
         return torch.randn(shape, device=self.device, requires_grad=True)
 
     def matmul_op(self, rows, n_in, n_out, experts):
-        moved = self.bytes * (rows * n_in + experts * n_in * n_out + rows * n_out)
-        return Op("", "", "matmul", 2 * rows * n_in * n_out, moved, (rows, n_in, n_out, experts))
+        return Matmul("", "", rows, n_in, n_out, experts, self.bytes)
 
     def measurement(self, name, operator, inputs, *ops, weight=1.0):
         grad = torch.randn_like(operator(*inputs))
