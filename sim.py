@@ -12,7 +12,8 @@ here; tests compare. Nothing here builds a tensor, and nothing here was compared
 
 Sections, in this order: the plan; its check; bytes of the expert exchange; live load balance; hardware; what operators
 and collectives cost; what a layer does; stages; what is saved for backward; the time of a layer; inside an action;
-schedules and the clock; one step; search and the command.
+schedules and the clock; one step; what to recompute and swap; search; shapes; the published runs; the step as a
+picture; the command.
 
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
@@ -24,21 +25,19 @@ how far off they are.
 """
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import json
 import math
 import multiprocessing
 import re
+import signal
 import sys
 import time
-from array import array
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
-from operator import itemgetter, le, mul
-from pathlib import Path
-from types import SimpleNamespace
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -202,7 +201,7 @@ class Plan:
         return self.dispatch == "flat"
 
     def hidden_share(self, axis, hardware):
-        """Share of the time of this axis' collectives (tp, dp or pp) that runs beside computation: none, as run here."""
+        """Share of the time of an axis' collectives (tp, dp or pp) that runs beside computation: none, as run here."""
         return 0.0
 
     @property
@@ -757,8 +756,8 @@ def _device(generation, name, tflops, memory, gb_per_s, inner, outer, cores, tfl
 # mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866, section 5. 910C, a die: the same file, and
 # arXiv:2506.12708 (CloudMatrix384: 768 dies of one bus).
 _ASCEND = partial(_device, "ascend", memory=64 * GIB, gb_per_s=1638.4 * GIB / GB, inner=196)
-# A100, H100, H200, H20, B200, GB200, GB300: NVIDIA's data sheets, dense, NVLink of one direction. Between nodes 200 Gb/s
-# a GPU for A100, 400 since, 800 for GB300, as usual for their systems. H800: arXiv:2412.19437, section 3.
+# A100, H100, H200, H20, B200, GB200, GB300: NVIDIA's data sheets, dense, NVLink of one direction. Between nodes
+# 200 Gb/s a GPU for A100, 400 since, 800 for GB300, as usual for their systems. H800: arXiv:2412.19437, section 3.
 _HOPPER = partial(_device, "hopper", outer=50)
 _H100 = partial(_HOPPER, tflops=989.5, tflops_8bit=1979, cores=132)
 _BLACKWELL = partial(_device, "blackwell", gb_per_s=8000, inner=900, cores=148)
@@ -784,8 +783,8 @@ STEP_BYTES = 2**28                         # of moments that a step of a swapped
 # ---------------------------------------------------------------------------------------------------------------------
 # What operators and collectives cost
 #
-# An operator belongs to one of the block's calls, its part: attend (with routing), shared, experts or combine. flops and
-# moved (bytes read and written) are of its forward. again: items of Plan.recompute under which the backward runs it.
+# An operator belongs to one of the block's calls, its part: attend (with routing), shared, experts or combine. flops
+# and moved (bytes read and written) are of its forward. again: items of Plan.recompute under which backward runs it.
 
 VECTOR_BACKWARD = 1.5              # bytes of its backward over those of its forward: a gradient is read beside
 FLASH_BACKWARD = 2.5               # FLOPs of flash attention's backward over its forward's: scores are computed again
@@ -991,11 +990,12 @@ class Shape(Config):
         return super().gains(kind) - latents
 
 
-# Pangu Ultra 135B (arXiv:2504.07866, table 1), the dense predecessor
+# Pangu Ultra, 135B dense (arXiv:2504.07866)
 PANGU_ULTRA = Shape(
-    vocab_size=153376, max_position_embeddings=131072, hidden_size=12288, num_hidden_layers=94, first_k_dense_replace=94,
-    intermediate_size=28672, num_attention_heads=96, attn_type="gqa", num_key_value_heads=8, head_dim=128, norm="dssn",
-    n_routed_experts=1, n_shared_experts=0, num_experts_per_tok=1, num_nextn_predict_layers=0)
+    vocab_size=153376, max_position_embeddings=131072, hidden_size=12288, num_hidden_layers=94,
+    first_k_dense_replace=94, intermediate_size=28672, num_attention_heads=96, attn_type="gqa", num_key_value_heads=8,
+    head_dim=128, norm="dssn", n_routed_experts=1, n_shared_experts=0, num_experts_per_tok=1,
+    num_nextn_predict_layers=0, balance="none")
 
 
 def as_shape(config):
@@ -1510,7 +1510,8 @@ class LayerTime:
                 self.sent[tier] += times * one_way
 
 
-WORKS, LAYER_TIMES, MOST = {}, {}, 2**14       # caches of layer_work and layer_time, and entries after which they start anew
+WORKS, LAYER_TIMES = {}, {}        # of layer_work and layer_time
+MOST_CACHED = 2**14                # entries after which each starts anew
 
 
 def layer_work(shape, plan, kind, work=Work):
@@ -1526,52 +1527,56 @@ def layer_time(shape, plan, kind, hardware, max_vio, work=Work):
 
 def cached(cache, key, make):
     if key not in cache:
-        if len(cache) >= MOST:
+        if len(cache) >= MOST_CACHED:
             cache.clear()
         cache[key] = make()
     return cache[key]
-
-
-V_SHAPED, WITH_PAIRS = (), ("paired",)     # until schedules are cut down below
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inside an action: tasks on the streams of one device
 
 
+class Task(NamedTuple):
+    name: str
+    stream: str                    # compute | inner | outer | host
+    start: float                   # seconds from the action's start
+    end: float
+
+
 class Streams:
     """A device's queues: compute, links inside the node, links between nodes, the host's link; each runs in order."""
 
-    def __init__(self, flat, tax):
+    def __init__(self, flat):
         self.flat = flat                                   # the exchange uses both kinds of link at once
-        self.tax = tax                                     # seconds of computation lost for one of a link beside it
-        self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}
-        self.tasks = []                                    # (name, stream, start, end), seconds from the action's start
+        self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}      # seconds from which a stream is idle
+        self.tasks = []
 
-    def run(self, name, stream, seconds, after=0.0):
+    def queue(self, name, stream, seconds, after=0.0):
         """Queue a task that starts when its stream is free and not before `after`; returns its end."""
         if seconds == 0:
             return after
         start = max(self.free[stream], after)
-        self.free[stream] = start + seconds
-        self.tasks.append((name, stream, start, start + seconds))
-        return start + seconds
+        end = start + seconds
+        self.free[stream] = end
+        self.tasks.append(Task(name, stream, start, end))
+        return end
 
     def compute(self, layer, part, which, after):
         """One part of a layer behind its collectives. which: F, I, W or B, the two halves of a backward together."""
-        for axis, tier, seconds in layer.collectives.get(part, ()) if which != "W" else ():
-            after = self.run(f"{axis} {part}", tier, seconds, after)
-        return self.run(f"{layer.name or part} {which}", "compute", layer.compute.get((part, which), 0.0), after)
+        if which != "W":                                   # weight gradients need nothing from other ranks
+            for axis, tier, seconds in layer.collectives.get(part, ()):
+                after = self.queue(f"{axis} {part}", tier, seconds, after)
+        seconds = layer.compute.get((part, which), 0.0)
+        return self.queue(f"{layer.name or part} {which}", "compute", seconds, after)
 
     def exchange(self, layer, which, way, after):
         """Rows to the experts (way=out: outer hop first) or back; flat sends over both kinds of link at once."""
-        hops = ("outer", "inner") if way == "out" else ("inner", "outer")
         name, seconds = f"exchange {way} {which}", layer.exchange[which]
-        if self.flat:
-            return max(self.run(name, tier, seconds[tier], after) for tier in hops)
-        for tier in hops:
-            after = self.run(name, tier, seconds[tier], after)
-        return after
+        hops = ("outer", "inner") if way == "out" else ("inner", "outer")
+        ends = [self.queue(name, hops[0], seconds[hops[0]], after)]
+        ends.append(self.queue(name, hops[1], seconds[hops[1]], after if self.flat else ends[0]))
+        return max(ends)
 
     def forward_steps(self, layers):
         """Four steps a layer, as backward_steps, so that a pair's layers can take turns.
@@ -1581,94 +1586,110 @@ class Streams:
         """
         ready = 0.0
         for layer in layers:
-            gathered = self.run("weights", *layer.weights)                 # ahead, so the link alone decides when
-            ready = attended = self.compute(layer, "attend", "F", max(ready, gathered))
+            gathered = self.queue("weights", *layer.weights)               # ahead, so the link alone decides when
+            attended = self.compute(layer, "attend", "F", max(ready, gathered))
+            ready = attended
             if layer.name:                                                 # embedding or head
                 continue
             yield
             arrived = self.exchange(layer, "F", "out", attended)
             yield
             computed = self.compute(layer, "experts", "F", arrived)
-            self.run("swap", "host", layer.swap, computed)
+            self.queue("swap", "host", layer.swap, computed)
             returned = self.exchange(layer, "F", "back", computed)
             yield
             self.compute(layer, "shared", "F", attended)
             ready = self.compute(layer, "combine", "F", returned)
             yield
 
-    def backward_steps(self, layers, which, defer):
-        """which: B or I. defer: the experts' weight gradients wait, to hide the way back."""
-        ready, backward = self.free["compute"], layers[::-1]
-        ahead = [self.run("weights", *layer.weights) for layer in backward[:1]]
-        for layer, after in zip(backward, (*backward[1:], None)):
-            ready = max(ready, ahead.pop(), self.run("swap", "host", layer.swap))
-            ahead.append(self.run("weights", *after.weights) if after else 0.0)    # before this layer's gradients leave
+    def backward_steps(self, layers, defer):
+        """defer: the experts' weight gradients wait, to hide the way back."""
+        backward = layers[::-1]
+        ready = self.free["compute"]
+        gathered = self.queue("weights", *backward[0].weights) if backward else 0.0
+        for index, layer in enumerate(backward):
+            swapped_in = self.queue("swap", "host", layer.swap)
+            ready = max(ready, gathered, swapped_in)
+            if index + 1 < len(backward):                  # the next layer's, before this layer's gradients leave
+                gathered = self.queue("weights", *backward[index + 1].weights)
             if layer.name:
-                ready = self.compute(layer, "attend", which, ready)
-                self.run("gradients", *layer.gradients, ready)
+                ready = self.compute(layer, "attend", "B", ready)
+                self.queue("gradients", *layer.gradients, ready)
                 continue
-            rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "first" else ready
-            again = self.compute(layer, "recompute", "F", rows)
-            again = self.exchange(layer, "F", "back", again) if layer.whole_again else again
+            again = self.recompute(layer, ready)
             arrived = self.exchange(layer, "B", "out", self.compute(layer, "combine", "I", ready))
             yield
-            self.compute(layer, "shared", which, again)
+            self.compute(layer, "shared", "B", again)
             yield
             rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "for experts" else ready
-            later = defer or which == "I"
-            computed = self.compute(layer, "experts", "I" if later else "B", max(arrived, again, rows))
+            computed = self.compute(layer, "experts", "I" if defer else "B", max(arrived, again, rows))
             returned = self.exchange(layer, "B", "back", computed)
             yield
-            if defer and which == "B":
+            if defer:
                 self.compute(layer, "experts", "W", computed)
-            ready = self.compute(layer, "attend", which, returned)
-            self.run("gradients", *layer.gradients, ready)
+            ready = self.compute(layer, "attend", "B", returned)
+            self.queue("gradients", *layer.gradients, ready)
             yield
 
+    def recompute(self, layer, ready):
+        """What the backward runs again, behind the rows that travel again for it."""
+        rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "first" else ready
+        again = self.compute(layer, "recompute", "F", rows)
+        return self.exchange(layer, "F", "back", again) if layer.whole_again else again
 
-def play_action(flat, adaptive, kind, forward, backward, tax=0.0):
-    """Streams of one action, from time 0. forward, backward: LayerTimes of a stage, or ()."""
-    streams = Streams(flat, tax)
-    if kind == "W":
-        for layer, part in product(backward, ("attend", "shared", "experts")):
-            streams.compute(layer, part, "W", 0.0)
+
+def play_action(forward, backward, flat, adaptive):
+    """Streams of one action: the forward of a stage, the backward of a stage, or a pair. Each: its LayerTimes, or ()."""
+    streams = Streams(flat)
+    forwards = streams.forward_steps(forward)
+    backwards = streams.backward_steps(backward, defer=adaptive)
+    if adaptive:
+        for _ in zip_longest(backwards, forwards):         # the two take turns, a step each
+            pass
     else:
-        f, b = streams.forward_steps(forward), streams.backward_steps(backward, kind[-1], adaptive)
-        for _ in zip_longest(b, f) if adaptive else chain(f, b):
+        for _ in chain(forwards, backwards):
             pass
     return streams
 
 
+class Account(NamedTuple):
+    """Where the seconds of an action go."""
+    seconds: float
+    # add up to `seconds`: computation by name; `exchange`, while rows travel and nothing is computed; `overlap tax`;
+    # `collectives`, all other waits
+    parts: dict
+    travel: float                  # seconds of exchange on either link, hidden or not
+
+
 @lru_cache(2**15)
-def action_account(*action):
-    return account(play_action(*action))
+def action_account(forward, backward, flat, adaptive, tax=0.0):
+    """Account of play_action. tax: seconds of computation lost for a second in which a link is busy beside it."""
+    streams = play_action(forward, backward, flat, adaptive)
+    computing = [task for task in streams.tasks if task.stream == "compute"]
+    on_links = [task for task in streams.tasks if task.stream in ("inner", "outer")]
+    travelling = [task for task in streams.tasks if task.name.startswith("exchange")]
+    parts = Counter()
+    for task in computing:
+        name, _ = task.name.split()
+        parts[name] += task.end - task.start
+    computed = sum(parts.values())
+    both = busy_seconds(computing) + busy_seconds(on_links) - busy_seconds(computing + on_links)
+    busy = busy_seconds(computing + travelling)
+    played = max(streams.free.values())
+    parts["exchange"] = max(0.0, busy - computed)          # rounding aside
+    parts["collectives"] = max(0.0, played - busy)
+    parts["overlap tax"] = tax * both
+    travel = sum(task.end - task.start for task in travelling)
+    return Account(played + tax * both, parts, travel)
 
 
-def account(streams):
-    """(seconds of an action, {part: seconds} that add up to them, seconds of exchange on either link).
-
-    Parts: computation by name; `exchange`, while rows travel and nothing is computed; `collectives`, all other waits.
-    """
-    parts, links = Counter(), [task[2:] for task in streams.tasks if task[1] in ("inner", "outer")]
-    computing = [task[2:] for task in streams.tasks if task[1] == "compute"]
-    both = _busy(computing) + _busy(links) - _busy(computing + links)
-    end = max(streams.free.values()) + streams.tax * both
-    travel = [task[2:] for task in streams.tasks if task[0].startswith("exchange")]
-    for name, stream, start, stop in streams.tasks:
-        if stream == "compute":
-            parts[name.split()[0]] += stop - start
-    busy = _busy(computing + travel)
-    parts["exchange"] = max(0.0, busy - sum(parts.values()))               # rounding aside
-    parts["overlap tax"] = streams.tax * both
-    parts["collectives"] = max(0.0, end - parts["overlap tax"] - busy)
-    return end, parts, sum(stop - start for start, stop in travel)
-
-
-def _busy(spans):
-    """Seconds in which at least one of the spans runs."""
-    total = last = 0.0
-    for start, end in sorted(spans):
-        total, last = total + max(0.0, end - max(start, last)), max(last, end)
+def busy_seconds(tasks):
+    """Seconds in which at least one of the tasks runs."""
+    total, last = 0.0, 0.0
+    for start, end in sorted(task[2:] for task in tasks):
+        if end > last:
+            total += end - max(start, last)
+            last = end
     return total
 
 
@@ -1677,7 +1698,7 @@ def _busy(spans):
 
 
 class Action(NamedTuple):
-    """One entry of a table. kind: F forward, B backward, I and W its halves (for inputs, for weights), FB a pair.
+    """One entry of a table. kind: F forward, B backward, FB a pair of both.
 
     str() is the notation of torch.distributed.pipelining, whose runtime runs the table: 3F0, 3B0, (3F1;2B0)OVERLAP_F_B.
     """
@@ -1687,9 +1708,11 @@ class Action(NamedTuple):
     backward: tuple = ()           # of a pair: (stage, microbatch) of the backward
 
     @property
-    def run(self):
-        """What actions that differ by the micro-batch alone share: (kind, stage, stage of a pair's backward)."""
-        return self.kind, self.stage, *self.backward[:1]
+    def stages(self):
+        """(stage of the forward, of the backward), None where there is none: all that the action's seconds depend on"""
+        if self.kind == "FB":
+            return self.stage, self.backward[0]
+        return (self.stage, None) if self.kind == "F" else (None, self.stage)
 
     def parts(self):
         """The action as plain (kind, stage, microbatch): two for a pair, forward first."""
@@ -1705,25 +1728,35 @@ class Action(NamedTuple):
 def schedule_table(plan):
     """list (pp) of lists of Action, in the order in which each rank runs them.
 
-    A rank's order is made as words: F0 is "the next forward of my chunk 0", F0+B1 a pair, W0 the oldest weight gradient
-    that chunk 0 still owes, W the oldest of all. Which micro-batch is meant follows from counting.
+    1f1b; interleaved, in which chunks take turns of about pp micro-batches (arXiv:2104.04473, section 2.2); paired:
+    one more warm-up, so that each steady step holds a forward and a backward that do not wait for each other.
     """
-    words = dict(zbv=_zbv, dualpipev=_dualpipev).get(plan.schedule, _one_forward_one_backward)
-    return [_number(words(plan, rank), plan.stages_of(rank), plan.n_micro) for rank in range(plan.pp)]
+    return [rank_actions(plan, rank) for rank in range(plan.pp)]
 
 
-def _one_forward_one_backward(plan, rank):
-    """1f1b; interleaved, in which chunks take turns of about pp micro-batches (arXiv:2104.04473, section 2.2); paired.
+def rank_actions(plan, rank):
+    """Forwards to warm up, steady steps of a forward and a backward each, then the backwards that are left."""
+    stages = plan.stages_of(rank)
+    forwards, backwards = in_turns(plan, stages), in_turns(plan, stages[::-1])
+    first = min(len(forwards), warm_up(plan, rank))
+    actions = [Action("F", *forward) for forward in forwards[:first]]
+    for forward, backward in zip(forwards[first:], backwards):
+        if plan.schedule == "paired":
+            actions.append(Action("FB", *forward, backward))
+        else:
+            actions += [Action("F", *forward), Action("B", *backward)]
+    left = backwards[len(forwards) - first:]
+    return actions + [Action("B", *backward) for backward in left]
 
-    paired: one more warm-up, so that each steady step holds a forward and a backward that do not wait for each other.
-    """
-    n, vpp, turn = plan.n_micro, plan.vpp, plan.turn
-    forward = [f"F{i // turn % vpp}" for i in range(n * vpp)]
-    backward = [f"B{vpp - 1 - i // turn % vpp}" for i in range(n * vpp)]
-    first = min(n * vpp, warm_up(plan, rank))
-    join = "+" if plan.schedule == "paired" else " "
-    steady = [f + join + b for f, b in zip(forward[first:], backward)]
-    return " ".join(forward[:first] + steady + backward[n * vpp - first:]).split()
+
+def in_turns(plan, stages):
+    """list of (stage, micro-batch): a rank's stages take turns of plan.turn micro-batches."""
+    order = []
+    for begin in range(0, plan.n_micro, plan.turn):
+        for stage in stages:
+            for microbatch in range(begin, min(begin + plan.turn, plan.n_micro)):
+                order.append((stage, microbatch))
+    return order
 
 
 def warm_up(plan, rank):
@@ -1733,201 +1766,64 @@ def warm_up(plan, rank):
     return first + (plan.vpp - 1) * plan.turn
 
 
-def _phases(*phases):
-    return [word for times, words in phases for word in words.split() * times]
+@lru_cache(8)
+def cached_table(schedule, pp, vpp, n_micro):
+    """schedule_table for many plans, one after the other, that differ in other things alone."""
+    return schedule_table(Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro))
 
 
-def _zbv(plan, rank):
-    """Zero bubble on a V of two chunks (arXiv:2401.10241, section 6), for 2*pp - 1 micro-batches or more."""
-    pp, n = plan.pp, max(plan.n_micro, 2 * plan.pp - 1)
-    left = pp - rank                                       # ranks from here to the turn of the V, this one included
-    return _phases((2 * left - 1, "F0"), (rank, "F1 F0"), (left, "F1 I1 W1"),
-                   (n - 2 * pp + rank + 1, "F0 I0 W0 F1 I1 W1"), (left - 1, "I0 W0 F1 I1 W1"),
-                   (rank, "I0 I1"), (left, "I0 W0"), (rank, "W1"), (rank, "W0"))
-
-
-def _dualpipev(plan, rank):
-    """DualPipe cut in half (github.com/deepseek-ai/DualPipe): steady pairs, with split backwards at both ends."""
-    left, main, half, odd = plan.pp - rank - 1, plan.n_micro - 2 * plan.pp + rank + 1, (rank + 1) // 2, rank % 2
-    # on the last rank the first pair's backward is of the forward just before it: these two run one after the other
-    first = 1 if left == 0 else 0
-    return _phases((2 * left, "F0"), (rank + 1, "F0 F1"), (left, "I1 W F1"),
-                   (first, "F0 B1 F1+B0"), (main - first, "F0+B1 F1+B0"), (left, "B1 F1+B0"),
-                   (half, "B1 B0"), (1 - odd, "B1 I0"), (half, "I1 I0"), (left, "W I0"), (rank + 1, "W"))
-
-
-def _number(words, stages, n):
-    """Words to actions: micro-batches counted by chunk and kind; those past n, which a short run lacks, are dropped."""
-    count, owed, actions = {}, [], []
-
-    def next_of(word):
-        key = word[0] == "F", int(word[1:])                # B and I are two forms of one backward
-        count[key] = count.get(key, -1) + 1
-        return stages[key[1]], count[key]
-
-    for word in words:
-        if word[0] == "W":
-            mine = next(pair for pair in owed if word == "W" or pair[0] == stages[int(word[1:])])
-            owed.remove(mine)
-            actions.append(Action("W", *mine))
-        elif "+" in word:
-            forward, backward = word.split("+")
-            actions.append(Action("FB", *next_of(forward), next_of(backward)))
-        else:
-            actions.append(Action(word[0], *next_of(word)))
-            owed += [actions[-1][1:3]] if word[0] == "I" else []
-    return [action for action in actions if action.microbatch < n]
-
-
-ROUNDS = 8     # turns of about pp micro-batches, of which a step plays so many if the others repeat them
-
-
-class Timetable:
-    """A table in an order in which every step finds its inputs: made once, then timed under any durations.
-
-    Arrays hold an item for each step, from 1: step 0 stands for an input that is there, or that the rank made itself.
-    """
-
-    def __init__(self, plan, table):
-        home, n, last, self.turn = plan.homes(), plan.n_micro, plan.n_stages - 1, plan.turn
-        self.runs = {}                                     # run -> its number
-        self.rank, self.run, self.microbatch, self.input, self.gradient = (array("l", [0]) for _ in range(5))
-        # [stage][micro-batch]: the step that makes a stage's input, or its output's gradient; the row past the last
-        # stage is for what nobody takes
-        inputs, gradients = ([[None] * n for _ in range(last + 2)] for _ in range(2))
-        inputs[0], gradients[last], done, progress = [0] * n, [0] * n, [0] * plan.pp, True
-        while progress:
-            progress = False
-            for rank, actions in enumerate(table):
-                for action in islice(actions, done[rank], None):
-                    kind, stage, m, (back, back_m) = action if action.backward else (*action[:3], action[1:3])
-                    forward, backward = kind in ("F", "FB"), kind in ("B", "I", "FB")
-                    needs = inputs[stage][m] if forward else 0, gradients[back][back_m] if backward else 0
-                    if None in needs:
-                        break
-                    self._add(rank, action, *needs)
-                    if forward:
-                        inputs[stage + 1][m] = 0 if home.get(stage + 1) == rank else len(self.rank) - 1
-                    if backward:
-                        gradients[back - 1][back_m] = 0 if home.get(back - 1) == rank else len(self.rank) - 1
-                    done[rank], progress = done[rank] + 1, True
-        waiting = [str(actions[n]) for actions, n in zip(table, done) if n < len(actions)]
-        assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
-        self.in_flight = [_peaks(plan.stages_of(rank), actions) for rank, actions in enumerate(table)]
-        self.counts = self._count(0, n)
-        self.one_round = self._count(5 * self.turn, 6 * self.turn)
-
-    def _add(self, rank, action, makes_input, makes_gradient):
-        self.rank.append(rank)
-        self.run.append(self.runs.setdefault(action.run, len(self.runs)))
-        self.microbatch.append(action.microbatch)          # of a pair, the forward's
-        self.input.append(makes_input)
-        self.gradient.append(makes_gradient)
-
-    def _count(self, first, end):
-        """list (pp) of {run: steps of these micro-batches}."""
-        runs, counts = list(self.runs), [Counter() for _ in self.in_flight]
-        for rank, run, microbatch in islice(zip(self.rank, self.run, self.microbatch), 1, None):
-            if first <= microbatch < end:
-                counts[rank][runs[run]] += 1
-        return counts
-
-    def play(self, seconds, link):
-        """(time at which each step's output reaches another rank, at which each rank ends). seconds: of each run.
-
-        link: seconds that an output travels; sends are asynchronous, only the receiver waits. A pair starts when both
-        of its inputs are there.
-        """
-        now, reached = [0.0] * len(self.in_flight), [-math.inf]
-        steps = zip(self.rank, self.run, self.input, self.gradient)
-        for rank, run, makes_input, makes_gradient in islice(steps, 1, None):
-            start = now[rank]
-            if reached[makes_input] > start:               # max() takes three times as long
-                start = reached[makes_input]
-            if reached[makes_gradient] > start:
-                start = reached[makes_gradient]
-            now[rank] = end = start + seconds[run]
-            reached.append(end + link)
-        return reached, now
-
-    @cached_property
-    def turn_apart(self):
-        """(steps, the same ones a turn before; -1 where there is none): as many as depend on each other at a time."""
-        steps = {key: i for i, key in enumerate(zip(self.run, self.microbatch)) if i}
-        window = [(i, steps.get((run, m - self.turn), -1)) for (run, m), i in steps.items()
-                  if 4 * self.turn <= m < (ROUNDS - 2) * self.turn]
-        return [array("l", column) for column in zip(*window)]
-
-    def period(self, reached):
-        """Seconds from a step to the same one a turn before, if that is one number for all that is in flight."""
-        later, earlier = self.turn_apart
-        shifts = [reached[i] - reached[j] for i, j in zip(later, earlier)]
-        return max(shifts) if max(shifts) - min(shifts) < 1e-12 * max(reached) and min(earlier) > 0 else None
-
-
-def _peaks(stages, actions):
-    """A rank's micro-batches in flight, by chunk, at the moments that can be its peak: none is less in every chunk."""
-    live, seen, grown = dict.fromkeys(stages, 0), set(), False
-    for action in actions:
-        for kind, stage, _ in action.parts():
-            change = {"F": 1, "I": 0, "B": -1, "W": -1}[kind]              # I alone frees nothing yet
-            if change < 0 and grown:
-                seen.add(tuple(live.values()))
-            live[stage] += change
-            grown = change > 0 or (grown and not change)
-    return [one for one in seen if not any(one != more and all(map(le, one, more)) for more in seen)]
-
-
-@lru_cache(1024)
-def timetable(schedule, pp, vpp, n_micro):
+@lru_cache(2**14)
+def in_flight(schedule, pp, vpp, n_micro, rank):
+    """array (moments, vpp): a rank's micro-batches in flight, by chunk, at each moment that may be its peak."""
     plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
-    return Timetable(plan, schedule_table(plan))
+    live, grown, peaks = dict.fromkeys(plan.stages_of(rank), 0), False, set()
+    for action in rank_actions(plan, rank):
+        for kind, stage, _ in action.parts():
+            if kind == "B" and grown:                      # one less from here on: a peak lies behind
+                peaks.add(tuple(live.values()))
+            live[stage] += 1 if kind == "F" else -1
+            grown = kind == "F"
+    return np.array(list(peaks))
 
 
-def played_table(plan):
-    """(Timetable of the first micro-batches, turns that are left out): what is in flight is the same without these."""
-    repeated = max(0, plan.n_micro // plan.turn - ROUNDS)
-    return timetable(plan.schedule, plan.pp, plan.vpp, plan.n_micro - repeated * plan.turn), repeated
-
-
-def time_pipeline(plan, duration, link):
-    """(seconds until each rank ends, list (pp) of {run: how often}) of a step. duration(run): seconds.
-
-    Once all that is in flight comes one period after what came a turn before, every further turn repeats it until the
-    micro-batches end: such turns are counted, not played.
-    """
-    table, repeated = played_table(plan)
-    reached, ends = table.play([duration(run) for run in table.runs], link)
-    period = table.period(reached) if repeated else 0.0
-    if period is None:
-        repeated, period, table = 0, 0.0, timetable(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
-        ends = table.play([duration(run) for run in table.runs], link)[1]
-    counts = [{run: n + repeated * more[run] for run, n in one.items()}
-              for one, more in zip(table.counts, table.one_round)]
-    return [end + repeated * period for end in ends], counts
+class Span(NamedTuple):
+    start: float                   # seconds from the step's start
+    end: float
+    action: Action
 
 
 def play(plan, table, duration, link=0.0):
-    """Plays a whole table: list (pp) of lists of (start, end, action), seconds. duration(run): seconds."""
-    played, rows, spans = Timetable(plan, table), [iter(row) for row in table], [[] for _ in table]
-    seconds = [duration(run) for run in played.runs]
-    for rank, run, reached in islice(zip(played.rank, played.run, played.play(seconds, link)[0]), 1, None):
-        spans[rank].append((reached - link - seconds[run], reached - link, next(rows[rank])))
+    """The clock: list (pp) of lists of Span. duration(action): seconds.
+
+    link: seconds that an output travels to another rank; sends are asynchronous, only the receiver waits. A pair starts
+    when both of its inputs are there.
+    """
+    home, last = plan.homes(), plan.n_stages - 1
+    # (kind, stage, micro-batch) -> when its input is there: tokens of the first stage, losses of the last at once
+    inputs = {}
+    for microbatch in range(plan.n_micro):
+        inputs["F", 0, microbatch] = inputs["B", last, microbatch] = 0.0
+    spans = [[] for _ in table]
+    progress = True
+    while progress:
+        progress = False
+        for rank, actions in enumerate(table):             # each as far as its inputs allow
+            row = spans[rank]
+            for action in islice(actions, len(row), None):
+                start = row[-1].end if row else 0.0
+                parts = action.parts()
+                arrivals = [inputs.get(part) for part in parts]
+                if None in arrivals:
+                    break
+                end = max(start, *arrivals) + duration(action)
+                row.append(Span(max(start, *arrivals), end, action))
+                for kind, stage, microbatch in parts:
+                    to = stage + 1 if kind == "F" else stage - 1
+                    inputs[kind, to, microbatch] = end if home.get(to) == rank else end + link
+                progress = True
+    waiting = [str(actions[len(row)]) for actions, row in zip(table, spans) if len(row) < len(actions)]
+    assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
     return spans
-
-
-def draw_text(spans, columns=120):
-    """A played table as text, a line per rank: micro-batches are digits forward, letters backward, = in pairs."""
-    scale, lines = columns / max(row[-1][1] for row in spans), []
-    for row in spans:
-        line = [" "] * columns
-        for start, end, (kind, _, microbatch, _) in row:
-            letter = chr(ord("a") + microbatch % 26)
-            mark = {"F": str(microbatch % 10), "FB": "=", "W": "w"}.get(kind, letter)
-            first, last = round(start * scale), round(end * scale)
-            line[first:last] = mark * (last - first)
-        lines.append("".join(line))
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1935,102 +1831,142 @@ def draw_text(spans, columns=120):
 
 
 class Simulation:
-    """One step of a plan, played: what predict reports and trace draws."""
+    """One step of a plan, played: what predict reports and trace draws. work: the class that counts a layer.
+
+    max_vio: load of the busiest expert over the mean, minus one.
+    """
 
     def __init__(self, config, plan, hardware, max_vio=0.0, work=Work):
         self.plan, self.hardware, self.shape = plan, hardware, on_hardware(config, hardware)
-        self.stages = stage_kinds(self.shape, plan)
-        self.max_vio = max_vio
-        self.work = work
-        link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes())
-        self.link = link * (1 - plan.hidden_share("pp", hardware))
-
-    def stream_bytes(self):
-        """Of a micro-batch, to the next stage."""
-        return self.plan.tokens * self.shape.hidden_size * BYTES_OF[self.plan.precision]
-
-    @property
-    def straggling(self):
-        """Share of the step that is lost with the number of devices."""
-        return self.hardware.scale_loss * math.log2(max(1, self.plan.world_size / self.plan.node_size))
+        self.max_vio, self.work = max_vio, work
+        self.stages = stage_kinds(self.shape, plan)        # of each stage: embedding, kinds of layers, head
+        self.kinds = set(chain(*self.stages))
+        self.accounts = {}                                 # Action.stages -> Account
 
     @cached_property
     def works(self):
-        return {kind: layer_work(self.shape, self.plan, kind, self.work) for kind in set(chain(*self.stages))}
+        return {kind: layer_work(self.shape, self.plan, kind, self.work) for kind in self.kinds}
+
+    @cached_property
+    def saved(self):
+        """kind -> bytes that a micro-batch's forward keeps on the device."""
+        return {kind: saved_bytes(work)[0] for kind, work in self.works.items()}
 
     @cached_property
     def times(self):
         return {kind: layer_time(self.shape, self.plan, kind, self.hardware, self.max_vio, self.work)
-                for kind in self.works}
+                for kind in self.kinds}
 
     @cached_property
-    def kept(self):
-        """stage -> bytes that a micro-batch keeps."""
-        kept = {kind: saved_bytes(work).kept for kind, work in self.works.items()}
-        return [sum(map(kept.get, stage)) for stage in self.stages]
-
-    def inputs_of(self, run):
-        """What play_action takes for a run: (kind, stage, stage of a pair's backward)."""
-        kind, *stages = run
-        layers = [tuple(self.times[one] for one in self.stages[stage]) for stage in stages] + [()]
-        forward, backward = layers[:2] if "F" in kind else layers[1::-1]
-        flat, adaptive = self.plan.hops_together, self.plan.overlap == "adaptive"
-        return flat, adaptive, kind, forward, backward, self.hardware.overlap_tax
-
-    def account_of(self, run):
-        """account of the action that a run stands for."""
-        return action_account(*self.inputs_of(run))
-
-    def seconds_of(self, run):
-        return self.account_of(run)[0]
-
-    def spans(self):
-        """The whole step: list (pp) of lists of (start, end, action), seconds."""
-        return play(self.plan, schedule_table(self.plan), self.seconds_of, self.link)
+    def kinds_of(self):
+        """list (pp) of tuples: kinds of the layers that a pipeline rank holds, stage by stage."""
+        return [tuple(chain.from_iterable(self.stages[stage] for stage in self.plan.stages_of(rank)))
+                for rank in range(self.plan.pp)]
 
     def works_of(self, rank):
-        return [self.works[kind] for stage in self.plan.stages_of(rank) for kind in self.stages[stage]]
+        return [self.works[kind] for kind in self.kinds_of[rank]]
 
-    def params(self, rank):
-        """(parameters that a pipeline rank holds, by axis of Plan.holders; how many it keeps where they are cut)."""
-        held = sum((work.params for work in self.works_of(rank)), Counter())
-        return held, sum(held[axis] / (ranks if self.plan.zero else 1) for axis, ranks in self.plan.holders.items())
+    @cached_property
+    def unlike_ranks(self):
+        """list: of the pipeline ranks that hold layers of the same kinds the first, which has the most in flight."""
+        first = {}
+        for rank, kinds in enumerate(self.kinds_of):
+            first.setdefault(kinds, rank)
+        return list(first.values())
 
-    def optimizer_bytes(self, rank):
-        """Moved by AdamW: reads gradient, master, two moments; writes three of them and the weight."""
-        return self.params(rank)[1] * (7 * 4 + BYTES_OF[self.plan.precision])
+    # seconds
+
+    def layers_of(self, stage):
+        """LayerTimes of a stage; none for None."""
+        return () if stage is None else tuple(self.times[kind] for kind in self.stages[stage])
+
+    @property
+    def manner(self):
+        """play_action's (flat, adaptive)."""
+        return self.plan.hops_together, self.plan.overlap == "adaptive"
+
+    def play_layers(self, forward, backward):
+        """Account of an action. forward, backward: LayerTimes, or ()."""
+        return action_account(forward, backward, *self.manner, self.hardware.overlap_tax)
+
+    def tasks_of(self, action):
+        forward, backward = map(self.layers_of, action.stages)
+        return play_action(forward, backward, *self.manner).tasks
+
+    def account(self, action):
+        """Account of an action, made once for all that differ in the micro-batch alone."""
+        stages = action.stages
+        if stages not in self.accounts:
+            self.accounts[stages] = self.play_layers(*map(self.layers_of, stages))
+        return self.accounts[stages]
+
+    def seconds_of(self, action):
+        return self.account(action).seconds
+
+    def stream_bytes(self):
+        """What a device sends to the next stage."""
+        return self.plan.tokens * self.shape.hidden_size * BYTES_OF[self.plan.precision]
+
+    @property
+    def link(self):
+        """Seconds that it travels and that the next stage waits for it."""
+        seconds = collective_seconds(self.hardware, tier_of(self.plan, "pp"), 2, self.stream_bytes())
+        return seconds * (1 - self.plan.hidden_share("pp", self.hardware))
+
+    @cached_property
+    def spans(self):
+        """The pipeline played: list (pp) of lists of Span."""
+        plan = self.plan
+        table = cached_table(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
+        return play(plan, table, self.seconds_of, self.link)
 
     def after_pipeline(self, rank):
         """(seconds of reducing gradients and gathering weights, seconds of the optimizer) on a pipeline rank."""
-        plan, hardware, e, (held, cut) = self.plan, self.hardware, BYTES_OF[self.plan.precision], self.params(rank)
-        wide = gradient_bytes(plan)
+        plan, hardware, (held, cut) = self.plan, self.hardware, self.params(rank)
+        wide, narrow = gradient_bytes(plan), BYTES_OF[plan.precision]
         # gradients; then new weights, or for zero=0 the second half of an all-reduce. zero=3: in LayerTime
-        sizes = () if plan.zero == 3 else (wide, e if plan.zero else wide)
-        sync = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
-        hidden = plan.hidden_share("dp", hardware)
+        sizes = {0: (wide, wide), 1: (wide, narrow), 3: ()}[plan.zero]
+        gradients = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
+        hidden = plan.hidden_share("dp", hardware) * gradients
         if hidden:                                         # beside the last backwards
-            room = sum(self.seconds_of(("B", stage)) for stage in plan.stages_of(rank))
-            sync -= min(hidden * sync, room)
-        swapped = 2 * 8 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0     # moments come and go
-        return sync, swapped + self.optimizer_bytes(rank) / hardware.memory_rate
+            gradients -= min(hidden, sum(self.seconds_of(Action("B", stage, 0)) for stage in plan.stages_of(rank)))
+        optimizer = self.optimizer_bytes(rank) / hardware.memory_rate
+        if "optimizer" in plan.swap:                       # two moments come and go
+            optimizer += 2 * 8 * cut / hardware.host_bandwidth
+        return gradients, optimizer
+
+    def optimizer_bytes(self, rank):
+        """Moved by AdamW: reads gradient, master, two moments; writes three of them and the weight."""
+        _, cut = self.params(rank)
+        return cut * (7 * 4 + BYTES_OF[self.plan.precision])
+
+    @cached_property
+    def ends(self):
+        """list (pp): seconds at which each pipeline rank is done, optimizer included; the last one's ends the step ..."""
+        return [row[-1].end + sum(self.after_pipeline(rank)) for rank, row in enumerate(self.spans)]
+
+    @property
+    def straggling(self):
+        """... but for what is lost with the number of devices: a share of the step."""
+        return self.hardware.scale_loss * math.log2(max(1, self.plan.world_size / self.plan.node_size))
 
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
-        parts, travel, step = Counter(), 0.0, 0.0
-        ends, counts = time_pipeline(self.plan, self.seconds_of, self.link)
-        for rank, (end, runs) in enumerate(zip(ends, counts)):
-            sync, optimizer = self.after_pipeline(rank)
-            step = max(step, end + sync + optimizer)
-            parts.update(gradients=sync, optimizer=optimizer)
-            for run, times in runs.items():
-                _, by_part, seconds = self.account_of(run)
-                for name, spent in by_part.items():
-                    parts[name] += times * spent
-                travel += times * seconds
+        parts, travel = Counter(), 0.0
+        for rank, row in enumerate(self.spans):
+            gradients, optimizer = self.after_pipeline(rank)
+            parts.update(gradients=gradients, optimizer=optimizer)
+            times = Counter(span.action.stages for span in row)
+            for stages, account in self.accounts.items():
+                for name, seconds in account.parts.items():
+                    parts[name] += times[stages] * seconds
+                travel += times[stages] * account.travel
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
-        parts["stragglers"] = self.straggling * step
-        parts["bubble"] = step + parts["stragglers"] - sum(parts.values())
+        parts["stragglers"] = self.straggling * max(self.ends)
+        parts["bubble"] = max(self.ends) + parts["stragglers"] - sum(parts.values())
         return parts, travel / self.plan.pp
+
+    # bytes
 
     def bytes_by_tier(self):
         """Bytes that a device sends while the pipeline runs, a mean over pipeline ranks; zero=3's weights apart."""
@@ -2041,33 +1977,51 @@ class Simulation:
         total[tier_of(plan, "pp")] += 2 * crossings * self.stream_bytes()
         return {tier: sent * plan.n_micro / plan.pp for tier, sent in total.items()}
 
+    def params(self, rank):
+        """({axis of Plan.holders: parameters that a pipeline rank holds}, how many it keeps where they are cut)."""
+        counts = Counter(self.kinds_of[rank])
+        held = {axis: sum(n * self.works[kind].params[axis] for kind, n in counts.items())
+                for axis in self.plan.holders}
+        cut = sum(held[axis] / (ranks if self.plan.zero else 1) for axis, ranks in self.plan.holders.items())
+        return held, cut
+
+    def activations(self, rank):
+        """Most bytes that micro-batches in flight keep."""
+        plan = self.plan
+        by_chunk = [sum(self.saved[kind] for kind in self.stages[stage]) for stage in plan.stages_of(rank)]
+        enough = min(plan.n_micro, 4 * plan.turn)          # later turns repeat what was in flight
+        moments = in_flight(plan.schedule, plan.pp, plan.vpp, enough, rank)
+        return float(np.max(moments @ by_chunk))
+
     def memory(self, rank):
         """Bytes of a pipeline rank at its peak, by part."""
-        plan, hardware, works, (held, cut) = self.plan, self.hardware, self.works_of(rank), self.params(rank)
-        whole, e = sum(held.values()), BYTES_OF[plan.precision]
+        plan, hardware, (held, cut) = self.plan, self.hardware, self.params(rank)
+        element, whole = BYTES_OF[plan.precision], sum(held.values())
         kept = cut if plan.zero == 3 else whole
         # float32 masters and two moments; whole float32 weights are their own masters
-        wide = 8 if e >= 4 and cut == whole else 12
-        states = cut * wide
+        optimizer = cut * (8 if element >= 4 and cut == whole else 12)
         if "optimizer" in plan.swap:                       # but for the moments that a step has at hand
-            states -= max(0, 8 * cut - STEP_BYTES)
-        rows = max(work.saved.get("rows", 0) for work in works) if plan.ep > 1 else 0
-        # zero=3: weights of two layers, float32 gradients of one
-        layer = max(sum(work.params.values()) for work in works) * (2 * e + 4) if plan.zero == 3 else 0
-        again = max(sum(work.saved.values()) - saved_bytes(work).kept for work in works)
-        activations, buffers = self._activations(rank), 4 * rows + layer + again   # rows of two passes; one layer again
+            optimizer -= max(0, 8 * cut - STEP_BYTES)
+        activations, buffers = self.activations(rank), self.buffers(rank)
         if plan.precision == "fp16":                       # the optimizer's float32 copies, when activations are gone
             buffers = max(buffers, 4 * cut - activations)
         groups = sum(size > 1 for size in (plan.tp, plan.pp, plan.cp, plan.ep, plan.dp))
-        return dict(weights=kept * e, gradients=kept * gradient_bytes(plan),
-                    optimizer=states, activations=activations, buffers=buffers,
+        return dict(weights=kept * element, gradients=kept * gradient_bytes(plan), optimizer=optimizer,
+                    activations=activations, buffers=buffers,
                     allocator=hardware.fragmentation * (activations + buffers),
                     framework=hardware.framework + groups * hardware.communicator)
 
-    def _activations(self, rank):
-        """Most bytes that micro-batches in flight keep."""
-        kept = [self.kept[stage] for stage in self.plan.stages_of(rank)]
-        return max(sum(map(mul, kept, live)) for live in played_table(self.plan)[0].in_flight[rank])
+    def buffers(self, rank):
+        """Bytes beside those in flight: rows of an exchange, weights gathered for a layer, one layer made again."""
+        plan, rows, layer, again = self.plan, 0, 0, 0
+        for kind in set(self.kinds_of[rank]):
+            work = self.works[kind]
+            if plan.ep > 1:                                # those of two passes, before and after
+                rows = max(rows, 4 * work.saved.get("rows", 0))
+            if plan.zero == 3:                             # weights of two layers, float32 gradients of one
+                layer = max(layer, sum(work.params.values()) * (2 * BYTES_OF[plan.precision] + 4))
+            again = max(again, sum(work.saved.values()) - self.saved[kind])
+        return rows + layer + again
 
     @cached_property
     def memories(self):
@@ -2077,23 +2031,20 @@ class Simulation:
         """Whether a rank needs more than there is when the allocator has given unused pieces back."""
         return sum(parts.values()) - parts["allocator"] > self.hardware.memory
 
-    def fits(self, ranks):
-        """Whether these pipeline ranks fit. One that does not is moved to the front, where the next look begins."""
-        for rank in ranks:
-            if self.overflows(self.memory(rank)):
-                ranks.remove(rank)
-                ranks.insert(0, rank)
-                return False
-        return True
-
     def refusal(self):
         """Why the step does not fit; "" if it does."""
         if not any(map(self.overflows, self.memories)):
             return ""
-        peak = max(self.memories, key=lambda parts: sum(parts.values()))
-        return (f"pipeline rank {self.memories.index(peak)} needs {sum(peak.values()) / GIB:.1f} of "
-                f"{self.hardware.memory / GIB:.1f} GiB, most of it {max(peak, key=peak.get)}: use more recompute, "
-                "pp, tp or zero=3, or a smaller micro_batch")
+        rank = peak_rank(self.memories)
+        parts = self.memories[rank]
+        return (f"pipeline rank {rank} needs {sum(parts.values()) / GIB:.1f} of {self.hardware.memory / GIB:.1f} GiB, "
+                f"most of it {max(parts, key=parts.get)}: use more recompute, pp, tp or zero=3, or a smaller "
+                "micro_batch")
+
+
+def peak_rank(memories):
+    needs = [sum(parts.values()) for parts in memories]
+    return needs.index(max(needs))
 
 
 def predict(config, plan, hardware, max_vio=0.0):
@@ -2101,52 +2052,61 @@ def predict(config, plan, hardware, max_vio=0.0):
 
     max_vio: load of the busiest expert over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
     included, nothing recomputed) over the peak of the plan's precision. hidden_comm_fraction: of the expert exchange.
-    memory_by_stage: one entry per pipeline rank.
+    memory_by_stage: one entry per pipeline rank. bytes_by_tier: sent by a device in a step.
     """
     check_plan(config, plan, hardware)
-    run = Simulation(config, plan, hardware, max_vio)
-    parts, travel = run.breakdown()
-    step, memory = sum(parts.values()), run.memories
-    peak = max(range(plan.pp), key=lambda rank: sum(memory[rank].values()))
-    needed, rate = sum(memory[peak].values()), plan.global_batch * plan.seq_len / step
-    flops = flops_per_token(run.shape, plan.seq_len) * rate / plan.world_size          # FLOP/s of a device
-    why_not = run.refusal()
+    simulation = Simulation(config, plan, hardware, max_vio)
+    parts, travel = simulation.breakdown()
+    step, why_not = sum(parts.values()), simulation.refusal()
+    peak = peak_rank(simulation.memories)
+    rate = plan.global_batch * plan.seq_len / step
+    flops = flops_per_token(simulation.shape, plan.seq_len) * rate / plan.world_size       # FLOP/s of a device
     return dict(
         step_time_s=step, tokens_per_s=rate, tokens_per_s_per_device=rate / plan.world_size,
-        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12, mem_gib=needed / GIB,
-        bubble=parts["bubble"] / step, exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
+        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12,
+        mem_gib=sum(simulation.memories[peak].values()) / GIB, bubble=parts["bubble"] / step,
+        exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
         hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0,
         fits=not why_not, why_not=why_not, peak_rank=peak, breakdown=parts,
-        memory_by_stage=[{name: size / GIB for name, size in rank.items()} for rank in memory],
-        bytes_by_tier=run.bytes_by_tier(), plan=asdict(plan))
+        memory_by_stage=[{name: size / GIB for name, size in rank.items()} for rank in simulation.memories],
+        bytes_by_tier=simulation.bytes_by_tier(), max_vio=max_vio, plan=asdict(plan))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to recompute and swap, so that a plan fits
 
 
 def memory_choices(config):
     """Each choice of items to recompute and swap that makes a difference: (recompute, swap), smaller ones first."""
     fine = [item for item in RECOMPUTE if item != "layer"]
-    sets = chain([("layer",)], *(combinations(fine, n) for n in range(len(fine) + 1)))
-    swaps = SWAP if config.expert_weight == "after_down" else SWAP[1:]
-    swaps = list(chain(*(combinations(swaps, n) for n in range(len(swaps) + 1))))
-    choices = [pair for pair in product(sets, swaps) if not {"attention", "mla_up"} <= set(pair[0])]
-    return sorted(choices, key=lambda pair: len(pair[0]) + len(pair[1]))
+    swaps = [item for item in SWAP if item != "expert_out" or config.expert_weight == "after_down"]
+    choices = []
+    for recompute in [("layer",), *subsets(fine)]:
+        if not {"attention", "mla_up"} <= set(recompute):                  # the first runs the second again
+            choices += [(recompute, swap) for swap in subsets(swaps)]
+    return sorted(choices, key=lambda choice: len(choice[0]) + len(choice[1]))
+
+
+def subsets(items):
+    return [chosen for n in range(len(items) + 1) for chosen in combinations(items, n)]
 
 
 def fit_memory(config, plan, hardware, budget):
     """predict of the plan with the cheapest items to recompute and swap, by simulated time, that needs at most `budget`
     bytes. ValueError says what is missing and what would help."""
-    results = [predict(config, replace(plan, recompute=recompute, swap=swap), hardware)
-               for recompute, swap in memory_choices(config)]
+    results = []
+    for recompute, swap in memory_choices(config):
+        results.append(predict(config, replace(plan, recompute=recompute, swap=swap), hardware))
     fitting = [result for result in results if result["mem_gib"] * GIB <= budget]
     if fitting:
         return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
-    least = min(results, key=lambda result: result["mem_gib"])
+    least = min(results, key=itemgetter("mem_gib"))
     parts = least["memory_by_stage"][least["peak_rank"]]
+    sizes = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
     items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
-    raise ValueError(
-        f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB (simulated: "
-        + ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
-        + f"), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
-        + what_would_fit(config, plan, hardware, budget))
+    raise ValueError(f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB "
+                     f"(simulated: {sizes}), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
+                     + what_would_fit(config, plan, hardware, budget))
 
 
 def what_would_fit(config, plan, hardware, budget):
@@ -2154,175 +2114,200 @@ def what_would_fit(config, plan, hardware, budget):
     smallest = replace(plan, recompute=("layer",), swap=("optimizer",))
     sharded = dict(zero=3) if max(plan.holders.values()) > 1 else {}
     for change in (dict(micro_batch=1), sharded, dict(micro_batch=1, **sharded)):
-        try:
+        with contextlib.suppress(ValueError):              # a plan that cannot run
             if predict(config, replace(smallest, **change), hardware)["mem_gib"] * GIB <= budget:
                 return " ".join(f"{name}={value}" for name, value in change.items())
-        except ValueError:
-            continue
     return "more devices with pp, tp or ep, shorter sequences, or a smaller model"
 
 
-def read_load(text):
-    """--load max_vio=X -> X."""
-    match = re.fullmatch(r"max_vio=(\d+\.?\d*)", text)
-    require(match, f"load={text!r}: write max_vio=X with X at least 0; tests/bench_balance.py finds it in a recording")
-    return float(match[1])
-
-
-def write_trace(run, path):
-    """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds."""
-    threads, events = ["schedule", "compute", "inner", "outer", "host"], []
-    for rank, row in enumerate(run.spans()):
-        names = [("process_name", 0, f"pipeline rank {rank}")] + [("thread_name", *one) for one in enumerate(threads)]
-        events += [dict(ph="M", name=kind, pid=rank, tid=thread, args={"name": name}) for kind, thread, name in names]
-        for start, end, action in row:
-            tasks = [(str(action), "schedule", 0.0, end - start)] + play_action(*run.inputs_of(action.run)).tasks
-            events += [dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream),
-                            ts=1e6 * (start + first), dur=1e6 * (last - first)) for name, stream, first, last in tasks]
-    with open(path, "w") as file:
-        json.dump(dict(traceEvents=events, displayTimeUnit="ms"), file)
-
-
-def draw_png(run, path):
-    """The pipeline as a picture, a row per rank, later chunks darker."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import colors, pyplot
-    plan, colours, bars = run.plan, dict(F="tab:blue", B="tab:orange", I="tab:orange", W="tab:green"), []
-    for rank, row in enumerate(run.spans()):
-        for start, end, action in row:
-            parts = action.parts()
-            for i, (kind, stage, _) in enumerate(parts):
-                shade = 0.4 + 0.6 * (1 + plan.stages_of(rank).index(stage)) / plan.vpp
-                y = rank + (i + 0.5) / len(parts) - 0.5
-                bars.append((y, start, end, colors.to_rgba(colours[kind], shade), 24 / len(parts)))
-    figure, axes = pyplot.subplots(figsize=(16, 1.2 + 0.4 * plan.pp), layout="tight")
-    y, start, end, colour, width = zip(*bars)
-    axes.hlines(y, start, end, colour, linewidth=width)
-    axes.margins(x=0.01)
-    axes.set(xlabel="seconds, simulated", ylabel="pipeline rank", ylim=(plan.pp - 0.5, -0.5),
-             title=f"{plan.schedule}, {plan.n_micro} micro-batches: forward blue, backward orange, weights green")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Search, and the command
-
-RUNS = (("1f1b", 1), ("zbv", 2), ("dualpipev", 2), *product(("interleaved",), (2, 3, 4)),
-        *product(("paired",), (1, 2, 3, 4)))               # (schedule, vpp); pairs are always interleaved: adaptive
-PANGU = PRESETS["pangu-ultra-moe-718b"]
-SLOWER = "slower than those above, by its step or by a lower bound of it"
-CHUNK, AHEAD = 16, 8                                       # plans of a job, jobs that wait
+# Search: every plan is checked, fitted into memory and priced by a formula; the best are played
 
 
-def candidate_plans(config, hardware, devices, **batch):
-    """Plans to search, but for zero, dispatch and what is saved: at most a node of tp, at least 1024 tokens a rank."""
-    sizes, c = [2**i for i in range(devices.bit_length())], config
-    tensor = [n for n in sizes if n <= hardware.node_size]
-    contexts = [n for n in sizes if n * 1024 <= max(1024, batch["seq_len"])]
-    stages = [n for n in divisors(devices) if n <= c.num_hidden_layers + 1]
-    experts = divisors(c.n_routed_experts) if has_experts(c) else [1]
-    for tp, cp, pp, micro_batch in product(tensor, contexts, stages, (1, 2, 4, 8)):
-        group = devices // pp
-        for ep, (schedule, vpp) in product(experts, RUNS if pp > 1 else (("1f1b", 1), ("paired", 1))):
-            if devices % (tp * cp * pp) == 0 and group % ep == 0:
-                overlap = "adaptive" if schedule in WITH_PAIRS else "none"
-                yield Plan(tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=group // (tp * cp), ep=ep, micro_batch=micro_batch,
-                           schedule=schedule, vpp=vpp, overlap=overlap, node_size=hardware.node_size, **batch)
+# (schedule, vpp) to search; pairs are always interleaved inside: overlap=adaptive
+SEARCHED = (("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4),
+            ("paired", 1), ("paired", 2), ("paired", 3), ("paired", 4))
+PLAYED = 400                               # plans that are played in full, at least
 
 
-def variants(plan):
-    """Every zero and every exchange; inside one node all exchanges are the same."""
-    dispatches = ("flat", "hierarchical", "dedup") if plan.ep > plan.node_size else ("flat",)
-    return [replace(plan, zero=zero, dispatch=dispatch) for zero, dispatch in product((0, 1, 3), dispatches)]
+def candidate_groups(config, hardware, devices, **batch):
+    """Plans to search, but for zero, dispatch and what is saved, in lists of those that cut a layer alike.
 
-
-def least_seconds(run):
-    """Below the step of a plan, whatever it swaps or adds to recompute: two ranks that wait as little as can be.
-
-    The first: a micro-batch goes down all stages and back to it, then comes what it could not do before that. The
-    last: a micro-batch comes down, all of its work, a gradient goes up. Actions run one after the other; of pairs, that
-    hide communication, the busiest stream counts.
+    At most a node of tp, at least 1024 tokens a rank of a context group, micro-batches of at most 8.
     """
-    plan, n = run.plan, run.plan.n_micro
-    least = _least(run.shape, replace(plan, zero=0, swap=()), run.hardware)
-    forward, backward, half = zip(*map(least, run.stages))
-    v_shaped = plan.schedule in V_SHAPED
-    unswapped = Simulation(run.shape, replace(plan, swap=()), run.hardware, run.max_vio)
-    after = [sum(unswapped.after_pipeline(rank)) for rank in (0, plan.pp - 1)]
-    up = half if v_shaped else backward                    # what a gradient needs to go up
-    first, last = plan.stages_of(0), plan.stages_of(plan.pp - 1)
-    before = dict.fromkeys(range(plan.vpp), 0) | first_forwards(plan)
-    streams = (1, 2, 3) if plan.overlap == "adaptive" else (0,)
-    rest = max(sum((n - before[i]) * forward[s][x] + n * backward[s][x] for i, s in enumerate(first)) for x in streams)
-    work = max(n * sum(forward[s][x] + backward[s][x] for s in last) for x in streams)
-    end = rest + sum(f[0] for f in forward) + sum(b[0] for b in up[max(first) + 1:])
-    end_last = work + sum(f[0] for f in forward[:min(last)])
-    if v_shaped:                                           # its last work may be of weights, which nobody waits for
-        end = max(end + after[0], end_last + after[1])
-    else:
-        end = max(end, end_last + sum(b[0] for b in backward[:min(last)])) + after[0]
-    return end * (1 + run.straggling)
+    powers = [2**i for i in range(devices.bit_length())]
+    tensor = [n for n in powers if n <= hardware.node_size]
+    contexts = [n for n in powers if n == 1 or n * 1024 <= batch["seq_len"]]
+    experts = divisors(config.n_routed_experts) if has_experts(config) else [1]
+    stages = [n for n in divisors(devices) if n <= config.num_hidden_layers + 1]
+    for tp, cp, micro_batch, ep in product(tensor, contexts, (1, 2, 4, 8), experts):
+        group = []
+        for pp, (schedule, vpp) in product(stages, SEARCHED):
+            ranks = devices // pp                          # of one stage
+            if ranks % (tp * cp) or ranks % ep or (pp == 1 and vpp > 1):
+                continue
+            group.append(Plan(
+                tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=ranks // (tp * cp), ep=ep, micro_batch=micro_batch,
+                schedule=schedule, vpp=vpp, overlap="adaptive" if schedule == "paired" else "none",
+                node_size=hardware.node_size, **batch))
+        yield group
 
 
-def first_forwards(plan):
-    """{chunk: forwards that the first rank can run before a gradient comes back to it}."""
-    n, alone = plan.n_micro, plan.schedule != "paired"     # a pair waits for both
-    if plan.schedule in V_SHAPED:
-        return {0: min(2 * plan.pp - 1, n), 1: 1}
-    return Counter(i // plan.turn % plan.vpp for i in range(min(n * plan.vpp, alone + warm_up(plan, 0))))
+def zero_choices(plan):
+    """Ways to cut weights and optimizer states that can be best: 1 takes less memory and no more time than 0."""
+    return (1, 3) if max(plan.holders.values()) > 1 else (0,)
 
 
-@lru_cache(2**14)
-def _least(shape, plan, hardware):
-    """kinds of a stage -> its forward, backward and the latter's first half: [seconds, those of each link...]."""
-    def of_pass(layer, kind):
-        passes = ((layer,), ()) if kind == "F" else ((), (layer,))
-        streams = play_action(plan.dispatch == "flat", False, kind, *passes)
-        spent = Counter()
-        for _, stream, start, end in streams.tasks:
-            spent[stream] += end - start
-        return np.array([max(streams.free.values()), *(spent[stream] for stream in ("compute", "inner", "outer"))])
-
-    @lru_cache(None)
-    def of_layer(kind):
-        layer = layer_time(shape, plan, kind, hardware, 0.0)
-        return np.array([of_pass(layer, kind) for kind in "FBI"])
-
-    @lru_cache(None)
-    def of_stage(kinds):
-        return sum(map(of_layer, kinds)).tolist()
-
-    return of_stage
+def exchange_choices(plan):
+    """Inside one node all exchanges are the same."""
+    return ("flat", "hierarchical", "dedup") if plan.ep > plan.node_size else ("flat",)
 
 
-def never_faster(more, less):
-    """Whether a choice does all that another does, in the same order: each stream, in order, then ends no sooner."""
-    late = ["permute" in recompute and "expert" not in recompute for recompute, _ in (more, less)]
-    return late[0] >= late[1] and all(set(a) >= set(b) for a, b in zip(more, less))
+class Saving(NamedTuple):
+    """What layers recompute and swap, and what that makes of the model's most frequent layer."""
+    recompute: tuple
+    swap: tuple
+    seconds: float                 # of a forward and a backward
+    kept: float                    # bytes of a micro-batch
 
 
-def best_savings(config, plan, hardware, limit):
-    """(prediction of a plan with the fastest recompute and swap that fit, if below `limit` seconds; else why not)."""
-    found, fitting, ranks = None, [], list(range(plan.pp))
-    for pair in memory_choices(config):
-        if any(never_faster(pair, one) for one in fitting):
+def rank_savings(config, plan, hardware):
+    """list of Saving, cheapest first, each of which keeps less than all before it; a swapped optimizer apart."""
+    found, best = [], []
+    kind = Counter(layer_kinds(config)).most_common(1)[0][0]
+    for recompute, swap in memory_choices(config):
+        if "optimizer" not in swap:
+            simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
+            alone, _ = layer_seconds(simulation, layer_time(config, simulation.plan, kind, hardware, 0.0))
+            kept = saved_bytes(layer_work(config, simulation.plan, kind))[0]
+            found.append(Saving(recompute, swap, alone, kept))
+    for saving in sorted(found, key=lambda saving: (saving.seconds, saving.kept)):
+        if not best or saving.kept < best[-1].kept:
+            best.append(saving)
+    return best
+
+
+def fitted(config, plan, hardware, savings):
+    """([this plan with the cheapest saving that fits, for each way to hold the optimizer], or why none fits)."""
+    plans, why_not = [], ""
+    for zero, swapped in product(zero_choices(plan), ((), ("optimizer",))):
+        tried = [replace(plan, zero=zero, recompute=saving.recompute, swap=saving.swap + swapped) for saving in savings]
+        first, why_not = first_that_fits(config, tried, hardware)
+        plans += tried[first:first + 1]
+        if first == 0:                                     # nothing is recomputed: less memory gains nothing more
+            break
+    return plans, "" if plans else "recomputed and swapped as much as can be, " + why_not
+
+
+def first_that_fits(config, plans, hardware):
+    """(index of the first that fits, found by halving, since each needs less memory than those before; why not all)."""
+    def simulate(index):
+        return Simulation(config, plans[index], hardware)
+
+    low, high = 0, len(plans) - 1
+    if not fits(simulate(high)):
+        return len(plans), simulate(high).refusal()
+    while low < high:
+        middle = (low + high) // 2
+        if fits(simulate(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    return low, ""
+
+
+def fits(simulation):
+    return not any(simulation.overflows(simulation.memory(rank)) for rank in simulation.unlike_ranks)
+
+
+def price(simulation):
+    """About the seconds of a step, by a formula: what the slowest rank has to do, and the bubble.
+
+    Layers are timed alone, their exposed exchange among it. The bubble: the other ranks' forward and backward of one
+    micro-batch, over vpp. Pairs fill the steady steps alone.
+    """
+    plan, alone, paired, slowest = simulation.plan, {}, {}, 0.0
+    for kind in simulation.kinds:
+        alone[kind], paired[kind] = layer_seconds(simulation, simulation.times[kind])
+    total = sum(alone[kind] for kind in chain(*simulation.stages))         # of one micro-batch on all ranks
+    for rank in simulation.unlike_ranks:
+        kinds = simulation.kinds_of[rank]
+        once, steady = sum(alone[kind] for kind in kinds), sum(paired[kind] for kind in kinds)
+        unpaired = min(1.0, warm_up(plan, rank) / (plan.n_micro * plan.vpp))
+        work = plan.n_micro * (unpaired * once + (1 - unpaired) * steady)
+        bubble = (total - once) / plan.vpp
+        slowest = max(slowest, work + bubble + sum(simulation.after_pipeline(rank)))
+    hops = 2 * (plan.pp - 1) * simulation.link
+    return (slowest + hops) * (1 + simulation.straggling)
+
+
+def layer_seconds(simulation, layer):
+    """(seconds of one layer's forward and backward alone, of both as a pair where the schedule has pairs)."""
+    alone = simulation.play_layers((layer,), ()).seconds + simulation.play_layers((), (layer,)).seconds
+    if simulation.plan.schedule != "paired":
+        return alone, alone
+    return alone, simulation.play_layers((layer,), (layer,)).seconds
+
+
+def price_group(config, hardware, plans):
+    """([(seconds by price, plan)] of those that can run and fit, [why one was left out]). plans: of candidate_groups."""
+    config = on_hardware(config, hardware)                 # one Shape for all: it is compared by what it is
+    priced, reasons, savings = [], [], []
+    for plan in plans:
+        try:
+            check_plan(config, plan, hardware)
+        except ValueError as error:
+            reasons.append(str(error))
             continue
-        run = Simulation(config, replace(plan, recompute=pair[0], swap=pair[1]), hardware)
-        if not run.fits(ranks):
-            continue
-        fitting.append(pair)
-        if least_seconds(run) < limit:
-            result = predict(config, run.plan, hardware)
-            found, limit = (result, result["step_time_s"]) if result["step_time_s"] < limit else (found, limit)
-    if fitting:
-        return found, "" if found else SLOWER
-    return None, "recomputed and swapped as much as can be, " + run.refusal()
+        dispatches = exchange_choices(plan)
+        savings = savings or rank_savings(config, replace(plan, dispatch=dispatches[-1]), hardware)
+        fitting, why_not = fitted(config, plan, hardware, savings)
+        reasons += [why_not] if why_not else []
+        for one, dispatch in product(fitting, dispatches):
+            one = replace(one, dispatch=dispatch)
+            priced.append((price(Simulation(config, one, hardware)), one))
+    return priced, reasons
 
 
-def explore(config, hardware, plans, limit):
-    return [best_savings(config, plan, hardware, limit) for plan in plans]
+class Search(NamedTuple):
+    found: list                    # predictions of the plans that were played, the fastest first
+    refused: dict                  # refusal without its numbers -> (how often, an example)
+    priced: int                    # plans that can run and fit
+    interrupted: bool
+
+
+def search_plans(config, hardware, devices, top=10, **batch):
+    """The best plans by price are played, PLAYED or `top` of them; interrupted while it prices, the `top` best so far.
+
+    A search, not a proof: a plan whose price is too high by more than the others' is missed.
+    """
+    groups = list(candidate_groups(config, hardware, devices, **batch))
+    priced, refused, found, interrupted = [], {}, [], False
+    with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            answers = pool.imap_unordered(partial(price_group, config, hardware), groups)
+            for more, reasons in with_progress("groups of plans priced", answers, len(groups)):
+                priced += more
+                count_refusals(refused, reasons)
+        except KeyboardInterrupt:
+            interrupted = True
+        priced.sort(key=itemgetter(0))
+        best = [plan for _, plan in priced[:top if interrupted else max(top, PLAYED)]]
+        try:
+            answers = pool.imap_unordered(partial(predict, config, hardware=hardware), best)
+            for result in with_progress("plans played", answers, len(best)):
+                found.append(result)
+        except KeyboardInterrupt:
+            interrupted = True
+    found.sort(key=itemgetter("step_time_s"))
+    return Search(found, refused, len(priced), interrupted)
+
+
+def count_refusals(refused, reasons):
+    for reason in reasons:
+        kind = re.sub(r"[0-9.]+", "#", reason)
+        times, _ = refused.get(kind, (0, ""))
+        refused[kind] = times + 1, reason
 
 
 def with_progress(what, items, total=None):
@@ -2340,48 +2325,16 @@ def with_progress(what, items, total=None):
         print(file=sys.stderr)
 
 
-def search_plans(config, hardware, devices, top=10, **batch):
-    """(the `top` predictions that fit, fastest first; {refusal without its numbers: (how often, an example)}).
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes: the architecture search
 
-    Plans come in the order of least_seconds, until that is above the slowest of the top: none of the others, counted
-    as SLOWER, can be among them.
-    """
-    plans, reasons, found, jobs = [], [], [], deque()
-    for plan in candidate_plans(config, hardware, devices, **batch):
-        try:
-            check_plan(config, plan, hardware)
-            plans += variants(plan)
-        except ValueError as error:
-            reasons.append(str(error))
-    bounds = {plan: least_seconds(Simulation(config, plan, hardware))
-              for plan in with_progress("plans looked at", plans)}
-    plans.sort(key=bounds.get)
 
-    def take():
-        results = jobs.popleft().get()
-        reasons.extend(why for _, why in results if why)
-        found[:] = sorted(found + [one for one, _ in results if one], key=itemgetter("step_time_s"))[:top]
-
-    with multiprocessing.Pool() as pool:
-        for i in with_progress("groups of plans tried", range(0, len(plans), CHUNK)):
-            limit = found[-1]["step_time_s"] if len(found) == top else math.inf
-            if bounds[plans[i]] >= limit:
-                reasons += [SLOWER] * (len(plans) - i)
-                break
-            jobs.append(pool.apply_async(explore, (config, hardware, plans[i:i + CHUNK], limit)))
-            if len(jobs) > AHEAD:
-                take()
-        while jobs:
-            take()
-    refused = {}
-    for reason in reasons:
-        kind = re.sub(r"[0-9.]+", "#", reason)
-        refused[kind] = refused.get(kind, (0,))[0] + 1, reason
-    return found, refused
+PANGU = PRESETS["pangu-ultra-moe-718b"]
 
 
 def candidate_shapes(budget):
-    """Shapes like Pangu Ultra MoE's, of an active and a total size within 3 % of the budget (embedding not counted).
+    """(shape, active, total parameters) of shapes like Pangu Ultra MoE's, of an active and a total size within 3 % of
+    the budget (embedding not counted).
 
     All sizes are multiples of 256 and counts of experts and heads powers of two, for the cube and any plan.
     """
@@ -2413,55 +2366,52 @@ def shape_plans(hardware, devices, seq_len):
                        node_size=hardware.node_size, dispatch="hierarchical", overlap="adaptive", recompute=FINE)
 
 
-def fitting(config, plans, hardware):
-    """Predictions of a shape under the plans that suit it and fit in memory, the fastest first."""
+def fastest(config, plans, hardware):
+    """The prediction with most tokens/s of a shape under the plans that suit it and fit in memory, or None."""
     found = []
     for plan in plans:
         with contextlib.suppress(ValueError):
             found.append(predict(config, plan, hardware))
-    return sorted((one for one in found if one["fits"]), key=itemgetter("tokens_per_s"), reverse=True)
+    return max((one for one in found if one["fits"]), key=itemgetter("tokens_per_s"), default=None)
+
+
+def parse_budget(text):
+    match = re.fullmatch(r"active=([^,]+),total=([^,]+)", text)
+    try:
+        budget = dict(active=float(match[1]), total=float(match[2]))
+        require(all(0 < size < math.inf for size in budget.values()), "")
+    except (TypeError, ValueError):
+        raise ValueError(f"budget={text!r}: write active=39e9,total=718e9, parameters, both above 0") from None
+    return budget
 
 
 def print_shapes(hardware, devices, budget, seq_len, top, experts):
     shapes = [one for one in candidate_shapes(budget) if experts in (0, one[0].n_routed_experts)]
-    plans, rows, found = list(shape_plans(hardware, devices, seq_len)), [], {}
+    plans, rows = list(shape_plans(hardware, devices, seq_len)), []
     require(shapes, f"budget={budget}: no shape within 3 % of both, use another ratio of active to total")
     require(plans, f"devices={devices}: use a multiple of 8 * 16 = 128")
-    for config, *sizes in with_progress("shapes tried", shapes):
-        found[config] = fitting(config, plans, hardware)
-        rows += [(result["tokens_per_s"], config, sizes, result) for result in found[config][:1]]
-    rows.sort(key=itemgetter(0), reverse=True)
+    for config, active, total in with_progress("shapes tried", shapes):
+        result = fastest(config, plans, hardware)
+        if result:
+            rows.append((config, active, total, result))
+    rows.sort(key=lambda row: -row[-1]["tokens_per_s"])
     print(f"{len(shapes)} shapes within 3 % of {budget['active'] / 1e9:.0f} B active and {budget['total'] / 1e9:.0f} B "
-          f"in all; {len(rows)} run on {devices} {hardware.name}.\nOnly speed is simulated: what a shape learns is "
-          "beyond this table. Sizes leave out embedding and MTP layer.\n\n"
-          "rank  tokens/s    MFU  active  total  layers hidden experts width top heads q-rank  plan")
-    for rank, (rate, c, (active, total), result) in enumerate(rows, 1):
+          f"in all; {len(rows)} run on {devices} {hardware.name}, {peak_words(hardware)}, sequences of {seq_len}.\n"
+          "Only speed is simulated: what a shape learns is beyond this table. Sizes leave out embedding and MTP layer.\n"
+          "\nrank  tokens/s    MFU  active  total  layers hidden experts width top heads q-rank  plan")
+    for rank, (c, active, total, result) in enumerate(rows, 1):
         if rank <= top or c == PANGU:
-            print(f"{rank:4} {rate:9.3g} {result['mfu']:6.1%} {active / 1e9:6.1f}B {total / 1e9:5.0f}B",
+            print(f"{rank:4} {result['tokens_per_s']:9.3g} {result['mfu']:6.1%} {active / 1e9:6.1f}B {total / 1e9:5.0f}B",
                   f"{c.num_hidden_layers:7} {c.hidden_size:6} {c.n_routed_experts:7} {c.moe_intermediate_size:5}",
                   f"{c.num_experts_per_tok:3} {c.num_attention_heads:5} {c.q_lora_rank:6}",
-                  " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" * (c == PANGU))
-    print_own_cut(found, plans, hardware)
+                  " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" if c == PANGU else "")
 
 
-def print_own_cut(found, plans, hardware):
-    """The paper's shape beside the others (found: fitting of each), all under its own cut, and by depth alone."""
-    cut = [plan for plan in plans if (plan.pp, plan.vpp, plan.ep) == (16, 2, 32)]
-    rates = {config: one["tokens_per_s"] for config, results in found.items()
-             for one in reversed(results) if Plan(**one["plan"]) in cut}       # the fastest comes last
-    if PANGU not in rates:
-        return
-    faster = [config for config, rate in rates.items() if rate > rates[PANGU]]
-    alike = sum(config.moe_intermediate_size == PANGU.moe_intermediate_size for config in faster)
-    print(f"\nUnder its own cut, pp=16 vpp=2 ep=32, Pangu Ultra MoE is number {len(faster) + 1} of {len(rates)}, and "
-          f"number {alike + 1} of those\nwith experts as wide as its own. By depth alone, 61 layers are the most "
-          "before a stage grows:")
-    for layers in (58, 60, 61, 62, 64, 66):
-        for result in fitting(replace(PANGU, num_hidden_layers=layers), cut, hardware)[:1]:
-            print(f"{layers} layers {result['tokens_per_s']:.3g} tokens/s")
+# ---------------------------------------------------------------------------------------------------------------------
+# The published runs
 
 
-# The published runs (arXiv:2505.04519; "6K" and "4K" devices read as 6,144 and 4,096). Not published, so assumed here:
+# Pangu Ultra MoE (arXiv:2505.04519; "6K" and "4K" devices read as 6,144 and 4,096). Not published, so assumed here:
 # batch and all of the baseline's plan, its load among it.
 SHARED = dict(pp=16, tp=8, sp=1, ep=32, vpp=2, micro_batch=2)
 FINE = ("mla_up", "act", "permute")
@@ -2470,16 +2420,17 @@ PAPER = {
         SHARED, dp=48, dispatch="hierarchical", overlap="adaptive", recompute=FINE, global_batch=48 * 2 * 48)),
     "baseline": dict(tokens_per_s=0.61e6, mfu=0.189, max_vio=0.3, plan=dict(
         SHARED, dp=32, recompute=("layer",), global_batch=32 * 2 * 48))}
-OPTIMISED = Plan(seq_len=4096, **PAPER["optimised"]["plan"])
-# technique -> what it changes, each on top of those above it
-LADDER = {"baseline": {}, "hierarchical exchange": dict(dispatch="hierarchical"),
-          "adaptive overlap": dict(overlap="adaptive", schedule=""),
-          "MLA, activation, permutation recomputed, not all": dict(recompute=FINE), "load balance": dict(max_vio=0.0),
-          "6,144 NPUs": dict(dp=48, global_batch=48 * 2 * 48)}
+PAPER_DEVICES, PAPER_LENGTH = 6144, 4096                   # of the optimised run; the length is assumed
+PAPER_BINS = ("ascend_910b_376", "ascend_910b_313", "ascend_910b_280")
+
+# Pangu Ultra, 135B dense, its predecessor (arXiv:2504.07866)
+ULTRA_PLAN = Plan(tp=8, sp=1, pp=8, vpp=6, dp=128, micro_batch=1, global_batch=2048, seq_len=4096)
+ULTRA_BUBBLES = {1: "30.45 %", 6: "6.8 %"}                 # vpp -> as published: (p - 1) / (p - 1 + v * n)
 
 
-def simulate_paper(run, hardware, **changes):
-    settings = dict(PAPER[run]["plan"], max_vio=PAPER[run]["max_vio"]) | changes
+def simulate_paper(name, hardware, **changes):
+    """predict of one of PAPER. changes: fields of Plan, max_vio."""
+    settings = dict(PAPER[name]["plan"], max_vio=PAPER[name]["max_vio"]) | changes
     max_vio = settings.pop("max_vio")
     return predict(PANGU, Plan(**settings), hardware, max_vio)
 
@@ -2488,72 +2439,59 @@ def print_paper():
     print("pangu-ultra-moe-718b on Ascend 910B. Published: arXiv:2505.04519; simulated: nothing was run on an NPU.\n"
           "Not published, so assumed: length, bin, batch (48 micro-batches of 2 a replica), the baseline's plan (the\n"
           "same cut, flat exchange, no overlap, layers recomputed), loads (the baseline's busiest rank 30 % above the\n"
-          "mean, the optimised run's none). Judge by tokens/s: MFU here counts causal attention and divides by the\n"
-          "bin's bf16 peak, the paper does not say how it counts.\n\n"
-          "                                         | published          | simulated\n"
-          "run         NPUs  bin             length |   tokens/s     MFU |   tokens/s     MFU   step s  GiB, fits 64?")
-    bins = [HARDWARE[f"ascend_910b_{name}"] for name in (376, 313, 280)]
-    for (name, run), hardware, seq_len in product(PAPER.items(), bins, (4096, 8192)):
+          "mean, the optimised run's none). Judge by tokens/s: the paper does not say how it counts MFU. `ours`: its\n"
+          "tokens/s by our count, of causal attention, head and MTP, over the bin's bf16 peak, as simulated MFU is.\n\n"
+          "                                                | published                  | simulated\n"
+          "run         NPUs  bin             TFLOP/s length |   tokens/s     MFU    ours |   tokens/s     MFU   step s"
+          "  GiB, fits 64?")
+    for (name, run), bin_name, seq_len in product(PAPER.items(), PAPER_BINS, (PAPER_LENGTH, 2 * PAPER_LENGTH)):
+        hardware = HARDWARE[bin_name]
         result = simulate_paper(name, hardware, seq_len=seq_len)
-        print(f"{name:10} {result['plan']['dp'] * 128:5}  {hardware.name} {seq_len:6} |",
-              "{tokens_per_s:10.3g} {mfu:7.1%}".format(**run),
+        devices, peak = 128 * result["plan"]["dp"], hardware.peak["bf16"]
+        ours = run["tokens_per_s"] * flops_per_token(PANGU, seq_len) / devices / peak
+        print(f"{name:10} {devices:5}  {bin_name} {peak / 1e12:7.1f} {seq_len:6} |",
+              f"{run['tokens_per_s']:10.3g} {run['mfu']:7.1%} {ours:7.1%}",
               "| {tokens_per_s:10.3g} {mfu:7.1%} {step_time_s:8.2f} {mem_gib:6.1f}".format(**result),
               "yes" if result["fits"] else "no")
-    print_ladder(bins[0])
-    print_neighbour(bins[0])
-    print_fewer_layers(bins[0])
-    print(f"\nThe optimised run, {bins[0].name} at 4096 (all simulated)")
-    print_prediction(simulate_paper("optimised", bins[0], seq_len=4096))
+    hardware = HARDWARE[PAPER_BINS[0]]
+    print_predecessor(hardware)
+    print(f"\nThe optimised run, {hardware.name} at {PAPER_LENGTH} (all simulated)")
+    print_prediction(simulate_paper("optimised", hardware, seq_len=PAPER_LENGTH))
+    print_hidden(hardware)
 
 
-def print_ladder(hardware):
-    print(f"\nFrom the baseline to the optimised run, {hardware.name} at 4096\n"
-          "                                                   | published        | simulated\n"
-          "technique                                          | tokens/s/NPU     | tokens/s/NPU   gain   in all")
-    published = {"baseline": "148.9", "load balance": "+10 % of MFU", "6,144 NPUs": "237.6, x 1.596"}
-    changes, rates = dict(seq_len=4096), []
-    for name, change in LADDER.items():
-        changes |= change
-        rates.append(simulate_paper("baseline", hardware, **changes)["tokens_per_s_per_device"])
-        print(f"{name:50} | {published.get(name, ''):16} | {rates[-1]:12.1f} {rates[-1] / rates[-2:][0]:6.3f} "
-              f"{rates[-1] / rates[0]:8.3f}")
+def print_predecessor(hardware):
+    print(f"\nPangu Ultra 135B, dense, on 8192 {hardware.name}, 2048 sequences of 4096 (published: arXiv:2504.07866)\n"
+          "vpp | published: bubble | simulated: bubble     MFU   step s")
+    for vpp, published in ULTRA_BUBBLES.items():
+        result = predict(PANGU_ULTRA, replace(ULTRA_PLAN, vpp=vpp, schedule=""), hardware)
+        print(f"{vpp:3} | {published:>17} |",
+              "          {bubble:7.1%} {mfu:7.1%} {step_time_s:8.2f}".format(**result))
 
 
-def neighbours(config, plan, hardware):
-    """Legal plans with another schedule, expert group, cut over stages or exchange than this one."""
-    for (schedule, vpp), ep, pp, dispatch in product(RUNS, (32, 64), (8, 12, 16), ("hierarchical", "flat", "dedup")):
-        other = replace(plan, schedule=schedule, vpp=vpp, ep=ep, pp=pp, dp=plan.dp * plan.pp // pp, recompute=(),
-                        dispatch=dispatch, overlap="adaptive" if schedule in WITH_PAIRS else "none")
-        with contextlib.suppress(ValueError):
-            check_plan(config, other, hardware)
-            yield other
-
-
-def print_neighbour(hardware):
-    found, limit = None, math.inf
-    for plan in neighbours(PANGU, OPTIMISED, hardware):
-        if least_seconds(Simulation(PANGU, plan, hardware)) < limit:
-            result, _ = best_savings(PANGU, plan, hardware, limit)
-            found, limit = (result, result["step_time_s"]) if result else (found, limit)
-    print("\nNot used by the paper, found near its plan, balanced (simulated; `plans` searches all): "
-          f"{found['tokens_per_s_per_device']:.1f} tokens/s/NPU,\n{describe(found['plan'])}")
-
-
-def print_fewer_layers(hardware):
-    shapes = PANGU, replace(PANGU, num_hidden_layers=66)
-    rates = [predict(shape, OPTIMISED, hardware)["tokens_per_s"] for shape in shapes]
-    print("\nThroughput of 61 layers over 66, under the optimised run's plan and else alike: published +15 %, "
-          f"simulated {rates[0] / rates[1] - 1:+.1%}")
+def print_hidden(hardware):
+    """Which actions expose the exchange."""
+    simulation = Simulation(PANGU, Plan(seq_len=PAPER_LENGTH, **PAPER["optimised"]["plan"]), hardware)
+    exposed = Counter()
+    for span in chain(*simulation.spans):
+        exposed[span.action.kind == "FB"] += simulation.account(span.action).parts["exchange"]
+    ranks = simulation.plan.pp
+    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {exposed[False] / ranks:.2f}"
+          f" s in the passes that have\nno partner, before and after the steady steps, where the shared expert alone "
+          f"hides a part, and {exposed[True] / ranks:.2f} s in pairs,\nwhere an exchange is longer than what runs "
+          "beside it. The paper states no share; later press says more than 98 %.")
 
 
 def print_prediction(result):
-    for name in [name for name, value in result.items() if isinstance(value, float)]:
-        print(f"{name:24} {result[name]:12.4g}")
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"{name:24} {value:12.4g}")
     print("\nwhere the step goes         seconds   share   (mean over pipeline ranks)")
-    for name, seconds in sorted(result["breakdown"].items(), key=lambda item: -item[1]):
+    for name, seconds in sorted(result["breakdown"].items(), key=itemgetter(1), reverse=True):
         print(f"{name:24} {seconds:10.3f} {seconds / result['step_time_s']:7.1%}")
-    inner, outer = result["bytes_by_tier"].values()
-    print(f"\nsent by a device: {inner / 1e9:.2f} GB inside its node, {outer / 1e9:.2f} GB between nodes")
+    sent = result["bytes_by_tier"]
+    print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
+          "between nodes")
     print("\nGiB at the peak\nrank ", *(f"{name:>11}" for name in result["memory_by_stage"][0]), "        sum")
     for rank, parts in enumerate(result["memory_by_stage"]):
         sizes = [*parts.values(), sum(parts.values())]
@@ -2561,26 +2499,171 @@ def print_prediction(result):
     print(f"\nfits: {'yes' if result['fits'] else 'no, ' + result['why_not']}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The step as a picture
+
+
+class Tail(NamedTuple):
+    """What a rank does when its pipeline is done."""
+    name: str                      # gradients | optimizer | stragglers
+    stream: str
+    start: float                   # seconds from the step's start
+    end: float
+
+
+def tails_of(simulation):
+    """list (pp) of lists of Tail; the last one of each rank ends with the step."""
+    tails, last = [], max(simulation.ends)
+    for rank, row in enumerate(simulation.spans):
+        start = row[-1].end
+        gradients, optimizer = simulation.after_pipeline(rank)
+        tails.append([
+            Tail("gradients", tier_of(simulation.plan, "dp"), start, start + gradients),
+            Tail("optimizer", "compute", start + gradients, start + gradients + optimizer),
+            Tail("stragglers", "schedule", last, last * (1 + simulation.straggling))])
+    return tails
+
+
+def write_trace(simulation, path, about):
+    """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds. about: a dict
+    of what the file says of itself."""
+    threads, events = ["schedule", "compute", "inner", "outer", "host"], []
+
+    def add(rank, name, stream, start, end):
+        events.append(dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream), ts=1e6 * start,
+                           dur=1e6 * (end - start)))
+
+    for rank, (row, tail) in enumerate(zip(simulation.spans, tails_of(simulation))):
+        events.append(dict(ph="M", name="process_name", pid=rank, tid=0, args={"name": f"pipeline rank {rank}"}))
+        for number, stream in enumerate(threads):
+            events.append(dict(ph="M", name="thread_name", pid=rank, tid=number, args={"name": stream}))
+        for start, end, action in row:
+            add(rank, str(action), "schedule", start, end)
+            for task in simulation.tasks_of(action):
+                add(rank, task.name, task.stream, start + task.start, start + task.end)
+        for name, stream, start, end in tail:
+            for each in {"schedule", stream}:
+                add(rank, name, each, start, end)
+    with open(path, "w") as file:
+        json.dump(dict(traceEvents=events, displayTimeUnit="ms", otherData=about), file)
+
+
+TEXT_LEGEND = ("forwards are the last digit of their micro-batch, backwards a letter (a is 0), = a pair of both; G "
+               "gradients,\nO optimizer, S stragglers; blank: the rank waits")
+
+
+def draw_text(spans, tails=(), columns=120):
+    """A played table as text, a line per rank."""
+    rows = []
+    for row in spans:
+        bars = []
+        for start, end, (kind, _, microbatch, _) in row:
+            letter = chr(ord("a") + microbatch % 26)
+            bars.append((start, end, {"F": str(microbatch % 10), "FB": "=", "B": letter}[kind]))
+        rows.append(bars)
+    for bars, tail in zip(rows, tails):
+        bars += [(one.start, one.end, one.name[0].upper()) for one in tail]
+    scale, lines = columns / max(bars[-1][1] for bars in rows), []
+    for bars in rows:
+        line = [" "] * columns
+        for start, end, mark in bars:
+            first, last = round(start * scale), round(end * scale)
+            line[first:last] = mark * (last - first)
+        lines.append("".join(line))
+    return "\n".join(lines)
+
+
+COLOURS = dict(F="tab:blue", B="tab:orange", gradients="tab:green", optimizer="tab:red", stragglers="tab:gray")
+
+
+def draw_png(simulation, path, title):
+    """The step as a picture, a row per rank: of pairs the forward above, later chunks darker."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import colors, patches, pyplot
+    plan = simulation.plan
+
+    def colour(kind, chunk):
+        return colors.to_rgba(COLOURS[kind], 0.4 + 0.6 * (1 + chunk) / plan.vpp)
+
+    bars = []                                              # (y, start, end, colour, height in points)
+    for rank, (row, tail) in enumerate(zip(simulation.spans, tails_of(simulation))):
+        for start, end, action in row:
+            parts = action.parts()
+            for i, (kind, stage, _) in enumerate(parts):
+                y = rank + (i + 0.5) / len(parts) - 0.5
+                bars.append((y, start, end, colour(kind, plan.stages_of(rank).index(stage)), 24 / len(parts)))
+        bars += [(rank, start, end, COLOURS[name], 24) for name, _, start, end in tail]
+    figure, axes = pyplot.subplots(figsize=(16, 2 + 0.4 * plan.pp), layout="constrained")
+    y, start, end, colour_of, width = zip(*bars)
+    axes.hlines(y, start, end, colour_of, linewidth=width)
+    axes.margins(x=0.01)
+    axes.set(xlabel="seconds, simulated", ylabel="pipeline rank", ylim=(plan.pp - 0.5, -0.5))
+    axes.set_title(title, fontsize=9)
+    shown = [(f"{name}, chunk {chunk}", colour(kind, chunk))
+             for kind, name in (("F", "forward"), ("B", "backward")) for chunk in range(plan.vpp)]
+    shown += [(name, COLOURS[name]) for name in ("gradients", "optimizer", "stragglers")]
+    figure.legend(handles=[patches.Patch(color=colour, label=label) for label, colour in shown],
+                  loc="outside lower center", ncols=len(shown))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def peak_words(hardware, precision="bf16"):
+    precision = precision if precision in hardware.peak else next(iter(hardware.peak))
+    return f"{hardware.peak[precision] / 1e12:.1f} TFLOP/s in {precision} each"
+
+
 def describe(plan):
     """What of a plan (a dict) is not the default, as --plan takes it."""
-    chosen = [(field.name, plan[field.name], field.default) for field in fields(Plan)]
-    return ",".join(f"{name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}"
-                    for name, value, default in chosen if value != default)
+    chosen = []
+    for setting in fields(Plan):
+        value = plan[setting.name]
+        if value != setting.default:
+            chosen.append(f"{setting.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return ",".join(chosen)
 
 
-def print_plans(found, refused):
-    print("step s     MFU     GiB  plan (all simulated)")
-    for result in found:
-        print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {describe(result['plan'])}")
-    print("\nLeft out, how often and one example each:")
-    for times, message in sorted(refused.values(), reverse=True):
-        print(f"{times:6}  {message}")
+def print_header(model, hardware, plan, why):
+    print(f"{model} on {plan.world_size} {hardware.name}, {peak_words(hardware, plan.precision)}; a step of "
+          f"{plan.global_batch} sequences of {plan.seq_len} tokens; simulated, nothing was run\n"
+          f"plan: {describe(asdict(plan))}\n      ({why})\n")
 
 
-def beside(name):
-    """A module of tests/: `published` reads a table of runs and fits CONSTANTS to it, `calibrate` measures a device."""
-    sys.path.insert(0, str(Path(__file__).parent / "tests"))
-    return importlib.import_module(name)
+def choose_plan(text, model, hardware, devices):
+    """(Plan, where it comes from): --plan's settings, put on the paper's plan where model and hardware are the paper's,
+    else on the defaults. Data ranks that are not given are what the devices leave; without --devices a node is filled.
+    """
+    given = re.findall(r"(\w+)=", text)
+    if model == "pangu-ultra-moe-718b" and hardware.name in PAPER_BINS:
+        plan = parse_plan(text, **PAPER["optimised"]["plan"], seq_len=PAPER_LENGTH)
+        fill, why = devices or PAPER_DEVICES, "the paper's plan"
+    else:
+        plan = parse_plan(text, node_size=hardware.node_size)
+        fill, why = devices or min(8, hardware.node_size), "the defaults; `plans` searches for the best"
+    if text:
+        why += ", but for what --plan says"
+    replica = plan.pp * plan.cp * plan.tp
+    if "dp" not in given and fill % replica == 0:          # else check_plan says which number of devices would do
+        plan = replace(plan, dp=fill // replica)
+        why += f"; dp={plan.dp} fills {fill} devices"
+    if "global_batch" not in given and plan.global_batch < plan.dp * plan.micro_batch * plan.pp:
+        plan = replace(plan, global_batch=plan.dp * plan.micro_batch * plan.pp)            # any schedule can run these
+        why += f"; global_batch={plan.global_batch}: pp micro-batches"
+    return plan, why
+
+
+def parse_load(text, config):
+    """--load max_vio=X -> X."""
+    most = config.n_routed_experts / config.num_experts_per_tok - 1        # every token goes to the busiest expert
+    match = re.fullmatch(r"max_vio=(\d+\.?\d*|\.\d+)", text)
+    require(match and float(match[1]) <= most,
+            f"load={text!r}: write max_vio=X, the busiest rank's load over the mean, minus one: from 0 to {most:g}")
+    return float(match[1])
 
 
 def read_preset(kind, cls, presets, name):
@@ -2598,41 +2681,47 @@ def read_preset(kind, cls, presets, name):
     return replace(base, **values) if base else cls(**values)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                              # one line, without the usage
+        raise ValueError(f"{message}: see {self.prog} --help")
+
+
+def positive(text):
+    if not re.fullmatch(r"\d+", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return int(text)
+
+
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
+    parser = Parser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("validate", help="published rows, predicted")
-    command.add_argument("rows", nargs="?", help="CSV file with the columns of train_rows.csv, the default")
-    command.add_argument("--out", help="write row_id, step_time_s (s), mem_gib (GiB), fits (0 or 1) to this CSV file")
-    command.add_argument("--fit", action="store_true", help="refit the constants, on all rows and without each family")
-    command = commands.add_parser("calibrate", help="measure this device, for --hardware; links under torchrun")
-    command.add_argument("--out", required=True, help="JSON file of Hardware's fields")
-    command.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's")
-    command.add_argument("--seconds", type=float, default=1.0, help="s for each of 31 measurements in each round")
-    for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
+    for name, about in (("predict", "one plan: seconds, tokens/s, memory"),
+                        ("plans", "the fastest plans that fit; up to two minutes on two cores for thousands of devices"),
                         ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
         command = commands.add_parser(name, help=about, description=about)
         if name != "shapes":
             command.add_argument("--model", default="pangu-ultra-moe-718b",
                                  help="preset, or JSON file of Config's fields")
         command.add_argument("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
-        command.add_argument("--devices", type=int, help="number of devices; default: the plan's, for plans one node")
+        command.add_argument("--devices", type=positive, help="number of devices; default: the plan's, for plans one "
+                             f"node, for shapes {PAPER_DEVICES}")
+        if name in ("plans", "shapes"):
+            command.add_argument("--seq-len", type=positive, default=4096, help="tokens in a sequence")
+            command.add_argument("--top", type=positive, default=10, help="rows to print")
+        if name == "plans":
+            command.add_argument("--global-batch", type=positive, required=True, help="sequences in an optimizer step")
         if name == "shapes":
             command.add_argument("--budget", default="active=39e9,total=718e9", help="parameters, no embedding, no MTP")
             command.add_argument("--experts", type=int, default=256, help="routed experts of a layer; 0: any")
-        if name == "plans":
-            command.add_argument("--global-batch", type=int, required=True, help="sequences in one optimizer step")
-        if name in ("plans", "shapes"):
-            command.add_argument("--seq-len", type=int, default=4096, help="tokens in a sequence")
-            command.add_argument("--top", type=int, default=10, help="rows to print")
-            continue
-        command.add_argument("--plan", default="", help="key=value,... with lists joined by +; default: the paper's")
-        command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1")
+        if name in ("predict", "trace"):
+            command.add_argument("--plan", default="", help="key=value,... with lists joined by +, put on the paper's "
+                                 "plan for its model on its hardware, else on defaults that fill the devices")
+            command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1")
         if name == "predict":
             command.add_argument("--json", action="store_true", help="one JSON object on stdout: s, GiB, bytes")
-        else:
+        if name == "trace":
             command.add_argument("--out", default="trace.json", help="file for Perfetto or chrome://tracing")
-            command.add_argument("--png", help="draw the pipeline to this file too")
+            command.add_argument("--png", help="draw the pipeline to this file too; needs matplotlib")
     return parser.parse_args(argv)
 
 
@@ -2640,33 +2729,57 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.command is None:
         return print_paper()
-    if args.command == "validate":
-        require(not (args.fit and args.rows), f"--fit with {args.rows}: a file is predicted, never fitted; drop one")
-        return beside("published").validate(args.rows, args.out, args.fit)
-    if args.command == "calibrate":
-        require(Path(args.out).absolute().parent.is_dir(), f"--out {args.out}: make its folder first")
-        return beside("calibrate").calibrate(args.out, args.precision, args.seconds)
     hardware = read_preset("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "shapes":
-        match = re.fullmatch(r"active=([\d.e]+),total=([\d.e]+)", args.budget)
-        require(match, f"budget={args.budget!r}: write active=39e9,total=718e9")
-        budget = dict(active=float(match[1]), total=float(match[2]))
-        return print_shapes(hardware, args.devices or 6144, budget, args.seq_len, args.top, args.experts)
+        budget = parse_budget(args.budget)
+        return print_shapes(hardware, args.devices or PAPER_DEVICES, budget, args.seq_len, args.top, args.experts)
     config = read_preset("model", Config, PRESETS, args.model)
     if args.command == "plans":
-        batch = dict(global_batch=args.global_batch, seq_len=args.seq_len)
-        return print_plans(*search_plans(config, hardware, args.devices or hardware.node_size, args.top, **batch))
-    plan = parse_plan(args.plan, node_size=hardware.node_size) if args.plan else OPTIMISED
+        return run_plans(args, config, hardware)
+    plan, why = choose_plan(args.plan, args.model, hardware, args.devices)
     check_plan(config, plan, hardware, args.devices)
-    max_vio = read_load(args.load)
-    if args.command == "predict":
-        result = predict(config, plan, hardware, max_vio)
-        return print(json.dumps(result)) if args.json else print_prediction(result)
-    run = Simulation(config, plan, hardware, max_vio)
-    write_trace(run, args.out)
-    print(draw_text(run.spans()))
+    max_vio = parse_load(args.load, config)
+    if args.command == "trace":
+        return run_trace(args, Simulation(config, plan, hardware, max_vio), why)
+    result = predict(config, plan, hardware, max_vio)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print_header(args.model, hardware, plan, why)
+        print_prediction(result)
+
+
+def run_plans(args, config, hardware):
+    devices = args.devices or hardware.node_size
+    print(f"{args.model} on {devices} {hardware.name}, {peak_words(hardware)}; a step of {args.global_batch} sequences "
+          f"of {args.seq_len} tokens; all simulated", flush=True)
+    begin = time.monotonic()
+    search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=args.seq_len)
+    ending = "interrupted" if search.interrupted else "ended"
+    print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
+          f"search, not a proof; it {ending} after {time.monotonic() - begin:.0f} s\n\nstep s     MFU     GiB  plan")
+    for result in search.found[:args.top]:
+        print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {describe(result['plan'])}")
+    print("\nLeft out, how often and one example each:")
+    for times, message in sorted(search.refused.values(), reverse=True):
+        print(f"{times:6}  {message}")
+
+
+def run_trace(args, simulation, why):
+    if args.png and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--png draws with matplotlib, which is not installed: pip install matplotlib, or drop --png")
+    plan = simulation.plan
+    print_header(args.model, simulation.hardware, plan, why)
+    about = dict(model=args.model, hardware=simulation.hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
+                 plan=describe(asdict(plan)), source="simulated by sim.py, nothing was run")
+    write_trace(simulation, args.out, about)
+    print(draw_text(simulation.spans, tails_of(simulation)))
+    print(TEXT_LEGEND)
+    print(f"\nwrote {args.out}, for https://ui.perfetto.dev or chrome://tracing")
     if args.png:
-        draw_png(run, args.png)
+        draw_png(simulation, args.png, f"{args.model} on {plan.world_size} {simulation.hardware.name}, simulated\n"
+                                       f"{describe(asdict(plan))}")
+        print(f"wrote {args.png}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist
+import paper
 import parallel
 import sim
 from model import PRESETS, Config, Model, shifted
@@ -463,7 +464,7 @@ def test_checkpoints_move_between_plans(tmp_path, writer):
 def test_every_rung_of_the_papers_ladder_is_a_plan_that_runs():
     """What `python sim.py` times from the baseline up is neither refused by the model nor left to the simulator."""
     changes = dict(seq_len=4096)
-    for change in sim.LADDER.values():
+    for change in paper.LADDER.values():
         changes |= change
         settings = sim.PAPER["baseline"]["plan"] | changes
         settings.pop("max_vio", None)
