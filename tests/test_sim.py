@@ -691,9 +691,9 @@ def test_bubble_of_the_predecessor():
     """Pangu Ultra 135B, 8 ranks and 16 micro-batches: published 30.45 % without and 6.8 % with 6 chunks."""
     without, with_six = (predict(sim.PANGU_ULTRA, replace(sim.ULTRA_PLAN, vpp=vpp, schedule=""), ASCEND)
                          for vpp in (1, 6))
-    for result, stated in ((without, 0.3045), (with_six, 0.068)):
+    for result, share in ((without, 0.3045), (with_six, 0.068)):
         pipeline_alone = result["step_time_s"] - result["breakdown"]["gradients"] - result["breakdown"]["stragglers"]
-        assert result["breakdown"]["bubble"] / pipeline_alone == pytest.approx(stated, abs=0.03)
+        assert result["breakdown"]["bubble"] / pipeline_alone == pytest.approx(share, abs=0.03)
     assert sim.count_params(sim.PANGU_ULTRA)["total"] == pytest.approx(135e9, rel=0.02)
 
 
