@@ -6,7 +6,10 @@ multi-token prediction and a balance loss over groups of sequences. Sections, in
 
     Settings                Config, its check, PRESETS
     Counts                  parameters and FLOPs, from a Config alone
-    Operators               norm, SwiGLU, rotary position, attention; matmuls; rows to experts and back; losses
+    Operators               norm, SwiGLU, rotary position, attention
+                            matmuls expert by expert, and weight gradients that can wait
+                            rows to experts and back
+                            losses
     Rotary position         angles, with YaRN
     Layers                  linear, norm, latent attention, MLP
     Experts                 router with its balance loss, experts, dispatcher, and the layer made of them
@@ -120,19 +123,16 @@ class Config:
     routed_scaling_factor: float = 2.5        # ... and multiplied by this
     n_group: int = 1                          # groups of experts
     topk_group: int = 1                       # groups a token may choose from (group_choice=limited)
-    # limited: topk_group of n_group (DS). equal: K/n_group from each (PP)
-    group_choice: str = one_of("limited", "equal")
+    group_choice: str = one_of("limited", "equal")                # of topk_group groups (DS) | K/n_group of each (PP)
     router_bias: bool = False                 # added to scores for the choice alone; moved by load, not by a loss (DS)
     bias_update_speed: float = or_zero(0.001)
     capacity_factor: float = or_zero(0.0)     # 0: dropless; else an expert takes capacity_factor * N * K / E rows
-    # the routing weight multiplies what enters the down-projection (expert-wide), or what leaves it (model-wide)
-    expert_weight: str = one_of("before_down", "after_down")
-    # balance loss: over which group it is computed
-    balance: str = one_of("ep_group", "dp_group", "micro_batch", "sequence", "none")
+    expert_weight: str = one_of("before_down", "after_down")      # where it multiplies: expert-wide | model-wide
+    # balance loss
+    balance: str = one_of("ep_group", "dp_group", "micro_batch", "sequence", "none")           # the group it looks at
     balance_group: int = or_zero(0)           # sequences in a group; 0: made definite when a run starts, from its Plan
     aux_loss_alpha: float = or_zero(0.01)     # the paper's best of those it tried, for ep_group
-    # normalized: s / sum s. softmax: of the logits (PP). raw: s. Not published for this model
-    aux_scores: str = one_of("normalized", "softmax", "raw")
+    aux_scores: str = one_of("normalized", "softmax", "raw")      # s / sum s | of the logits (PP) | s; not published
     # multi-token prediction
     num_nextn_predict_layers: int = or_zero(1)
     mtp_loss_weight: float = or_zero(0.3)     # not published for this model; DS starts with 0.3
@@ -226,14 +226,13 @@ def check_setting(setting, value):
     elif setting.type in (int, float):
         may_be_zero = "may_be_zero" in setting.metadata
         kind = "whole number" if setting.type is int else "number"
-        fits = is_number(value) and (value > 0 or may_be_zero and value == 0)
-        fits = fits and (setting.type is float or isinstance(value, int))
+        fits = is_number(value, setting.type) and (value > 0 or may_be_zero and value == 0)
         require(fits, f"{shown}: use a {kind} {'of at least' if may_be_zero else 'above'} 0")
 
 
-def is_number(value):
-    """Neither true nor false, nor infinite, nor NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+def is_number(value, kind=float):
+    """Neither true nor false, nor infinite, nor NaN; a whole one is a number too."""
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def check_experts(c):
@@ -247,10 +246,10 @@ def check_experts(c):
         fitting = [d for d in divisors(k) if experts % d == 0]
         require(k % groups == 0, f"n_group={groups} does not divide num_experts_per_tok={k}, which group_choice=equal "
                                  f"needs: use one of {fitting}")
-        return
-    reach = c.topk_group * experts // groups
-    require(k <= reach, f"num_experts_per_tok={k} above the {reach} experts of topk_group={c.topk_group} groups: use "
-                        f"topk_group={math.ceil(k * groups / experts)} or num_experts_per_tok up to {reach}")
+    else:
+        reach = c.topk_group * experts // groups
+        require(k <= reach, f"num_experts_per_tok={k} above the {reach} experts of topk_group={c.topk_group} groups: "
+                            f"use topk_group={math.ceil(k * groups / experts)} or num_experts_per_tok up to {reach}")
 
 
 YARN_NEEDS = ("factor", "original_max_position_embeddings")
@@ -475,50 +474,33 @@ def attention(q, k, v, scale, mask=None):
     Keys and values may be those of a longer sequence than the queries', with a mask that says what each may see.
     """
     kind = backend(q)
-    if kind == "npu":
-        return npu_attention(q, k, v, scale, mask)
+    if kind == "npu":                                                     # its masks say True for what is left out
+        left_out, mode = (causal_triangle(q.device), 2) if mask is None else (~mask, 1)
+        return torch.ops.npu.npu_fusion_attention(q, k, v, q.size(2), "BSND", atten_mask=left_out, scale=scale,
+                                                  sparse_mode=mode)[0]
     width = v.size(-1)
     v = as_wide_as_keys(v, k)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # (B,H,T,D)
     if kind == "plain":
-        out = plain_attention(q, k, v, scale, mask)
+        if mask is None:
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+        scores = (q @ k.transpose(-1, -2)).to(at_least_float32(q.dtype)) * scale
+        out = scores.masked_fill(~mask, -math.inf).softmax(-1).to(q.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :width].transpose(1, 2)
 
 
-def plain_attention(q, k, v, scale, mask):
-    """q, k, v and the result (B,H,T,D)."""
-    if mask is None:
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.transpose(-1, -2)).to(at_least_float32(q.dtype)) * scale
-    scores = scores.masked_fill(~mask, -math.inf)                         # (B,H,T,T)
-    return scores.softmax(-1).to(q.dtype) @ v
-
-
-def npu_attention(q, k, v, scale, mask):
-    """Its masks say True for what is left out; mode 2 is causal, mode 1 takes a whole mask."""
-    if mask is None:
-        left_out, mode = causal_triangle(q.device), 2
-    else:
-        left_out, mode = ~mask, 1
-    return torch.ops.npu.npu_fusion_attention(q, k, v, q.size(2), "BSND", atten_mask=left_out, scale=scale,
-                                              sparse_mode=mode)[0]
-
-
 @lru_cache(None)
 def causal_triangle(device):
-    """What the NPU's causal mode asks for, whatever the length."""
+    """What the NPU's causal mode 2 asks for, whatever the length."""
     return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
 
 def as_wide_as_keys(v, k):
     """Values (..., Dv), padded where the kernel wants it: flash kernels do, cuDNN's on Hopper and later does not."""
     kind = backend(v)
-    if kind == "cuda":
-        padded = torch.cuda.get_device_capability(v.device) < (9, 0)
-    else:
-        padded = kind == "cpu"
+    padded = kind == "cpu" or kind == "cuda" and torch.cuda.get_device_capability(v.device) < (9, 0)
     more = k.size(-1) - v.size(-1)
     return F.pad(v, (0, more)) if padded and more else v
 
@@ -641,15 +623,13 @@ def grouped_kind(x, *widths):
 
 def npu_grouped_matmul(a, b, counts, group_type):
     """group_type: the dimension that experts share, 0: rows of a, 2: what is summed over."""
-    ends = counts.cumsum(0, dtype=torch.int64)                            # a single count it refuses, a single end not
+    ends = counts.cumsum(0, dtype=torch.int64)                            # it refuses one count alone, but not one end
     return torch.ops.npu.npu_grouped_matmul([a], [b], group_list=ends, group_list_type=0, split_item=3,
                                             group_type=group_type)[0]
 
 
 # A CPU's bf16 matmul is compiled anew, and kept, for each number of rows it meets. These two meet few: blocks of 512,
 # and a rest of fewer that zeros fill up to a multiple of 128, or to 32.
-
-
 def split_in_blocks(n):
     """(rows in whole blocks, rows of zeros that fill the rest)."""
     rest = n % 512
@@ -1069,10 +1049,9 @@ class Router(Part):
 
     def choose_equally(self, scores):
         """K/n_group experts of each group: scores (N,E) -> ids (N,K)."""
-        c = self.c
-        groups = scores.unflatten(1, (c.n_group, -1))                     # (N, groups, E/groups)
-        ids = groups.topk(c.num_experts_per_tok // c.n_group, sorted=False).indices
-        first = torch.arange(0, c.n_routed_experts, groups.size(2), device=ids.device)
+        groups = scores.unflatten(1, (self.c.n_group, -1))                # (N, groups, E/groups)
+        ids = groups.topk(self.c.num_experts_per_tok // self.c.n_group, sorted=False).indices
+        first = torch.arange(0, scores.size(1), groups.size(2), device=ids.device)
         return (ids + first.unsqueeze(1)).flatten(1)
 
     def in_best_groups(self, scores):
@@ -1371,13 +1350,10 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        n_layers = c.num_hidden_layers
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, _weight=torch.empty(c.vocab_size, c.hidden_size))
         self.layers = nn.ModuleDict()                                     # by global number
-        for i in range(n_layers):
-            self.layers[str(i)] = Block(c, i)
-        for i in range(n_layers, n_layers + c.num_nextn_predict_layers):
-            self.layers[str(i)] = MTPLayer(c, i)
+        for i, kind in enumerate(layer_kinds(c)):
+            self.layers[str(i)] = MTPLayer(c, i) if kind == "mtp" else Block(c, i)
         self.norm = Norm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size)
         self.compute_dtype = None                                         # None: the embedding's own
