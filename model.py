@@ -1013,7 +1013,7 @@ class Router(Part):
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
         scores = self.score(logits)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
-        weights = self.weigh(scores, ids)
+        weights = self.weigh(logits, scores, ids)
         counts = self.count(ids, n_sequences=len(x))
         if self.c.balance == "none" or self.c.aux_loss_alpha == 0:
             self.aux_loss = scores.new_zeros(())
@@ -1027,10 +1027,11 @@ class Router(Part):
         return x.flatten(0, 1).to(at_least_float32(x.dtype))
 
     def score(self, logits):
+        """(N,E) -> (N,E): what experts are chosen by, what weights and the balance loss are made of."""
         return logits.sigmoid() if self.c.scoring_func == "sigmoid" else logits.softmax(-1)
 
-    def weigh(self, scores, ids):
-        """Routing weights (N,K) of the chosen experts ids (N,K): scores (N,E)."""
+    def weigh(self, logits, scores, ids):
+        """Routing weights (N,K) of the chosen experts ids (N,K), from logits and scores (N,E), whichever is wanted."""
         weights = scores.gather(1, ids)
         if self.c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
