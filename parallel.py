@@ -10,8 +10,9 @@ sim.py plans, parallel.py executes: the bytes counted there are the bytes sent h
         rank     0    1  |  2    3      ep=4, node_size=2: inner groups are (0,1) (2,3), outer (0,2) (1,3)
         experts 0-1  2-3 | 4-5  6-7     of 8
 
-In this order: device, world, groups, collectives with autograd, dispatchers, grid, parallelize, data
-parallelism, checkpoints.
+In this order: device; what torch does not publish; world; joining and leaving it; groups and their collectives;
+collectives with autograd; dispatchers; grid; cuts; parallelize; a sequence over ranks (tensor, context); data
+parallelism; memory; segments; pipeline; live load balance; checkpoints.
 
 A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written
 under the name `step_N.tmp`; when it is complete, a list of its files with sizes and checksums is added and the folder
@@ -89,7 +90,7 @@ def fused_skips(device):
 
 def auto_precision(device):
     """A static rule: bf16 (float32 master weights), but float32 on a CPU that cannot multiply bf16."""
-    return "bf16" if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if device.type != "cpu" or cpu_multiplies_bf16() else "fp32"
 
 
 def peak_memory(device):
@@ -97,6 +98,21 @@ def peak_memory(device):
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return getattr(torch, device.type).max_memory_allocated()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What torch does not publish
+#
+# All that this file takes of it, each in a function or a class of its own; tests fail where torch changes it.
+
+
+def cpu_multiplies_bf16():
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def norms_of(tensors):
+    """(n,) 2-norms, in few kernels for all."""
+    return torch.stack(torch._foreach_norm(tensors))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,9 +165,9 @@ def all_sum(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Joining the world and leaving it; which rank died or stands still
 #
-# Each process has a pulse: a thread of its own writes a new number into torchrun's store every second, whatever the process
-# itself waits for. Who loses contact looks twice which numbers stay. torchrun names no rank when it starts a run again,
-# and dist.monitored_barrier none that died: it ends at the first closed connection (both measured, torch 2.13).
+# Each process has a pulse: a thread of its own writes a new number into torchrun's store every second, whatever the
+# process itself waits for. Who loses contact looks twice which numbers stay. torchrun names no rank when it starts a
+# run again, and dist.monitored_barrier none that died: it ends at the first closed connection (measured, torch 2.13).
 
 
 def open_store():
@@ -284,11 +300,6 @@ class Flight:
 
     def whole(self, x):
         return self.finish(self.start(x))
-
-
-def flight_of_rows(group, send, recv):
-    """send[i] rows go to member i of a group, recv[i] come from it."""
-    return Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
 
 
 class Start(torch.autograd.Function):
@@ -587,27 +598,32 @@ class Grid:
     """
 
     def __init__(self, plan, n_balance=1, device_type="cpu", timeout=None):
-        self.plan, self.timeout = plan, timeout
+        self.plan, self.device_type, self.timeout = plan, device_type, timeout
         self.groups = {}                                                  # members -> process group
-        ranks = torch.arange(plan.world_size)
+        ranks, pp = torch.arange(plan.world_size), plan.pp
 
-        def mesh(names, of):
-            groups = [self.process_group(of, dim) for dim in range(of.ndim)]
-            return DeviceMesh.from_group(groups, device_type, of, mesh_dim_names=names)
+        dense = ranks.view(pp, *self.replicate_and_shard(plan.dp * plan.cp * plan.tp))
+        self.dense = self.mesh("pp replicate shard", dense)
+        tensor = ranks.view(pp, *self.replicate_and_shard(plan.dp * plan.cp), plan.tp)
+        self.tensor = self.mesh("pp replicate tp shard", tensor.transpose(2, 3))
+        self.sequence = self.mesh("pp dp cp tp", ranks.view(pp, plan.dp, plan.cp, plan.tp))
+        expert = ranks.view(pp, *self.replicate_and_shard(plan.edp), plan.ep)
+        self.expert = self.mesh("pp replicate ep shard", expert.transpose(2, 3))
+        self.balance = self.mesh("groups balance", ranks.view(-1, n_balance))
+        self.exchange = self.mesh("groups outer inner", ranks.view(-1, plan.ep // plan.inner, plan.inner))
 
-        def cut(n):
-            return (n, 1) if plan.zero == 0 else (1, n)                   # (replicate, shard)
+        self.pp_rank = rank() * pp // plan.world_size
+        self.embedding_twice = False       # on the first pipeline rank and on the last; keep_own_stages says
+        self.live = None                   # a LiveBalance; parallelize makes it
 
-        self.dense = mesh(("pp", "replicate", "shard"), ranks.view(plan.pp, *cut(plan.dp * plan.cp * plan.tp)))
-        by_tp = ranks.view(plan.pp, *cut(plan.dp * plan.cp), plan.tp)
-        self.tensor = mesh(("pp", "replicate", "tp", "shard"), by_tp.transpose(2, 3).contiguous())
-        self.sequence = mesh(("pp", "dp", "cp", "tp"), ranks.view(plan.pp, plan.dp, plan.cp, plan.tp))
-        by_ep = ranks.view(plan.pp, *cut(plan.edp), plan.ep)
-        self.expert = mesh(("pp", "replicate", "ep", "shard"), by_ep.transpose(2, 3).contiguous())
-        self.balance = mesh(("groups", "balance"), ranks.view(-1, n_balance))
-        self.exchange = mesh(("groups", "outer", "inner"), ranks.view(-1, plan.ep // plan.inner, plan.inner))
-        self.pp_rank = rank() * plan.pp // plan.world_size
-        self.embedding_twice = False                                      # on the first pipeline rank and on the last
+    def replicate_and_shard(self, n):
+        """Sizes of these two dimensions for n ranks that hold the same weights."""
+        return (n, 1) if self.plan.zero == 0 else (1, n)
+
+    def mesh(self, names, ranks):
+        ranks = ranks.contiguous()
+        groups = [self.process_group(ranks, dim) for dim in range(ranks.ndim)]
+        return DeviceMesh.from_group(groups, self.device_type, ranks, mesh_dim_names=tuple(names.split()))
 
     def process_group(self, ranks, dim):
         """This rank's group along a dimension of a grid of ranks; one for each set of members, as buffers are large."""
@@ -616,6 +632,11 @@ class Grid:
         if members not in self.groups:
             self.groups[members] = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
         return self.groups[members]
+
+    def parts_mesh(self, axis):
+        """(replicate, axis, shard) of the ranks that hold a tensor cut by ep or by tp."""
+        mesh = self.expert if axis == "ep" else self.tensor
+        return mesh["replicate", axis, "shard"]
 
     def group(self, mesh, name):
         return Group(mesh[name].get_group())
@@ -629,6 +650,84 @@ class Grid:
             return FlatDispatcher(config, self.group(self.expert, "ep"))
         kind = HierarchicalDispatcher if plan.dispatch == "hierarchical" else DedupDispatcher
         return kind(config, self.group(self.exchange, "inner"), self.group(self.exchange, "outer"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cuts: which dimension of a tensor is cut, and by whom
+#
+# Experts are cut by ep, matrices by tp; each rank holds one of the parts, and zero may cut what it holds once more.
+# All else is whole on every rank of a pipeline stage, but for zero.
+
+
+class Cut(NamedTuple):
+    dim: int | None                        # the tensor's
+    axis: str | None                       # ep | tp: the ranks that hold the parts; None: whole
+
+
+TENSOR_CUTS = dict(q_b_proj=0, kv_b_proj=0, o_proj=1, gate_proj=0, up_proj=0, down_proj=1, embed_tokens=0, lm_head=0)
+
+
+def cut_of(name):
+    """Cut of a weight, or of an optimizer's state of its shape, by its name."""
+    if ".experts." in name:
+        return Cut(0, "ep")
+    for part in name.split("."):
+        if part in TENSOR_CUTS:
+            return Cut(TENSOR_CUTS[part], "tp")
+    return Cut(None, None)
+
+
+def keep_own_experts(experts, plan):
+    """Drop all but this rank's experts: rank i of an expert group holds the i-th of ep equal parts."""
+    n_own = len(experts.gate_up_proj) // plan.ep
+    experts.first_expert = rank() % plan.ep * n_own
+    for name, weight in list(experts.named_parameters()):
+        own = weight.detach()[experts.first_expert:experts.first_expert + n_own].clone()
+        setattr(experts, name, torch.nn.Parameter(own))
+
+
+class Slice(NamedTuple):
+    """Of a matrix cut by tensor, at its module as `slice`: which of how many parts of a dimension is held."""
+    dim: int
+    place: int
+    parts: int
+
+
+def keep_own_slice(module, dim, group):
+    module.slice = Slice(dim, group.rank, group.size)
+    module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
+
+
+def own_slice(module, whole):
+    """What this rank holds of a tensor of a module; all of it, if it is not cut."""
+    if not hasattr(module, "slice"):
+        return whole
+    dim, place, parts = module.slice
+    return whole.chunk(parts, dim)[place]
+
+
+def whole_shape(module, tensor):
+    shape = list(tensor.shape)
+    if hasattr(module, "slice"):
+        shape[module.slice.dim] *= module.slice.parts
+    return shape
+
+
+def local(tensor):
+    """This rank's part of a tensor that may be cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def count_holders(name, tensor, grid):
+    """How many ranks hold the same part of a tensor."""
+    plan = grid.plan
+    parts = {"ep": plan.ep, "tp": plan.tp, None: 1}[cut_of(name).axis]
+    if isinstance(tensor, DTensor):
+        parts *= tensor.device_mesh["shard"].size()
+    ranks = plan.dp * plan.cp * plan.tp
+    if grid.embedding_twice and name.startswith("embed_tokens"):
+        ranks *= 2
+    return ranks // parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -675,15 +774,6 @@ def refuse_what_is_not_run(plan):
         raise ValueError(f"precision={plan.precision} is not run: use fp32 or bf16")
 
 
-def keep_own_experts(experts, plan):
-    """Drop all but this rank's experts: rank i of an expert group holds the i-th of ep equal parts."""
-    n_own = len(experts.gate_up_proj) // plan.ep
-    experts.first_expert = rank() % plan.ep * n_own
-    for name, weight in list(experts.named_parameters()):
-        own = weight.detach()[experts.first_expert:experts.first_expert + n_own].clone()
-        setattr(experts, name, torch.nn.Parameter(own))
-
-
 def keep_own_stages(model, grid):
     """Drop what is on other pipeline ranks. The last stage keeps the embedding where MTP or a tied head reads it."""
     plan, config = grid.plan, model.config
@@ -715,38 +805,32 @@ def mean_over(group, counts):
 # context: queries of own tokens against latents and rope keys of the whole sequence; slices i and 2*cp-1-i to rank i,
 # for then each has as much of the causal triangle.
 
-CUT = dict(q_b_proj=0, kv_b_proj=0, o_proj=1, gate_proj=0, up_proj=0, down_proj=1,     # the dimension tensor cuts
-           embed_tokens=0, lm_head=0)
-
-
-def cut_dim(name):
-    """The dimension that tensor cuts, or None: name of a weight, or of a part of an optimizer's state."""
-    return None if is_expert(name) else next((CUT[part] for part in name.split(".") if part in CUT), None)
-
-
 def cut_matrices(model, grid):
     group = grid.group(grid.sequence, "tp")
     for name, module in model.named_modules():
-        dim = cut_dim(name.rpartition(".")[2])
-        if dim is not None:
-            module.cut = dim, group.rank, group.size
-            module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
+        matrix = name.rpartition(".")[2]
+        if matrix in TENSOR_CUTS:
+            keep_own_slice(module, TENSOR_CUTS[matrix], group)
         if isinstance(module, Attention):
             module.gather_tokens = partial(gather_together, group)
         if isinstance(module, MLP):
-            module.register_forward_pre_hook(lambda _, args: (gather_sequence(group, args[0]),))
+            module.register_forward_pre_hook(partial(gather_input, group))
         if isinstance(module, (Attention, MLP)):
-            module.register_forward_hook(lambda _, args, partial_sums: scatter_sequence(group, partial_sums))
+            module.register_forward_hook(partial(scatter_output, group))
     n_own = model.config.vocab_size // group.size
     model.embed = partial(embed_part, group, model.embed, n_own)
     model.cross_entropy = partial(cross_entropy_part, group, n_own)
 
 
-def own_slice(module, whole):
-    if not hasattr(module, "cut"):
-        return whole
-    dim, place, parts = module.cut
-    return whole.chunk(parts, dim)[place]
+def gather_input(group, module, args):
+    """A hook before a module: it gets the tokens of the whole group."""
+    x, = args
+    return (gather_sequence(group, x),)
+
+
+def scatter_output(group, module, args, partial_sums):
+    """A hook behind a module: this rank's tokens of what it made, summed over the group."""
+    return scatter_sequence(group, partial_sums)
 
 
 def gather_sequence(group, x):
@@ -777,9 +861,10 @@ def embed_part(group, embed, n_own, ids):
 
 def cross_entropy_part(group, n_own, h, weight, targets):
     """model.cross_entropy with n_own rows of the head, for the tokens of the group: this rank's share of their loss."""
-    h, targets = [Flight(group.all_gather, group.reduce_scatter).whole(t) for t in (h, targets)]
-    vocabulary = Vocabulary(group.rank * n_own, group.size, partial(group.all_reduce, op=dist.ReduceOp.MAX),
-                            group.all_reduce)
+    h = Flight(group.all_gather, group.reduce_scatter).whole(h)
+    targets = Flight(group.all_gather, group.reduce_scatter).whole(targets)
+    all_max = partial(group.all_reduce, op=dist.ReduceOp.MAX)
+    vocabulary = Vocabulary(group.rank * n_own, group.size, all_max, group.all_reduce)
     return HeadCrossEntropy.apply(h, weight, targets, vocabulary)
 
 
@@ -789,19 +874,29 @@ def gather_contexts(model, grid):
         block.self_attn.gather_context = partial(gather_together, group)
 
 
+def context_parts(n_tokens, cp, device):
+    """Numbers of the tokens that each context rank has; gather_context brings keys together in this order."""
+    slices = torch.arange(n_tokens, device=device).chunk(2 * cp)
+    return [torch.cat((slices[i], slices[-1 - i])) for i in range(cp)]
+
+
 def own_tokens(plan, depths, ids, targets, positions=None, doc_ids=None, next_ids=None, routing=None):
     """Model.forward's arguments for whole sequences -> for this rank's part of them. depths: of MTP."""
-    T, place = ids.size(1), rank() % (plan.cp * plan.tp)
-    slices = torch.arange(T, device=ids.device).chunk(2 * plan.cp)
-    contexts = [torch.cat((slices[i], slices[-1 - i])) for i in range(plan.cp)]
+    positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
+    contexts, place = context_parts(ids.size(1), plan.cp, ids.device), rank() % (plan.cp * plan.tp)
     context = contexts[place // plan.tp]                                  # tokens of the tensor group
     own = context.chunk(plan.tp)[place % plan.tp]
-    positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
     if plan.cp > 1:
-        doc_ids = torch.zeros_like(ids[:1]) if doc_ids is None else doc_ids
-        doc_ids = document_mask(doc_ids)[:, :, context][..., torch.cat(contexts)]
+        if doc_ids is None:
+            doc_ids = torch.zeros_like(ids[:1])
+        mask = document_mask(doc_ids)                                     # (B,1,T,T)
+        doc_ids = mask[:, :, context][..., torch.cat(contexts)]
+    if next_ids is not None:
+        next_ids = next_ids[..., own]
+    if routing:
+        routing = {layer: chosen[:, own] for layer, chosen in routing.items()}
     return dict(ids=ids[:, own], targets=targets[..., own], positions=positions[:, context], doc_ids=doc_ids,
-                next_ids=next_ids if next_ids is None else next_ids[..., own], routing=routing and {i: chosen[:, own] for i, chosen in routing.items()})
+                next_ids=next_ids, routing=routing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -818,29 +913,34 @@ def shard(model, grid):
     """
     plan = grid.plan
     dense, tensor, expert = [mesh["replicate", "shard"] for mesh in (grid.dense, grid.tensor, grid.expert)]
-    low = torch.bfloat16 if plan.precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
+    as_stored = MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = as_stored
+    if plan.precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     alone = set()                                                         # what no other rank holds
 
     def wrap(part, mesh=dense, mp_policy=policy, free=plan.zero == 3, **placement):
         fully_shard(part, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=free, ignored_params=alone, **placement)
 
+    # 1. matrices cut by tensor; embedding and head are children of the root, which takes them
     for part in model.modules():
-        matrices = [child for child in part.children() if hasattr(child, "cut")]
+        matrices = [child for child in part.children() if hasattr(child, "slice")]
         if matrices and tensor.size() == 1:
             alone.update(child.weight for child in matrices)
         elif matrices and part is not model:
             wrap(matrices, tensor)
+    # 2. layers
     for block in model.layers.values():
+        if block.is_moe and expert.size() == 1:
+            alone.update(block.mlp.experts.parameters())
+        elif block.is_moe:
+            wrap(block.mlp.experts, expert, shard_placement_fn=partial(cut_inside_experts, plan))
         if block.is_moe:
-            if expert.size() == 1:
-                alone.update(block.mlp.experts.parameters())
-            else:
-                wrap(block.mlp.experts, expert, shard_placement_fn=partial(cut_inside_experts, plan))
-            wrap(block.mlp.gate, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+            wrap(block.mlp.gate, mp_policy=as_stored)
         if isinstance(block, MTPLayer):
             wrap([block.enorm, block.hnorm, block.eh_proj, block.shared_head["norm"]])
         wrap(block)
+    # 3. the last norm, and the root
     if model.norm is not None:
         wrap(model.norm)
     wrap(model, tensor, free=False)
@@ -866,7 +966,10 @@ def hand_on_routing(model, args, kwargs):
 
 def cut_inside_experts(plan, weight):
     """The dimension that zero cuts: inside the matrices, for ranks may outnumber experts; FSDP wants it cut evenly."""
-    return Shard(next((dim for dim in (1, 2) if weight.size(dim) % plan.edp == 0), 0))
+    for dim in (1, 2):
+        if weight.size(dim) % plan.edp == 0:
+            return Shard(dim)
+    return Shard(0)
 
 
 def reduce_gradients(model, plan, last):
@@ -878,38 +981,19 @@ def reduce_gradients(model, plan, last):
         model.set_requires_gradient_sync(last or plan.zero == 3)
 
 
-def local(tensor):
-    """This rank's part of a tensor that may be cut."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def is_expert(name):
-    return ".experts." in name
-
-
 @torch.no_grad()
 def init_weights(model, seed=0):
     """model.init_weights for a model that may be cut: the same numbers under every plan, one whole tensor at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         module = model.get_submodule(name.rpartition(".")[0])
-        dim, _, parts = getattr(module, "cut", (0, 0, 1))
-        whole = torch.empty([n * parts if i == dim else n for i, n in enumerate(tensor.shape)], dtype=tensor.dtype)
-        fill_initial(whole, model.config, name, seed, module.first_expert if is_expert(name) else 0)
-        whole = own_slice(module, whole)
+        first_expert = module.first_expert if cut_of(name).axis == "ep" else 0
+        whole = torch.empty(whole_shape(module, tensor), dtype=tensor.dtype)
+        fill_initial(whole, model.config, name, seed, first_expert)
+        part = own_slice(module, whole)
         if isinstance(tensor, DTensor):
-            whole = whole.to(tensor.device)
-            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.copy_(whole)
-
-
-def copies(name, tensor, grid):
-    """How many ranks hold the same part of a tensor."""
-    plan = grid.plan
-    parts = plan.ep if is_expert(name) else plan.tp if cut_dim(name) is not None else 1
-    if isinstance(tensor, DTensor):
-        parts *= tensor.device_mesh["shard"].size()
-    stages = 2 if grid.embedding_twice and name.startswith("embed_tokens") else 1
-    return stages * plan.dp * plan.cp * plan.tp // parts
+            part = part.to(tensor.device)
+            part = distribute_tensor(part, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(part)
 
 
 def sum_loads(model, loads):
@@ -925,19 +1009,19 @@ def sum_loads(model, loads):
 def grad_norm(model, grid=None):
     """Global norm of all gradients: each part counts once, however many ranks hold it. One all-reduce of all ranks."""
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([local(p.grad) for _, p in named]))
+    norms = norms_of([local(p.grad) for _, p in named])
     if grid is None:
         return norms.norm()
-    shares = norms.new_tensor([1 / copies(name, p, grid) for name, p in named])
+    shares = norms.new_tensor([1 / count_holders(name, p, grid) for name, p in named])
     return all_sum((norms.square() * shares).sum()).sqrt()
 
 
 def param_groups(model):
     """Parameters for an optimizer by mesh, since fused and foreach steps refuse tensors of different ones."""
-    kinds = {(False, False): [], (False, True): [], (True, False): []}    # expert, cut by tensor
+    by_axis = {None: [], "tp": [], "ep": []}
     for name, parameter in model.named_parameters():
-        kinds[is_expert(name), cut_dim(name) is not None].append(parameter)
-    return [dict(params=parameters) for parameters in kinds.values()]
+        by_axis[cut_of(name).axis].append(parameter)
+    return [dict(params=parameters) for parameters in by_axis.values()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1845,10 +1929,10 @@ def whole_tensors(state, grid):
 def part_of_whole(tree, grid, name):
     if isinstance(tree, dict):
         return {key: part_of_whole(value, grid, f"{name}.{key}") for key, value in tree.items()}
-    dim = 0 if is_expert(name) else cut_dim(name)
-    if dim is None or not torch.is_tensor(tree) or tree.dim() < 2:
+    dim, axis = cut_of(name)
+    if axis is None or not torch.is_tensor(tree) or tree.dim() < 2:
         return tree
-    mesh = grid.expert["replicate", "ep", "shard"] if is_expert(name) else grid.tensor["replicate", "tp", "shard"]
+    mesh = grid.parts_mesh(axis)
     shape = [n * mesh.size(1) if i == dim else n for i, n in enumerate(tree.shape)]
     cut = tree.placements[-1] if isinstance(tree, DTensor) else Shard(0)
     return DTensor.from_local(local(tree), mesh, (Replicate(), Shard(dim), cut), run_check=False,

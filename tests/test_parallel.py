@@ -44,6 +44,12 @@ def test_each_rank_of_a_node_has_its_own_accelerator(monkeypatch, local_rank, cu
     assert parallel.pick_device("auto").type == "cuda" and chosen == [current]
 
 
+def test_what_torch_does_not_publish_is_there():
+    assert isinstance(parallel.cpu_multiplies_bf16(), bool)
+    tensors = [torch.randn(3, 4), torch.randn(5)]
+    assert torch.equal(parallel.norms_of(tensors), torch.stack([tensor.norm() for tensor in tensors]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One step, on one process or on many
 
