@@ -82,11 +82,10 @@ def equals_one_process(folder, plan, config=DEEP, reference=None):
 def pipelines():
     one = replace(PLAN, micro_batch=1)
     for pp in (1, 2, 4):
-        for schedule, vpp in (("1f1b", 1), ("interleaved", 1), ("interleaved", 2), ("paired", 1), ("paired", 2),
-                              ("zbv", 2), ("dualpipev", 2)):
+        for schedule, vpp in (("1f1b", 1), ("interleaved", 1), ("interleaved", 2), ("paired", 1), ("paired", 2)):
             if pp * vpp <= 7:
                 yield replace(one, pp=pp, vpp=vpp, schedule=schedule)
-            if pp * vpp <= 7 and schedule in ("paired", "dualpipev"):
+            if pp * vpp <= 7 and schedule == "paired":
                 yield replace(one, pp=pp, vpp=vpp, schedule=schedule, overlap="adaptive")
 
 
@@ -101,10 +100,9 @@ def test_schedule(folder, plan):
     equals_one_process(folder, plan, config=replace(DEEP, balance_group=1), reference=PLAN)
 
 
-@pytest.mark.parametrize("schedule", ["paired", "zbv", "dualpipev"])
-def test_eight_stages_on_four_ranks(folder, schedule):
+def test_eight_stages_on_four_ranks(folder):
     config = replace(DEEP, balance_group=1, num_hidden_layers=8)
-    plan = replace(PLAN, pp=4, vpp=2, schedule=schedule, overlap="none" if schedule == "zbv" else "adaptive")
+    plan = replace(PLAN, pp=4, vpp=2, schedule="paired", overlap="adaptive")
     equals_one_process(folder, plan, config=config, reference=PLAN)
 
 
@@ -144,8 +142,7 @@ def combinations():
     two = replace(two, dp=2, ep=2, pp=2, zero=1, dispatch="hierarchical", node_size=1)
     yield replace(two, schedule="paired")
     yield replace(two, schedule="paired", vpp=2, layer_split=(1, 2, 1, 1))
-    yield replace(two, schedule="dualpipev", vpp=2, layer_split=(1, 3, 1, 0))
-    yield replace(two, schedule="zbv", vpp=2, overlap="none", zero=3)
+    yield replace(two, schedule="paired", vpp=2, overlap="none", zero=3)
     yield replace(two, schedule="1f1b", overlap="none", zero=3, ep=1)
     # with everything: pp2 ep4 hierarchical paired adaptive zero 1
     yield replace(two, dp=4, ep=4, node_size=2, vpp=2, schedule="paired")
@@ -175,7 +172,7 @@ def check_evaluation(path, config, plan, reference):
     return [parallel.all_sum(out.total_loss).item() for out in losses], torch.load(path)[0].item()
 
 
-@pytest.mark.parametrize("axes", [dict(pp=2), dict(pp=2, vpp=2, schedule="dualpipev"), dict(overlap="adaptive"),
+@pytest.mark.parametrize("axes", [dict(pp=2), dict(pp=2, vpp=2, schedule="paired"), dict(overlap="adaptive"),
                                   dict(pp=2, dp=2, overlap="adaptive", zero=1)], ids=str)
 def test_evaluation_and_other_numbers_of_micro_batches(folder, axes):
     plan, reference = replace(PLAN, **{"schedule": "", **axes}), replace(PLAN, micro_batch=1)
@@ -276,7 +273,7 @@ def count_step(config, plan):
 @pytest.mark.parametrize("axes", [
     dict(tp=2, sp=1), dict(tp=4, sp=1), dict(cp=4, node_size=1), dict(tp=2, sp=1, pp=2, node_size=2),
     dict(tp=2, sp=1, cp=2, dp=2, ep=4, node_size=2, dispatch="hierarchical"),
-    dict(tp=2, sp=1, pp=2, vpp=2, dp=2, ep=4, node_size=2, overlap="adaptive", schedule="dualpipev")], ids=str)
+    dict(tp=2, sp=1, pp=2, vpp=2, dp=2, ep=4, node_size=2, overlap="adaptive", schedule="paired")], ids=str)
 def test_bytes_and_parameters_are_those_that_sim_predicts(axes):
     """All that travels while the pipeline runs, by tier, and what a rank holds without zero."""
     config = replace(DEEP, n_routed_experts=8, num_experts_per_tok=2, num_attention_heads=4, balance_group=1)
@@ -313,7 +310,7 @@ def check_resumed_step(folder, path, config, plan, reference):
 
 MOVES = [replace(PLAN, **axes) for axes in (
     dict(), dict(tp=2, sp=1, dp=2, ep=4, zero=3, node_size=2), dict(cp=2, pp=2, zero=1), dict(dp=4, ep=2, zero=1),
-    dict(pp=2), dict(pp=2, vpp=2, schedule="dualpipev", overlap="adaptive"), dict(tp=2, sp=1, zero=1))]
+    dict(pp=2), dict(pp=2, vpp=2, schedule="paired", overlap="adaptive"), dict(tp=2, sp=1, zero=1))]
 
 
 @pytest.mark.slow
