@@ -1548,7 +1548,7 @@ class Pipeline:
                 module.store = self.store
         self.memory = Memory(plan, next(model.parameters()).device)
         self.memory.attach(model)
-        self.runtimes = {}                                                # number of micro-batches -> TorchRuntime
+        self.runtimes = {}                 # number of micro-batches -> TorchRuntime, or OneRank
 
     def step(self, batches, loss_tokens, train=True):
         """Forward and backward of a global batch, or its forward alone; weights stay as they are.
@@ -1587,19 +1587,16 @@ class Pipeline:
 
     def run_table(self, plan):
         self.chunks = {}                   # (stage, micro-batch) -> Chunk, from its forward to its backward
-        self.handed_over = {}              # (F or B, receiving stage, micro-batch) -> tensor between stages of this rank
+        if plan.n_micro not in self.runtimes:
+            self.runtimes[plan.n_micro] = self.make_runtime(plan)
+        self.runtime = self.runtimes[plan.n_micro]
         self.gather_weights()
-        if plan.pp == 1:
-            for action in schedule_table(plan)[0]:
-                self.perform(action.parts())
-        else:
-            if plan.n_micro not in self.runtimes:
-                self.runtimes[plan.n_micro] = self.make_runtime(plan)
-            self.runtime = self.runtimes[plan.n_micro]
-            self.runtime.step(self.train)
+        self.runtime.step(self.train)
         self.release_weights()
 
     def make_runtime(self, plan):
+        if plan.pp == 1:
+            return OneRank(schedule_table(plan)[0], self.perform)
         shape = plan.micro_batch, plan.tokens // plan.micro_batch, self.model.config.hidden_size
         x = torch.empty(shape, dtype=model_dtype(self.model), device="meta", requires_grad=True)
         device, group = next(self.model.parameters()).device, self.grid.dense["pp"].get_group()
@@ -1642,27 +1639,27 @@ class Pipeline:
         if stage == 0:
             x = batch["ids"]
         else:
-            x = self.receive_input(stage, microbatch).detach().requires_grad_(self.train)
+            x = self.runtime.received_input(stage, microbatch).detach().requires_grad_(self.train)
         return Chunk(self.pieces(stage, **batch), x, self.memory)
 
     def end_forward(self, chunk, stage, microbatch):
         if self.train:
             self.chunks[stage, microbatch] = chunk
         if stage < self.last_stage:
-            self.send_output(stage, microbatch, chunk.values.pop("x"))
+            self.runtime.send_output(stage, microbatch, chunk.values.pop("x").detach().contiguous())
 
     def begin_backward(self, stage, microbatch):
         chunk = self.chunks.pop((stage, microbatch))
         if stage == self.last_stage:
             chunk.grads["loss"] = torch.ones_like(chunk.values["loss"])
         else:
-            chunk.grads["x"] = self.receive_gradient(stage, microbatch)
+            chunk.grads["x"] = self.runtime.received_gradient(stage, microbatch)
         return chunk
 
     def end_backward(self, chunk, stage, microbatch):
         self.end_fsdp_backward()
         if stage > 0:
-            self.send_gradient(stage, microbatch, chunk.grads.pop("x"))
+            self.runtime.send_gradient(stage, microbatch, chunk.grads.pop("x").detach().contiguous())
 
     # a stage's segments
 
@@ -1698,32 +1695,6 @@ class Pipeline:
 
     def add(self, name, value):
         self.sums[name] = self.sums[name] + value.detach()
-
-    # between stages: by the runtime, or by hand where the neighbour is on this rank
-
-    def send_output(self, stage, microbatch, x):
-        x = x.detach().contiguous()
-        if stage + 1 in self.stages:
-            self.handed_over["F", stage + 1, microbatch] = x
-        else:
-            self.runtime.send_output(stage, microbatch, x)
-
-    def receive_input(self, stage, microbatch):
-        if stage - 1 in self.stages:
-            return self.handed_over.pop(("F", stage, microbatch))
-        return self.runtime.received_input(stage, microbatch)
-
-    def send_gradient(self, stage, microbatch, grad):
-        grad = grad.detach().contiguous()
-        if stage - 1 in self.stages:
-            self.handed_over["B", stage - 1, microbatch] = grad
-        else:
-            self.runtime.send_gradient(stage, microbatch, grad)
-
-    def receive_gradient(self, stage, microbatch):
-        if stage + 1 in self.stages:
-            return self.handed_over.pop(("B", stage, microbatch))
-        return self.runtime.received_gradient(stage, microbatch)
 
     # FSDP: its hooks on layers do not run, since segments call a layer's parts
 
@@ -1762,6 +1733,30 @@ class Pipeline:
     def end_fsdp_backward(self):
         if isinstance(self.model, FSDPModule):
             end_sharded_backward(self.model)
+
+
+class OneRank:
+    """What TorchRuntime is on several pipeline ranks: the actions one by one, stages hand their tensors over."""
+
+    def __init__(self, actions, perform):
+        self.actions, self.perform = actions, perform
+        self.outputs, self.gradients = {}, {}                             # (receiving stage, micro-batch) -> tensor
+
+    def step(self, train):
+        for action in self.actions:
+            self.perform(action.parts())
+
+    def send_output(self, stage, microbatch, x):
+        self.outputs[stage + 1, microbatch] = x
+
+    def received_input(self, stage, microbatch):
+        return self.outputs.pop((stage, microbatch))
+
+    def send_gradient(self, stage, microbatch, grad):
+        self.gradients[stage - 1, microbatch] = grad
+
+    def received_gradient(self, stage, microbatch):
+        return self.gradients.pop((stage, microbatch))
 
 
 def model_dtype(model):

@@ -1,6 +1,7 @@
 """
 Tests of the grid and the overlap: every axis, every schedule and combinations of them equal one process.
 """
+import pkgutil
 from dataclasses import replace
 from unittest import mock
 
@@ -217,6 +218,75 @@ def test_all_ranks_of_a_group_issue_their_collectives_in_one_order(dispatch):
         first, *others = [orders[rank][members] for rank in members]
         assert first and all(other == first for other in others)
     assert len(set().union(*orders)) == (2 if dispatch == "flat" else 8)
+
+
+NOT_PUBLISHED = {                          # owner: names that parallel.py uses, listed there in one section
+    "torch.distributed.pipelining.schedules": "_PipelineScheduleRuntime _Action FORWARD FULL_BACKWARD OVERLAP_F_B",
+    "torch.distributed.pipelining.schedules._PipelineScheduleRuntime":
+        "register_custom_function _prepare_schedule_with_comms step eval",
+    "torch.distributed.pipelining.schedules._Action": "from_str computation_type stage_index microbatch_index "
+                                                      "sub_actions",
+    "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState": "_lazy_init _root_post_backward_final_callback",
+    "torch.distributed.fsdp.fully_shard": "state"}
+
+
+@pytest.mark.parametrize("owner", NOT_PUBLISHED)
+def test_names_that_torch_does_not_publish_are_still_there(owner):
+    found = pkgutil.resolve_name(owner)
+    missing = [name for name in NOT_PUBLISHED[owner].split() if not hasattr(found, name)]
+    assert not missing, f"{owner} of torch {torch.__version__} has no {missing}: see What torch does not publish"
+
+
+def check_runtime(n_micro):
+    """On each of two ranks: what perform is given, in order, and what came from the other rank, of stages that send
+    their number and the micro-batch's."""
+    me, given, received = torch.distributed.get_rank(), [], []
+
+    def perform(parts):
+        given.append(parts)
+        for kind, stage, microbatch in parts:
+            x = torch.full((2,), 10.0 * stage + microbatch)
+            if kind == "F" and stage == 0:
+                runtime.send_output(0, microbatch, x)
+            elif kind == "F":
+                received.append(runtime.received_input(1, microbatch).tolist())
+            elif stage == 1:
+                runtime.send_gradient(1, microbatch, x)
+            else:
+                received.append(runtime.received_gradient(0, microbatch).tolist())
+
+    plan = replace(PLAN, pp=2, schedule="paired", global_batch=n_micro)
+    table = sim.schedule_table(plan)
+    x = torch.empty(2, device="meta", requires_grad=True)
+    runtime = parallel.TorchRuntime([me], 2, table, n_micro, x, torch.device("cpu"), torch.distributed.group.WORLD,
+                                    perform)
+    runtime.step(train=True)
+    return given == [[*map(tuple, action.parts())] for action in table[me]], received
+
+
+def test_runtime_of_torch_runs_a_table_and_carries_tensors_both_ways():
+    """What the section relies on: actions in our order, pairs as two parts, each tensor at the neighbour's request."""
+    (first_in_order, gradients), (second_in_order, inputs) = dist.run(2, check_runtime, 3)
+    assert first_in_order and second_in_order
+    assert inputs == [[float(m)] * 2 for m in range(3)]
+    assert gradients == [[10.0 + m] * 2 for m in range(3)]
+
+
+def check_sharded_backward(plan):
+    """FSDP2 without its hooks: a gradient stays here until it is told that the last backward is over."""
+    model, _ = build(DEEP, plan)
+    parallel.prepare_sharding(model)
+    model.set_is_last_backward(True)
+    for part in parallel.fsdp_parts(model):
+        part.unshard()
+    whole = model.layers["0"].self_attn.o_proj.weight
+    whole.grad = torch.full_like(whole, 1.0 + torch.distributed.get_rank())
+    parallel.end_sharded_backward(model)
+    return parallel.local(model.layers["0"].self_attn.o_proj.weight.grad).unique().tolist()
+
+
+def test_end_of_a_sharded_backward_sums_gradients_over_ranks():
+    assert dist.run(2, check_sharded_backward, replace(PLAN, dp=2, zero=1)) == [[3.0], [3.0]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
