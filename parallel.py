@@ -21,6 +21,7 @@ names that no plan changes, so any plan reads what any other wrote.
 import itertools
 import json
 import os
+import pickle
 import resource
 import shutil
 import threading
@@ -44,6 +45,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -1933,8 +1935,15 @@ class LiveBalance:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+#
+# A folder step_N:   *.distcp        tensors, whole by name, each rank's part of them in a file of its own
+#                    .metadata       DCP's list of the parts: which tensor, which slice, in which file
+#                    progress.json   plain numbers: steps, tokens, where experts live
+#                    files.json      sizes and checksums of the others; written last
+#
+# It may come from anywhere, so nothing in it can name code to run: JSON, tensors, and DCP's list of known types.
 
-MANIFEST = "files.json"                    # of a complete checkpoint: {file: [bytes, crc32]}
+MANIFEST, PROGRESS, DCP_LIST = "files.json", "progress.json", ".metadata"
 
 
 class CheckpointError(ValueError):
@@ -1942,37 +1951,52 @@ class CheckpointError(ValueError):
 
 
 class SaveFailed(OSError):
-    pass
+    """A checkpoint that could not be written."""
 
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)             # of ranks with other parts of the model too
 
 
-def train_state(model, optimizer, progress):
-    """What a checkpoint holds, by names that do not depend on the plan. progress: dict of plain numbers."""
-    weights, moments = get_state_dict(model, optimizer, options=BY_NAME)
-    return dict(model=weights, optimizer=moments, progress=dict(progress), random=torch.get_rng_state())
+def train_state(model, optimizer):
+    """The tensors of a checkpoint, by names that do not depend on the plan: {model | optimizer: {name: tensor}, random}.
+
+    Without the optimizer's settings, which the next run gives its own.
+    """
+    return tensors_of(*get_state_dict(model, optimizer, options=BY_NAME))
+
+
+def tensors_of(weights, optimizer_state):
+    moments = {name: value for name, value in optimizer_state.items() if torch.is_tensor(value)}
+    return dict(model=weights, optimizer=moments, random=torch.get_rng_state())
 
 
 def whole_tensors(state, grid):
-    """The state with expert tensors (local experts, ...) as this rank's part of all experts (E, ...), and those cut by
-    tensor as its part of the whole, in the same memory: a file knows whole tensors, and any plan can read it."""
+    """The state with each tensor that experts or tensor parallelism cut declared as this rank's part of the whole, in
+    the same memory: files know whole tensors, and any plan can read them. E.g. local experts (E / ep, ...) as a slice
+    of (E, ...)."""
     if grid is None:
         return state
-    return state | {key: part_of_whole(state[key], grid, key) for key in ("model", "optimizer") if key in state}
+    whole = dict(state)
+    for kind in {"model", "optimizer"} & state.keys():
+        whole[kind] = {name: part_of_whole(name, tensor, grid) for name, tensor in state[kind].items()}
+    return whole
 
 
-def part_of_whole(tree, grid, name):
-    if isinstance(tree, dict):
-        return {key: part_of_whole(value, grid, f"{name}.{key}") for key, value in tree.items()}
-    dim = 0 if is_expert(name) else cut_dim(name)
-    if dim is None or not torch.is_tensor(tree) or tree.dim() < 2:
-        return tree
-    mesh = grid.expert["replicate", "ep", "shard"] if is_expert(name) else grid.tensor["replicate", "tp", "shard"]
-    shape = [n * mesh.size(1) if i == dim else n for i, n in enumerate(tree.shape)]
-    cut = tree.placements[-1] if isinstance(tree, DTensor) else Shard(0)
-    return DTensor.from_local(local(tree), mesh, (Replicate(), Shard(dim), cut), run_check=False,
-                              shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride())
+def part_of_whole(name, tensor, grid):
+    if tensor.dim() < 2:                                                  # neither is cut, nor are counts of steps
+        return tensor
+    if is_expert(name):
+        dim, mesh = 0, grid.expert["replicate", "ep", "shard"]
+    elif cut_dim(name) is not None:
+        dim, mesh = cut_dim(name), grid.tensor["replicate", "tp", "shard"]
+    else:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] *= mesh.size(1)
+    stride = torch.empty(shape, device="meta").stride()
+    by_zero = tensor.placements[-1] if isinstance(tensor, DTensor) else Shard(0)        # of a mesh of one rank, any
+    return DTensor.from_local(local(tensor), mesh, (Replicate(), Shard(dim), by_zero), run_check=False,
+                              shape=torch.Size(shape), stride=stride)
 
 
 def steps_in(folder):
@@ -1981,10 +2005,20 @@ def steps_in(folder):
     return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
 
+# writing
+
+
 class Saver:
     """Writes checkpoints into folder while training goes on, at most one at a time, and keeps the last few.
 
-    SaveFailed tells of the disk's refusal at the next call of any method; what was complete stays complete.
+        1. save copies the state and returns; the rest happens in threads
+        2. every rank writes its parts into step_N.tmp
+        3. rank 0 adds progress.json, then the list of all files
+        4. all ranks tell whether they failed; if one did, the folder goes, and all have failed
+        5. rank 0 renames the folder to step_N and deletes the oldest
+        6. all wait for that, so nobody looks for it before it has its name
+
+    So a folder without .tmp was whole. SaveFailed tells of the disk's refusal at the next call of any method.
     """
 
     def __init__(self, folder, keep):
@@ -1998,29 +2032,31 @@ class Saver:
         self.pool = ThreadPoolExecutor(1)
         self.pending = None
 
-    def save(self, step, state, grid=None):
-        """Copies the state, then returns; the file is written behind."""
+    def save(self, state, progress, grid=None):
+        """state: of train_state. progress: dict of plain numbers, or lists of them, among them the step."""
         self.wait()
-        unfinished = self.folder / f"step_{step}.tmp"
-        future = dcp.async_save(whole_tensors(state, grid), checkpoint_id=unfinished, process_group=self.group,
-                                no_dist=self.group is None)
-        self.pending = self.pool.submit(self.complete, future, unfinished)
+        unfinished = self.folder / f"step_{progress['step']}.tmp"
+        written = dcp.async_save(whole_tensors(state, grid), checkpoint_id=str(unfinished), process_group=self.group,
+                                 no_dist=self.group is None)
+        self.pending = self.pool.submit(self.complete, written, unfinished, json.dumps(progress))
 
-    def complete(self, future, unfinished):
+    def complete(self, written, unfinished, progress):
         error = None
         try:
-            future.result()
+            written.result()
             if rank() == 0:
-                write_manifest(unfinished)
+                write_synced(unfinished / PROGRESS, progress)
+                write_synced(unfinished / MANIFEST, manifest_of(unfinished))
+                sync_folder(unfinished)
         except (OSError, CheckpointException, RuntimeError) as caught:
             error = caught
         if self.of_all_ranks(error is not None):
-            shutil.rmtree(unfinished, ignore_errors=True)                # gives its space back
-            cause = first_cause(error) if error else "on another rank"
+            shutil.rmtree(unfinished, ignore_errors=True)                 # gives its space back
+            cause = in_one_line(cause_of(error)) if error else "on another rank"
             raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({cause})") from error
         if rank() == 0:
             self.publish(unfinished)
-        self.of_all_ranks(False)                                         # nobody reads it before it has its name
+        self.of_all_ranks(False)
 
     def of_all_ranks(self, failed):
         """Whether any rank failed; nobody goes on before all have said so."""
@@ -2048,13 +2084,9 @@ class Saver:
             pending.result()
 
 
-def first_cause(error):
-    """The operating system's words inside an error of DCP, which wraps those of each rank."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+def manifest_of(folder):
+    files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir())}
+    return json.dumps(files)
 
 
 def checksum(path):
@@ -2065,30 +2097,54 @@ def checksum(path):
     return crc
 
 
-def write_manifest(folder):
-    files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir())}
-    with open(folder / MANIFEST, "w") as file:
-        json.dump(files, file)
+def write_synced(path, text):
+    with open(path, "w") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 def sync_folder(folder):
-    """Makes a rename last through a power cut."""
+    """Makes a new name last through a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
+def cause_of(error):
+    """The error at the bottom of one of DCP's, which wraps those of each rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, CheckpointError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def in_one_line(error):
+    """The operating system's words, or else the error's first line."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+
+
+# reading
+
+
+def read_json(folder, name):
+    """What a JSON file of a checkpoint holds: an object, or the checkpoint is damaged."""
+    try:
+        content = json.loads((folder / name).read_text())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder} is damaged: {name} is missing or cannot be read")
+    return content
+
+
 def check_files(folder):
     """CheckpointError with the file's name, if one is missing or not as written."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is damaged: its list {MANIFEST} is missing or cannot be read") from None
-    for name, (size, crc) in files.items():
-        path = folder / name
+    for name, written in read_json(folder, MANIFEST).items():
+        if Path(name).name != name or not name.isprintable() or not is_numbers(written) or len(written) != 2:
+            raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not a list of files with sizes and checksums")
+        path, (size, crc) = folder / name, written
         if not path.exists():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
         if path.stat().st_size != size:
@@ -2097,16 +2153,87 @@ def check_files(folder):
             raise CheckpointError(f"{folder} is damaged: the content of {name} is not what was written")
 
 
+def is_numbers(x):
+    """A list of numbers, or of lists of numbers, and so on."""
+    return isinstance(x, list) and all(type(item) in (int, float) or is_numbers(item) for item in x)
+
+
+def load_progress(folder, progress):
+    """Fills a dict in place: its names and the type of each value stay; a list is one of numbers."""
+    found = read_json(folder, PROGRESS)
+    for name, value in progress.items():
+        right = is_numbers(found.get(name)) if isinstance(value, list) else type(found.get(name)) is type(value)
+        if not right:
+            raise CheckpointError(f"{folder} is damaged: {PROGRESS} has no {name} of the right kind")
+        progress[name] = found[name]
+
+
+class DCPList(pickle.Unpickler):
+    """Reads .metadata, a pickle, which could call anything: here no more than what DCP writes into it."""
+    known = {"torch": "Size float64 float32 bfloat16 float16 int64 uint8",
+             "torch.serialization": "_get_layout",
+             "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata TensorProperties "
+                                                      "ChunkStorageMetadata StorageMeta _MEM_FORMAT_ENCODING",
+             "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+             "pathlib": "PosixPath"}
+
+    def find_class(self, module, name):
+        if name not in self.known.get(module, "").split():
+            raise CheckpointError(f"{DCP_LIST} names {module + '.' + name!r}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def read_parts(folder):
+    """DCP's Metadata of a checkpoint, whose files all lie in it."""
+    try:
+        with open(folder / DCP_LIST, "rb") as file:
+            metadata = DCPList(file).load()
+        files = {part.relative_path for part in metadata.storage_data.values()}
+        outside = [name for name in files if Path(name).name != name]
+        metadata.storage_meta = StorageMeta()
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+    except Exception as error:                                            # a pickle that is none fails in any way
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} cannot be read ({in_one_line(error)})") from error
+    if outside:
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {outside[0]!r}, which is not in the folder")
+    return metadata
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's, but for the list of parts. Tensors it reads by torch.load with weights_only."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.parts = read_parts(folder)
+
+    def read_metadata(self, *args, **kwargs):
+        return self.parts
+
+
+class TensorsOnly(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item, value):
+        """Called for what the list says is no tensor; DCP would unpickle it."""
+        raise CheckpointError(f"{DCP_LIST} says that {read_item.dest_index.fqn} is no tensor")
+
+
 def load_state(folder, state, grid=None):
     """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it.
 
     Without a grid a rank reads alone. ValueError if it is damaged or of another shape.
     """
+    reader = SafeReader(folder)
     try:
-        dcp.load(whole_tensors(state, grid), checkpoint_id=folder, no_dist=grid is None)
+        dcp.load(whole_tensors(state, grid), storage_reader=reader, planner=TensorsOnly(), no_dist=grid is None)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): "
+        cause = cause_of(error)
+        if isinstance(cause, (CheckpointError, pickle.UnpicklingError)):
+            raise CheckpointError(f"{folder} is damaged: {in_one_line(cause)}") from error
+        raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({in_one_line(cause)}): "
                               f"give back the config.json it was written with") from error
+
+
+# both, for a trainer
 
 
 def save(saver, model, optimizer, progress, grid=None):
@@ -2115,16 +2242,16 @@ def save(saver, model, optimizer, progress, grid=None):
     if live:
         progress.update(live.state())
     with live.at_home(optimizer) if live else nullcontext():
-        saver.save(progress["step"], train_state(model, optimizer, progress), grid)
+        saver.save(train_state(model, optimizer), progress, grid)
 
 
 def restore(folder, model, optimizer, progress, grid=None):
     """Model, optimizer, random state and progress as saved, all filled in place."""
-    state = train_state(model, optimizer, progress)
+    weights, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
+    state = tensors_of(weights, optimizer_state)
     load_state(folder, state, grid)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                   options=BY_NAME)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state, options=BY_NAME)
     torch.set_rng_state(state["random"])
-    progress.update(state["progress"])
+    load_progress(folder, progress)
     if grid is not None and grid.live:
         grid.live.restore(progress, optimizer)

@@ -366,7 +366,7 @@ def save_after_step(folder, config, plan, reference):
     model, grid = build(config, plan)
     optimizer = step(model, grid, plan, reference)[-1]
     saver = parallel.Saver(folder, 2)
-    saver.save(1, parallel.train_state(model, optimizer, dict(step=1)), grid)
+    saver.save(parallel.train_state(model, optimizer), dict(step=1), grid)
     saver.wait()
 
 
