@@ -1319,10 +1319,10 @@ class Chunk:
 
     Example, two segments: `attend` takes x and gives x and h, `shared` takes h and gives shared.
 
-        forward    values {x}          attend runs on x, cut off; tape: [where x and h were made]
-                   values {x, h}       shared runs on h, cut off; tape: [..., where shared was made]
-        backward   grads {x, shared}   backward from where shared was made; it ends at the cut, which leaves h's gradient
-                   grads {x, h}        backward from where x and h were made; the cut leaves x's gradient
+        forward    values x            attend runs on x, cut off; tape: [edges of x and h]
+                   values x, h         shared runs on h, cut off; tape: [edges of x and h, edge of shared]
+        backward   grads of x, shared  from the edge of shared to where h was cut off, which leaves its gradient
+                   grads of x, h       from the edges of x and h to where x was cut off
     """
 
     def __init__(self, pieces, x, memory):
@@ -1331,7 +1331,7 @@ class Chunk:
         self.segments = [segment for piece in pieces for segment in piece.segments]
         self.piece_of = [piece for piece in pieces for _ in piece.segments]            # of each segment
         self.values, self.grads = {"x": x}, {}
-        self.tape = []                     # of each segment that ran: edges of the graph where what it gave was made
+        self.tape = []                     # of each segment that ran, where in its graph what it gave was made: edges
         self.layer_inputs = []             # packed, of layers that will run again
 
     def forward(self, times=1):
@@ -1958,9 +1958,9 @@ BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)             # of r
 
 
 def train_state(model, optimizer):
-    """The tensors of a checkpoint, by names that do not depend on the plan: {model | optimizer: {name: tensor}, random}.
+    """The tensors of a checkpoint: model, optimizer: {name: tensor}, by names that do not depend on the plan; random.
 
-    Without the optimizer's settings, which the next run gives its own.
+    Without the optimizer's settings, such as its betas: a run that goes on gives them.
     """
     return tensors_of(*get_state_dict(model, optimizer, options=BY_NAME))
 
