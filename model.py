@@ -874,7 +874,7 @@ class KeepAll:
         """make(*inputs), a tensor or several. There, under one of the names, made again in backward instead of kept."""
         return make(*inputs)
 
-    def forget(self, names, made, make, *inputs):
+    def remake(self, names, made, make, *inputs):
         """The same for what was made already, where make is another way to it."""
         return made
 
@@ -1238,7 +1238,7 @@ class MoE(Part):
 
     def compute_routed(self, x, rows, row_weights, counts, ctx):
         rows, row_weights = self.dispatcher.wait(rows, row_weights, ctx)
-        rows = self.memory.forget("permute", rows, lambda x: self.dispatcher.resend(x.flatten(0, 1), ctx), x)
+        rows = self.memory.remake("permute", rows, lambda x: self.dispatcher.resend(x.flatten(0, 1), ctx), x)
         return self.experts(rows, counts, row_weights)
 
     def combine(self, done):

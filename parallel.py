@@ -21,14 +21,14 @@ names that no plan changes, so any plan reads what any other wrote.
 """
 import json
 import os
-import re
+import pickle
 import resource
 import shutil
 import threading
 import time
 import weakref
 import zlib
-from collections import Counter, UserDict
+from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -43,6 +43,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -50,8 +51,8 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, LocalDispatcher, MTPLayer, Output, Part,
-                   Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, fill_inputs, permute,
+from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, KeepAll, LocalDispatcher, MTPLayer, Output,
+                   Part, Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, fill_inputs, permute,
                    rope_table, sorted_slots, unpermute)
 from sim import (STEP_BYTES, balance_ranks, check_plan, decide, first_placement, imbalance, items_in_force,
                  moved_experts, plan_placement, predict_load, schedule_table, stage_layers)
@@ -1026,108 +1027,153 @@ def param_groups(model):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory: what a plan recomputes and swaps; model.KeepAll says where
+#
+# Autograd gives every tensor that backward will need to Memory.pack and stores what pack returns; in backward it gives
+# that to unpack and takes back a tensor. pack returns a note, which says where backward finds the tensor's memory:
+#
+#     Kept       on the device, where it stays
+#     Remade     nowhere: a recipe, that is an operator and what it was given, makes it again
+#     OnHost     in the host's memory, where it waits
+#
+# Example: recompute=act in an MLP, whose forward is  hidden = again("act", swiglu, gate_up); y = down_proj(hidden)
+#
+#     forward    swiglu saves gate_up           pack returns Kept, which holds gate_up
+#                again leaves a note at hidden  Remade by the recipe swiglu(gate_up)
+#                down_proj saves hidden         pack finds this note and returns it; the recipe packs gate_up: same Kept
+#                down_proj returns              nothing holds hidden any more, so its memory is free
+#     backward   down_proj asks for hidden      the recipe takes gate_up from its Kept and runs swiglu, nothing else
+#                swiglu asks for gate_up        its Kept has it
+#
+# Who holds what: autograd's graph holds the notes, so they live until backward has passed. A note is found from the
+# memory it is of, a storage, which is one for a tensor and its views: what is saved twice has one note, and what is
+# swapped after an operator saved it finds that note and moves the memory. The storage holds a Remade and an OnHost
+# itself, as nobody else does before the first save. It knows its Kept by a weak reference: that one holds the storage,
+# and the two would keep each other alive.
 
 
-class Memory:
-    """Decides what autograd keeps for backward: all of it passes through pack and unpack.
+class Memory(KeepAll):
+    """KeepAll with the names that a plan recomputes and swaps in force.
 
-    A tensor is known by its storage, which its views and the segments of a layer share.
-
-    again     keeps a recipe: an operator and what it was given. Backward runs this operator once and nothing else;
-              torch's checkpoint would run our matmul functions too, which save their inputs after they ran
-    region    torch's checkpoint, which stops at the last thing that is saved inside
-    swap      sends a tensor to the host's memory; on a CPU that is a plain copy, so that tests run the same code
-
-    Routing is in no region but a whole layer's; there the choice is noted, and forced when the layer runs again.
-    kept, a weak set, and part tell a report what was kept where.
+    observer: None, or a function that is given each Kept and OnHost when it is made; its nbytes are what it holds now.
     """
 
     def __init__(self, plan, device):
         self.names = items_in_force(plan)
-        self.kept, self.part = None, ""
+        self.observer = None
         self.streams = torch.get_device_module(device)                    # torch.cpu's streams do nothing
-        self.stream, self.leaving, self.before = self.streams.Stream(), [], []
+        self.side_stream = self.streams.Stream()                          # where copies to the host and back run
+        self.swapped_now = []                                             # weak references to this layer's OnHost ...
+        self.swapped_before = []                                          # ... and to those of the layer before
 
     def attach(self, model):
         for module in model.modules():
             if isinstance(module, Part):
                 module.memory = self
             if isinstance(module, Block) and "layer" in self.names:
-                module.forward = partial(layer_again, module)
-
-    def watch(self, model):
-        """From now on tell what is kept where, by the part of the model that was entered last."""
-        self.kept = weakref.WeakSet()
-        for name, module in model.named_modules():
-            part = next((part for part, pattern in PARTS.items() if re.search(pattern, name)), None)
-            if part and not (part == "MLP" and hasattr(module, "experts")):
-                module.register_forward_pre_hook(lambda *_, part=part: setattr(self, "part", part))
-
-    def held(self):
-        """Bytes on the device by part, and in the host's memory."""
-        held = Counter()
-        for kept in self.kept or ():
-            held[kept.part] += kept.nbytes
-        return held
+                module.forward = partial(run_layer_twice, module)
 
     def hooks(self):
         """A context for forward."""
-        wanted = self.names - {"optimizer"} or self.kept is not None
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, unpack) if wanted else nullcontext()
+        if self.observer is None and self.names <= {"optimizer"}:
+            return nullcontext()                                          # autograd keeps all by itself
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
 
     def pack(self, x):
         if not torch.is_tensor(x) or is_weight(x):
             return x
-        kept = kept_of(x)
-        if kept is None:
-            kept = Kept(self.part, flat(x))
-            x.untyped_storage().kept = weakref.ref(kept)                  # as it holds the storage
-            self.report(kept)
-        kept.add_use(self)
-        return kept, x.size(), x.stride(), x.storage_offset()
+        note = note_of(x)
+        if note is None:
+            note = Kept(x)
+            leave_note(x, note)
+            self.observe(note)
+        note.count_use()
+        return Packed(note, x.size(), x.stride(), x.storage_offset())
+
+    def observe(self, note):
+        if self.observer is not None:
+            self.observer(note)
+
+    # what model.py calls
 
     def again(self, names, make, *inputs):
-        return self.forget(names, make(*inputs), make, *inputs)
+        # not by torch's checkpoint: our matmul functions save their inputs after they ran, so it would run them too
+        return self.remake(names, make(*inputs), make, *inputs)
 
-    def forget(self, names, made, make, *inputs):
+    def remake(self, names, made, make, *inputs):
         if self.names.isdisjoint(names.split()) or not torch.is_grad_enabled():
             return made
-        recipe = Recipe(make, inputs)
+        recipe = Recipe(self, make, inputs)
         given = {id(x.untyped_storage()) for x in inputs if torch.is_tensor(x)}
         for index, x in enumerate(as_tuple(made)):
-            if id(x.untyped_storage()) not in given:                      # else only a view of what is kept anyway
-                x.untyped_storage().kept = Remade(recipe, index)
+            if id(x.untyped_storage()) not in given:                      # else a view of what is kept anyway
+                leave_note(x, Remade(recipe, index))
         return made
 
     def region(self, name, run, x):
-        self.begin_layer()
+        """By torch's checkpoint, which stops at the last thing that is saved inside. No router is in a region, so what
+        runs again chooses no experts."""
+        self.begin_layer()                                                # attention, the only region, comes first
         return checkpoint(run, x, **ONCE_MORE) if name in self.names else run(x)
 
     def swap(self, name, x):
-        if name in self.names and torch.is_grad_enabled() and not isinstance(kept_of(x), Swapped):
-            swapped = Swapped(flat(x), self, kept_of(x))
-            x.untyped_storage().kept = swapped
-            self.leaving.append(weakref.ref(swapped))
-            self.report(swapped)
+        if name not in self.names or not torch.is_grad_enabled():
+            return x
+        note = note_of(x)
+        if isinstance(note, OnHost):                                      # x is a view of what was swapped
+            return x
+        on_host = OnHost(self, x)
+        if note is not None:                                              # the operator that made x has saved it
+            note.move_to(on_host)
+        leave_note(x, on_host)
+        self.swapped_now.append(weakref.ref(on_host))
+        self.observe(on_host)
         return x
 
-    def report(self, kept):
-        if self.kept is not None:
-            self.kept.add(kept)
-
     def begin_layer(self):
-        """Only a layer's tensors are on their way out at a time, and in backward those of one layer before it back."""
-        self.part = "norms"                                               # which keep a layer's input
-        for swapped in filter(None, (ref() for ref in self.leaving)):
-            swapped.leave()
-        self.before, self.leaving = self.leaving, []
+        """So tensors of one layer at a time are on their way out, and in backward those of one layer on the way in."""
+        for reference in self.swapped_now:
+            if on_host := reference():
+                on_host.leave_device()
+        self.swapped_before, self.swapped_now = self.swapped_now, []
+
+    def copy_aside(self, to, source):
+        """A copy on the side stream, behind all that was queued so far -> event of its end."""
+        self.side_stream.wait_stream(self.streams.current_stream())
+        with self.streams.stream(self.side_stream):
+            to.copy_(source, non_blocking=True)
+            return self.side_stream.record_event()
 
 
-# the parts of sim.KEPT_IN, and the modules that begin them
-PARTS = {"embedding": "^embed_tokens$", "norms": r"(input|attention|mlp)_layernorm$", "attention": "self_attn$",
-         "routing": "gate$", "experts": r"mlp\.experts$", "MLP": r"(mlp|shared_experts)$", "MTP": "[eh]norm$|eh_proj$",
-         "head": r"^norm$|shared_head\.norm$"}
-ONCE_MORE = dict(use_reentrant=False, preserve_rng_state=False)           # nothing here is random
+class Packed(NamedTuple):
+    """What autograd stores in place of a tensor: the note of its storage, and where in the storage it lies."""
+    note: object
+    size: tuple
+    stride: tuple
+    offset: int
+
+
+def unpack(packed):
+    if not isinstance(packed, Packed):
+        return packed
+    return packed.note.get().as_strided(packed.size, packed.stride, packed.offset)
+
+
+def leave_note(x, note):
+    x.untyped_storage().note = weakref.ref(note) if isinstance(note, Kept) else note
+
+
+def note_of(x):
+    note = getattr(x.untyped_storage(), "note", None)
+    return note() if isinstance(note, weakref.ref) else note
+
+
+def whole_storage(x):
+    """The storage of x as a vector."""
+    return x.new_empty(0).set_(x.untyped_storage())
+
+
+def as_tuple(x):
+    return (x,) if torch.is_tensor(x) else x
 
 
 def is_weight(x):
@@ -1138,142 +1184,142 @@ def is_weight(x):
     return isinstance(x, torch.nn.Parameter) or hasattr(node, "variable")
 
 
-def kept_of(x):
-    kept = getattr(x.untyped_storage(), "kept", None)
-    return kept() if isinstance(kept, weakref.ref) else kept
-
-
-def flat(x):
-    """The whole storage of x, as a vector."""
-    return x.new_empty(0).set_(x.untyped_storage())
-
-
-def as_tuple(x):
-    return (x,) if torch.is_tensor(x) else x
-
-
-def unpack(packed):
-    if not isinstance(packed, tuple):
-        return packed
-    kept, *view = packed
-    return kept.get().as_strided(*view)
+# Notes. count_use: autograd has stored the note once more. get: backward asks, once for each use -> the whole storage.
 
 
 class Kept:
-    def __init__(self, part, whole):
-        self.part, self.whole, self.nbytes = part, whole, whole.nbytes
+    """Memory that stays on the device, or that a swap took from there after it had been saved."""
 
-    def add_use(self, memory):
-        pass
+    def __init__(self, x):
+        self.whole, self.on_host = whole_storage(x), None                 # one of both
+        self.uses = 0
+
+    @property
+    def nbytes(self):
+        return 0 if self.whole is None else self.whole.nbytes
+
+    def count_use(self):
+        self.uses += 1
+
+    def move_to(self, on_host):
+        self.whole, self.on_host = None, on_host
+        on_host.uses += self.uses
 
     def get(self):
-        return self.whole.get() if isinstance(self.whole, Swapped) else self.whole
+        return self.on_host.get() if self.whole is None else self.whole
 
 
 class Recipe:
-    """Tensors that backward makes again, once for all that need them, be it to make others."""
+    """make(*inputs), which backward runs once for all that ask for what it makes, other recipes among them."""
 
-    def __init__(self, make, inputs):
-        self.make, self.inputs, self.packed = make, inputs, None
-        self.uses, self.made = 0, None
+    def __init__(self, memory, make, inputs):
+        self.memory, self.make, self.inputs = memory, make, inputs
+        self.packed = None                                                # the inputs, once anything made was saved
+        self.uses = 0                                                     # how often backward will ask
+        self.made = None                                                  # from the first time to the last
 
-    def add_use(self, memory):
+    def count_use(self):
         if self.packed is None:
-            self.packed, self.inputs = [memory.pack(x) for x in self.inputs], None
+            self.packed = [self.memory.pack(x) for x in self.inputs]
+            self.inputs = None
         self.uses += 1
 
     @torch.no_grad()
     def get(self, index):
         if self.made is None:
-            self.made = as_tuple(self.make(*map(unpack, self.packed)))
-        made = self.made[index]
+            self.made = as_tuple(self.make(*[unpack(x) for x in self.packed]))
+        whole = whole_storage(self.made[index])
         self.uses -= 1
         if self.uses <= 0:
             self.made = None
-        return flat(made)
+        return whole
 
 
 class Remade(NamedTuple):
-    """One of a recipe's tensors."""
+    """One of the tensors that a recipe makes."""
     recipe: Recipe
     index: int
 
-    def add_use(self, memory):
-        self.recipe.add_use(memory)
+    def count_use(self):
+        self.recipe.count_use()
 
     def get(self):
         return self.recipe.get(self.index)
 
 
-class Swapped:
-    """A tensor that waits in the host's memory. Fetching it begins the way back of those of the layer before."""
+class OnHost:
+    """Memory that waits in the host's, in four steps. On a CPU it is copied too, so that tests run the same code.
 
-    def __init__(self, whole, memory, kept):
-        self.memory, self.before, self.uses, self.back = memory, memory.before, 0, None
+    1. made: a copy sets out. 2. leave_device: it has arrived, the device's memory is free. 3. fetch: a copy sets out
+    back, when backward comes to the layer behind. 4. get: backward waits for it.
+    """
+
+    def __init__(self, memory, x):
+        whole = whole_storage(x)
+        self.memory, self.device = memory, whole.device
         self.host = torch.empty_like(whole, device="cpu", pin_memory=whole.device.type != "cpu")
-        self.part, self.nbytes = "host", self.host.nbytes
-        self.left = self.on_side_stream(self.host, whole)
-        self.whole = whole                                                # until it has left
-        if kept is not None:                                              # by the operator that made it
-            kept.whole, kept.nbytes = self, 0
-            self.uses += 1
+        self.nbytes = self.host.nbytes
+        self.layer_before = memory.swapped_before                         # backward comes to it next
+        self.uses = 0
+        self.leaving = whole                                              # held until its copy has arrived
+        self.has_left = memory.copy_aside(self.host, whole)
+        self.back = None
         if whole.device.type == "cpu":
-            self.leave()
+            self.leave_device()
 
-    def on_side_stream(self, to, source):
-        """Copy behind all that was queued so far -> event of its end."""
-        memory = self.memory
-        memory.stream.wait_stream(memory.streams.current_stream())
-        with memory.streams.stream(memory.stream):
-            to.copy_(source, non_blocking=True)
-            return memory.stream.record_event()
-
-    def leave(self):
-        if self.whole is not None:
-            self.memory.streams.current_stream().wait_event(self.left)
-            self.device, self.whole = self.whole.device, None
-
-    def add_use(self, memory):
+    def count_use(self):
         self.uses += 1
 
+    def leave_device(self):
+        if self.leaving is not None:
+            self.memory.streams.current_stream().wait_event(self.has_left)
+            self.leaving = None
+
     def fetch(self):
-        self.leave()
-        if self.back is None and self.uses:
+        self.leave_device()
+        if self.back is None and self.uses > 0:
             self.back = torch.empty_like(self.host, device=self.device)
-            self.came = self.on_side_stream(self.back, self.host)
+            self.is_back = self.memory.copy_aside(self.back, self.host)
 
     def get(self):
-        for swapped in filter(None, (self, *(ref() for ref in self.before))):
-            swapped.fetch()
-        self.memory.streams.current_stream().wait_event(self.came)
-        back, self.uses = self.back, self.uses - 1
+        self.fetch()
+        for reference in self.layer_before:
+            if other := reference():
+                other.fetch()
+        self.memory.streams.current_stream().wait_event(self.is_back)
+        back = self.back
+        self.uses -= 1
         if self.uses == 0:
             self.back = None
         return back
 
 
-def layer_again(block, x, angles, mask=None, routing=None):
+# a layer that runs again as a whole
+
+ONCE_MORE = dict(use_reentrant=False, preserve_rng_state=False)           # of checkpoint; nothing here is random
+
+
+def run_layer_twice(block, x, angles, mask=None, routing=None):
     """Block.forward that keeps its input and the chosen experts alone."""
     chosen = {} if routing is None else routing                           # noted in the first run, forced in the second
-    block.memory.begin_layer()
-    runs = iter((nullcontext(), uncounted(block)))
 
     def run(x):
-        with next(runs):
-            return Block.forward(block, x, angles, mask, chosen)
+        return Block.forward(block, x, angles, mask, chosen)
 
-    return checkpoint(run, x, **ONCE_MORE)
+    return checkpoint(run, x, context_fn=lambda: (nullcontext(), uncounted(block)), **ONCE_MORE)
 
 
 @contextmanager
 def uncounted(block):
     """A layer that runs again counts no loads."""
-    counts = (block.mlp.gate.load, block.mlp.dropped) if block.is_moe else ()
+    if not block.is_moe:
+        yield
+        return
+    load, dropped = block.mlp.gate.load, block.mlp.dropped
     try:
         yield
     finally:
-        if counts:
-            block.mlp.gate.load, block.mlp.dropped = counts
+        block.mlp.gate.load, block.mlp.dropped = load, dropped
 
 
 class HostAdamW(torch.optim.AdamW):
@@ -1282,29 +1328,32 @@ class HostAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         groups = self.param_groups
         for group in groups:
-            for part in slices(group["params"]):
-                self.param_groups = [group | dict(params=part)]
-                self.move_moments(part, local(part[0]).device)
+            for parameters in in_slices(group["params"]):
+                self.param_groups = [group | dict(params=parameters)]
+                self.move_moments(parameters, local(parameters[0]).device)
                 super().step()
-                self.move_moments(part, "cpu")
+                self.move_moments(parameters, "cpu")
         self.param_groups = groups
 
     def move_moments(self, parameters, device):
-        for state in map(self.state.__getitem__, parameters):
-            state.update({name: state[name].to(device, copy=True) for name in state if name != "step"})
+        for parameter in parameters:
+            state = self.state[parameter]
+            for name in state.keys() - {"step"}:
+                state[name] = state[name].to(device, copy=True)
 
 
-def slices(parameters):
+def in_slices(parameters):
     """Consecutive parameters whose two moments have at most STEP_BYTES, or one parameter that has more."""
-    part, size = [], 0
+    piece, size = [], 0
     for parameter in parameters:
-        size += 2 * local(parameter).nbytes
-        if part and size > STEP_BYTES:
-            yield part
-            part, size = [], 2 * local(parameter).nbytes
-        part.append(parameter)
-    if part:
-        yield part
+        both_moments = 2 * local(parameter).nbytes
+        if piece and size + both_moments > STEP_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append(parameter)
+        size += both_moments
+    if piece:
+        yield piece
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1321,87 +1370,146 @@ class Segment(NamedTuple):
     gives: tuple
 
 
-LAYER = 6                                  # segments of a layer: attend, relay, experts, relay back, shared, combine
+class Outside(NamedTuple):
+    """Segments of what stands before, between and behind a stage's layers: embedding, MTP's joining, losses."""
+    segments: list
+    is_layer: bool = False
 
 
-def layer_segments(block, angles, mask, routing, add_aux_loss):
-    """h: the MLP's input. rows, weights: under way to the experts. out: under way back. A dense MLP is a shared one."""
-    mlp, sent = block.mlp, {}
-    chosen = {} if routing is None else routing                            # noted; forced if the layer runs again
+class LayerSegments:
+    """A layer on one micro-batch, in six segments; pair_layer says what runs beside what.
 
-    def attend(x):
-        x = block.attend(x, angles, mask)
-        if not block.is_moe:
-            return x, block.dispatch(x)
-        first = not sent
-        with nullcontext() if first else uncounted(block):
-            sent["h"], _, rows, weights, sent["counts"], sent["route"] = block.dispatch(x, chosen)
-        if first:
-            add_aux_loss(mlp.gate.aux_loss)
-        return x, sent["h"], rows, weights
+        attend       x               ->  x, h, rows, weights     h: the MLP's input; rows and weights set out to experts
+        relay        rows, weights   ->  rows, weights           between the two hops of an exchange
+        experts      rows, weights   ->  out                     sets out back
+        relay_back   out             ->  out
+        shared       h               ->  shared                  by the shared expert, or a dense layer's MLP
+        combine      x, shared, out  ->  x
 
-    def relay(rows, weights):
-        return mlp.dispatcher.relay(rows, weights, sent["route"])
+    A dense layer has no rows, weights and out, and its relay, experts and relay_back do nothing.
+    """
+    is_layer = True
 
-    def experts(rows, weights):
-        out = mlp.compute_routed(sent.pop("h"), rows, weights, sent["counts"], sent["route"])
-        return (mlp.dispatcher.send_back(out, sent["route"]) if away else out,)
+    def __init__(self, block, angles, mask, routing, add_aux_loss):
+        self.block, self.mlp, self.angles, self.mask = block, block.mlp, angles, mask
+        self.chosen = {} if routing is None else routing                  # noted; forced if the layer runs again
+        self.add_aux_loss = add_aux_loss
+        self.has_run = False
+        self.segments = self.moe_segments() if block.is_moe else self.dense_segments()
 
-    def shared(h):
-        expert = mlp.shared_experts if block.is_moe else mlp
-        return (expert and expert(h),)
+    def moe_segments(self):
+        sent = ("rows", "weights")
+        travels = hasattr(self.mlp.dispatcher, "relay")                   # else experts are here, nothing is under way
+        return [Segment(self.attend, ("x",), ("x", "h", *sent)),
+                Segment(self.relay if travels else pass_on, sent, sent),
+                Segment(self.experts_and_send_back if travels else self.experts, sent, ("out",)),
+                Segment(self.relay_back if travels else pass_on, ("out",), ("out",)),
+                Segment(self.shared, ("h",), ("shared",)),
+                Segment(self.combine, ("x", "shared", "out"), ("x",))]
 
-    def relay_back(out):
-        return (mlp.dispatcher.relay_back(out, sent["route"]),)
+    def dense_segments(self):
+        nothing = Segment(pass_on, (), ())
+        return [Segment(self.attend_dense, ("x",), ("x", "h")),
+                nothing,
+                nothing,
+                nothing,
+                Segment(self.shared_dense, ("h",), ("shared",)),
+                Segment(self.combine_dense, ("x", "shared"), ("x",))]
 
-    def combine(x, shared, out=None):
-        return (block.combine(x, (out, shared, x.shape, sent["route"]) if block.is_moe else shared),)
+    def attend(self, x):
+        x = self.block.attend(x, self.angles, self.mask)
+        with uncounted(self.block) if self.has_run else nullcontext():
+            h, _, rows, weights, self.counts, self.route = self.block.dispatch(x, self.chosen)
+        if not self.has_run:
+            self.add_aux_loss(self.mlp.gate.aux_loss)
+        self.has_run = True
+        self.h = h                                                        # rows may be made from it again
+        return x, h, rows, weights
 
-    def nothing(*tensors):
-        return tensors
+    def relay(self, rows, weights):
+        return self.mlp.dispatcher.relay(rows, weights, self.route)
 
-    rows, out = (("rows", "weights"), ("out",)) if block.is_moe else ((), ())
-    away = block.is_moe and hasattr(mlp.dispatcher, "relay")               # else nothing travels
-    return [Segment(attend, ("x",), ("x", "h", *rows)),
-            Segment(relay if away else nothing, rows, rows),
-            Segment(experts if block.is_moe else nothing, rows, out),
-            Segment(relay_back if away else nothing, out, out),
-            Segment(shared, ("h",), ("shared",)),
-            Segment(combine, ("x", "shared", *out), ("x",))]
+    def experts(self, rows, weights):
+        h, self.h = self.h, None
+        return (self.mlp.compute_routed(h, rows, weights, self.counts, self.route),)
+
+    def experts_and_send_back(self, rows, weights):
+        out, = self.experts(rows, weights)
+        return (self.mlp.dispatcher.send_back(out, self.route),)
+
+    def relay_back(self, out):
+        return (self.mlp.dispatcher.relay_back(out, self.route),)
+
+    def shared(self, h):
+        expert = self.mlp.shared_experts
+        return (None if expert is None else expert(h),)
+
+    def combine(self, x, shared, out):
+        return (self.block.combine(x, (out, shared, x.shape, self.route)),)
+
+    def attend_dense(self, x):
+        x = self.block.attend(x, self.angles, self.mask)
+        return x, self.block.dispatch(x)
+
+    def shared_dense(self, h):
+        return (self.mlp(h),)
+
+    def combine_dense(self, x, shared):
+        return (self.block.combine(x, shared),)
+
+
+def pass_on(*tensors):
+    return tensors
 
 
 class Chunk:
-    """One micro-batch on one stage: segments part by part, the tensors between them, and what backward needs: the graph
-    of each segment, or, of a layer that is recomputed as a whole, its input."""
+    """One micro-batch on one stage: its segments, the tensors between them, and what backward needs of each.
 
-    def __init__(self, parts, x, memory):
-        self.segments = [segment for part in parts for segment in part]
-        self.sizes = [len(part) for part in parts]
-        self.values, self.grads, self.tape = {"x": x}, {}, []
-        self.memory, self.inputs = memory, []                             # of layers that will run again
-        # of each segment, whether it is in such a layer
-        self.again = ["layer" in memory.names and size == LAYER for size in self.sizes for _ in range(size)]
+    Example, two segments: `attend` takes x and gives x and h, `shared` takes h and gives shared.
+
+        forward    values x            attend runs on x, cut off; tape: [edges of x and h]
+                   values x, h         shared runs on h, cut off; tape: [edges of x and h, edge of shared]
+        backward   grads of x, shared  from the edge of shared to where h was cut off, which leaves its gradient
+                   grads of x, h       from the edges of x and h to where x was cut off
+    """
+
+    def __init__(self, pieces, x, memory):
+        """pieces: LayerSegments and Outside, in the order of forward."""
+        self.pieces, self.memory = pieces, memory
+        self.segments = [segment for piece in pieces for segment in piece.segments]
+        self.piece_of = [piece for piece in pieces for _ in piece.segments]            # of each segment
+        self.values, self.grads = {"x": x}, {}
+        self.tape = []                     # of each segment that ran, where in its graph what it gave was made: edges
+        self.layer_inputs = []             # packed, of layers that will run again
 
     def forward(self, times=1):
         """Run the next segments."""
         for _ in range(times):
-            self.run_next(self.again[len(self.tape)])
+            piece = self.piece_of[len(self.tape)]
+            if piece.is_layer and "layer" in self.memory.names and torch.is_grad_enabled():
+                self.run_without_graph(piece)
+            else:
+                self.run_next()
 
-    def run_next(self, again):
-        """again: the segment will run a second time, so it leaves no graph now."""
-        run, takes, gives = self.segments[len(self.tape)]
-        if again and run.__name__ == "attend":
-            self.inputs.append(self.memory.pack(self.values["x"].detach()))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not again), self.memory.hooks():
-            outputs = run(*(self.enter(name) for name in takes))
-        self.tape.append(None if again else [out is not None and out.requires_grad and get_gradient_edge(out)
-                                             for out in outputs])
-        self.values.update(zip(gives, outputs))
+    def run_next(self):
+        segment = self.segments[len(self.tape)]
+        with self.memory.hooks():
+            outputs = segment.run(*[self.enter(name) for name in segment.takes])
+        self.tape.append([edge_of(x) for x in outputs])
+        self.values.update(zip(segment.gives, outputs))
+
+    def run_without_graph(self, layer):
+        """The next segment of a layer that will run again: it keeps the layer's input alone."""
+        if self.segments[len(self.tape)] is layer.segments[0]:
+            self.layer_inputs.append(self.memory.pack(self.values["x"].detach()))
+        with torch.no_grad():
+            self.run_next()
+        self.tape[-1] = None
 
     def enter(self, name):
         """A value, cut off from what made it."""
         x = self.values.pop(name)
-        if x is None or not (x.is_floating_point() and torch.is_grad_enabled()):
+        if x is None or not x.is_floating_point() or not torch.is_grad_enabled():
             return x
         return Enter.apply(torch.empty(0, requires_grad=True), x.detach(), self.grads, name)
 
@@ -1409,21 +1517,31 @@ class Chunk:
         """Run the last segments backward; the gradient of what the last one gave stands in grads."""
         for _ in range(times):
             if self.tape[-1] is None:
-                self.run_again()
+                self.run_layer_again()
             edges = self.tape.pop()
-            grads = [self.grads.pop(name, None) for name in self.segments[len(self.tape)].gives]
-            pairs = [(edge, grad) for edge, grad in zip(edges, grads) if edge and grad is not None]
-            if pairs:
-                torch.autograd.backward(*zip(*pairs))
+            segment = self.segments[len(self.tape)]
+            reached, grads = [], []
+            for edge, name in zip(edges, segment.gives):
+                grad = self.grads.pop(name, None)
+                if edge is not None and grad is not None:
+                    reached.append(edge)
+                    grads.append(grad)
+            if reached:
+                torch.autograd.backward(reached, grads)
 
     @torch.enable_grad()
-    def run_again(self):
-        """The last layer's segments, now with a graph."""
-        del self.tape[-LAYER:]
-        values, self.values = self.values, dict(x=unpack(self.inputs.pop()))
-        for _ in range(LAYER):
-            self.run_next(again=False)
+    def run_layer_again(self):
+        """The segments of the last layer that ran, now with a graph."""
+        layer = self.piece_of[len(self.tape) - 1]
+        del self.tape[-len(layer.segments):]
+        values, self.values = self.values, {"x": unpack(self.layer_inputs.pop())}
+        for _ in layer.segments:
+            self.run_next()
         self.values = values
+
+
+def edge_of(x):
+    return get_gradient_edge(x) if x is not None and x.requires_grad else None
 
 
 class Enter(torch.autograd.Function):
@@ -1431,42 +1549,43 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor, x, grads, name):
-        ctx.to = grads, name
+        ctx.grads, ctx.name = grads, name
         return x.new_empty(0).set_(x)                                     # no view: an exchange may still fill x
 
     @staticmethod
     def backward(ctx, grad):
-        grads, name = ctx.to
-        grads[name] = grad
+        ctx.grads[ctx.name] = grad
         return None, None, None, None
 
 
-def run_backward(chunk, store, defer=False):
-    for size in reversed(chunk.sizes):
-        backward_part(chunk, size, store, defer)
-    if not defer:
-        store.pop()
+def run_backward(chunk, store):
+    for piece in reversed(chunk.pieces):
+        backward_piece(chunk, piece, store)
+    store.pop()
 
 
-def backward_part(chunk, size, store, defer=False):
-    """Weight gradients of the experts hide the way back of the gradients, unless all are deferred."""
-    chunk.backward(size - 1)
-    if not defer:
-        store.pop()
+def backward_piece(chunk, piece, store):
+    """Weight gradients of the experts hide the way back of the gradients, which the last segment left waits for."""
+    chunk.backward(len(piece.segments) - 1)
+    store.pop()
     chunk.backward()
 
 
 def run_pair(forward, backward, store):
     """A forward of one micro-batch among a backward of another, layer by layer: each hides the other's exchanges."""
-    f_sizes, b_sizes = list(forward.sizes), backward.sizes[::-1]
-    while f_sizes or b_sizes:
-        if f_sizes[:1] == b_sizes[:1] == [LAYER]:
-            pair_layer(forward, backward, store)
-            f_sizes, b_sizes = f_sizes[1:], b_sizes[1:]
-        elif not f_sizes or (b_sizes and b_sizes[0] != LAYER):
-            backward_part(backward, b_sizes.pop(0), store)
+    to_forward, to_backward = list(forward.pieces), backward.pieces[::-1]
+    while to_forward or to_backward:
+        if not to_forward:
+            backward_piece(backward, to_backward.pop(0), store)
+        elif not to_backward:
+            forward.forward(len(to_forward.pop(0).segments))
+        elif not to_backward[0].is_layer:
+            backward_piece(backward, to_backward.pop(0), store)
+        elif not to_forward[0].is_layer:
+            forward.forward(len(to_forward.pop(0).segments))
         else:
-            forward.forward(f_sizes.pop(0))
+            pair_layer(forward, backward, store)
+            del to_forward[0], to_backward[0]
     store.pop()
 
 
@@ -1488,6 +1607,78 @@ def pair_layer(forward, backward, store):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What torch does not publish
+#
+# All that this file takes of it (torch 2.13), in small functions; tests/test_grid.py fails where torch changes it:
+# torch.distributed.pipelining.schedules: _PipelineScheduleRuntime, its _prepare_schedule_with_comms, fwd_recv_ops and
+# bwd_recv_ops; _Action.from_str. PipelineStage: args_recv_info, grad_recv_info, fwd_cache, bwd_cache. FSDP2's state:
+# _lazy_init, _root_post_backward_final_callback.
+
+
+class TorchRuntime:
+    """torch's pipelining runtime, running a table of ours: it sends and receives, every action is done by perform.
+
+    A stage of torch's is no more than its buffers here: this rank's `stages` send and receive a tensor like `x`.
+    """
+
+    def __init__(self, stages, n_stages, table, n_micro, x, device, group, perform):
+        """table: list by rank of lists of sim.Action. perform: given an action's parts, as sim.Action.parts."""
+        self.buffers = {stage: PipelineStage(torch.nn.Identity(), stage, n_stages, device, x, x, group=group)
+                        for stage in stages}
+        # a loss tells that there is a backward; it is not called
+        self.runtime = schedules._PipelineScheduleRuntime(list(self.buffers.values()), n_micro, loss_fn=len,
+                                                          scale_grads=False)
+
+        def perform_action(action, context):
+            parts = action.sub_actions or (action,)                       # a pair has two
+            perform([(part.computation_type.value, part.stage_index, part.microbatch_index) for part in parts])
+
+        for kind in (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.OVERLAP_F_B):
+            self.runtime.register_custom_function(kind, perform_action)
+        in_torchs_words = {rank: [schedules._Action.from_str(str(action)) for action in actions]
+                           for rank, actions in enumerate(table)}
+        self.runtime._prepare_schedule_with_comms(in_torchs_words)
+
+    def step(self, train):
+        """Run the table once; without training, its backwards come to perform too, but bring no gradients."""
+        if train:
+            self.runtime.step(return_outputs=False)
+        else:
+            self.runtime.eval(return_outputs=False)
+            self.runtime.bwd_recv_ops.clear()                             # receives that had nothing to wait for
+
+    def received_input(self, stage, microbatch):
+        """What the stage before sent, in the buffer where it arrived."""
+        for work in self.runtime.fwd_recv_ops.pop((stage, microbatch)):
+            work.wait()
+        return self.buffers[stage].args_recv_info[microbatch][0].buffer
+
+    def received_gradient(self, stage, microbatch):
+        """What the stage behind sent."""
+        for work in self.runtime.bwd_recv_ops.pop((stage, microbatch)):
+            work.wait()
+        return self.buffers[stage].grad_recv_info[microbatch][0].buffer
+
+    def send_output(self, stage, microbatch, x):
+        """Lay x where the runtime takes it from to send it to the stage behind."""
+        self.buffers[stage].fwd_cache[microbatch] = (x,), []
+
+    def send_gradient(self, stage, microbatch, grad):
+        """The same for the stage before."""
+        self.buffers[stage].bwd_cache[microbatch] = (grad,)
+
+
+def prepare_sharding(model):
+    """FSDP2 makes itself ready in a hook of the root's first forward; segments call parts of layers, so none runs."""
+    fully_shard.state(model)._lazy_init()
+
+
+def end_sharded_backward(model):
+    """What FSDP2 does at the end of a backward: gradients are added up in float32, or after the last one reduced."""
+    fully_shard.state(model)._root_post_backward_final_callback()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pipeline: the actions of sim.py's table, run by torch's pipelining runtime or, on one pipeline rank, one by one
 
 
@@ -1500,21 +1691,27 @@ class Pipeline:
         self.model, self.plan, self.grid = model, plan, grid
         self.layers = stage_layers(model.config, plan)
         self.stages = plan.stages_of(grid.pp_rank if grid else 0)
+        self.last_stage = plan.n_stages - 1
         self.store = None if plan.is_plain else WeightGradStore()
         for module in model.modules():
             if hasattr(module, "store"):
                 module.store = self.store
         self.memory = Memory(plan, next(model.parameters()).device)
         self.memory.attach(model)
-        self.measured = {}                                                # if asked: what the first forward keeps
-        self.runtimes = {}                                                # micro-batches of a step -> runtime
+        self.runtimes = {}                 # number of micro-batches -> TorchRuntime, or OneRank
 
     def step(self, batches, loss_tokens, train=True):
-        """batches: for each micro-batch of whole sequences Model.forward's arguments, as a dict; the same on ranks that
-        share them. -> Output, without graph: this rank's shares, whose sums over all ranks are the losses."""
+        """Forward and backward of a global batch, or its forward alone; weights stay as they are.
+
+        batches: for each micro-batch Model.forward's arguments, as a dict, of whole sequences; the same on ranks that
+        share them. loss_tokens (1+MTP,): target tokens of the global batch. -> Output, without graph: this rank's
+        shares, whose sums over all ranks are the losses.
+        """
+        # an evaluation may have another number of micro-batches than the plan
         plan = replace(self.plan, global_batch=len(batches) * self.plan.dp * self.plan.micro_batch)
         if plan.cp * plan.tp > 1:
-            batches = [own_tokens(plan, self.model.config.num_nextn_predict_layers, **batch) for batch in batches]
+            depths = self.model.config.num_nextn_predict_layers
+            batches = [own_tokens(plan, depths, **batch) for batch in batches]
         self.batches, self.loss_tokens, self.train = batches, loss_tokens, train
         self.sums = dict.fromkeys(("loss", "mtp_loss", "aux_loss"), loss_tokens.new_zeros(()))
         with torch.set_grad_enabled(train):
@@ -1522,94 +1719,103 @@ class Pipeline:
                 self.run_plain()
             else:
                 self.run_table(plan)
-        total = self.sums["loss"] + self.model.config.mtp_loss_weight * self.sums["mtp_loss"] + self.sums["aux_loss"]
-        return Output(**self.sums, total_loss=total)
+        loss, mtp_loss, aux_loss = self.sums["loss"], self.sums["mtp_loss"], self.sums["aux_loss"]
+        total_loss = loss + self.model.config.mtp_loss_weight * mtp_loss + aux_loss
+        return Output(loss=loss, mtp_loss=mtp_loss, aux_loss=aux_loss, total_loss=total_loss)
 
     def run_plain(self):
         for number, batch in enumerate(self.batches, 1):
             reduce_gradients(self.model, self.plan, last=number == len(self.batches))
             with self.memory.hooks():
                 out = self.model(**batch, loss_tokens=self.loss_tokens)
-            self.measured = self.measured or self.memory.held()
             if self.train:
                 out.total_loss.backward()
-            for name in self.sums:
-                self.add(name, getattr(out, name))
+            self.add("loss", out.loss)
+            self.add("mtp_loss", out.mtp_loss)
+            self.add("aux_loss", out.aux_loss)
             del out                                                       # and its graph, before the next one is made
 
     def run_table(self, plan):
-        self.chunks, self.local, self.owed = {}, {}, {}                   # by (stage, micro-batch)
+        self.chunks = {}                   # (stage, micro-batch) -> Chunk, from its forward to its backward
+        if plan.n_micro not in self.runtimes:
+            self.runtimes[plan.n_micro] = self.make_runtime(plan)
+        self.runtime = self.runtimes[plan.n_micro]
         self.gather_weights()
-        if plan.pp == 1:
-            for action in schedule_table(plan)[0]:
-                self.perform(action.parts())
-        else:
-            if plan.n_micro not in self.runtimes:
-                self.runtimes[plan.n_micro] = make_runtime(self, plan)
-            self.runtime = self.runtimes[plan.n_micro]
-            (self.runtime.step if self.train else self.runtime.eval)(return_outputs=False)
-            self.runtime.bwd_recv_ops.clear()                             # without backward nothing came
+        self.runtime.step(self.train)
         self.release_weights()
+
+    def make_runtime(self, plan):
+        if plan.pp == 1:
+            return OneRank(schedule_table(plan)[0], self.perform)
+        shape = plan.micro_batch, plan.tokens // plan.micro_batch, self.model.config.hidden_size
+        x = torch.empty(shape, dtype=model_dtype(self.model), device="meta", requires_grad=True)
+        device, group = next(self.model.parameters()).device, self.grid.dense["pp"].get_group()
+        return TorchRuntime(self.stages, plan.n_stages, schedule_table(plan), plan.n_micro, x, device, group,
+                            self.perform)
 
     # one action
 
     def perform(self, parts):
-        """parts: one or two of (kind, stage, microbatch); kind F, B, or its halves I (of inputs) and W (of weights)."""
+        """parts: one or two of (kind, stage, microbatch), kind F or B; two are a pair, its forward first."""
         if len(parts) == 2 and self.plan.overlap == "adaptive" and self.train:
-            (_, *f), (_, *b) = parts
-            forward, backward = self.begin_forward(*f), self.begin_backward(*b)
-            run_pair(forward, backward, self.store)
-            self.end_forward(forward, *f)
-            self.end_backward(backward, *b)
+            self.perform_pair(*parts)
             return
         for kind, stage, microbatch in parts:
-            self.perform_one(kind, stage, microbatch)
+            if kind == "F":
+                self.perform_forward(stage, microbatch)
+            elif self.train:
+                self.perform_backward(stage, microbatch)
 
-    def perform_one(self, kind, stage, microbatch):
-        if kind == "F":
-            chunk = self.begin_forward(stage, microbatch)
-            chunk.forward(len(chunk.segments))
-            self.end_forward(chunk, stage, microbatch)
-        elif kind == "W":
-            self.store.pending = self.owed.pop((stage, microbatch), [])
-            self.store.pop()
-        elif self.train:
-            chunk = self.begin_backward(stage, microbatch)
-            run_backward(chunk, self.store, defer=kind == "I")
-            self.owed[stage, microbatch], self.store.pending = self.store.pending, []
-            self.end_backward(chunk, stage, microbatch)
+    def perform_forward(self, stage, microbatch):
+        chunk = self.begin_forward(stage, microbatch)
+        chunk.forward(len(chunk.segments))
+        self.end_forward(chunk, stage, microbatch)
+
+    def perform_backward(self, stage, microbatch):
+        chunk = self.begin_backward(stage, microbatch)
+        run_backward(chunk, self.store)
+        self.end_backward(chunk, stage, microbatch)
+
+    def perform_pair(self, forward_part, backward_part):
+        _, *forward_of = forward_part                                     # stage, microbatch
+        _, *backward_of = backward_part
+        forward, backward = self.begin_forward(*forward_of), self.begin_backward(*backward_of)
+        run_pair(forward, backward, self.store)
+        self.end_forward(forward, *forward_of)
+        self.end_backward(backward, *backward_of)
 
     def begin_forward(self, stage, microbatch):
         batch = self.batches[microbatch]
-        x = batch["ids"] if stage == 0 else self.receive("F", stage, microbatch).detach().requires_grad_(self.train)
-        return Chunk(self.parts(stage, **batch), x, self.memory)
+        if stage == 0:
+            x = batch["ids"]
+        else:
+            x = self.runtime.received_input(stage, microbatch).detach().requires_grad_(self.train)
+        return Chunk(self.pieces(stage, **batch), x, self.memory)
 
     def end_forward(self, chunk, stage, microbatch):
-        self.measured = self.measured or self.memory.held()
         if self.train:
             self.chunks[stage, microbatch] = chunk
-        if stage < self.plan.n_stages - 1:
-            self.send("F", stage, microbatch, chunk.values.pop("x"))
+        if stage < self.last_stage:
+            self.runtime.send_output(stage, microbatch, chunk.values.pop("x").detach().contiguous())
 
     def begin_backward(self, stage, microbatch):
         chunk = self.chunks.pop((stage, microbatch))
-        if stage == self.plan.n_stages - 1:
+        if stage == self.last_stage:
             chunk.grads["loss"] = torch.ones_like(chunk.values["loss"])
         else:
-            chunk.grads["x"] = self.receive("B", stage, microbatch)
+            chunk.grads["x"] = self.runtime.received_gradient(stage, microbatch)
         return chunk
 
     def end_backward(self, chunk, stage, microbatch):
-        self.reduce_gradients()
+        self.end_fsdp_backward()
         if stage > 0:
-            self.send("B", stage, microbatch, chunk.grads.pop("x"))
+            self.runtime.send_gradient(stage, microbatch, chunk.grads.pop("x").detach().contiguous())
 
     # a stage's segments
 
-    def parts(self, stage, ids, targets=None, positions=None, doc_ids=None, next_ids=None, routing=None):
-        """Lists of segments: embedding, layers, what joins MTP layers to those before, last norm and losses."""
-        model = self.model
-        depths = model.config.num_nextn_predict_layers
+    def pieces(self, stage, ids, targets=None, positions=None, doc_ids=None, next_ids=None, routing=None):
+        """What Model.forward does, as pieces of a Chunk: embedding, layers, what joins MTP layers to them, losses."""
+        model, depths = self.model, self.model.config.num_nextn_predict_layers
         positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
         angles, mask = rope_table(model.config, positions, model_dtype(model)), document_mask(doc_ids)
 
@@ -1623,46 +1829,28 @@ class Pipeline:
             self.add("mtp_loss", out.mtp_loss)
             return (out.loss + model.config.mtp_loss_weight * out.mtp_loss,)
 
-        parts, hiddens = [[Segment(embed, ("x",), ("x",))]] if stage == 0 else [], []
-        for block in [model.layers[str(index)] for index in self.layers[stage]]:
+        pieces, hiddens = [], []                                          # hiddens: names of what the head will read
+        if stage == 0:
+            pieces.append(Outside([Segment(embed, ("x",), ("x",))]))
+        for index in self.layers[stage]:
+            block = model.layers[str(index)]
             if isinstance(block, MTPLayer):
                 join = partial(model.join, len(hiddens), next_ids=next_ids)
                 hiddens.append(f"hidden {len(hiddens)}")
-                parts.append([Segment(join, ("x",), (hiddens[-1], "x"))])
-            parts.append(layer_segments(block, angles, mask, routing, partial(self.add, "aux_loss")))
-        last = [[Segment(losses, ("x", *hiddens), ("loss",))]] if stage == self.plan.n_stages - 1 else []
-        return parts + last
+                pieces.append(Outside([Segment(join, ("x",), (hiddens[-1], "x"))]))
+            pieces.append(LayerSegments(block, angles, mask, routing, partial(self.add, "aux_loss")))
+        if stage == self.last_stage:
+            pieces.append(Outside([Segment(losses, ("x", *hiddens), ("loss",))]))
+        return pieces
 
     def add(self, name, value):
         self.sums[name] = self.sums[name] + value.detach()
-
-    # between stages: over the runtime's buffers, or by hand where the neighbour is on this rank
-
-    def receive(self, kind, stage, microbatch):
-        neighbour = stage + (-1 if kind == "F" else 1)
-        if neighbour in self.stages or neighbour == self.plan.n_stages:
-            return self.local.pop((kind, neighbour, microbatch), None)
-        works = self.runtime.fwd_recv_ops if kind == "F" else self.runtime.bwd_recv_ops
-        for work in works.pop((stage, microbatch)):
-            work.wait()
-        place = self.runtime.place[stage]
-        return (place.args_recv_info if kind == "F" else place.grad_recv_info)[microbatch][0].buffer
-
-    def send(self, kind, stage, microbatch, x):
-        x, neighbour = x.detach().contiguous(), stage + (1 if kind == "F" else -1)
-        if neighbour in self.stages:
-            self.local[kind, stage, microbatch] = x
-            return
-        if kind == "F":
-            self.runtime.place[stage].fwd_cache[microbatch] = (x,), []
-        else:
-            self.runtime.place[stage].bwd_cache[microbatch] = (x,)
 
     # FSDP: its hooks on layers do not run, since segments call a layer's parts
 
     def gather_weights(self):
         if isinstance(self.model, FSDPModule):
-            fully_shard.state(self.model)._lazy_init()
+            prepare_sharding(self.model)
             self.set_last_backward(False)
         for part in fsdp_parts(self.model):
             part.unshard()
@@ -1674,7 +1862,7 @@ class Pipeline:
                 part.reshard()
             return
         self.set_last_backward(True)
-        self.reduce_gradients()
+        self.end_fsdp_backward()
         if self.grid and self.grid.embedding_twice and self.model.embed_tokens is not None:
             self.add_other_embedding(local(self.model.embed_tokens.weight.grad))
 
@@ -1692,45 +1880,38 @@ class Pipeline:
             self.model.set_reshard_after_backward(last)
             self.model.set_requires_gradient_sync(last)
 
-    def reduce_gradients(self):
-        """What FSDP does at the end of a backward: gradients are added up in float32, or at last reduced."""
+    def end_fsdp_backward(self):
         if isinstance(self.model, FSDPModule):
-            fully_shard.state(self.model)._root_post_backward_final_callback()
+            end_sharded_backward(self.model)
+
+
+class OneRank:
+    """What TorchRuntime is on several pipeline ranks: the actions one by one, stages hand their tensors over."""
+
+    def __init__(self, actions, perform):
+        self.actions, self.perform = actions, perform
+        self.outputs, self.gradients = {}, {}                             # (receiving stage, micro-batch) -> tensor
+
+    def step(self, train):
+        for action in self.actions:
+            self.perform(action.parts())
+
+    def send_output(self, stage, microbatch, x):
+        self.outputs[stage + 1, microbatch] = x
+
+    def received_input(self, stage, microbatch):
+        return self.outputs.pop((stage, microbatch))
+
+    def send_gradient(self, stage, microbatch, grad):
+        self.gradients[stage - 1, microbatch] = grad
+
+    def received_gradient(self, stage, microbatch):
+        return self.gradients.pop((stage, microbatch))
 
 
 def model_dtype(model):
     """Of the residual stream."""
     return model.compute_dtype or next(local(p) for p in model.parameters()).dtype
-
-
-def make_runtime(pipeline, plan):
-    """torch's runtime with sim.py's table; every action is the pipeline's, the runtime sends and receives.
-
-    The one place for what torch does not publish: _PipelineScheduleRuntime, _prepare_schedule_with_comms, _Action.
-    """
-    group = pipeline.grid.dense["pp"].get_group()
-    width = pipeline.model.config.hidden_size
-    device = next(pipeline.model.parameters()).device
-    shape = plan.micro_batch, plan.tokens // plan.micro_batch, width
-    x = torch.empty(shape, dtype=model_dtype(pipeline.model), device="meta", requires_grad=True)
-    stages = [PipelineStage(torch.nn.Identity(), stage, plan.n_stages, device, x, x, group=group)
-              for stage in pipeline.stages]
-    # a loss tells that there is a backward; it is not called
-    runtime = schedules._PipelineScheduleRuntime(stages, plan.n_micro, loss_fn=len, scale_grads=False)
-
-    def perform(action, context):
-        actions = action.sub_actions or (action,)
-        pipeline.perform([(a.computation_type.value, a.stage_index, a.microbatch_index) for a in actions])
-
-    for kind in (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.BACKWARD_INPUT, schedules.BACKWARD_WEIGHT,
-                 schedules.OVERLAP_F_B):
-        runtime.register_custom_function(kind, perform)
-    if plan.schedule == "dualpipev" and plan.n_micro < 2 * plan.pp:       # too few, of an evaluation: the same V
-        plan = replace(plan, schedule="zbv")
-    runtime._prepare_schedule_with_comms({rank: [schedules._Action.from_str(str(action)) for action in actions]
-                                          for rank, actions in enumerate(schedule_table(plan))})
-    runtime.place = {stage.stage_index: stage for stage in stages}
-    return runtime
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1897,8 +2078,15 @@ def mean_imbalance(loads, placements):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+#
+# A folder step_N:   *.distcp        tensors, whole by name, each rank's part of them in a file of its own
+#                    .metadata       DCP's list of the parts: which tensor, which slice, in which file
+#                    progress.json   plain numbers: steps, tokens, where experts live
+#                    files.json      sizes and checksums of the others; written last
+#
+# It may come from anywhere, so nothing in it can name code to run: JSON, tensors, and DCP's list of known types.
 
-MANIFEST = "files.json"                    # of a complete checkpoint: {file: [bytes, crc32]}
+MANIFEST, PROGRESS, DCP_LIST = "files.json", "progress.json", ".metadata"
 
 
 class CheckpointError(ValueError):
@@ -1906,37 +2094,48 @@ class CheckpointError(ValueError):
 
 
 class SaveFailed(OSError):
-    pass
+    """A checkpoint that could not be written."""
 
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)             # of ranks with other parts of the model too
 
 
-def train_state(model, optimizer, progress):
-    """What a checkpoint holds, by names that do not depend on the plan. progress: dict of plain numbers."""
-    weights, moments = get_state_dict(model, optimizer, options=BY_NAME)
-    return dict(model=weights, optimizer=moments, progress=dict(progress), random=torch.get_rng_state())
+def train_state(model, optimizer):
+    """The tensors of a checkpoint: model, optimizer: {name: tensor}, by names that do not depend on the plan; random.
+
+    Without the optimizer's settings, such as its betas: a run that goes on gives them.
+    """
+    return tensors_of(*get_state_dict(model, optimizer, options=BY_NAME))
+
+
+def tensors_of(weights, optimizer_state):
+    moments = {name: value for name, value in optimizer_state.items() if torch.is_tensor(value)}
+    return dict(model=weights, optimizer=moments, random=torch.get_rng_state())
 
 
 def whole_tensors(state, grid):
-    """The state with expert tensors (local experts, ...) as this rank's part of all experts (E, ...), and those cut by
-    tensor as its part of the whole, in the same memory: a file knows whole tensors, and any plan can read it."""
+    """The state with each tensor that experts or tensor parallelism cut declared as this rank's part of the whole, in
+    the same memory: files know whole tensors, and any plan can read them. E.g. local experts (E / ep, ...) as a slice
+    of (E, ...)."""
     if grid is None:
         return state
-    return state | {key: part_of_whole(state[key], grid, key) for key in ("model", "optimizer") if key in state}
+    whole = dict(state)
+    for kind in {"model", "optimizer"} & state.keys():
+        whole[kind] = {name: part_of_whole(name, tensor, grid) for name, tensor in state[kind].items()}
+    return whole
 
 
-def part_of_whole(tree, grid, name):
-    if isinstance(tree, dict):
-        return {key: part_of_whole(value, grid, f"{name}.{key}") for key, value in tree.items()}
+def part_of_whole(name, tensor, grid):
     dim, axis = cut_of(name)
-    if axis is None or not torch.is_tensor(tree) or tree.dim() < 2:
-        return tree
+    if axis is None or tensor.dim() < 2:                                  # vectors are not cut, nor counts of steps
+        return tensor
     mesh = grid.parts_mesh(axis)
-    shape = [n * mesh.size(1) if i == dim else n for i, n in enumerate(tree.shape)]
-    cut = tree.placements[-1] if isinstance(tree, DTensor) else Shard(0)
-    return DTensor.from_local(local(tree), mesh, (Replicate(), Shard(dim), cut), run_check=False,
-                              shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride())
+    shape = list(tensor.shape)
+    shape[dim] *= mesh.size(1)
+    stride = torch.empty(shape, device="meta").stride()
+    by_zero = tensor.placements[-1] if isinstance(tensor, DTensor) else Shard(0)        # of a mesh of one rank, any
+    return DTensor.from_local(local(tensor), mesh, (Replicate(), Shard(dim), by_zero), run_check=False,
+                              shape=torch.Size(shape), stride=stride)
 
 
 def steps_in(folder):
@@ -1945,10 +2144,20 @@ def steps_in(folder):
     return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
 
+# writing
+
+
 class Saver:
     """Writes checkpoints into folder while training goes on, at most one at a time, and keeps the last few.
 
-    SaveFailed tells of the disk's refusal at the next call of any method; what was complete stays complete.
+        1. save copies the state and returns; the rest happens in threads
+        2. every rank writes its parts into step_N.tmp
+        3. rank 0 adds progress.json, then the list of all files
+        4. all ranks tell whether they failed; if one did, the folder goes, and all have failed
+        5. rank 0 renames the folder to step_N and deletes the oldest
+        6. all wait for that, so nobody looks for it before it has its name
+
+    So a folder without .tmp was whole. SaveFailed tells of the disk's refusal at the next call of any method.
     """
 
     def __init__(self, folder, keep):
@@ -1962,29 +2171,31 @@ class Saver:
         self.pool = ThreadPoolExecutor(1)
         self.pending = None
 
-    def save(self, step, state, grid=None):
-        """Copies the state, then returns; the file is written behind."""
+    def save(self, state, progress, grid=None):
+        """state: of train_state. progress: dict of plain numbers, or lists of them, among them the step."""
         self.wait()
-        unfinished = self.folder / f"step_{step}.tmp"
-        future = dcp.async_save(whole_tensors(state, grid), checkpoint_id=unfinished, process_group=self.group,
-                                no_dist=self.group is None)
-        self.pending = self.pool.submit(self.complete, future, unfinished)
+        unfinished = self.folder / f"step_{progress['step']}.tmp"
+        written = dcp.async_save(whole_tensors(state, grid), checkpoint_id=str(unfinished), process_group=self.group,
+                                 no_dist=self.group is None)
+        self.pending = self.pool.submit(self.complete, written, unfinished, json.dumps(progress))
 
-    def complete(self, future, unfinished):
+    def complete(self, written, unfinished, progress):
         error = None
         try:
-            future.result()
+            written.result()
             if rank() == 0:
-                write_manifest(unfinished)
+                write_synced(unfinished / PROGRESS, progress)
+                write_synced(unfinished / MANIFEST, manifest_of(unfinished))
+                sync_folder(unfinished)
         except (OSError, CheckpointException, RuntimeError) as caught:
             error = caught
         if self.of_all_ranks(error is not None):
-            shutil.rmtree(unfinished, ignore_errors=True)                # gives its space back
-            cause = first_cause(error) if error else "on another rank"
+            shutil.rmtree(unfinished, ignore_errors=True)                 # gives its space back
+            cause = in_one_line(cause_of(error)) if error else "on another rank"
             raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({cause})") from error
         if rank() == 0:
             self.publish(unfinished)
-        self.of_all_ranks(False)                                         # nobody reads it before it has its name
+        self.of_all_ranks(False)
 
     def of_all_ranks(self, failed):
         """Whether any rank failed; nobody goes on before all have said so."""
@@ -2012,13 +2223,9 @@ class Saver:
             pending.result()
 
 
-def first_cause(error):
-    """The operating system's words inside an error of DCP, which wraps those of each rank."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+def manifest_of(folder):
+    files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir())}
+    return json.dumps(files)
 
 
 def checksum(path):
@@ -2029,30 +2236,54 @@ def checksum(path):
     return crc
 
 
-def write_manifest(folder):
-    files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir())}
-    with open(folder / MANIFEST, "w") as file:
-        json.dump(files, file)
+def write_synced(path, text):
+    with open(path, "w") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 def sync_folder(folder):
-    """Makes a rename last through a power cut."""
+    """Makes a new name last through a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
+def cause_of(error):
+    """The error at the bottom of one of DCP's, which wraps those of each rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, CheckpointError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def in_one_line(error):
+    """The operating system's words, or else the error's first line."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+
+
+# reading
+
+
+def read_json(folder, name):
+    """What a JSON file of a checkpoint holds: an object, or the checkpoint is damaged."""
+    try:
+        content = json.loads((folder / name).read_text())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder} is damaged: {name} is missing or cannot be read")
+    return content
+
+
 def check_files(folder):
     """CheckpointError with the file's name, if one is missing or not as written."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is damaged: its list {MANIFEST} is missing or cannot be read") from None
-    for name, (size, crc) in files.items():
-        path = folder / name
+    for name, written in read_json(folder, MANIFEST).items():
+        if Path(name).name != name or not name.isprintable() or not is_numbers(written) or len(written) != 2:
+            raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not a list of files with sizes and checksums")
+        path, (size, crc) = folder / name, written
         if not path.exists():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
         if path.stat().st_size != size:
@@ -2061,16 +2292,87 @@ def check_files(folder):
             raise CheckpointError(f"{folder} is damaged: the content of {name} is not what was written")
 
 
+def is_numbers(x):
+    """A list of numbers, or of lists of numbers, and so on."""
+    return isinstance(x, list) and all(type(item) in (int, float) or is_numbers(item) for item in x)
+
+
+def load_progress(folder, progress):
+    """Fills a dict in place: its names and the type of each value stay; a list is one of numbers."""
+    found = read_json(folder, PROGRESS)
+    for name, value in progress.items():
+        right = is_numbers(found.get(name)) if isinstance(value, list) else type(found.get(name)) is type(value)
+        if not right:
+            raise CheckpointError(f"{folder} is damaged: {PROGRESS} has no {name} of the right kind")
+        progress[name] = found[name]
+
+
+class DCPList(pickle.Unpickler):
+    """Reads .metadata, a pickle, which could call anything: here no more than what DCP writes into it."""
+    known = {"torch": "Size float64 float32 bfloat16 float16 int64 uint8",
+             "torch.serialization": "_get_layout",
+             "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata TensorProperties "
+                                                      "ChunkStorageMetadata StorageMeta _MEM_FORMAT_ENCODING",
+             "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+             "pathlib": "PosixPath"}
+
+    def find_class(self, module, name):
+        if name not in self.known.get(module, "").split():
+            raise CheckpointError(f"{DCP_LIST} names {module + '.' + name!r}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def read_parts(folder):
+    """DCP's Metadata of a checkpoint, whose files all lie in it."""
+    try:
+        with open(folder / DCP_LIST, "rb") as file:
+            metadata = DCPList(file).load()
+        files = {part.relative_path for part in metadata.storage_data.values()}
+        outside = [name for name in files if Path(name).name != name]
+        metadata.storage_meta = StorageMeta()
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+    except Exception as error:                                            # a pickle that is none fails in any way
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} cannot be read ({in_one_line(error)})") from error
+    if outside:
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {outside[0]!r}, which is not in the folder")
+    return metadata
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's, but for the list of parts. Tensors it reads by torch.load with weights_only."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.parts = read_parts(folder)
+
+    def read_metadata(self, *args, **kwargs):
+        return self.parts
+
+
+class TensorsOnly(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item, value):
+        """Called for what the list says is no tensor; DCP would unpickle it."""
+        raise CheckpointError(f"{DCP_LIST} says that {read_item.dest_index.fqn} is no tensor")
+
+
 def load_state(folder, state, grid=None):
     """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it.
 
     Without a grid a rank reads alone. ValueError if it is damaged or of another shape.
     """
+    reader = SafeReader(folder)
     try:
-        dcp.load(whole_tensors(state, grid), checkpoint_id=folder, no_dist=grid is None)
+        dcp.load(whole_tensors(state, grid), storage_reader=reader, planner=TensorsOnly(), no_dist=grid is None)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): "
+        cause = cause_of(error)
+        if isinstance(cause, (CheckpointError, pickle.UnpicklingError)):
+            raise CheckpointError(f"{folder} is damaged: {in_one_line(cause)}") from error
+        raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({in_one_line(cause)}): "
                               f"give back the config.json it was written with") from error
+
+
+# both, for a trainer
 
 
 def save(saver, model, optimizer, progress, grid=None):
@@ -2079,16 +2381,16 @@ def save(saver, model, optimizer, progress, grid=None):
     if live:
         progress.update(live.state())
     with live.at_home(optimizer) if live else nullcontext():
-        saver.save(progress["step"], train_state(model, optimizer, progress), grid)
+        saver.save(train_state(model, optimizer), progress, grid)
 
 
 def restore(folder, model, optimizer, progress, grid=None):
     """Model, optimizer, random state and progress as saved, all filled in place."""
-    state = train_state(model, optimizer, progress)
+    weights, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
+    state = tensors_of(weights, optimizer_state)
     load_state(folder, state, grid)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                   options=BY_NAME)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state, options=BY_NAME)
     torch.set_rng_state(state["random"])
-    progress.update(state["progress"])
+    load_progress(folder, progress)
     if grid is not None and grid.live:
         grid.live.restore(progress, optimizer)

@@ -836,7 +836,7 @@ def read_progress(checkpoint, progress):
         advice = f"go on from the one before it: --resume {checkpoint.parent / f'step_{earlier[-1]}'}" if earlier else \
                  "there is none before it: start a new run"
         raise UserError(f"{error}; {advice}") from None
-    parallel.load_state(checkpoint, dict(progress=progress))
+    parallel.load_progress(checkpoint, progress)
 
 
 def cut_metrics(path, step):

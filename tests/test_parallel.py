@@ -400,7 +400,7 @@ def save_after_step(folder, plan):
     model, grid = build(TINY, plan)
     *_, optimizer = step(model, grid, plan, WHOLE)
     saver = parallel.Saver(folder, 2)
-    saver.save(1, parallel.train_state(model, optimizer, dict(step=1)), grid)
+    saver.save(parallel.train_state(model, optimizer), dict(step=1), grid)
     optimizer.zero_grad()
     step(model, grid, plan, WHOLE)                                        # goes on while the file is written
     saver.wait()
