@@ -28,6 +28,7 @@ import train  # noqa: E402
 from model import PRESETS, Model  # noqa: E402
 from sim import Plan  # noqa: E402
 
+PANGU_ULTRA = str(ROOT / "tests" / "data" / "phases_pangu_ultra.json")
 TINY = ("--set hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
         "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
         "qk_rope_head_dim=4 v_head_dim=8 --seq-len 16 --global-batch 4 --micro-batch 2 --warmup-steps 2 "
@@ -149,7 +150,7 @@ def test_saved_encoding_is_the_same(at):
 
 def corpus_of(data, at, **changes):
     settings = train.settings_of(dict(data=[str(path) for path in data], **changes))
-    return train.prepare(settings, 300, at)
+    return train.open_corpus(train.make_cache(settings, train.find_encoding(settings["tokenizer"]), 300, at))
 
 
 def test_tokens_give_back_the_text(text, at):
@@ -164,11 +165,25 @@ def test_tokens_give_back_the_text(text, at):
     assert len(held) == corpus.facts["heldout_bytes"] and corpus.facts["gzip"] == len(gzip.compress(held, 9, mtime=0))
 
 
-def test_held_out_by_hash_of_path():
-    """300 names: held out are those with a small hash, whatever their order and number."""
-    files = [train.TextFile("text", f"{i}.txt", None) for i in range(300)]
-    shares = [train.share_of(file.name) for file in files]
-    assert 0.02 < sum(share < 0.05 for share in shares) / 300 < 0.09 and min(shares) >= 0 and max(shares) < 1
+@pytest.mark.parametrize("count, share, held", [(300, 0.02, range(1, 300, 50)), (7, 0.5, (1, 3, 5)), (9, 0, ())])
+def test_held_out_is_every_nth_piece(at, count, share, held):
+    """The second of every n = 1 / share pieces, files in the order of a hash of their names."""
+    for number in range(count):
+        (at / f"{number}.txt").write_text("word")
+    files = train.list_files([str(at)])
+    assert sorted(file.name for file in files) != [file.name for file in files]
+    pieces = list(train.pieces_of(files, train.settings_of(dict(heldout=share))))
+    assert [number for number, piece in enumerate(pieces) if piece.is_heldout] == list(held)
+
+
+def test_held_out_of_one_large_file_and_bounded(at, monkeypatch):
+    """A file of 20 pieces is held out in parts, too; of a large text no more than the bound."""
+    (at / "large.txt").write_text("word\n" * (20 * train.PIECE // 5))
+    files = train.list_files([str(at)])
+    held = [piece.is_heldout for piece in train.pieces_of(files, train.settings_of(dict(heldout=0.1)))]
+    assert sum(held) == 2 and len(held) == 20
+    monkeypatch.setattr(train, "HELDOUT_BYTES", train.PIECE)
+    assert sum(piece.is_heldout for piece in train.pieces_of(files, train.settings_of(dict(heldout=0.1)))) == 1
 
 
 def test_tokenised_once_and_change_noticed(text, at, capsys):
@@ -197,13 +212,11 @@ def test_two_runs_tokenise_at_once(text, at, monkeypatch):
 
 
 def test_sources_agree(text, at):
-    """The same documents as .jsonl, .jsonl.gz, and as a .bin of their tokens give the same training tokens."""
+    """The same documents as .jsonl and as a .bin of their tokens give the same training tokens."""
     documents = [file.read_text() for file in sorted(text.iterdir())]
     lines = "".join(json.dumps(dict(text=document)) + "\n" for document in documents)
     (at / "a.jsonl").write_text(lines)
-    (at / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    plain, packed = corpus_of([at / "a.jsonl"], at), corpus_of([at / "a.jsonl.gz"], at)
-    assert np.array_equal(plain.train["text"], packed.train["text"])
+    plain = corpus_of([at / "a.jsonl"], at)
     train.save_encoding(plain.encoding, at / "t.tiktoken")
     np.array([*plain.train["text"]], np.uint16).tofile(at / "a.bin")
     tokens = corpus_of([at / "a.bin"], at, tokenizer=str(at / "t.tiktoken"))
@@ -235,6 +248,7 @@ def test_mix_has_the_shares_asked_for(text, at):
     phase = train.Phase(tokens=1000, seq_len=16, global_batch=4, lr=1, min_lr=1, mix=dict(a=0.25, b=0.75))
     pattern = train.Order(corpus, phase, 2, 0).pattern
     assert pattern.count("a") == 250 and len(pattern) == 1000
+    assert set(train.Order(corpus, train.replace(phase, mix=dict(b=1.0)), 2, 0).pattern) == {"b"}    # some are enough
     with pytest.raises(ValueError, match="NAME=PATH"):
         train.mix_pattern(corpus, train.replace(phase, mix=dict(c=1)), 0)
 
@@ -264,12 +278,44 @@ def test_batch_warmup():
 
 
 def test_published_phases_scale():
-    given = dict(phases="pangu-ultra", tokens=1.32e6, seq_len=64, global_batch=32, micro_batch=4, lr=1e-3)
+    given = dict(phases=PANGU_ULTRA, tokens=1.32e6, seq_len=64, global_batch=32, micro_batch=4, lr=1e-3)
     phases = train.make_phases(train.settings_of(given), given)
     assert sum(phase.tokens for phase in phases) == pytest.approx(1.32e6)
     assert [phase.seq_len for phase in phases] == [64, 64, 128, 512, 2048]
     assert phases[0].batches == [[0, 16], [pytest.approx(1.2e5), 24], [pytest.approx(1.9e5), 32]]
     assert phases[-1].lr == pytest.approx(7.5e-5) and phases[-1].rope_theta == 2.56e7
+
+
+def test_phases_train_the_tokens_asked_for(text, at):
+    """4 phases with sequences of 16 to 64: 9,000 tokens to within a batch of the last; the shortest run is said."""
+    rows = [dict(tokens=tokens, seq_len=seq_len, global_batch=2) for tokens, seq_len in
+            ((5e6, 16), (3e6, 16), (1e6, 32), (1e6, 64))]
+    (at / "p.json").write_text(json.dumps(dict(source="made up", phases=rows)))
+    options = ("--data", text, "--phases", "p.json", *TINY, "--global-batch", 2)
+    run(*options, "--tokens", 9001, "--out", "r")
+    tokens = [json.loads(line)["tokens"] for line in (at / "r/metrics.jsonl").read_text().splitlines()]
+    assert 9001 <= tokens[-1] < 9001 + 128
+    assert len(json.loads((at / "r/config.json").read_text())["phases"]) == 4
+
+
+def test_phases_too_short(text, at, capsys):
+    """The last phase, a tenth, needs a step of 2 x 64 tokens: 1,280 in all."""
+    rows = [dict(tokens=9e6, seq_len=16, global_batch=2), dict(tokens=1e6, seq_len=64, global_batch=2)]
+    (at / "p.json").write_text(json.dumps(rows))
+    options = ("--data", text, "--phases", "p.json", *TINY, "--global-batch", 2)
+    assert "use --tokens 1280 or more" in refusal(capsys, *options, "--tokens", 1279, "--out", "r")
+    run(*options, "--tokens", 1280, "--out", "r")
+
+
+@pytest.mark.parametrize("name, tokens", [("ultra", 13.2e12), ("pro", 13e12)])
+def test_published_phases_as_published(name, tokens):
+    """Unscaled, the files hold what was published; each names its source and what is assumed."""
+    path = PANGU_ULTRA.replace("ultra", name)
+    assert {"source", "assumed"} < set(json.loads(Path(path).read_text()))
+    given = dict(phases=path)
+    phases = train.make_phases(train.settings_of(given), given)
+    assert sum(phase.tokens for phase in phases) == pytest.approx(tokens)
+    assert all(phase.mix is None or sum(phase.mix.values()) == pytest.approx(1) for phase in phases)
 
 
 def test_phases_file_changes_length_and_rope(text, at):
@@ -301,12 +347,12 @@ def test_step_that_is_not_finite_changes_nothing():
     train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0)
     before = [t.clone() for t in (*model.parameters(), *(v for s in optimizer.state.values() for v in s.values()))]
     hook = model.norm.register_forward_hook(lambda module, inputs, out: out * math.nan)
-    measures = train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0)
+    measures, _ = train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0)
     measures = dict(zip(train.MEASURES, measures.tolist()))
     hook.remove()
     after = [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
     assert measures["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, after))
-    measures = train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0)
+    measures, _ = train.train_step(parallel.Pipeline(model, Plan(micro_batch=2)), optimizer, random_batch(), 1.0)
     assert measures[train.MEASURES.index("skipped")] == 0
 
 
@@ -316,7 +362,7 @@ def test_accumulation_and_clipping():
     for micro in (1, 4):
         model, optimizer = small_model(balance="sequence")
         model.double()
-        measures = train.train_step(parallel.Pipeline(model, Plan(micro_batch=micro)), optimizer, random_batch(), 0.1)
+        measures, _ = train.train_step(parallel.Pipeline(model, Plan(micro_batch=micro)), optimizer, random_batch(), 0.1)
         results.append((measures[:4], torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
     assert (results[0][1] - results[1][1]).abs().max() < 1e-9
@@ -437,12 +483,12 @@ def test_never_finite_stops(text, at):
 
 def test_bad_settings(text, at, capsys):
     for argv, words in [
-            (("--preset", "huge"), "unknown preset 'huge': use one of tiny"),
+            (("--preset", "huge"), "--preset huge: use one of tiny"),
             (("--set", "hiden_size=3"), "--set hiden_size=3: write KEY=VALUE with a key of"),
             (("--set", "num_experts_per_tok=99"), "num_experts_per_tok=99"),
             (("--colour", "red"), "unrecognized arguments: --colour red"),
-            (("--device", "tpu"), "use auto, cpu, cuda or npu"),
-            (("--precision", "fp4"), "use auto, fp32 or bf16"),
+            (("--device", "tpu"), "use one of auto, cpu, cuda, npu"),
+            (("--precision", "fp4"), "use one of auto, fp32, bf16"),
             (("--seq-len", "5000"), "max_position_embeddings=1024"),
             (("--global-batch", "5", "--micro-batch", "2"), "global_batch=5"),
             (("--phases", "none.json"), "no such file"),
@@ -459,7 +505,6 @@ def test_bad_text(text, at, capsys):
     (at / "zero.txt").write_bytes(b"a\0b")
     (at / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (at / "nofield.jsonl").write_text('{"body": "a"}\n')
-    (at / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
     (at / "short.txt").write_text("short")
     np.array([1, 2, 65000], np.uint16).tofile(at / "ids.bin")
     train.save_encoding(train.make_encoding(train.learn_bpe(["ab"], 258)), at / "t.tiktoken")
@@ -469,7 +514,6 @@ def test_bad_text(text, at, capsys):
             (("zero.txt",), "zero.txt is not text"),
             (("broken.jsonl",), "broken.jsonl, line 2: not JSON"),
             (("nofield.jsonl",), "nofield.jsonl, line 1: no text under 'text'; name the right key with --text-field"),
-            (("cut.jsonl.gz",), "not a whole gzip file"),
             (("short.txt",), "one sequence needs 18"),
             (("ids.bin",), "name the tokenizer"),
             (("ids.bin", "--tokenizer", "t.tiktoken"), "holds id 65000")]:
@@ -516,10 +560,11 @@ def test_large_text_in_bounded_memory(at):
         while file.tell() < 200e6:
             file.write(block)
     code = (f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import train; "
-            "train.prepare(train.settings_of(dict(data=['big.txt'])), 2048, '.'); "
+            "train.make_cache(train.settings_of(dict(data=['big.txt'])), None, 2048, '.'); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "tokenising: " in out and " left" in out
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out, err = done.stdout, done.stderr
+    assert "tokenising: " in err and " left" in err
     assert int(out.split()[-1]) < 1500, out
 
 
