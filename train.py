@@ -101,6 +101,8 @@ def fits(value, kind, allowed):
     if kind is tuple:
         item_kind = int if isinstance(allowed, Range) else str
         return isinstance(value, (tuple, list)) and all(fits(item, item_kind, allowed) for item in value)
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if kind in (int, float):
         numbers = (int, float) if kind is float else int
         is_number = isinstance(value, numbers) and not isinstance(value, bool)
@@ -144,7 +146,10 @@ def read_fields(cls, values, where):
         first, *others = kinds_of(by_name[name])
         if not isinstance(value, tuple(others)):                          # None, or a list that the class looks at
             check(f"{where}: {name}={value!r}", value, first, by_name[name].metadata.get("allowed"))
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:                                           # what the class itself refuses
+        raise UserError(f"{where}: {error}") from None
 
 
 def within(low, high=NO_LIMIT, **default):
@@ -180,7 +185,8 @@ OPTIONS = dict(
     threads=Option(0, Range(0, 1024), "CPU threads; 0: torch's choice, stored with the run"),
     save_every=Option(500, Range(0), "steps between checkpoints; one is always written at the end, 0: only that"),
     keep=Option(3, Range(1), "newest checkpoints kept"),
-    eval_every=Option(0, Range(0), "steps between evaluations on the whole held-out text; 0: at the end only"),
+    eval_every=Option(0, Range(0), "steps between evaluations on the whole held-out text; 0: at the end only. With "
+                                  "capacity_factor, padding of the last batch takes experts' room too"),
     timeout=Option(45, Range(1, 1e6), "seconds in a collective until a rank that does not answer counts as lost and "
                                       "the run ends"),
     max_skips=Option(5, Range(1), "steps in a row with a loss or gradient that is not finite, before the run stops"),
@@ -230,6 +236,11 @@ CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_ever
 CHANGEABLE |= set(PLAN_OPTIONS) - {"global_batch", "seq_len"}
 
 
+# what describes many processes, and means nothing for one
+CUTS = ("pp", "dp", "cp", "tp", "sp", "ep", "vpp", "schedule", "overlap", "layer_split", "balance_live")
+RULES = 2                                  # raised when the same settings come to mean another run
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -240,7 +251,12 @@ def read_setting(name, words, option):
     if kind is list:
         return words
     value = sim.plan_value(name, words) if kind is tuple else read_word(words, kind)
-    return value if value == option.default else check(f"{flag(name)} {words}", value, kind, option.allowed)
+    return check_setting(f"{flag(name)} {words}", value, option)
+
+
+def check_setting(what, value, option):
+    """As `check`; the default is always right."""
+    return value if value == option.default else check(what, value, type(option.default), option.allowed)
 
 
 def settings_of(given):
@@ -443,6 +459,8 @@ def list_files(data):
         source, equals, path = word.partition("=")
         if not equals or Path(word).exists():
             source, path = "text", word
+        if not re.fullmatch("[A-Za-z0-9_-]+", source) or source == "heldout":
+            raise UserError(f"--data {word}: {source!r} names the source; use letters, digits, - and _, not heldout")
         path = Path(path)
         if not path.exists():
             raise UserError(f"--data {path}: no such file or folder")
@@ -566,18 +584,36 @@ def make_cache(settings, encoding, vocab_size, parent):
     """Tokenises --data into parent/data-HASH, once -> that folder. encoding: None if it is to be learnt."""
     files = list_files(settings["data"])
     cache = Path(parent) / f"data-{identity_of(files, settings, encoding or vocab_size)}"
-    if cache.exists():
+    if is_whole(cache):
         return cache
-    unfinished = Path(f"{cache}.{os.getpid()}.tmp")
+    remove_leftovers(parent)
+    unfinished = Path(f"{cache}.{platform.node()}.{os.getpid()}.tmp")
     try:
         tokenise(files, settings, encoding or learn_encoding(files, settings, vocab_size), unfinished)
-        unfinished.rename(cache)
-    except OSError:
-        if not cache.exists():                                            # else another run was faster: its is as good
-            raise
+        if not is_whole(cache):                                           # else another run was faster: its is as good
+            shutil.rmtree(cache, ignore_errors=True)
+            unfinished.rename(cache)
+            parallel.sync_folder(cache.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return cache
+
+
+def is_whole(cache):
+    """Whether a cache is there, for the text that its name says, and its files are as they were written."""
+    try:
+        parallel.check_files(cache)
+        return json.loads((cache / "facts.json").read_text())["name"] == cache.name
+    except parallel.CheckpointError:
+        return False
+
+
+def remove_leftovers(parent):
+    """Unfinished caches of processes of this machine that are gone."""
+    for leftover in Path(parent).glob(f"data-*.{platform.node()}.*.tmp"):
+        process = leftover.name.split(".")[-2]
+        if not Path("/proc", process).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def identity_of(files, settings, tokenizer):
@@ -639,9 +675,13 @@ def tokenise(files, settings, encoding, folder):
     for writer in writers.values():
         writer.close()
     save_encoding(encoding, folder / "tokenizer.tiktoken")
-    facts = dict(sha256=hasher.hexdigest(), files=len(files), tokens=counts, dtype=dtype.name, end=end,
-                 pattern=encoding._pat_str)
+    facts = dict(name=folder.name.split(".")[0], sha256=hasher.hexdigest(), files=len(files), tokens=counts,
+                 dtype=dtype.name, end=end, pattern=encoding._pat_str)
     write_whole(folder / "facts.json", json.dumps(facts | sizes, indent=1))
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    parallel.write_manifest(folder)                                       # sizes and checksums
 
 
 def encoded(pieces, encoding, end):
@@ -682,6 +722,18 @@ class Phase:
     rope_theta: float | None = within(1, default=None)                    # None: the config's
     mix: dict | None = None                # source -> share of the sequences; None: by size
 
+    def __post_init__(self):
+        if isinstance(self.global_batch, list):
+            rows = self.global_batch
+            right = rows and all(isinstance(row, list) and len(row) == 2 for row in rows)
+            right = right and all(fits(row[0], float, Range(0)) and fits(row[1], int, Range(1)) for row in rows)
+            if not right or rows[0][0] != 0 or rows != sorted(rows):
+                raise UserError(f"global_batch={rows}: use sequences, or [[0, sequences], [token, sequences], ...]")
+        if self.mix is not None:
+            shares = list(self.mix.values())
+            if not all(fits(share, float, Range(1e-6, 1)) for share in shares) or abs(sum(shares) - 1) > 0.01:
+                raise UserError(f"mix={self.mix}: use shares above 0 that sum to 1")
+
     @property
     def batches(self):
         return self.global_batch if isinstance(self.global_batch, list) else [[0, self.global_batch]]
@@ -701,7 +753,7 @@ class Phase:
             return self.lr * tokens / self.warmup_tokens
         if self.decay == "constant":
             return self.lr
-        done = min(1, tokens / self.tokens)
+        done = min(1, (tokens - self.warmup_tokens) / max(1, self.tokens - self.warmup_tokens))
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -742,11 +794,12 @@ def batch_ramp(settings):
     """--batch-warmup as [[from token, sequences], ...], rising by a micro-batch at a time."""
     if not settings["batch_warmup"]:
         return settings["global_batch"]
-    try:
-        start, over = (int(float(word)) for word in settings["batch_warmup"])
-    except ValueError:
-        raise UserError("--batch-warmup takes two numbers: the first batch in sequences, and tokens") from None
-    once = settings["micro_batch"] * settings["dp"]
+    numbers, once = settings["batch_warmup"], settings["micro_batch"] * settings["dp"]
+    start, over = (read_word(word, float) for word in numbers) if len(numbers) == 2 else (0, 0)
+    if not fits(start, float, Range(1, settings["global_batch"])) or not fits(over, float, Range(0)):
+        raise UserError(f"--batch-warmup {' '.join(numbers)}: give two numbers, the first batch, 1 to "
+                        f"{settings['global_batch']} sequences, and tokens of at least 0")
+    start = int(start)
     sizes = [*range(start, settings["global_batch"], once), settings["global_batch"]]
     return [[over * i / max(1, len(sizes) - 1), size] for i, size in enumerate(sizes)]
 
@@ -865,15 +918,21 @@ def mix_pattern(corpus, phase, seed):
 
 
 def examples(windows, depths, device, document_end=None):
-    """Windows (B, T + depths) -> ids (B,T), targets (B, depths, T), doc_ids (B,T) or None: what Model.forward takes."""
+    """Windows (B, T + depths) -> ids (B,T), targets (B, depths, T), doc_ids (B,T) or None: what Model.forward takes.
+
+    With documents kept apart, the tokens ahead that MTP predicts count as long as they are of the same document; the
+    next token always does, since END is followed by one, too.
+    """
     tokens = torch.from_numpy(windows.astype(np.int64)).to(device, non_blocking=True)
     T = tokens.size(1) - depths
-    ids = tokens[:, :T]
     targets = torch.stack([tokens[:, 1 + d:1 + d + T] for d in range(depths)], 1)
     if document_end is None:
-        return ids, targets, None
-    ends = (ids == document_end).cumsum(1)
-    return ids, targets, ends - (ids == document_end).long()              # END belongs to the document that it ends
+        return tokens[:, :T], targets, None
+    is_end = tokens == document_end
+    documents = is_end.cumsum(1) - is_end.long()                          # END belongs to the document that it ends
+    for d in range(1, depths):
+        targets[:, d].masked_fill_(documents[:, 1 + d:1 + d + T] != documents[:, :T], -100)
+    return tokens[:, :T], targets, documents[:, :T]
 
 
 # what a step returns; stop: ranks that were asked to
@@ -1023,8 +1082,8 @@ def open_run(given):
     """A Run, ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
     run = Run(given)
     # 1. settings: of the run that goes on, or new ones
-    if parallel.is_restarted() and parallel.steps_in(Path(given.get("out", "")) / "ckpt"):
-        given = given | dict(resume=given["out"])
+    if parallel.is_restarted():
+        given = restarted(given)
     if given.get("resume"):
         run.settings, run.stored, run.checkpoint = resume_settings(given)
     else:
@@ -1032,21 +1091,28 @@ def open_run(given):
     # 2. the device, and what `auto` becomes on it
     run.device = parallel.pick_device(run.settings["device"])
     fix_automatic(run.settings, run.device)
-    # 3. the shape
+    # 3. the shape, with room for the vocabulary
     run.encoding = find_encoding(run.settings["tokenizer"])
-    run.config = Config(**run.stored["config"]) if run.stored else make_config(run.settings)
-    # 4. the plan
+    config = run.stored["config"] if run.stored else make_config(run.settings)
+    run.config = with_vocabulary(config, run.encoding)
+    # 4. the plan, and what the balance loss means under it
     run.plan = make_plan(run.settings)
+    refuse_lone_process(run.plan)
     if run.settings["fit"]:
         run.plan = fit_plan(run)
+    run.config = replace(run.config, balance_group=balance_group(run.config, run.plan))
     # 5. the phases, each of which must fit the plan
-    run.phases = make_phases(run.settings, run.stored["given"] | given if run.stored else given)
+    if run.stored and not {"steps", "tokens"} & set(given):
+        run.phases = run.stored["phases"]
+    else:
+        run.phases = make_phases(run.settings, run.stored["given"] | given if run.stored else given)
     for phase in run.phases:
         for _, sequences in phase.batches:
             plan = replace(run.plan, seq_len=phase.seq_len, global_batch=sequences)
             check_plan(run.config, plan, devices=parallel.world_size())
     # 6. the other processes
     parallel.join_world(run.device, timedelta(seconds=run.settings["timeout"]))
+    refuse_unequal_ranks(run)
     # 7. the folder
     run.folder = parallel.first_does(lambda: open_folder(run))
     try:
@@ -1060,13 +1126,12 @@ def open_run(given):
 
 def fill_run(run):
     """The steps of open_run that need the folder."""
-    # 8. the text, and what is known of the shape only with it
+    # 8. the text
     cache = parallel.first_does(lambda: make_cache(run.settings, run.encoding, run.config.vocab_size,
                                                    run.folder.parent))
     run.corpus = open_corpus(cache)
-    run.config = settle(run)
     for phase in run.phases:
-        order_of(run, phase)
+        order_of(run, phase)                                              # refuses text that is too short
     # 9. progress
     run.progress = dict(BEGINNING)
     if run.checkpoint:
@@ -1074,16 +1139,44 @@ def fill_run(run):
     parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
 
 
+def restarted(given):
+    """torchrun starts a run again: it goes on from its newest checkpoint, also if it began from an older one."""
+    if given.get("resume"):
+        return given | dict(resume=str(folder_of(given["resume"])))
+    if parallel.steps_in(Path(given.get("out", "")) / "ckpt"):
+        return given | dict(resume=given["out"])
+    return given
+
+
 def resume_settings(given):
     """The stored settings of a run with what may be changed -> (settings, stored config.json, checkpoint)."""
     folder, checkpoint = find_checkpoint(given["resume"])
     stored = read_config(folder)
     settings = stored["settings"]
+    if stored.get("rules") != RULES:
+        raise UserError(f"{folder} was begun under other rules of train.py, at commit {stored.get('commit')}: resume "
+                        f"it with that version, or start a new run")
+    if Path(given.get("out", folder)).resolve() != folder.resolve():
+        raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away")
     for name, value in given.items():
-        if name not in CHANGEABLE and value != settings.get(name):
-            raise UserError(f"{flag(name)} {value}: the run in {folder} has {settings.get(name)!r}, and resuming "
-                            f"cannot change it; leave it away, or start a new run")
-    return fit_to_world(settings | given | dict(out=str(folder)), given), stored, checkpoint
+        if name not in CHANGEABLE and value != settings[name]:
+            raise UserError(f"{flag(name)} {value}: the run in {folder} has {settings[name]!r}, and resuming cannot "
+                            f"change it; leave it away, or start a new run")
+    settings |= given | dict(out=str(folder))
+    if parallel.world_size() == 1:
+        be_alone(settings, given, stored["config"].balance_group)
+    return fit_to_world(settings, given), stored, checkpoint
+
+
+def be_alone(settings, given, group):
+    """What several processes began, one goes on with: axes of one, and micro-batches that hold a balance group."""
+    alone = {name: PLAN_OPTIONS[name].default for name in CUTS if name not in given and settings[name]}
+    if "micro_batch" not in given:
+        alone["micro_batch"] = max(settings["micro_batch"], group)
+    changed = {name: value for name, value in alone.items() if settings[name] != value}
+    if changed:
+        print("one process goes on with", " ".join(f"{flag(name)} {value}" for name, value in changed.items()))
+    settings.update(changed)
 
 
 def fix_automatic(settings, device):
@@ -1117,12 +1210,30 @@ def fit_plan(run):
     return plan
 
 
-def settle(run):
-    """The config with what is known only now: a foreign vocabulary's size, and the sequences of a balance group."""
-    config, needed = run.config, run.corpus.encoding.n_vocab
-    if needed > config.vocab_size:
-        config = replace(config, vocab_size=math.ceil(needed / 64) * 64)
-    return replace(config, balance_group=balance_group(config, run.plan))
+def with_vocabulary(config, encoding):
+    """The config with room for an encoding; one that is learnt has at least all bytes and END."""
+    needed = encoding.n_vocab if encoding else 257
+    if needed <= config.vocab_size:
+        return config
+    return replace(config, vocab_size=math.ceil(needed / 64) * 64)
+
+
+def refuse_lone_process(plan):
+    needed = plan.pp * math.lcm(plan.dp * plan.cp * plan.tp, plan.ep)
+    if parallel.world_size() == 1 and needed > 1:
+        raise UserError(f"this plan needs {needed} processes, and this is the only one: start with torchrun "
+                        f"--nproc-per-node {needed} train.py ...")
+
+
+def refuse_unequal_ranks(run):
+    """All ranks must have been given the same: each compares its settings with those of the first."""
+    mine = run.settings | dict(set=repr(run.config), phases=repr(run.phases))
+    mine.pop("threads")                                                   # machines may differ in these
+    first = parallel.first_does(lambda: mine)
+    differs = torch.tensor([float(mine[name] != value) for name, value in first.items()])
+    names = [flag(name) for name, ranks in zip(first, parallel.all_sum(differs)) if ranks]
+    if names:
+        raise UserError(f"ranks were started with different {', '.join(sorted(names))}: start all with one command")
 
 
 def order_of(run, phase):
@@ -1133,12 +1244,15 @@ def order_of(run, phase):
 # The run's folder
 
 
+RUN_FILES = {"config.json", "metrics.jsonl", "tokenizer.tiktoken", "sample.txt", "loads.npy"}
+
+
 def open_folder(run):
     """The run's folder, ours until the process ends."""
     settings = run.settings
     folder = Path(settings["out"]) if settings["out"] else free_folder(settings["preset"])
-    if parallel.steps_in(folder / "ckpt") and not run.stored:
-        raise UserError(f"{folder} already holds a run: --resume {folder} continues it, another --out starts one")
+    if not run.stored:
+        refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     run.lock = open(folder / ".lock", "w")
     try:
@@ -1146,6 +1260,33 @@ def open_folder(run):
     except OSError:
         raise UserError(f"{folder} is in use by another run: wait for it, or choose another --out") from None
     return folder
+
+
+def refuse_foreign(folder):
+    """A new run writes into a new folder, an empty one, or that of a run which never got to a checkpoint."""
+    if parallel.steps_in(folder / "ckpt"):
+        raise UserError(f"{folder} already holds a run: --resume {folder} continues it, another --out starts one")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = {name for name in names - RUN_FILES - {".lock", "ckpt"} if not name.startswith("aside_")}
+    foreign = {name for name in foreign if not name.endswith(".tmp")}
+    if "config.json" in names:
+        read_config(folder)                                               # one of ours
+    if folder.is_file() or foreign:
+        raise UserError(f"--out {folder}: it holds {min(foreign, default='a file')}, which is not of a run; choose a "
+                        f"new folder")
+
+
+def put_aside(folder):
+    """What a run left that was killed before its first checkpoint, its log above all, goes into a folder of its own."""
+    log = folder / "metrics.jsonl"
+    if not log.exists() or log.stat().st_size == 0:
+        return
+    aside = folder / f"aside_{time.time():.0f}"
+    aside.mkdir()
+    for name in RUN_FILES:
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    print(f"{folder} held a run without a checkpoint: its log is now in {aside}")
 
 
 def free_folder(preset):
@@ -1159,23 +1300,49 @@ def free_folder(preset):
 
 def find_checkpoint(resume, typed="--resume"):
     """A run's folder, or one of its checkpoints -> (run's folder, its newest complete checkpoint, or the named one)."""
-    path = Path(resume)
-    if path.name.startswith("step_"):
-        if not path.is_dir():
-            raise UserError(f"{typed} {resume}: no such checkpoint; complete ones: {parallel.steps_in(path.parent)}")
-        return path.parent.parent, path
-    steps = parallel.steps_in(path / "ckpt")
+    path, folder = Path(resume), folder_of(resume)
+    steps = parallel.steps_in(folder / "ckpt")
+    if path != folder and not path.is_dir():
+        raise UserError(f"{typed} {resume}: no such checkpoint; complete ones: {steps}")
     if not steps:
-        raise UserError(f"{typed} {resume}: no complete checkpoint in {path / 'ckpt'}; start the run anew with --out")
-    return path, path / "ckpt" / f"step_{steps[-1]}"
+        raise UserError(f"{typed} {resume}: no complete checkpoint in {folder / 'ckpt'}; start the run anew with --out")
+    return folder, path if path != folder else newest(folder)
+
+
+def folder_of(resume):
+    """The run's folder that --resume means."""
+    path = Path(resume)
+    return path.parent.parent if path.name.startswith("step_") else path
+
+
+def newest(folder):
+    """The newest complete checkpoint of a run, or None."""
+    steps = parallel.steps_in(folder / "ckpt")
+    return folder / "ckpt" / f"step_{steps[-1]}" if steps else None
 
 
 def read_config(folder):
-    """config.json of a run."""
+    """config.json of a run, checked: `config` is a Config, `phases` are Phases, an older run's missing settings are the
+    defaults."""
+    path, options = folder / "config.json", OPTIONS | PLAN_OPTIONS
     try:
-        return json.loads((folder / "config.json").read_text())
+        stored = json.loads(path.read_text())
     except (OSError, ValueError):
         raise UserError(f"{folder} has no readable config.json: it is no run's folder") from None
+    try:
+        settings = {name: option.default for name, option in options.items()} | stored["settings"]
+        settings = {name: settings[name] for name in options}             # none that went since
+        given = {name: value for name, value in stored["given"].items() if name in options}
+        for name, value in [*settings.items(), *given.items()]:
+            check_setting(f"{path}: {name}={value!r}", value, options[name])
+        for name, kind in dict(sha256=str, end=int, pattern=str).items():
+            check(f"{path}: {name} of the corpus", stored["corpus"][name], kind, None)
+        config = read_fields(Config, stored["config"], path)
+        phases = [read_fields(Phase, row, path) for row in stored["phases"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not as train.py wrote it ({type(error).__name__}: {error}): give back the one "
+                        f"that the run began with") from None
+    return stored | dict(settings=settings, given=given, config=config, phases=phases)
 
 
 def read_progress(checkpoint):
@@ -1196,9 +1363,10 @@ def read_progress(checkpoint):
 
 def begin_folder(run):
     """config.json and the tokenizer, before the first step."""
+    put_aside(run.folder)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    facts = dict(config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan), settings=run.settings,
-                 given=run.given, phases=[dataclasses.asdict(phase) for phase in run.phases], corpus=run.corpus.facts,
+    facts = dict(rules=RULES, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan),
+                 settings=run.settings, given=run.given, phases=[dataclasses.asdict(phase) for phase in run.phases], corpus=run.corpus.facts,
                  device=str(run.device), python=platform.python_version(), torch=torch.__version__,
                  commit=git.stdout.strip())
     write_whole(run.folder / "config.json", json.dumps(facts, indent=1))
@@ -1288,11 +1456,14 @@ def pretrain(given):
     depths = 1 + run.config.num_nextn_predict_layers
     document_end = run.corpus.end if settings["document_mask"] else None
     introduce(run)
+    if is_done(run):
+        print(f"{run.folder} is finished: {progress['step']} steps; --steps with a larger number trains on")
+        return
     stop, stopped = Stopper(), False
     saver = parallel.Saver(run.folder / "ckpt", settings["keep"])
     # a line is written when it ends; rank 0 writes
     log = open(run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull, "a", buffering=1)
-    pace = Pace(progress["tokens"], end_of(phases, len(phases) - 1))
+    total, first_token, busy = end_of(phases, len(phases) - 1), progress["tokens"], 0.0    # busy: seconds in steps
 
     while not is_done(run) and not stopped:
         phase = phases[progress["phase"]]
@@ -1329,15 +1500,16 @@ def pretrain(given):
             if is_done(run) or is_due(settings["eval_every"], progress["step"]):
                 line |= evaluate(pipeline, run.corpus, document_end)
             log.write(json.dumps(line) + "\n")
-            print_step(run, line, pace.after(line["tokens"], seconds))
+            busy += seconds
+            print_step(run, line, total, busy * (total - progress["tokens"]) / (progress["tokens"] - first_token))
             saver.poll()
-            if is_due(settings["save_every"], progress["step"]):
-                parallel.save(saver, model, optimizer, progress, grid)
+            if is_due(settings["save_every"], progress["step"]) and progress["skipped_in_a_row"] == 0:
+                save_finite(run, saver, model, optimizer, grid)
 
         # 4. the end of a phase or an early one: the next phase goes on from this checkpoint, in a model built for it
         if progress["tokens"] >= phase_end and not is_done(run):
             progress.update(phase=progress["phase"] + 1, phase_tokens=0)
-        parallel.save(saver, model, optimizer, progress, grid)
+        save_finite(run, saver, model, optimizer, grid)
         saver.wait()
         checkpoint = run.folder / "ckpt" / f"step_{progress['step']}"
 
@@ -1385,30 +1557,27 @@ def count_skips(run, line):
     progress["skipped"] += int(line["skipped"])
     line["skipped"] = progress["skipped"]
     if progress["skipped_in_a_row"] >= most:
-        steps = parallel.steps_in(run.folder / "ckpt")
-        where = "start anew"
-        if steps:
-            where = f"start anew, or from {run.folder / 'ckpt' / f'step_{steps[-1]}'},"
-        sys.exit(f"train.py: step {progress['step']}: loss or gradient not finite {most} times in a row; {where} with "
-                 f"a lower --lr")
+        give_up(run, f"loss or gradient not finite {most} times in a row")
+
+
+def save_finite(run, saver, model, optimizer, grid):
+    """A checkpoint, but never one of weights that are not finite: the older ones that it would displace are better."""
+    broken = sum((~torch.isfinite(parallel.local(weight))).any().float() for weight in model.parameters())
+    if parallel.all_sum(broken).item():
+        saver.wait()
+        give_up(run, "weights are not finite")
+    parallel.save(saver, model, optimizer, run.progress, grid)
+
+
+def give_up(run, what):
+    """Ends a run that cannot go on, and names the checkpoint from which it could: all that are kept are finite."""
+    last = newest(run.folder)
+    where = f"start anew, or from {last}," if last else "start anew"
+    sys.exit(f"train.py: step {run.progress['step']}: {what}; {where} with a lower --lr")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Log and screen
-
-
-@dataclass
-class Pace:
-    """How long the rest will take, at the pace of this process."""
-    first_token: int                       # of the run, that this process trained on
-    last_token: float
-    busy: float = 0.0                      # seconds in steps
-
-    def after(self, tokens, seconds):
-        """Seconds left once this many tokens are done, the last of them in a step of so many seconds."""
-        self.busy += seconds
-        per_token = self.busy / (tokens - self.first_token)
-        return max(0.0, self.last_token - tokens) * per_token
 
 
 def clock(seconds):
@@ -1423,7 +1592,7 @@ def speed(run, seconds, new_tokens, flops):
                 mem_gib=parallel.peak_memory(run.device) / 2**30)
 
 
-def print_step(run, line, seconds_left):
+def print_step(run, line, total, seconds_left):
     text = "step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
     text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
     text += "left {left}"
@@ -1431,8 +1600,8 @@ def print_step(run, line, seconds_left):
         text += f"  MFU {line['mfu']:.1%} of {run.settings['peak_tflops']:g} TFLOP/s"
     if line["skipped"]:
         text += "  skipped {skipped}"
-    share = min(1, line["tokens"] / end_of(run.phases, len(run.phases) - 1))
-    print(text.format(**line, share=share, left=clock(seconds_left)), flush=True)
+    share, left = min(1, line["tokens"] / total), clock(max(0, seconds_left))
+    print(text.format(**line, share=share, left=left), flush=True)
     if "val_bpb" in line:
         facts = run.corpus.facts
         ours = line["val_bpb"] * facts["heldout_bytes"] / 8               # bytes that an arithmetic coder would need
@@ -1495,9 +1664,8 @@ def continue_text(given):
     stored, progress = read_config(folder), read_progress(checkpoint)
     has_begun = progress["phase_tokens"] > 0                              # else the phase before it was the last
     phase = stored["phases"][max(0, progress["phase"] - (not has_begun))]
-    config = Config(**stored["config"])
-    config = replace(config, rope_theta=phase["rope_theta"] or config.rope_theta,
-                     max_position_embeddings=phase["seq_len"])
+    config = stored["config"]
+    config = replace(config, rope_theta=phase.rope_theta or config.rope_theta, max_position_embeddings=phase.seq_len)
     model = Model(config).to(device)
     parallel.load_state(checkpoint, dict(model=model.state_dict()))
     # 2. the text
@@ -1552,7 +1720,22 @@ def add_option(parser, name, option):
     parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **more)
 
 
+def stray_variable():
+    """One of torchrun's variables, where torchrun did not start this process: it would wait for ranks that are not
+    there, or train as one of several. Else None."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        for name, alone in dict(RANK="0", WORLD_SIZE="1").items():
+            if os.environ.get(name, alone) != alone:
+                return f"{name}={os.environ[name]}"
+    return None
+
+
 def main(argv=None):
+    stray = stray_variable()
+    if stray:
+        print(f"train.py: {stray} is set, but no torchrun: start with torchrun --nproc-per-node N train.py ..., or "
+              f"unset it", file=sys.stderr)
+        sys.exit(2)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # DCP tells that there is one process
     if parallel.rank() > 0:
         sys.stdout = open(os.devnull, "w")                                # rank 0 speaks for all
@@ -1563,8 +1746,11 @@ def main(argv=None):
         parallel.leave_world()
     except (UserError, parallel.CheckpointError, OSError) as error:
         advice = "; make room, then --resume the run" if isinstance(error, parallel.SaveFailed) else ""
-        if parallel.rank() == 0 or not isinstance(error, UserError):      # what was typed, all ranks refuse
+        shared = isinstance(error, UserError)                             # what was typed, all ranks refuse
+        if parallel.rank() == 0 or not shared:
             print(f"train.py: {error}{advice}", file=sys.stderr)
+        if shared:
+            parallel.leave_world()
         sys.exit(2)
     except RuntimeError as error:
         if not parallel.is_lost_contact(error):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import random
 import resource
 import signal
@@ -254,10 +255,13 @@ def test_mix_has_the_shares_asked_for(text, at):
 
 
 def test_examples_shift_and_documents():
-    """Window 1 2 E 4 5 6 with one MTP depth: inputs 1 2 E 4; targets 2 E 4 5 and E 4 5 6; E belongs to what it ends."""
+    """Window 1 2 E 4 5 6 with one MTP depth: inputs 1 2 E 4; E belongs to what it ends.
+
+    Targets 2 E 4 5 and E 4 5 6, of which 4 and 5 lie in the document after that of 2 and E.
+    """
     ids, targets, documents = train.examples(np.array([[1, 2, 9, 4, 5, 6]]), 2, torch.device("cpu"), document_end=9)
     assert ids.tolist() == [[1, 2, 9, 4]]
-    assert targets.tolist() == [[[2, 9, 4, 5], [9, 4, 5, 6]]]
+    assert targets.tolist() == [[[2, 9, 4, 5], [9, -100, -100, 6]]]
     assert documents.tolist() == [[0, 0, 0, 1]]
 
 
@@ -268,7 +272,8 @@ def test_examples_shift_and_documents():
 def test_learning_rate():
     phase = train.Phase(tokens=1000, seq_len=1, global_batch=1, lr=1.0, min_lr=0.1, warmup_tokens=100)
     assert phase.learning_rate(50) == 0.5 and phase.learning_rate(1000) == pytest.approx(0.1)
-    assert phase.learning_rate(500) == pytest.approx(0.55)
+    assert phase.learning_rate(550) == pytest.approx(0.55)               # half way from the end of the warm-up
+    assert phase.learning_rate(101) == pytest.approx(1, abs=1e-5)        # nothing is lost there
 
 
 def test_batch_warmup():
@@ -362,7 +367,8 @@ def test_accumulation_and_clipping():
     for micro in (1, 4):
         model, optimizer = small_model(balance="sequence")
         model.double()
-        measures, _ = train.train_step(parallel.Pipeline(model, Plan(micro_batch=micro)), optimizer, random_batch(), 0.1)
+        pipeline = parallel.Pipeline(model, Plan(micro_batch=micro))
+        measures, _ = train.train_step(pipeline, optimizer, random_batch(), 0.1)
         results.append((measures[:4], torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
     assert (results[0][1] - results[1][1]).abs().max() < 1e-9
@@ -543,6 +549,160 @@ def test_bad_resume(text, at, capsys):
     config["config"]["moe_intermediate_size"] = 12
     (at / "r/config.json").write_text(json.dumps(config))
     assert "another shape" in refusal(capsys, "--resume", "r", "--steps", 6)
+
+
+def test_names_of_sources(text, at, capsys):
+    """A name becomes the name of a file of tokens: a plain word, and not that of the held-out text."""
+    for name in ("../x", "/tmp/x", "heldout", "", "a.b"):
+        assert "names the source; use letters" in refusal(capsys, "--data", f"{name}={text}", "--out", "r", *TINY)
+    assert [path.name for path in at.rglob("*")] == ["r", ".lock"]
+
+
+def test_folder_of_something_else(text, at, capsys):
+    (at / "notes").mkdir()
+    (at / "notes/thesis.tex").write_text("dear")
+    (at / "model").mkdir()
+    (at / "model/config.json").write_text('{"hidden_size": 3}')
+    (at / "file").write_text("")
+    for out, words in [
+            ("notes", "it holds thesis.tex"), ("model", "config.json is not as"), ("file", "it holds a file")]:
+        assert words in refusal(capsys, "--data", text, "--out", out, *TINY)
+    assert [path.name for path in (at / "notes").iterdir()] == ["thesis.tex"]
+
+
+def test_log_of_a_run_without_checkpoint_is_kept(text, at, capsys):
+    """Killed before its first checkpoint and started again: the log of the first is put aside, and said to be."""
+    options = ("--data", text, "--steps", 2, "--out", "r", *TINY)
+    run(*options)
+    log = (at / "r/metrics.jsonl").read_text()
+    parallel.shutil.rmtree(at / "r/ckpt")
+    capsys.readouterr()
+    run(*options)
+    assert "its log is now in r/aside_" in capsys.readouterr().out
+    assert next(at.glob("r/aside_*/metrics.jsonl")).read_text() == log
+    assert len(losses(at / "r")) == 2
+
+
+def test_resume_elsewhere_finished_and_older(text, at, capsys):
+    options = ("--data", text, "--steps", 2, *TINY)
+    run(*options, "--out", "r")
+    assert "--resume r writes into r" in refusal(capsys, "--resume", "r", "--out", "other")
+    assert not (at / "other").exists()
+    run("--resume", "r", "--out", "r")
+    assert "r is finished: 2 steps; --steps" in capsys.readouterr().out
+    stored = json.loads((at / "r/config.json").read_text())
+    (at / "r/config.json").write_text(json.dumps(stored | dict(rules=1)))
+    assert "r was begun under other rules of train.py" in refusal(capsys, "--resume", "r", "--steps", 4)
+
+
+def test_restart_goes_on_from_the_newest(text, at, capsys, monkeypatch):
+    """torchrun starts `--resume r/ckpt/step_2` again: not from step 2 once more."""
+    run("--data", text, "--steps", 6, "--save-every", 2, "--out", "r", *TINY)
+    monkeypatch.setattr(parallel, "is_restarted", lambda: True)
+    run("--resume", "r/ckpt/step_2", "--steps", 8)
+    assert "resumed from r/ckpt/step_6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variable", ["RANK=3", "WORLD_SIZE=2"])
+def test_ranks_without_torchrun(text, at, capsys, monkeypatch, variable):
+    monkeypatch.setenv(*variable.split("="))
+    assert f"{variable} is set, but no torchrun: start with torchrun" in refusal(capsys, "--data", text, *TINY)
+    assert not list(at.iterdir())
+
+
+def test_plan_of_several_processes_alone(text, at, capsys):
+    for plan, count in ((("--ep", 2), 2), (("--pp", 2, "--tp", 2, "--sp", 1), 4)):
+        assert f"--nproc-per-node {count} train.py" in refusal(capsys, "--data", text, *TINY, *plan)
+    assert not list(at.iterdir())
+
+
+def test_one_process_goes_on_with_a_run_of_four(text, at, capsys):
+    """As four ranks would have left it: axes of one, and a micro-batch as large as their balance group."""
+    options = ("--data", text, "--save-every", 2, *TINY, "--global-batch", 8, "--set", "balance_group=4")
+    run(*options, "--steps", 4, "--out", "whole", "--micro-batch", 4)
+    run(*options, "--steps", 4, "--out", "r", "--micro-batch", 4)
+    stored = json.loads((at / "r/config.json").read_text())
+    stored["settings"].update(dp=4, ep=4, micro_batch=1, dispatch="hierarchical", node_size=2)
+    (at / "r/config.json").write_text(json.dumps(stored))
+    capsys.readouterr()
+    run("--resume", "r/ckpt/step_2")
+    assert "one process goes on with --dp 1 --ep 1 --micro-batch 4" in capsys.readouterr().out
+    assert losses(at / "r") == losses(at / "whole")
+
+
+@pytest.mark.slow
+def test_ranks_that_were_told_different_things(text, at):
+    """Two ranks with rates of their own: refused in one line that names the setting."""
+    command = f"{sys.executable} {ROOT / 'train.py'} --data {text} --out r {' '.join(TINY)} --lr 1e-$((3 + RANK))"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run([*launcher, "bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "ranks were started with different --lr, --phases: start all" in done.stderr
+    assert not (at / "r").exists()
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_checkpoints_stay_finite(text, at, monkeypatch, kept):
+    """Weights break in step 5: no later checkpoint displaces those before it, and the last of them is named."""
+    step = train.train_step
+
+    def breaking(pipeline, optimizer, *rest):
+        measures, loads = step(pipeline, optimizer, *rest)
+        breaking.steps += 1
+        if breaking.steps == 5:
+            pipeline.model.norm.weight.data[0] = math.inf
+        return measures, loads
+
+    breaking.steps = 0
+    monkeypatch.setattr(train, "train_step", breaking)
+    with pytest.raises(SystemExit) as stop:
+        run("--data", text, "--steps", 50, "--save-every", 2, "--keep", kept, "--out", "r", *TINY)
+    assert "not finite" in str(stop.value) and "start anew, or from r/ckpt/step_4," in str(stop.value)
+    assert parallel.steps_in(at / "r/ckpt")[-1] == 4
+
+
+def damage(path, how):
+    whole = path.read_bytes()
+    path.write_bytes(dict(zeroed=bytes(len(whole)), cut=whole[:len(whole) // 2], swapped=whole[::-1])[how])
+    return whole
+
+
+@pytest.mark.parametrize("how", ["zeroed", "cut", "swapped"])
+def test_damaged_cache_is_made_anew(text, at, how, capsys):
+    corpus_of([text], at)
+    cache = next(at.glob("data-*"))
+    whole = damage(cache / "text.bin", how)
+    capsys.readouterr()
+    corpus_of([text], at)
+    assert "learning" in capsys.readouterr().out and (cache / "text.bin").read_bytes() == whole
+
+
+def test_cache_of_another_text_and_leftovers(text, at, capsys):
+    """A cache under another's name is made anew; what dead processes of this machine left is removed."""
+    corpus_of([text], at)
+    cache = next(at.glob("data-*"))
+    other = at / "data-0123456789ab"
+    cache.rename(other)
+    dead, alive = (at / f"data-1.{platform.node()}.{number}.tmp" for number in (2**22 + 1, os.getpid()))
+    dead.mkdir()
+    alive.mkdir()
+    assert not train.is_whole(other)
+    corpus_of([text], at)
+    assert cache.exists() and not dead.exists() and alive.exists()
+
+
+def test_vocabulary_is_known_before_the_memory_is_reckoned(text, at, monkeypatch):
+    """--fit sees the rows of the embedding that a named tokenizer needs."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"%04d" % i: i for i in range(256, 4999)}
+    train.save_encoding(train.make_encoding(ranks), at / "large.tiktoken")
+    seen = []
+
+    def fit_memory(config, plan, hardware, budget):
+        seen.append(config.vocab_size)
+        raise ValueError("enough")
+    monkeypatch.setattr(train.sim, "fit_memory", fit_memory)
+    with pytest.raises(SystemExit):
+        run("--data", text, "--out", "r", *TINY, "--tokenizer", "large.tiktoken", "--fit", "1GiB")
+    assert seen == [5056]                                                # 5000 in whole groups of 64
 
 
 def test_named_tokenizer_without_network(text, at, capsys, monkeypatch):
