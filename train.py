@@ -217,11 +217,8 @@ PLAN_DEFAULTS = dict(micro_batch=8, global_batch=32, seq_len=256)
 
 
 def plan_option(field):
-    """A field of Plan as a setting: its choices, or numbers of at least 1, or 0 where its default is below 1."""
-    allowed = sim.PLAN_CHOICES.get(field.name)
-    if allowed is None:
-        is_count = field.type is int and field.default >= 1
-        allowed = Range(1) if is_count else Range(0)
+    """A field of Plan as a setting: its choices, or numbers from the least that it allows."""
+    allowed = field.metadata.get("choices") or Range(field.metadata.get("least", 0))
     return Option(PLAN_DEFAULTS.get(field.name, field.default), allowed)
 
 
