@@ -25,7 +25,6 @@ how far off they are.
 """
 import argparse
 import contextlib
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -42,8 +41,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model import (PRESETS, Config, Weights, count_params, divisors, flops_per_token, layer_flops, layer_kinds,
-                   require, sequences_of_group)
+from model import (PRESETS, Config, Weights, check_setting, check_settings, count_params, divisors, flops_per_token,
+                   layer_flops, layer_kinds, require, sequences_of_group, setting)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: how a model is cut, what is saved, how it is run
@@ -63,11 +62,6 @@ RECOMPUTE = (
 SWAP = ("expert_out", "attn_out", "optimizer")
 
 
-def setting(default=MISSING, hash=None, **allowed):
-    """A field of Plan or Hardware and what check_settings allows in it, beside its type, as keywords of fault_of."""
-    return field(default=default, hash=hash, metadata=allowed)
-
-
 @dataclass(frozen=True)
 class Plan:
     """How a model is cut over pp*dp*cp*tp devices and run. check_plan says whether it fits a shape.
@@ -75,24 +69,24 @@ class Plan:
     Dense mesh (pp, dp, cp, tp), tp innermost; expert mesh (pp, edp, ep) over the same ranks, ep contiguous: the experts
     of a layer are spread over the tensor group too, never split by it.
     """
-    pp: int = setting(1, least=1)                          # pipeline ranks
-    dp: int = setting(1, least=1)                          # data parallel
-    cp: int = setting(1, least=1)                          # context: a sequence cut over ranks
-    tp: int = setting(1, least=1)                          # tensor
-    sp: int = setting(0, choices=(0, 1))                   # 1: tensor ranks cut the residual stream along the sequence
-    ep: int = setting(1, least=1)                          # ranks that share one set of experts
-    vpp: int = setting(1, least=1)                         # model chunks per pipeline rank
-    node_size: int = setting(8, least=1)                   # devices of a node: the reach of the fast links
-    micro_batch: int = setting(1, least=1)                 # sequences
-    global_batch: int = setting(1, least=1)                # sequences of one optimizer step
-    seq_len: int = setting(1024, least=1)                  # tokens
+    pp: int = 1                            # pipeline ranks
+    dp: int = 1                            # data parallel
+    cp: int = 1                            # context: a sequence cut over ranks
+    tp: int = 1                            # tensor
+    sp: int = setting(0, 1)                # 1: tensor ranks cut the residual stream along the sequence
+    ep: int = 1                            # ranks that share one set of experts
+    vpp: int = 1                           # model chunks per pipeline rank
+    node_size: int = 8                     # devices of a node: the reach of the fast links
+    micro_batch: int = 1                   # sequences
+    global_batch: int = 1                  # sequences of one optimizer step
+    seq_len: int = 1024                    # tokens
     # 0: replicated | 1: masters and optimizer states cut over data ranks | 3: weights and gradients too
     zero: int = setting(1, choices=(0, 1, 3))
     # "": paired if overlap, else 1f1b or interleaved by vpp
     schedule: str = setting("", choices=("1f1b", "interleaved", "paired"))
     # how a pair of forward and backward runs: none, one after the other | adaptive, interleaved
-    overlap: str = setting("none", choices=("none", "adaptive"))
-    dispatch: str = setting("flat", choices=("flat", "hierarchical", "dedup"))     # the experts' exchange
+    overlap: str = setting("none", "adaptive")
+    dispatch: str = setting("flat", "hierarchical", "dedup")     # the experts' exchange
     recompute: tuple = setting((), choices=RECOMPUTE)      # what the backward computes again
     swap: tuple = setting((), choices=SWAP)                # what waits in the host's memory
     layer_split: tuple = setting((), least=0)              # hidden layers of each stage; (): evenly by FLOPs
@@ -285,53 +279,6 @@ def check_plan(config, plan, hardware=None, devices=None):
         check_devices(plan, devices)
     if hardware is not None:
         check_hardware(plan, hardware)
-
-
-def check_settings(values):
-    """ValueError for a field of a Plan or Hardware with another kind of value than declared, or outside its range."""
-    for each in fields(values):
-        value, allowed = getattr(values, each.name), each.metadata
-        if each.type is tuple:
-            check_items(each.name, value, allowed)
-        elif each.type is dict:
-            for key, number in value.items():
-                check_value(f"{each.name}[{key}]", number, float, allowed)
-        else:
-            check_value(each.name, value, each.type, allowed)
-
-
-def check_items(name, items, allowed):
-    if "choices" not in allowed:
-        for item in items:
-            check_value(name, item, int, allowed)
-        return
-    unknown = [str(item) for item in items if item not in allowed["choices"]]
-    require(not unknown, f"{name}={'+'.join(unknown)}: use any of {', '.join(allowed['choices'])}")
-
-
-def check_value(name, value, kind, allowed):
-    fault = fault_of(value, kind, **allowed)
-    if fault:
-        raise ValueError(f"{name}={value!r}: {fault}")
-
-
-def fault_of(value, kind, least=None, above=None, choices=None):
-    """What a value should be and is not; "" if it is right. least: the smallest number; above: one that is too small.
-
-    True and False are no numbers here, and no number is infinite.
-    """
-    known = (int, float) if kind is float else kind
-    if not isinstance(value, known) or (isinstance(value, bool) and kind is not bool):
-        return f"must be of type {kind.__name__}"
-    if kind is float and not math.isfinite(value):
-        return "must be finite"
-    if least is not None and value < least:
-        return f"must be at least {least}"
-    if above is not None and value <= above:
-        return f"must be above {above}"
-    if choices is not None and value not in choices:
-        return f"use one of {', '.join(map(str, choices))}"
-    return ""
 
 
 def check_cuts(config, plan):
@@ -661,36 +608,36 @@ def decide(load, current, threshold):
 class Hardware:
     """One device, its node and its network. Bandwidths are of one direction and one device; efficiencies of a peak."""
     name: str
-    peak: dict = setting(above=0, hash=False)              # precision -> FLOP/s of the matrix units
-    memory: float = setting(above=0)                       # bytes
-    bandwidth: float = setting(above=0)                    # bytes/s of device memory
-    node_size: int = setting(8, least=1)                   # devices joined by the fast links
-    topology: str = setting("switch", choices=("switch", "mesh"))      # of a node; mesh: each pair has its own link
+    peak: dict = field(hash=False)         # precision -> FLOP/s of the matrix units
+    memory: float                          # bytes
+    bandwidth: float                       # bytes/s of device memory
+    node_size: int = 8                     # devices joined by the fast links
+    topology: str = setting("switch", "mesh")      # of a node; mesh: each pair has its own link
     inner_bandwidth: float = setting(0.0, least=0)         # bytes/s, all links of a device inside the node together
     inner_latency: float = setting(0.5e-6, least=0)
     outer_bandwidth: float = setting(0.0, least=0)         # bytes/s between nodes
     outer_latency: float = setting(1.5e-6, least=0)
-    host_bandwidth: float = setting(32e9, above=0)         # bytes/s to the host's memory
-    power: float = setting(1.0, above=0)                   # share of a matmul's rate that a power limit leaves
-    cores: int = setting(0, least=0)                       # output tiles of a matmul computed at a time; 0: any number
+    host_bandwidth: float = 32e9           # bytes/s to the host's memory
+    power: float = 1.0                     # share of a matmul's rate that a power limit leaves
+    cores: int = setting(0, least=0)       # output tiles of a matmul computed at a time; 0: any number
     framework: float = setting(1.5 * GIB, least=0)         # bytes that runtime and libraries keep
     communicator: float = setting(0.0, least=0)            # bytes of each kind of process group
     fragmentation: float = setting(0.0, least=0)           # allocator's loss for a byte of activations and buffers
-    value_padded: bool = setting(False)                    # its attention kernel wants values as wide as keys
-    generation: str = setting("")                          # whose CONSTANTS it has
+    value_padded: bool = False             # its attention kernel wants values as wide as keys
+    generation: str = ""                   # whose CONSTANTS it has
     # what is reached of the peaks, and what every call costs: see CONSTANTS
-    matmul_efficiency: float = setting(0.7, above=0)
+    matmul_efficiency: float = 0.7
     matmul_half: float = setting(0.0, least=0)             # a side of a matmul with which it reaches half of that ...
     tokens_half: float = setting(0.0, least=0)             # ... and the number of tokens
-    grouped_efficiency: float = setting(1.0, above=0)      # of the experts' matmuls beside others
-    fp8_efficiency: float = setting(1.0, above=0)          # of matmuls in 8 bits beside those in 16
+    grouped_efficiency: float = 1.0        # of the experts' matmuls beside others
+    fp8_efficiency: float = 1.0            # of matmuls in 8 bits beside those in 16
     static_expert: float = setting(0.0, least=0)           # seconds of each matrix of a grouped matmul, if run singly
-    loss_cached: float = setting(1.0, above=0)             # rate of the loss beside memory's: a cache may hold a chunk
-    attention_efficiency: float = setting(0.7, above=0)
+    loss_cached: float = 1.0               # rate of the loss beside memory's: a cache may hold a chunk
+    attention_efficiency: float = 0.7
     attention_half: float = setting(0.0, least=0)          # keys with which flash attention reaches half of that
-    memory_efficiency: float = setting(0.6, above=0)
-    inner_efficiency: float = setting(0.7, above=0)
-    outer_efficiency: float = setting(0.7, above=0)
+    memory_efficiency: float = 0.6
+    inner_efficiency: float = 0.7
+    outer_efficiency: float = 0.7
     static_matmul: float = setting(5e-6, least=0)          # seconds of every matmul, whatever its size
     static_vector: float = setting(2e-6, least=0)
     static_collective: float = setting(10e-6, least=0)
@@ -699,6 +646,8 @@ class Hardware:
 
     def __post_init__(self):
         check_settings(self)
+        for precision, rate in self.peak.items():
+            check_setting(f"peak {precision}", rate, float)
 
     @property
     def memory_rate(self):
@@ -2578,7 +2527,11 @@ COLOURS = dict(F="tab:blue", B="tab:orange", gradients="tab:green", optimizer="t
 
 def draw_png(simulation, path, title):
     """The step as a picture, a row per rank: of pairs the forward above, later chunks darker."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--png draws with matplotlib, which is not installed: pip install matplotlib, or drop --png"
+                         ) from None
     matplotlib.use("Agg")
     from matplotlib import colors, patches, pyplot
     plan = simulation.plan
@@ -2766,8 +2719,6 @@ def run_plans(args, config, hardware):
 
 
 def run_trace(args, simulation, why):
-    if args.png and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--png draws with matplotlib, which is not installed: pip install matplotlib, or drop --png")
     plan = simulation.plan
     print_header(args.model, simulation.hardware, plan, why)
     about = dict(model=args.model, hardware=simulation.hardware.name, devices=plan.world_size, seq_len=plan.seq_len,

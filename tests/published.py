@@ -35,7 +35,7 @@ ROWS = Path(__file__).parent / "data/train_rows.csv"
 class RowHardware(Hardware):
     # fitted: rate of a flash attention of no vendor, beside the vendor's; of collectives that a plan hides, the share
     # of their time that runs beside computation
-    portable_attention: float = setting(0.492, above=0)
+    portable_attention: float = 0.492
     hidden_share: float = setting(0.567, least=0)
 
 
