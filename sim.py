@@ -1174,20 +1174,23 @@ class Work:
         self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
 
     def mlp(self, part, name):
-        """SwiGLU, its inner width cut by tensor ranks. Gate and up count as one matmul."""
-        tokens, up, down = self.plan.gathered_tokens, f"{name}.gate_up", f"{name}.down"
-        width, gate_up = self.matmuls[up].n_in, self.own_part(up, "out").n_out
-        inner = self.own_part(down, "in").n_in
+        """A dense MLP or the shared experts, their inner width cut by tensor ranks."""
+        tokens, width = self.plan.gathered_tokens, self.shape.hidden_size
         self.gather_stream(part)
         if self.plan.tp == 1:
             self.keep_input("mlp_in", tokens * width, "MLP", again=("norm",))
         else:
             self.keep_input(f"{name}_gathered", tokens * width, "MLP")
-        self.matmul(part, up, tokens, cut="out")
-        self.vector(part, f"{name}.act", tokens * (gate_up + inner), again=("act",))
-        self.keep(f"{name}_gate_up", tokens * gate_up, "MLP")
-        self.keep_input(f"{name}_hidden", tokens * inner, "MLP", again=("act",))
-        self.matmul(part, down, tokens, cut="in")
+        self.swiglu(part, name, tokens, "MLP", cuts=("out", "in"))
+
+    def swiglu(self, part, name, rows, owner, cuts, again=()):
+        """Two matmuls, gate and up being one, and the activation. again: items that run all but the last again."""
+        up, down = self.own_part(f"{name}.gate_up", cuts[0]), self.own_part(f"{name}.down", cuts[1])
+        self.matmul(part, f"{name}.gate_up", rows, cuts[0], again)
+        self.keep(f"{name}_gate_up", rows * up.n_out, owner, again=again)
+        self.vector(part, f"{name}.act", rows * (up.n_out + down.n_in), again=("act", *again))
+        self.keep_input(f"{name}_hidden", rows * down.n_in, owner, again=("act", *again))
+        self.matmul(part, f"{name}.down", rows, cuts[1])
 
     def moe(self):
         """Router, permutation, shared and routed experts. A rank computes as many rows as it sends, on average."""
@@ -1228,15 +1231,10 @@ class Work:
                 self.keep("balance.sum", own, "routing", size=wide)
 
     def experts(self, rows):
-        """SwiGLU of `rows` in all of a rank's experts."""
+        """All of a rank's experts, which share the rows."""
         c = self.shape
-        up, down = self.own_part("expert.gate_up", "experts"), self.own_part("expert.down", "experts")
-        self.keep_input("rows", rows * up.n_in, "experts", again=("permute",))
-        self.matmul("experts", "expert.gate_up", rows, cut="experts", again=("expert",))
-        self.vector("experts", "expert.act", rows * (up.n_out + down.n_in), again=("act", "expert"))
-        self.keep("expert_gate_up", rows * up.n_out, "experts", again=("expert",))
-        self.keep_input("expert_hidden", rows * down.n_in, "experts", again=("act", "expert"))
-        self.matmul("experts", "expert.down", rows, cut="experts")
+        self.keep_input("rows", rows * c.hidden_size, "experts", again=("permute",))
+        self.swiglu("experts", "expert", rows, "experts", cuts=("experts", "experts"), again=("expert",))
         self.keep("row_weights", rows + (self.wide == self.element), "experts")        # a cast drops the spare last one
         self.keep("counts", c.n_routed_experts // self.plan.ep, "experts", size=8)
         if c.expert_weight == "after_down":
