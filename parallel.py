@@ -327,7 +327,7 @@ class Finish(torch.autograd.Function):
     def backward(ctx, grad):
         flight = ctx.flight
         flight.grad, flight.work = flight.backward(grad)
-        return grad, None                                                 # of the right shape; Start has the true one
+        return grad, None                                                 # of out's shape; x's own comes from Start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,13 +375,18 @@ class Hop:
         return self.rows.finish(rows), self.weights.finish(weights)
 
 
+def hop_of_rows(group, send, recv):
+    """send[i] rows go to member i of a group, recv[i] come from it."""
+    return Hop(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
+
+
 @dataclass
 class Route:
     """How the copies of one dispatch travel: made by dispatch, handed from call to call, which note what they did."""
 
-    # by dispatch; the last hop is the one that ends at the experts' ranks
-    ids: torch.Tensor                      # (N,K) of tokens where the last hop starts: number among the experts that it
-    #                                        reaches, which is their count for a copy that does not travel on it
+    # by dispatch; the last hop is the one that ends at the experts' ranks. ids: of the tokens where it starts, numbers
+    # among the experts that it reaches; their count for a copy that does not take it
+    ids: torch.Tensor                      # (N,K)
     send: list                             # copies to each member over the last hop
     recv: list                             # copies from each member
     expert: torch.Tensor                   # (M,) of each arriving copy, by sender: number among this rank's experts
@@ -535,6 +540,13 @@ class HierarchicalDispatcher(FlatDispatcher):
         return route.between_nodes.rows_back.finish(rows)
 
 
+def slots_by_node(wanted, n_sent):
+    """wanted (N,nodes), 1 where a token goes -> its row among the tokens that leave, by node; n_sent: it does not."""
+    nodes = wanted.size(1)
+    numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
+    return sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=n_sent)
+
+
 class DedupDispatcher(HierarchicalDispatcher):
     """The slow hop carries a token to the nodes that need it, and only to those."""
 
@@ -567,18 +579,6 @@ class DedupDispatcher(HierarchicalDispatcher):
 
     def finish_way_back(self, rows, route):
         return unpermute(super().finish_way_back(rows, route), route.node_slot, padded=True)
-
-
-def hop_of_rows(group, send, recv):
-    """send[i] rows go to member i of a group, recv[i] come from it."""
-    return Hop(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
-
-
-def slots_by_node(wanted, n_sent):
-    """wanted (N,nodes), 1 where a token goes -> its row among the tokens that leave, by node; n_sent: it does not."""
-    nodes = wanted.size(1)
-    numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
-    return sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=n_sent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -805,6 +805,7 @@ def mean_over(group, counts):
 # reduce-scatter the partial sums. Embedding and head are cut by vocabulary.
 # context: queries of own tokens against latents and rope keys of the whole sequence; slices i and 2*cp-1-i to rank i,
 # for then each has as much of the causal triangle.
+
 
 def cut_matrices(model, grid):
     group = grid.group(grid.sequence, "tp")
