@@ -1754,7 +1754,7 @@ class Pipeline:
         return TorchRuntime(self.stages, plan.n_stages, schedule_table(plan), plan.n_micro, x, device, group,
                             self.perform)
 
-    # one action
+    # one action: a chunk begins with what its neighbour sent, and ends with what its neighbour waits for
 
     def perform(self, parts):
         """parts: one or two of (kind, stage, microbatch), kind F or B; two are a pair, its forward first."""
@@ -1801,7 +1801,7 @@ class Pipeline:
 
     def begin_backward(self, stage, microbatch):
         chunk = self.chunks.pop((stage, microbatch))
-        if stage == self.last_stage:
+        if stage == self.last_stage:                                      # where nothing comes from behind
             chunk.grads["loss"] = torch.ones_like(chunk.values["loss"])
         else:
             chunk.grads["x"] = self.runtime.received_gradient(stage, microbatch)
@@ -1868,6 +1868,7 @@ class Pipeline:
             self.add_other_embedding(local(self.model.embed_tokens.weight.grad))
 
     def add_other_embedding(self, grad):
+        """First and last pipeline rank hold a copy each, which must stay equal: both take the sum."""
         other, peer = torch.empty_like(grad), self.plan.pp - 1 - self.grid.pp_rank
         both = dict(group=self.grid.dense["pp"].get_group(), group_peer=peer)
         operations = [dist.P2POp(dist.isend, grad, **both), dist.P2POp(dist.irecv, other, **both)]
@@ -1876,6 +1877,7 @@ class Pipeline:
         grad += other
 
     def set_last_backward(self, last):
+        """Whether the next end of a backward reduces gradients over ranks and lets go of whole weights."""
         if isinstance(self.model, FSDPModule):
             self.model.set_is_last_backward(last)
             self.model.set_reshard_after_backward(last)
