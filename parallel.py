@@ -104,7 +104,10 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # What torch does not publish
 #
-# All that this file takes of it, each in a function or a class of its own; tests fail where torch changes it.
+# All that this file takes of it (torch 2.11 to 2.13), in small functions; tests fail where torch changes it:
+# torch.distributed.pipelining.schedules: _PipelineScheduleRuntime, its _prepare_schedule_with_comms, fwd_recv_ops and
+# bwd_recv_ops; _Action.from_str. PipelineStage: args_recv_info, grad_recv_info, fwd_cache, bwd_cache. FSDP2's state:
+# _lazy_init, _root_post_backward_final_callback. torch._foreach_norm, torch.cpu._is_avx512_bf16_supported.
 
 
 def cpu_multiplies_bf16():
@@ -114,6 +117,69 @@ def cpu_multiplies_bf16():
 def norms_of(tensors):
     """(n,) 2-norms, in few kernels for all."""
     return torch.stack(torch._foreach_norm(tensors))
+
+
+class TorchRuntime:
+    """torch's pipelining runtime, running a table of ours: it sends and receives, every action is done by perform.
+
+    A stage of torch's is no more than its buffers here: this rank's `stages` send and receive a tensor like `x`.
+    """
+
+    def __init__(self, stages, n_stages, table, n_micro, x, device, group, perform):
+        """table: list by rank of lists of sim.Action. perform: given an action's parts, as sim.Action.parts."""
+        self.buffers = {stage: PipelineStage(torch.nn.Identity(), stage, n_stages, device, x, x, group=group)
+                        for stage in stages}
+        # a loss tells that there is a backward; it is not called
+        self.runtime = schedules._PipelineScheduleRuntime(list(self.buffers.values()), n_micro, loss_fn=len,
+                                                          scale_grads=False)
+
+        def perform_action(action, context):
+            parts = action.sub_actions or (action,)                       # a pair has two
+            perform([(part.computation_type.value, part.stage_index, part.microbatch_index) for part in parts])
+
+        for kind in (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.OVERLAP_F_B):
+            self.runtime.register_custom_function(kind, perform_action)
+        in_torchs_words = {rank: [schedules._Action.from_str(str(action)) for action in actions]
+                           for rank, actions in enumerate(table)}
+        self.runtime._prepare_schedule_with_comms(in_torchs_words)
+
+    def step(self, train):
+        """Run the table once; without training, its backwards come to perform too, but bring no gradients."""
+        if train:
+            self.runtime.step(return_outputs=False)
+        else:
+            self.runtime.eval(return_outputs=False)
+            self.runtime.bwd_recv_ops.clear()                             # receives that had nothing to wait for
+
+    def received_input(self, stage, microbatch):
+        """What the stage before sent, in the buffer where it arrived."""
+        for work in self.runtime.fwd_recv_ops.pop((stage, microbatch)):
+            work.wait()
+        return self.buffers[stage].args_recv_info[microbatch][0].buffer
+
+    def received_gradient(self, stage, microbatch):
+        """What the stage behind sent."""
+        for work in self.runtime.bwd_recv_ops.pop((stage, microbatch)):
+            work.wait()
+        return self.buffers[stage].grad_recv_info[microbatch][0].buffer
+
+    def send_output(self, stage, microbatch, x):
+        """Lay x where the runtime takes it from to send it to the stage behind."""
+        self.buffers[stage].fwd_cache[microbatch] = (x,), []
+
+    def send_gradient(self, stage, microbatch, grad):
+        """The same for the stage before."""
+        self.buffers[stage].bwd_cache[microbatch] = (grad,)
+
+
+def prepare_sharding(model):
+    """FSDP2 makes itself ready in a hook of the root's first forward; segments call parts of layers, so none runs."""
+    fully_shard.state(model)._lazy_init()
+
+
+def end_sharded_backward(model):
+    """What FSDP2 does at the end of a backward: gradients are added up in float32, or after the last one reduced."""
+    fully_shard.state(model)._root_post_backward_final_callback()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1605,78 +1671,6 @@ def pair_layer(forward, backward, store):
     forward.forward(2)                     # relay: rows back over the slow hop, which the shared expert hides ...
     store.pop()                            # ... with the other weight gradients of experts and of attention
     forward.forward()                      # combine
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What torch does not publish
-#
-# All that this file takes of it (torch 2.13), in small functions; tests/test_grid.py fails where torch changes it:
-# torch.distributed.pipelining.schedules: _PipelineScheduleRuntime, its _prepare_schedule_with_comms, fwd_recv_ops and
-# bwd_recv_ops; _Action.from_str. PipelineStage: args_recv_info, grad_recv_info, fwd_cache, bwd_cache. FSDP2's state:
-# _lazy_init, _root_post_backward_final_callback.
-
-
-class TorchRuntime:
-    """torch's pipelining runtime, running a table of ours: it sends and receives, every action is done by perform.
-
-    A stage of torch's is no more than its buffers here: this rank's `stages` send and receive a tensor like `x`.
-    """
-
-    def __init__(self, stages, n_stages, table, n_micro, x, device, group, perform):
-        """table: list by rank of lists of sim.Action. perform: given an action's parts, as sim.Action.parts."""
-        self.buffers = {stage: PipelineStage(torch.nn.Identity(), stage, n_stages, device, x, x, group=group)
-                        for stage in stages}
-        # a loss tells that there is a backward; it is not called
-        self.runtime = schedules._PipelineScheduleRuntime(list(self.buffers.values()), n_micro, loss_fn=len,
-                                                          scale_grads=False)
-
-        def perform_action(action, context):
-            parts = action.sub_actions or (action,)                       # a pair has two
-            perform([(part.computation_type.value, part.stage_index, part.microbatch_index) for part in parts])
-
-        for kind in (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.OVERLAP_F_B):
-            self.runtime.register_custom_function(kind, perform_action)
-        in_torchs_words = {rank: [schedules._Action.from_str(str(action)) for action in actions]
-                           for rank, actions in enumerate(table)}
-        self.runtime._prepare_schedule_with_comms(in_torchs_words)
-
-    def step(self, train):
-        """Run the table once; without training, its backwards come to perform too, but bring no gradients."""
-        if train:
-            self.runtime.step(return_outputs=False)
-        else:
-            self.runtime.eval(return_outputs=False)
-            self.runtime.bwd_recv_ops.clear()                             # receives that had nothing to wait for
-
-    def received_input(self, stage, microbatch):
-        """What the stage before sent, in the buffer where it arrived."""
-        for work in self.runtime.fwd_recv_ops.pop((stage, microbatch)):
-            work.wait()
-        return self.buffers[stage].args_recv_info[microbatch][0].buffer
-
-    def received_gradient(self, stage, microbatch):
-        """What the stage behind sent."""
-        for work in self.runtime.bwd_recv_ops.pop((stage, microbatch)):
-            work.wait()
-        return self.buffers[stage].grad_recv_info[microbatch][0].buffer
-
-    def send_output(self, stage, microbatch, x):
-        """Lay x where the runtime takes it from to send it to the stage behind."""
-        self.buffers[stage].fwd_cache[microbatch] = (x,), []
-
-    def send_gradient(self, stage, microbatch, grad):
-        """The same for the stage before."""
-        self.buffers[stage].bwd_cache[microbatch] = (grad,)
-
-
-def prepare_sharding(model):
-    """FSDP2 makes itself ready in a hook of the root's first forward; segments call parts of layers, so none runs."""
-    fully_shard.state(model)._lazy_init()
-
-
-def end_sharded_backward(model):
-    """What FSDP2 does at the end of a backward: gradients are added up in float32, or after the last one reduced."""
-    fully_shard.state(model)._root_post_backward_final_callback()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
