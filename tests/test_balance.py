@@ -167,7 +167,7 @@ def train_step(model, grid, optimizer, plan, step=0):
 @torch.no_grad()
 def whole(model, tensors, grid):
     """Tensors by name as on one process, experts in order of their numbers."""
-    tensors = parallel.part_of_whole(tensors, grid, "")
+    tensors = parallel.whole_tensors(dict(model=tensors), grid)["model"]
     tensors = {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
     for layer, block in enumerate(b for b in model.layers.values() if b.is_moe):
         if grid.live:
