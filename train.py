@@ -565,6 +565,7 @@ def make_cache(settings, encoding, vocab_size, parent):
     cache = Path(parent) / f"data-{identity_of(files, settings, encoding or vocab_size)}"
     if is_whole(cache):
         return cache
+    # made under a name of this process, which it loses when it is complete: a killed run leaves no half of a cache
     remove_leftovers(parent)
     unfinished = Path(f"{cache}.{platform.node()}.{os.getpid()}.tmp")
     try:
@@ -629,11 +630,13 @@ def learn_encoding(files, settings, vocab_size):
 
 def tokenise(files, settings, encoding, folder):
     """Reads everything once, few pieces at a time, and writes tokens and facts into folder."""
+    # 1. a file for each source and one for held-out text; each begins with END, so that its first token is predicted
     folder.mkdir(parents=True)
     end, dtype = encoding.encode_single_token(END), dtype_for(encoding)
     writers = {split: open(folder / f"{split}.bin", "wb") for split in {"heldout", *(file.source for file in files)}}
     for writer in writers.values():
-        writer.write(np.array([end], dtype).tobytes())                    # so that the first token is predicted too
+        writer.write(np.array([end], dtype).tobytes())
+    # 2. the text, hashed, and what others need to pack the held-out part of it
     hasher = hashlib.sha256()
     sizes = dict(train_bytes=0, heldout_bytes=0, gzip=0, xz=0)
     packers = dict(gzip=zlib.compressobj(9, wbits=31), xz=lzma.LZMACompressor(preset=9))
@@ -650,6 +653,7 @@ def tokenise(files, settings, encoding, folder):
         writers[split].write(tokens.astype(dtype).tobytes())
     for name, packer in packers.items():
         sizes[name] += len(packer.flush())
+    # 3. facts
     counts = {split: writer.tell() // dtype.itemsize for split, writer in writers.items()}
     for writer in writers.values():
         writer.close()
@@ -657,10 +661,11 @@ def tokenise(files, settings, encoding, folder):
     facts = dict(name=folder.name.split(".")[0], sha256=hasher.hexdigest(), files=len(files), tokens=counts,
                  dtype=dtype.name, end=end, pattern=encoding._pat_str)
     write_whole(folder / "facts.json", json.dumps(facts | sizes, indent=1))
+    # 4. on the disk before the folder gets its name, with sizes and checksums
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    parallel.write_manifest(folder)                                       # sizes and checksums
+    parallel.write_manifest(folder)
 
 
 def encoded(pieces, encoding, end):
@@ -1053,8 +1058,11 @@ class Run:
     progress: dict = None                  # where it stands, stored with checkpoints
 
 
-# step: of the optimizer; skipped: steps that were not finite; placement and expert_load: of live balance
-BEGINNING = dict(step=0, tokens=0, phase=0, phase_tokens=0, skipped=0, skipped_in_a_row=0, placement=[], expert_load=[])
+def beginning():
+    """The progress of a run without a step; all of it is stored with checkpoints."""
+    progress = dict(step=0, tokens=0, phase=0, phase_tokens=0)            # phase: its number; tokens: of all phases
+    progress |= dict(skipped=0, skipped_in_a_row=0)                       # steps that were not finite
+    return progress | dict(placement=[], expert_load=[])                  # of live balance
 
 
 def open_run(given):
@@ -1112,7 +1120,7 @@ def fill_run(run):
     for phase in run.phases:
         order_of(run, phase)                                              # refuses text that is too short
     # 9. progress
-    run.progress = dict(BEGINNING)
+    run.progress = beginning()
     if run.checkpoint:
         run.progress = parallel.first_does(lambda: read_progress(run.checkpoint))
     parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
@@ -1334,7 +1342,7 @@ def read_progress(checkpoint):
         if earlier:
             advice = f"go on from the one before it: --resume {checkpoint.parent / f'step_{earlier[-1]}'}"
         raise UserError(f"{error}; {advice}") from None
-    progress = dict(BEGINNING)
+    progress = beginning()
     parallel.load_state(checkpoint, dict(progress=progress))              # in place
     return progress
 
@@ -1345,8 +1353,8 @@ def begin_folder(run):
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     facts = dict(rules=RULES, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan),
                  settings=run.settings, given=run.given, phases=[dataclasses.asdict(phase) for phase in run.phases],
-                 corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(), torch=torch.__version__,
-                 commit=git.stdout.strip())
+                 corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
+                 torch=torch.__version__, commit=git.stdout.strip())
     write_whole(run.folder / "config.json", json.dumps(facts, indent=1))
     save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
     write_whole(run.folder / "metrics.jsonl", "")
@@ -1628,7 +1636,10 @@ SAMPLE_OPTIONS = dict(
 
 
 def sample(given):
-    print(continue_text(given))
+    try:
+        print(continue_text(given))
+    except ValueError as error:                                           # of the device, or the checkpoint
+        raise UserError(error) from error
 
 
 def continue_text(given):
