@@ -298,77 +298,66 @@ END = "<|endoftext|>"
 LEARN_FROM = 16 << 20                      # characters of training text that a vocabulary is learnt from
 
 
-class Pairs:
-    """Neighbouring ids in the words of a text: how often each pair occurs, and which words hold it."""
-
-    def __init__(self, texts):
-        occurrences = collections.Counter()
-        for text in texts:
-            occurrences.update(regex.findall(PATTERN, text))
-        # each different word once, as its bytes: [(ids, how often), ...]; sorted, so that ties fall the same way
-        self.words = [(list(word.encode()), n) for word, n in sorted(occurrences.items())]
-        self.counts = collections.Counter()
-        self.words_with = collections.defaultdict(set)
-        for index in range(len(self.words)):
-            self.count(index)
-
-    def count(self, index, sign=1):
-        """Adds, or with sign -1 takes away, the pairs of a word -> these pairs."""
-        ids, n = self.words[index]
-        pairs = list(zip(ids, ids[1:]))
-        for pair in pairs:
-            self.counts[pair] += sign * n
-            if sign > 0:
-                self.words_with[pair].add(index)                          # never taken out: a superset is enough
-        return pairs
-
-    def merge(self, pair, new):
-        """Replaces the pair by the id `new` wherever it stands -> pairs whose counts changed, in order."""
-        changed = set()
-        for index in self.words_with.pop(pair):
-            ids, n = self.words[index]
-            changed.update(self.count(index, -1))
-            self.words[index] = replaced(ids, pair, new), n
-            changed.update(self.count(index))
-        return sorted(changed)
-
-
-def replaced(ids, pair, new):
-    """ids with each occurrence of the pair, from the left, replaced by one id."""
-    out, i = [], 0
-    while i < len(ids):
-        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
-            out.append(new)
-            i += 2
-        else:
-            out.append(ids[i])
-            i += 1
-    return out
-
-
 def learn_bpe(texts, vocab_size):
     """Byte-level BPE -> {bytes: rank}, vocab_size - 1 of them (the last id is END's).
 
     Repeatedly merges the most frequent pair of neighbours inside words. Words are counted once; a merge visits only the
     words that hold its pair, and a heap with stale entries finds the next one.
     """
-    pairs = Pairs(texts)
-    heap = [(-n, pair) for pair, n in pairs.counts.items()]
+    occurrences = collections.Counter()
+    for text in texts:
+        occurrences.update(regex.findall(PATTERN, text))
+    # each different word once, as ids of its bytes, and how often it occurs
+    words = [(list(word.encode()), n) for word, n in sorted(occurrences.items())]
+    pair_counts, words_with = collections.Counter(), collections.defaultdict(set)
+    for index, (word, n) in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += n
+            words_with[pair].add(index)
+    heap = [(-n, pair) for pair, n in pair_counts.items()]
     heapq.heapify(heap)
     vocabulary = [bytes([i]) for i in range(256)]
     known = set(vocabulary)
     while heap and len(vocabulary) < vocab_size - 1:
         n, pair = heapq.heappop(heap)
-        if -n != pairs.counts[pair] or n == 0:
+        if -n != pair_counts[pair] or n == 0:
             continue                                                      # stale: the count has changed since
         merged = vocabulary[pair[0]] + vocabulary[pair[1]]
         if merged in known:
             continue                                                      # the same bytes by another way
         known.add(merged)
-        for other in pairs.merge(pair, len(vocabulary)):
-            heapq.heappush(heap, (-pairs.counts[other], other))
+        for other in merge_pair(words, pair, len(vocabulary), pair_counts, words_with):
+            heapq.heappush(heap, (-pair_counts[other], other))
         vocabulary.append(merged)
     return {token: rank for rank, token in enumerate(vocabulary)}
+
+
+def merge_pair(words, pair, new, pair_counts, words_with):
+    """Replaces the pair by the id `new` in all words -> pairs whose counts changed, in order."""
+    changed = set()
+    for index in words_with.pop(pair):
+        word, n = words[index]
+        for old in zip(word, word[1:]):
+            pair_counts[old] -= n
+            changed.add(old)
+        word = replaced(word, pair, new)
+        words[index] = word, n
+        for made in zip(word, word[1:]):
+            pair_counts[made] += n
+            words_with[made].add(index)
+            changed.add(made)
+    return sorted(changed)
+
+
+def replaced(word, pair, new):
+    """The word with each occurrence of the pair, from the left, replaced by one id."""
+    out = []
+    for i in word:
+        if out and (out[-1], i) == pair:
+            out[-1] = new                                                 # never part of a pair itself: it is too new
+        else:
+            out.append(i)
+    return out
 
 
 def make_encoding(ranks, pattern=PATTERN, end=None):
@@ -414,16 +403,6 @@ def find_encoding(name):
         raise UserError(f"--tokenizer {name}: its vocabulary is not on this machine and could not be downloaded "
                         f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, or use learn"
                         ) from None
-
-
-def encode_bytes(encoding, data):
-    """Tokens of any bytes; decode_bytes gives back exactly these. What is not UTF-8 becomes tokens of single bytes."""
-    try:
-        return encoding.encode_ordinary(data.decode())
-    except UnicodeDecodeError as error:
-        before, wrong, after = data[:error.start], data[error.start:error.end], data[error.end:]
-        single = [encoding.encode_single_token(bytes([byte])) for byte in wrong]
-        return encoding.encode_ordinary(before.decode()) + single + encode_bytes(encoding, after)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -583,6 +562,7 @@ def make_cache(settings, encoding, vocab_size, parent):
     cache = Path(parent) / f"data-{identity_of(files, settings, encoding or vocab_size)}"
     if is_whole(cache):
         return cache
+    # made under a name of this process, which it loses when it is complete: a killed run leaves no half of a cache
     remove_leftovers(parent)
     unfinished = Path(f"{cache}.{platform.node()}.{os.getpid()}.tmp")
     try:
@@ -647,11 +627,13 @@ def learn_encoding(files, settings, vocab_size):
 
 def tokenise(files, settings, encoding, folder):
     """Reads everything once, few pieces at a time, and writes tokens and facts into folder."""
+    # 1. a file for each source and one for held-out text; each begins with END, so that its first token is predicted
     folder.mkdir(parents=True)
     end, dtype = encoding.encode_single_token(END), dtype_for(encoding)
     writers = {split: open(folder / f"{split}.bin", "wb") for split in {"heldout", *(file.source for file in files)}}
     for writer in writers.values():
-        writer.write(np.array([end], dtype).tobytes())                    # so that the first token is predicted too
+        writer.write(np.array([end], dtype).tobytes())
+    # 2. the text, hashed, and what others need to pack the held-out part of it
     hasher = hashlib.sha256()
     sizes = dict(train_bytes=0, heldout_bytes=0, gzip=0, xz=0)
     packers = dict(gzip=zlib.compressobj(9, wbits=31), xz=lzma.LZMACompressor(preset=9))
@@ -668,6 +650,7 @@ def tokenise(files, settings, encoding, folder):
         writers[split].write(tokens.astype(dtype).tobytes())
     for name, packer in packers.items():
         sizes[name] += len(packer.flush())
+    # 3. facts
     counts = {split: writer.tell() // dtype.itemsize for split, writer in writers.items()}
     for writer in writers.values():
         writer.close()
@@ -675,10 +658,11 @@ def tokenise(files, settings, encoding, folder):
     facts = dict(name=folder.name.split(".")[0], sha256=hasher.hexdigest(), files=len(files), tokens=counts,
                  dtype=dtype.name, end=end, pattern=encoding._pat_str)
     write_whole(folder / "facts.json", json.dumps(facts | sizes, indent=1))
+    # 4. on the disk before the folder gets its name, with sizes and checksums
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    parallel.write_manifest(folder)                                       # sizes and checksums
+    parallel.write_manifest(folder)
 
 
 def encoded(pieces, encoding, end):
@@ -1071,8 +1055,11 @@ class Run:
     progress: dict = None                  # where it stands, stored with checkpoints
 
 
-# step: of the optimizer; skipped: steps that were not finite; placement and expert_load: of live balance
-BEGINNING = dict(step=0, tokens=0, phase=0, phase_tokens=0, skipped=0, skipped_in_a_row=0, placement=[], expert_load=[])
+def beginning():
+    """The progress of a run without a step; all of it is stored with checkpoints."""
+    progress = dict(step=0, tokens=0, phase=0, phase_tokens=0)            # phase: its number; tokens: of all phases
+    progress |= dict(skipped=0, skipped_in_a_row=0)                       # steps that were not finite
+    return progress | dict(placement=[], expert_load=[])                  # of live balance
 
 
 def open_run(given):
@@ -1130,7 +1117,7 @@ def fill_run(run):
     for phase in run.phases:
         order_of(run, phase)                                              # refuses text that is too short
     # 9. progress
-    run.progress = dict(BEGINNING)
+    run.progress = beginning()
     if run.checkpoint:
         run.progress = parallel.first_does(lambda: read_progress(run.checkpoint))
     parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
@@ -1241,9 +1228,6 @@ def order_of(run, phase):
 # The run's folder
 
 
-RUN_FILES = {"config.json", "metrics.jsonl", "tokenizer.tiktoken", "sample.txt", "loads.npy"}
-
-
 def open_folder(run):
     """The run's folder, ours until the process ends."""
     settings = run.settings
@@ -1259,31 +1243,32 @@ def open_folder(run):
     return folder
 
 
+def contents(folder):
+    """What a run left in its folder, but for its lock, files half written, and what was put aside."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if path.suffix != ".tmp" and not path.name.startswith((".lock", "aside_"))]
+
+
 def refuse_foreign(folder):
     """A new run writes into a new folder, an empty one, or that of a run which never got to a checkpoint."""
-    if parallel.steps_in(folder / "ckpt"):
+    if newest(folder):
         raise UserError(f"{folder} already holds a run: --resume {folder} continues it, another --out starts one")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    foreign = {name for name in names - RUN_FILES - {".lock", "ckpt"} if not name.startswith("aside_")}
-    foreign = {name for name in foreign if not name.endswith(".tmp")}
-    if "config.json" in names:
-        read_config(folder)                                               # one of ours
-    if folder.is_file() or foreign:
-        raise UserError(f"--out {folder}: it holds {min(foreign, default='a file')}, which is not of a run; choose a "
-                        f"new folder")
+    begun = contents(folder)
+    if folder.is_file() or (begun and folder / "config.json" not in begun):
+        raise UserError(f"--out {folder}: there is something that is no run; choose a new folder")
+    if begun:
+        read_config(folder)                                               # refuses what train.py did not write
 
 
 def put_aside(folder):
-    """What a run left that was killed before its first checkpoint, its log above all, goes into a folder of its own."""
-    log = folder / "metrics.jsonl"
-    if not log.exists() or log.stat().st_size == 0:
-        return
-    aside = folder / f"aside_{time.time():.0f}"
-    aside.mkdir()
-    for name in RUN_FILES:
-        if (folder / name).exists():
-            (folder / name).rename(aside / name)
-    print(f"{folder} held a run without a checkpoint: its log is now in {aside}")
+    """What a run left that was killed before its first checkpoint, its log above all."""
+    begun = contents(folder)
+    if begun:
+        aside = folder / f"aside_{time.time():.0f}"
+        aside.mkdir()
+        for path in begun:
+            path.rename(aside / path.name)
+        print(f"{folder} held a run without a checkpoint: its log is now in {aside}")
 
 
 def free_folder(preset):
@@ -1336,7 +1321,8 @@ def read_config(folder):
             check(f"{path}: {name} of the corpus", stored["corpus"][name], kind, None)
         config = read_fields(Config, stored["config"], path)
         phases = [read_fields(Phase, row, path) for row in stored["phases"]]
-    except (KeyError, TypeError, AttributeError) as error:
+        phases[0]                                                         # there is at least one
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not as train.py wrote it ({type(error).__name__}: {error}): give back the one "
                         f"that the run began with") from None
     return stored | dict(settings=settings, given=given, config=config, phases=phases)
@@ -1353,7 +1339,7 @@ def read_progress(checkpoint):
         if earlier:
             advice = f"go on from the one before it: --resume {checkpoint.parent / f'step_{earlier[-1]}'}"
         raise UserError(f"{error}; {advice}") from None
-    progress = dict(BEGINNING)
+    progress = beginning()
     parallel.load_progress(checkpoint, progress)                          # in place
     return progress
 
@@ -1363,10 +1349,9 @@ def begin_folder(run):
     put_aside(run.folder)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     facts = dict(rules=RULES, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan),
-                 settings=run.settings, given=run.given, corpus=run.corpus.facts,
-                 phases=[dataclasses.asdict(phase) for phase in run.phases],
-                 device=str(run.device), python=platform.python_version(), torch=torch.__version__,
-                 commit=git.stdout.strip())
+                 settings=run.settings, given=run.given, phases=[dataclasses.asdict(phase) for phase in run.phases],
+                 corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
+                 torch=torch.__version__, commit=git.stdout.strip())
     write_whole(run.folder / "config.json", json.dumps(facts, indent=1))
     save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
     write_whole(run.folder / "metrics.jsonl", "")
@@ -1648,7 +1633,10 @@ SAMPLE_OPTIONS = dict(
 
 
 def sample(given):
-    print(continue_text(given))
+    try:
+        print(continue_text(given))
+    except ValueError as error:                                           # of the device, or the checkpoint
+        raise UserError(error) from error
 
 
 def continue_text(given):
@@ -1669,7 +1657,8 @@ def continue_text(given):
     # 2. the text
     end = stored["corpus"]["end"]
     encoding = load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], end)
-    ids = torch.tensor([[end, *encode_bytes(encoding, os.fsencode(settings["prompt"]))]], device=device)
+    prompt = os.fsencode(settings["prompt"]).decode(errors="replace")     # as the terminal gave it
+    ids = torch.tensor([[end, *encoding.encode_ordinary(prompt)]], device=device)
     how = {name: settings[name] for name in ("new_tokens", "temperature", "top_k", "top_p", "seed")}
     ids = generate(model, ids, **how)
     known = [i for i in ids[0, 1:].tolist() if i <= end]                  # the model may have more rows than tokens

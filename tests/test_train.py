@@ -130,11 +130,10 @@ def joined(word, pair):
     return out
 
 
-def test_round_trip_of_any_bytes():
+def test_round_trip_of_any_text():
     encoding = train.make_encoding(train.learn_bpe(["a few words, é and 字 <|endoftext|>"] * 3, 280))
-    rng = random.Random(1)
-    for data in (b"", b"\xff\xfe\x00", "é字\r\n  <|endoftext|>".encode(), rng.randbytes(2000)):
-        assert encoding.decode_bytes(train.encode_bytes(encoding, data)) == data
+    for text in ("", "\0", "é字\r\n  <|endoftext|>", "".join(map(chr, range(1, 2000)))):
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
 
 
 def test_saved_encoding_is_the_same(at):
@@ -551,6 +550,123 @@ def test_bad_resume(text, at, capsys):
     assert "another shape" in refusal(capsys, "--resume", "r", "--steps", 6)
 
 
+def unfit(kind, allowed):
+    """Words that a setting must refuse: below, above, not a number, of another kind."""
+    if isinstance(allowed, train.Range):
+        words = ["-1", "nan", "inf", "-inf", "many", "1e400"]
+        if not allowed.zero and allowed.low > 0:
+            words.append("0")
+        if kind is int:
+            words.append("1.5")
+        return words + [str(int(allowed.high) + 1 if allowed.high < 1e18 else 10**31)]
+    if kind is tuple:
+        return ["nonsense", "-1"]
+    return ["nonsense", ""] if allowed else []
+
+
+SETTINGS = [(command, name) for command in train.COMMANDS for name in train.COMMANDS[command].options]
+
+
+@pytest.mark.parametrize("command, name", SETTINGS)
+def test_every_setting_refuses_what_does_not_fit(at, capsys, command, name):
+    """One line that names the setting and says what to use; nothing is written."""
+    option = train.COMMANDS[command].options[name]
+    for word in unfit(type(option.default), option.allowed):
+        if word != option.default:
+            error = refusal(capsys, command, f"{train.flag(name)}={word}")
+            assert error.startswith(f"train.py: {train.flag(name)} {word}: use "), error
+    assert not list(at.iterdir())
+
+
+@pytest.mark.parametrize("field", train.dataclasses.fields(train.Config), ids=lambda field: field.name)
+def test_every_key_of_set_refuses_what_does_not_fit(at, capsys, field):
+    kind = train.kinds_of(field)[0]
+    words = {int: ["1.5", "nan", "true", "-1", "1e3"], float: ["nan", "Infinity", "-1", "true", "x"], dict: ["3", "x"],
+             bool: ["off", "no", "1", "truth"], str: ["nonsense"]}[kind]
+    for word in words:
+        error = refusal(capsys, "--set", f"{field.name}={word}", "--out", "r")
+        assert error.startswith("train.py: --set: ") and field.name in error and ": use " in error, word
+    assert not (at / "r").exists()
+
+
+def test_true_and_false_in_any_case():
+    for word, value in dict(true=True, TRUE=True, False_=False, fAlSe=False).items():
+        settings = train.settings_of(dict(set=[f"router_bias={word.rstrip('_')}"]))
+        assert train.make_config(settings).router_bias is value
+
+
+PHASE = dict(tokens=1000, seq_len=16, global_batch=4, lr=1e-3, min_lr=1e-4)
+BAD_PHASES = [
+    *({name: value} for name in PHASE for value in (-1, math.nan, math.inf, "x", None, True, [], {}, 1e400)),
+    *({name: value} for name in ("decay", "warmup_tokens", "rope_theta", "mix") for value in (-1, math.nan, "x", [])),
+    *(dict(global_batch=rows) for rows in ([[1, 4]], [[0, 0]], [[0, 1.5]], [[0]], [[0, 4], [-1, 4]], [0, 4])),
+    *(dict(mix=mix) for mix in ({}, dict(a=-1), dict(a=1e5), dict(a=0.5), dict(a="x"), dict(a=0, b=1))),
+    dict(unknown=1), dict(seq_len=1.5), dict(decay="linear")]
+
+
+@pytest.mark.parametrize("change", BAD_PHASES, ids=str)
+def test_phases_refuse_what_does_not_fit(at, capsys, change):
+    (at / "p.json").write_text(json.dumps([PHASE, PHASE | change]))
+    error = refusal(capsys, "--phases", "p.json", "--out", "r")
+    assert error.startswith("train.py: --phases p.json, phase 2: ") and next(iter(change)) in error
+    assert not (at / "r").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3", '{"phases": 3}', "[3]", "[{}", "[[]]", "\xff"])
+def test_files_of_phases_that_are_none(at, capsys, content):
+    (at / "p.json").write_bytes(content.encode("latin-1"))
+    assert refusal(capsys, "--phases", "p.json", "--out", "r").startswith("train.py: --phases p.json: ")
+
+
+def test_config_file_is_checked_by_the_same_tables(text, at, capsys):
+    """What a run's config.json holds is refused with its path; what it lacks takes its default."""
+    run("--data", text, "--steps", 1, "--out", "r", *TINY)
+    path = at / "r/config.json"
+    whole = json.loads(path.read_text())
+
+    def refused(stored):
+        path.write_text(stored if isinstance(stored, str) else json.dumps(stored))
+        error = refusal(capsys, "--resume", "r", "--steps", 2)
+        assert error == refusal(capsys, "sample", "--init", "r")
+        return error
+
+    for name, option in (train.OPTIONS | train.PLAN_OPTIONS).items():
+        for value in ({}, -7, math.nan, "nonsense", ["x", 3]):
+            if not train.fits(value, type(option.default), option.allowed):
+                path.write_text(json.dumps(whole | dict(settings=whole["settings"] | {name: value})))
+                with pytest.raises(train.UserError, match=f"^r/config.json: {name}=.*: use "):
+                    train.read_config(Path("r"))
+    for stored, words in [
+            ("[]", "is not as train.py wrote it"), ("{", "no readable config.json"), ({}, "is not as"),
+            (whole | dict(config=dict(hidden_size=math.nan)), "r/config.json: hidden_size=nan: use"),
+            (whole | dict(config=dict(hidden_size=0)), "r/config.json: hidden_size=0: use"),
+            (whole | dict(phases=[{}]), "is not as train.py wrote it"),
+            (whole | dict(phases=[whole["phases"][0] | dict(lr=-1)]), "r/config.json: lr=-1: use"),
+            (whole | dict(phases=[]), "is not as train.py wrote it"),
+            (whole | dict(corpus=3), "is not as train.py wrote it"),
+            (whole | dict(corpus=whole["corpus"] | dict(end="x")), "end of the corpus: use")]:
+        assert words in refused(stored), stored
+    del whole["settings"]["beta2"]
+    path.write_text(json.dumps(whole))
+    run("--resume", "r", "--steps", 2)
+    assert len(losses(at / "r")) == 2
+
+
+def test_zero_means_off(text, at):
+    """--clip 0 does not clip, --save-every 0 saves at the end, --heldout 0 holds nothing out."""
+    options = ("--data", text, "--steps", 3, *TINY)
+    run(*options, "--out", "off", "--clip", 0, "--save-every", 0, "--heldout", 0)
+    run(*options, "--out", "high", "--clip", 1e9, "--heldout", 0)
+    assert losses(at / "off") == losses(at / "high") and parallel.steps_in(at / "off/ckpt") == [3]
+    assert "val_loss" not in (at / "off/metrics.jsonl").read_text()
+
+
+def test_batch_warmup_refuses_what_does_not_fit(at, capsys):
+    for words in ("2", "0 9", "2 -100", "nan 9", "2 inf", "64 9", "2 9 9", "x 9"):
+        error = refusal(capsys, "--out", "r", "--batch-warmup", *words.split())
+        assert error.startswith("train.py: --batch-warmup ") and "give two numbers" in error
+
+
 def test_names_of_sources(text, at, capsys):
     """A name becomes the name of a file of tokens: a plain word, and not that of the held-out text."""
     for name in ("../x", "/tmp/x", "heldout", "", "a.b"):
@@ -565,7 +681,7 @@ def test_folder_of_something_else(text, at, capsys):
     (at / "model/config.json").write_text('{"hidden_size": 3}')
     (at / "file").write_text("")
     for out, words in [
-            ("notes", "it holds thesis.tex"), ("model", "config.json is not as"), ("file", "it holds a file")]:
+            ("notes", "something that is no run"), ("model", "config.json is not as"), ("file", "that is no run")]:
         assert words in refusal(capsys, "--data", text, "--out", out, *TINY)
     assert [path.name for path in (at / "notes").iterdir()] == ["thesis.tex"]
 
