@@ -2182,8 +2182,7 @@ class Saver:
             written.result()
             if rank() == 0:
                 write_synced(unfinished / PROGRESS, progress)
-                write_synced(unfinished / MANIFEST, manifest_of(unfinished))
-                sync_folder(unfinished)
+                write_manifest(unfinished)
         except (OSError, CheckpointException, RuntimeError) as caught:
             error = caught
         if self.of_all_ranks(error is not None):
@@ -2220,9 +2219,10 @@ class Saver:
             pending.result()
 
 
-def manifest_of(folder):
+def write_manifest(folder):
     files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir())}
-    return json.dumps(files)
+    write_synced(folder / MANIFEST, json.dumps(files))
+    sync_folder(folder)
 
 
 def checksum(path):

@@ -47,15 +47,10 @@ SCALED = Config(vocab_size=2048, hidden_size=512, num_hidden_layers=4, intermedi
                 n_routed_experts=16, num_experts_per_tok=8, moe_intermediate_size=128)
 
 
-# part of the model: the module that begins it; what it keeps, in sim.py's words "kind of layer, name of tensor"
-PARTS = {"embedding": (r"^embed_tokens$", "^embedding"),
-         "head": (r"^norm$|shared_head\.norm$", "^head|shared_head"),
-         "MTP": (r"[eh]norm$|eh_proj$", "enorm|hnorm|eh_in"),
-         "norms": (r"(input|attention|mlp)_layernorm$", r"(input|post_\w+|pre_mlp)_layernorm"),
-         "MLP": (r"(mlp|shared_experts)$", "dense mlp_in|shared|mlp_gate_up|mlp_hidden"),
-         "routing": (r"gate$", r"mlp_in|router_in|scores|ids|slot|\bweights|balance"),
-         "experts": (r"mlp\.experts$", "expert|row|counts|order"),
-         "attention": (r"self_attn$", "")}
+# parts as sim.saved_by_part names them, and the modules that begin them
+PARTS = {"embedding": r"^embed_tokens$", "head": r"^norm$|shared_head\.norm$", "MTP": r"[eh]norm$|eh_proj$",
+         "norms": r"(input|attention|mlp)_layernorm$", "MLP": r"(mlp|shared_experts)$", "routing": r"gate$",
+         "experts": r"mlp\.experts$", "attention": r"self_attn$"}
 
 
 class Watch:
@@ -68,7 +63,7 @@ class Watch:
         for name, module in model.named_modules():
             if isinstance(module, Block):
                 self.enter_before(module, "norms")                        # which keep a layer's input
-            for part, (pattern, _) in PARTS.items():
+            for part, pattern in PARTS.items():
                 if re.search(pattern, name) and not isinstance(module, MoE):
                     self.enter_before(module, part)
 
@@ -116,19 +111,6 @@ def before(owner, name, watch, found):
         setattr(owner, name, function)
 
 
-def counted_by_part(works):
-    """The same as sim.py counts it."""
-    counted = Counter()
-    for work in works:
-        gone = sim.recomputed(work)[0].union(*(sim.SWAPPED[item] for item in work.plan.swap))
-        kind = "dense" if "router_in" in work.saved else work.kind        # then the router keeps a cast of mlp_in
-        for name in work.saved.keys() - gone:
-            part = next(part for part, (_, pattern) in PARTS.items() if re.search(pattern, f"{kind} {name}"))
-            counted[part] += work.saved[name]
-        counted["host"] += sim.saved_bytes(work)[1]
-    return counted
-
-
 class Runner:
     """A model under one plan, and the seconds of its steps."""
 
@@ -157,7 +139,7 @@ class Runner:
 def report_parts(config, plan):
     """Prints what one micro-batch keeps under the plan, MiB by part, measured and as sim.py counts it."""
     shape = replace(sim.as_shape(config), value_padded=True)
-    counted = counted_by_part([sim.Work(shape, plan, kind) for kind in sim.stage_kinds(shape, plan)[0]])
+    counted = sim.saved_by_part([sim.Work(shape, plan, kind) for kind in sim.stage_kinds(shape, plan)[0]])
     measured = Runner(config, plan, plan.precision).measure(*tokens_for(config, plan))
     print(f"{'kept for backward, MiB':24} {'measured':>9} {'sim.py':>9}")
     for part in sorted(counted | measured):
@@ -198,7 +180,7 @@ def report(config, args):
           f"{'saving':>7} {'price':>7}")
     for name, plan in plans.items():
         works = [sim.Work(shape, plan, kind) for kind in sim.stage_kinds(shape, plan)[0]]
-        counted, saved = sum(sim.saved_bytes(work)[0] for work in works), device["none"] - device[name]
+        counted, saved = sum(sim.saved_bytes(work).kept for work in works), device["none"] - device[name]
         price = (seconds[name] - seconds["none"]) / (seconds["layer"] - seconds["none"])
         print(f"{name:20} {device[name] / 2**20:8.1f} {counted / 2**20:8.1f} {(device[name] + static) / 2**20:9.1f} "
               f"{kept[name]['host'] / 2**20:8.1f} {seconds[name] * 1e3:8.0f} {seconds[name] / seconds['none']:12.3f} "

@@ -51,7 +51,7 @@ def load(folder):
 def sign(folder):
     """The list of files as who changed them would write it."""
     (folder / parallel.MANIFEST).unlink()
-    (folder / parallel.MANIFEST).write_text(parallel.manifest_of(folder))
+    parallel.write_manifest(folder)
 
 
 class Bomb:
