@@ -7,7 +7,7 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     torchrun --nproc-per-node 4 train.py --ep 4 --node-size 2 --dispatch hierarchical   # --resume may take another plan
     python train.py sample --init runs/a --prompt "def "
 
-In this order: kinds and ranges of settings, settings, tokenizer, files of text, corpus, phases, data order, one step,
+In this order: settings, tokenizer, files of text, corpus, phases, data order, one step,
 held-out text, a run and how it is opened, the run's folder, the loop, log and screen, commands. Everything that a step
 needs is a function of (settings, tokens seen so far): which phase, how many sequences, which learning rate, which
 windows of text. So a resumed run is the same run.
@@ -19,6 +19,7 @@ data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 import argparse
 import base64
 import collections
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -51,178 +52,90 @@ import torch
 
 import parallel
 import sim
-from model import PRESETS, Config, Model, count_params, flops_per_token, generate
+from model import (PRESETS, Config, Model, check_setting, check_settings, count_params, flops_per_token, generate,
+                   require, setting)
 from sim import Plan, balance_group, check_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kinds and ranges of settings: declared where a setting stands, checked by one function wherever it comes from
+# Settings: kind and range of each stand where it is declared; model.check_setting checks them, wherever they come from
 
 
 class UserError(ValueError):
     """What a user typed or gave, in one line that says what to do."""
 
 
-NO_LIMIT = 1e18
-
-
-@dataclass(frozen=True)
-class Range:
-    """Finite numbers from low to high; zero: 0 too, where it has a meaning of its own, such as `off`."""
-    low: float
-    high: float = NO_LIMIT
-    zero: bool = False
-
-    def __contains__(self, number):
-        return self.low <= number <= self.high or (self.zero and number == 0)
-
-    def __str__(self):
-        bounds = f"of at least {self.low:g}" if self.high == NO_LIMIT else f"from {self.low:g} to {self.high:g}"
-        return f"{bounds}, or 0" if self.zero else bounds
+@contextlib.contextmanager
+def refusals(where=""):
+    """What a setting, a model, a plan or a device refuses is what the user gave. where: the file it stands in."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from error
 
 
 class Option(typing.NamedTuple):
-    """A setting. The type of its default is its kind; a list takes several words, a tuple is a list of Plan."""
+    """A setting. The type of its default is its kind; a list takes several words, a tuple is one of Plan's lists."""
     default: object
-    allowed: object                        # a Range of numbers, a tuple of choices, or None: anything of that kind
-    text: str = ""                         # for --help
+    text: str                              # for --help
+    allowed: dict                          # least, most, choices: see model.check_setting
 
 
-def in_words(kind, allowed):
-    """What may be written for a setting."""
-    if isinstance(allowed, Range):
-        return f"{'number' if kind is float else 'whole number'} {allowed}"
-    if allowed is not None:
-        return f"{'any' if kind is tuple else 'one'} of {', '.join(map(str, allowed))}"
-    return {int: "whole number", float: "finite number", bool: "true or false", dict: "JSON object"}.get(kind, "text")
+def option(default, text, **allowed):
+    return Option(default, text, allowed)
 
-
-def fits(value, kind, allowed):
-    """Whether a value is of a kind, and within its range or among its choices."""
-    if kind is tuple:
-        item_kind = int if isinstance(allowed, Range) else str
-        return isinstance(value, (tuple, list)) and all(fits(item, item_kind, allowed) for item in value)
-    if kind is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if kind in (int, float):
-        numbers = (int, float) if kind is float else int
-        is_number = isinstance(value, numbers) and not isinstance(value, bool)
-        if not is_number or not abs(value) < math.inf:                    # NaN is not below infinity either
-            return False
-    elif not isinstance(value, kind):
-        return False
-    return allowed is None or value in allowed
-
-
-def check(what, value, kind, allowed):
-    """The value, or a refusal; what: the setting as it was written, e.g. `--steps 0`."""
-    if not fits(value, kind, allowed):
-        raise UserError(f"{what}: use {in_words(kind, allowed)}")
-    return value
-
-
-def read_word(text, kind):
-    """A word of the command line as a value of this kind; what it cannot be stays text, for `check` to refuse."""
-    try:
-        if kind is bool:
-            return dict(true=True, false=False).get(text.lower(), text)
-        if kind is dict:
-            return json.loads(text)
-        return kind(text) if kind in (int, float) else text
-    except ValueError:
-        return text
-
-
-def kinds_of(field):
-    """Types that a dataclass declares for a field; the first is the one that `check` knows."""
-    return typing.get_args(field.type) or (field.type,)
-
-
-def read_fields(cls, values, where):
-    """A dataclass from values that JSON gave. where: the file, for the refusal of unknown names and unfit values."""
-    by_name = {field.name: field for field in dataclasses.fields(cls)}
-    for name, value in values.items():
-        if name not in by_name:
-            raise UserError(f"{where}: {name!r} is unknown; the keys are {', '.join(by_name)}")
-        first, *others = kinds_of(by_name[name])
-        if not isinstance(value, tuple(others)):                          # None, or a list that the class looks at
-            check(f"{where}: {name}={value!r}", value, first, by_name[name].metadata.get("allowed"))
-    try:
-        return cls(**values)
-    except ValueError as error:                                           # what the class itself refuses
-        raise UserError(f"{where}: {error}") from None
-
-
-def within(low, high=NO_LIMIT, **default):
-    """A dataclass field with a range."""
-    return dataclasses.field(metadata=dict(allowed=Range(low, high)), **default)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-
-SWITCH = (0, 1)
-RATES = Range(1e-20, 1e30)
 
 OPTIONS = dict(
-    # name: (default, what it may be, help)
     # model
-    preset=Option("tiny", tuple(PRESETS), "size of the model"),
-    set=Option([], None, "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5"),
+    preset=option("tiny", "size of the model", choices=tuple(PRESETS)),
+    set=option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5"),
     # data
-    data=Option([], None, "files or folders, each may be NAME=PATH for the mix of a phase; default: Python's own "
-                          "standard library"),
-    text_field=Option("text", None, "key of the text in a .jsonl line"),
-    tokenizer=Option("learn", None, "learn (from the training text) | gpt2 | cl100k_base | o200k_base | FILE.tiktoken"),
-    heldout=Option(0.02, Range(0, 0.5), "share of the text held out, at most 8 MiB: every n-th piece of up to 64 KiB, "
-                                        "files in the order of a hash of their names; 0: nothing"),
-    document_mask=Option(0, SWITCH, "1: attention does not cross document boundaries"),
+    data=option([], "files or folders, each may be NAME=PATH for the mix of a phase; default: Python's own standard "
+                    "library"),
+    text_field=option("text", "key of the text in a .jsonl line"),
+    tokenizer=option("learn", "learn (from the training text) | gpt2 | cl100k_base | o200k_base | FILE.tiktoken"),
+    heldout=option(0.02, "share of the text held out, at most 8 MiB: every n-th piece of up to 64 KiB, files in the "
+                         "order of a hash of their names; 0: nothing", least=0, most=0.5),
+    document_mask=option(0, "1: attention, and MTP, do not cross document boundaries", choices=(0, 1)),
     # run
-    record_loads=Option(0, SWITCH, "1: write loads.npy, the copies that each expert got: steps x layers x experts"),
-    out=Option("", None, "the run's folder; default: runs/PRESET, or the first free runs/PRESET-N"),
-    resume=Option("", None, "a run's folder or one of its ckpt/step_N: continue exactly"),
-    seed=Option(0, Range(0, 2**63 - 1), "of weights and data order"),
-    device=Option("auto", ("auto", "cpu", "cuda", "npu"), "where the model runs"),
-    threads=Option(0, Range(0, 1024), "CPU threads; 0: torch's choice, stored with the run"),
-    save_every=Option(500, Range(0), "steps between checkpoints; one is always written at the end, 0: only that"),
-    keep=Option(3, Range(1), "newest checkpoints kept"),
-    eval_every=Option(0, Range(0), "steps between evaluations on the whole held-out text; 0: at the end only. With "
-                                  "capacity_factor, padding of the last batch takes experts' room too"),
-    timeout=Option(45, Range(1, 1e6), "seconds in a collective until a rank that does not answer counts as lost and "
-                                      "the run ends"),
-    max_skips=Option(5, Range(1), "steps in a row with a loss or gradient that is not finite, before the run stops"),
-    fit=Option("", None, "e.g. 40GiB: recompute and swap what makes the run fit at the least simulated cost; stored "
-                         "with the run"),
-    hardware=Option("", None, "preset of sim.py or file of its calibrate, for --fit; on a CPU: generic numbers"),
-    peak_tflops=Option(0.0, Range(0), "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported"),
+    record_loads=option(0, "1: write loads.npy, the copies that each expert got: steps x layers x experts",
+                        choices=(0, 1)),
+    out=option("", "the run's folder; default: runs/PRESET, or the first free runs/PRESET-N"),
+    resume=option("", "a run's folder or one of its ckpt/step_N: continue exactly"),
+    seed=option(0, "of weights and data order", least=0, most=2**63 - 1),
+    device=option("auto", "where the model runs", choices=("auto", "cpu", "cuda", "npu")),
+    threads=option(0, "CPU threads; 0: torch's choice, stored with the run", least=0, most=1024),
+    save_every=option(500, "steps between checkpoints; one is always written at the end, 0: only that", least=0),
+    keep=option(3, "newest checkpoints kept"),
+    eval_every=option(0, "steps between evaluations on the whole held-out text; 0: at the end only. With "
+                         "capacity_factor, padding of the last batch takes experts' room too", least=0),
+    timeout=option(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends",
+                   least=1, most=10**6),
+    max_skips=option(5, "steps in a row with a loss or gradient that is not finite, before the run stops"),
+    fit=option("", "e.g. 40GiB: recompute and swap what makes the run fit at the least simulated cost; stored with the "
+                   "run"),
+    hardware=option("", "for --fit: preset of sim.py, or file of tests/calibrate.py; on a CPU: generic numbers"),
+    peak_tflops=option(0.0, "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported", least=0),
     # optimisation
-    steps=Option(1000, Range(1), "optimizer steps at the full batch; sets the tokens of the run"),
-    tokens=Option(0.0, Range(1, zero=True), "tokens of the run, in place of --steps; those of --phases are scaled"),
-    phases=Option("", None, "FILE, a JSON list of objects with the keys of Phase in train.py, or an object with such a "
-                            "list as `phases`; --tokens, --seq-len, --global-batch and --lr scale it"),
-    lr=Option(3e-4, RATES, "highest learning rate"),
-    min_lr=Option(0.1, Range(0, 1), "final learning rate as a share of --lr"),
-    decay=Option("cosine", ("cosine", "constant"), "the learning rate after its warm-up"),
-    warmup_steps=Option(0, Range(0), "steps over which the learning rate rises, at the full batch"),
-    batch_warmup=Option([], None, "SEQUENCES TOKENS: the batch grows linearly from SEQUENCES to --global-batch over "
-                                  "TOKENS"),
-    weight_decay=Option(0.1, Range(0, 100), "of every tensor, gains of norms included (as PU's figures of falling "
-                                            "gains show)"),
-    beta1=Option(0.9, Range(0, 0.99999), "of AdamW"),
-    beta2=Option(0.95, Range(0, 0.99999), "of AdamW"),
-    clip=Option(1.0, Range(0), "the global gradient norm is cut to this; 0: it is not"),
-    precision=Option("auto", ("auto", "fp32", "bf16"), "auto: bf16 with fp32 master weights, fp32 on a CPU without "
-                                                       "bf16 matmuls"),
+    steps=option(1000, "optimizer steps at the full batch; sets the tokens of the run"),
+    tokens=option(0.0, "tokens of the run, in place of --steps; those of --phases are scaled", least=0),
+    phases=option("", "FILE, a JSON list of objects with the keys of Phase in train.py, or an object with such a list "
+                      "as `phases`; --tokens, --seq-len, --global-batch and --lr scale it"),
+    lr=option(3e-4, "highest learning rate"),
+    min_lr=option(0.1, "final learning rate as a share of --lr", least=0, most=1),
+    decay=option("cosine", "the learning rate after its warm-up", choices=("cosine", "constant")),
+    warmup_steps=option(0, "steps over which the learning rate rises, at the full batch", least=0),
+    batch_warmup=option([], "SEQUENCES TOKENS: the batch grows linearly from SEQUENCES to --global-batch over TOKENS"),
+    weight_decay=option(0.1, "of every tensor, gains of norms included (as PU's figures of falling gains show)",
+                        least=0, most=100),
+    beta1=option(0.9, "of AdamW", least=0, most=0.99999),
+    beta2=option(0.95, "of AdamW", least=0, most=0.99999),
+    clip=option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
+    precision=option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
+                     choices=("auto", "fp32", "bf16")),
 )
 PLAN_DEFAULTS = dict(micro_batch=8, global_batch=32, seq_len=256)
-
-
-def plan_option(field):
-    """A field of Plan as a setting: its choices, or numbers from the least that it allows."""
-    allowed = field.metadata.get("choices") or Range(field.metadata.get("least", 0))
-    return Option(PLAN_DEFAULTS.get(field.name, field.default), allowed)
-
-
-PLAN_OPTIONS = {field.name: plan_option(field) for field in dataclasses.fields(Plan) if field.name != "precision"}
+PLAN_OPTIONS = {field.name: option(PLAN_DEFAULTS.get(field.name, field.default), "", **field.metadata)
+                for field in dataclasses.fields(Plan) if field.name != "precision"}
 RECIPES = dict(   # what a preset trains with, where the command line does not say; ours, not published
     tiny=dict(steps=680, lr=6e-3, min_lr=0.02, warmup_steps=30, seq_len=256, global_batch=12, micro_batch=12),
     small=dict(steps=10000, lr=6e-4, warmup_steps=500, seq_len=2048, global_batch=64, micro_batch=8),
@@ -242,18 +155,37 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def read_word(text, kind):
+    """A word of the command line as a value of this kind; what it cannot be stays text, which the check refuses."""
+    try:
+        if kind is bool:
+            return dict(true=True, false=False).get(text.lower(), text)
+        if kind in (int, float):
+            return kind(text)
+        return text if kind is str else json.loads(text)                  # an object, or null
+    except ValueError:
+        return text
+
+
 def read_setting(name, words, option):
     """What was typed after a flag, as a value of the setting."""
     kind = type(option.default)
     if kind is list:
         return words
     value = sim.plan_value(name, words) if kind is tuple else read_word(words, kind)
-    return check_setting(f"{flag(name)} {words}", value, option)
+    check_option(flag(name), value, option)
+    return value
 
 
-def check_setting(what, value, option):
-    """As `check`; the default is always right."""
-    return value if value == option.default else check(what, value, type(option.default), option.allowed)
+def check_option(name, value, option):
+    """ValueError for a value that a setting cannot have; its default is always right."""
+    if value == option.default:
+        return
+    if isinstance(option.default, list):
+        is_words = isinstance(value, list) and all(isinstance(word, str) for word in value)
+        require(is_words, f"{name}={value!r}: use a list of words")
+    else:
+        check_setting(name, value, type(option.default), **option.allowed)
 
 
 def settings_of(given):
@@ -281,8 +213,9 @@ def make_config(settings):
         key, equals, word = pair.partition("=")
         if key not in by_name or not equals:
             raise UserError(f"--set {pair}: write KEY=VALUE with a key of {', '.join(by_name)}")
-        changes[key] = read_word(word, kinds_of(by_name[key])[0])
-    return read_fields(Config, dataclasses.asdict(PRESETS[settings["preset"]]) | changes, "--set")
+        changes[key] = read_word(word, by_name[key].type)
+    with refusals("--set: "):
+        return replace(PRESETS[settings["preset"]], **changes)
 
 
 def make_plan(settings):
@@ -662,7 +595,8 @@ def tokenise(files, settings, encoding, folder):
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    parallel.write_manifest(folder)
+    parallel.write_synced(folder / parallel.MANIFEST, parallel.manifest_of(folder))
+    parallel.sync_folder(folder)
 
 
 def encoded(pieces, encoding, end):
@@ -693,27 +627,33 @@ def write_whole(path, text):
 
 @dataclass(frozen=True)
 class Phase:
-    tokens: float = within(1)
-    seq_len: int = within(1)
-    global_batch: int | list = within(1)   # sequences a step, or [[from this token of the phase, sequences], ...]
-    lr: float = dataclasses.field(metadata=dict(allowed=RATES))
-    min_lr: float = within(0, 1e30)        # reached at the phase's end
-    decay: str = dataclasses.field(default="cosine", metadata=dict(allowed=OPTIONS["decay"].allowed))
-    warmup_tokens: float = within(0, default=0)
-    rope_theta: float | None = within(1, default=None)                    # None: the config's
+    tokens: float = setting()
+    seq_len: int = setting()
+    global_batch: int | list = setting()   # sequences a step, or [[from this token of the phase, sequences], ...]
+    lr: float = setting()
+    min_lr: float = setting(least=0)       # reached at the phase's end
+    decay: str = setting("cosine", "constant")
+    warmup_tokens: float = setting(0, least=0)
+    rope_theta: float | None = None        # None: the config's
     mix: dict | None = None                # source -> share of the sequences; None: by size
 
     def __post_init__(self):
-        if isinstance(self.global_batch, list):
-            rows = self.global_batch
-            right = rows and all(isinstance(row, list) and len(row) == 2 for row in rows)
-            right = right and all(fits(row[0], float, Range(0)) and fits(row[1], int, Range(1)) for row in rows)
-            if not right or rows[0][0] != 0 or rows != sorted(rows):
-                raise UserError(f"global_batch={rows}: use sequences, or [[0, sequences], [token, sequences], ...]")
+        check_settings(self)
+        require(isinstance(self.batches, list) and all(isinstance(row, list) and len(row) == 2 for row in self.batches),
+                f"global_batch={self.global_batch}: use sequences, or [[0, sequences], [token, sequences], ...]")
+        for start, sequences in self.batches:
+            check_setting("global_batch", sequences, int)
+            check_setting("global_batch from token", start, float, least=0)
+        starts = [start for start, _ in self.batches]
+        require(starts[:1] == [0] and starts == sorted(starts), f"global_batch={self.global_batch}: use rising tokens, "
+                                                                f"from 0 on")
+        if self.rope_theta is not None:
+            check_setting("rope_theta", self.rope_theta, float)
         if self.mix is not None:
-            shares = list(self.mix.values())
-            if not all(fits(share, float, Range(1e-6, 1)) for share in shares) or abs(sum(shares) - 1) > 0.01:
-                raise UserError(f"mix={self.mix}: use shares above 0 that sum to 1")
+            require(isinstance(self.mix, dict), f"mix={self.mix!r}: use an object of sources and shares")
+            for source, share in self.mix.items():
+                check_setting(f"mix of {source}", share, float, most=1)
+            require(abs(sum(self.mix.values()) - 1) < 0.01, f"mix={self.mix}: use shares that sum to 1")
 
     @property
     def batches(self):
@@ -738,6 +678,9 @@ class Phase:
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
+PHASE_KEYS = [field.name for field in dataclasses.fields(Phase)]
+
+
 def make_phases(settings, given):
     """One phase from --steps or --tokens, or those of --phases, where a key that is left out is as in that one."""
     step = settings["global_batch"] * settings["seq_len"]
@@ -749,7 +692,10 @@ def make_phases(settings, given):
     where = f"--phases {settings['phases']}"
     phases = []
     for number, row in enumerate(read_rows(settings["phases"]), 1):
-        phases.append(read_fields(Phase, single | row, f"{where}, phase {number}"))
+        with refusals(f"{where}, phase {number}: "):
+            unknown = set(row) - set(PHASE_KEYS)
+            require(not unknown, f"{', '.join(unknown)}: use keys of {', '.join(PHASE_KEYS)}")
+            phases.append(Phase(**single | row))
     phases = scaled(phases, given, once=settings["micro_batch"] * settings["dp"])
     refuse_too_short(phases, where)
     return phases
@@ -766,8 +712,7 @@ def read_rows(path):
     if isinstance(rows, dict):
         rows = rows.get("phases")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        names = ", ".join(field.name for field in dataclasses.fields(Phase))
-        raise UserError(f"--phases {path}: write a JSON list of objects with {names}")
+        raise UserError(f"--phases {path}: write a JSON list of objects with {', '.join(PHASE_KEYS)}")
     return rows
 
 
@@ -775,12 +720,13 @@ def batch_ramp(settings):
     """--batch-warmup as [[from token, sequences], ...], rising by a micro-batch at a time."""
     if not settings["batch_warmup"]:
         return settings["global_batch"]
-    numbers, once = settings["batch_warmup"], settings["micro_batch"] * settings["dp"]
-    start, over = (read_word(word, float) for word in numbers) if len(numbers) == 2 else (0, 0)
-    if not fits(start, float, Range(1, settings["global_batch"])) or not fits(over, float, Range(0)):
-        raise UserError(f"--batch-warmup {' '.join(numbers)}: give two numbers, the first batch, 1 to "
-                        f"{settings['global_batch']} sequences, and tokens of at least 0")
-    start = int(start)
+    once = settings["micro_batch"] * settings["dp"]
+    words = settings["batch_warmup"]
+    with refusals("--batch-warmup takes two numbers, sequences and tokens: "):
+        require(len(words) == 2, f"not {len(words)}")
+        start, over = read_word(words[0], int), read_word(words[1], float)
+        check_setting("sequences", start, int, least=1, most=settings["global_batch"])
+        check_setting("tokens", over, float, least=0)
     sizes = [*range(start, settings["global_batch"], once), settings["global_batch"]]
     return [[over * i / max(1, len(sizes) - 1), size] for i, size in enumerate(sizes)]
 
@@ -1315,13 +1261,14 @@ def read_config(folder):
         settings = {name: option.default for name, option in options.items()} | stored["settings"]
         settings = {name: settings[name] for name in options}             # none that went since
         given = {name: value for name, value in stored["given"].items() if name in options}
-        for name, value in [*settings.items(), *given.items()]:
-            check_setting(f"{path}: {name}={value!r}", value, options[name])
-        for name, kind in dict(sha256=str, end=int, pattern=str).items():
-            check(f"{path}: {name} of the corpus", stored["corpus"][name], kind, None)
-        config = read_fields(Config, stored["config"], path)
-        phases = [read_fields(Phase, row, path) for row in stored["phases"]]
-        phases[0]                                                         # there is at least one
+        with refusals(f"{path}: "):
+            for name, value in [*settings.items(), *given.items()]:
+                check_option(name, value, options[name])
+            for name, kind in dict(sha256=str, end=int, pattern=str).items():
+                check_setting(f"{name} of the corpus", stored["corpus"][name], kind)
+            config = Config(**stored["config"])
+            phases = [Phase(**row) for row in stored["phases"]]
+            require(phases, "no phases: use at least one")
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not as train.py wrote it ({type(error).__name__}: {error}): give back the one "
                         f"that the run began with") from None
@@ -1431,10 +1378,8 @@ def build(run, phase, checkpoint):
 
 def pretrain(given):
     """Opens a run and trains it to its end, or until it is asked to stop."""
-    try:
+    with refusals():
         run = open_run(given)
-    except ValueError as error:                                           # the model's or the plan's refusal
-        raise UserError(error) from error
     settings, progress, phases, checkpoint = run.settings, run.progress, run.phases, run.checkpoint
     depths = 1 + run.config.num_nextn_predict_layers
     document_end = run.corpus.end if settings["document_mask"] else None
@@ -1621,22 +1566,20 @@ def conclude(run, checkpoint):
 # Commands
 
 SAMPLE_OPTIONS = dict(
-    init=Option("", None, "the run's folder or one of its ckpt/step_N"),
-    prompt=Option("", None, "text to continue; default: the beginning of a document"),
-    new_tokens=Option(200, Range(0, 1e9), "tokens to write"),
-    temperature=Option(0.8, Range(0.01, 100, zero=True), "0: always the likeliest token"),
-    top_k=Option(0, Range(0), "choose among the k likeliest; 0: all"),
-    top_p=Option(0.95, Range(0.001, 1), "choose among the likeliest that hold this probability together"),
-    seed=Option(0, Range(0, 2**63 - 1), "of the choice"),
+    init=option("", "the run's folder or one of its ckpt/step_N"),
+    prompt=option("", "text to continue; default: the beginning of a document"),
+    new_tokens=option(200, "tokens to write", least=0, most=10**9),
+    temperature=option(0.8, "below 0.01: always the likeliest token", least=0, most=100),
+    top_k=option(0, "choose among the k likeliest; 0: all", least=0, most=2**31),
+    top_p=option(0.95, "choose among the likeliest that hold this probability together", least=0.001, most=1),
+    seed=option(0, "of the choice", least=0, most=2**63 - 1),
     device=OPTIONS["device"],
 )
 
 
 def sample(given):
-    try:
+    with refusals():
         print(continue_text(given))
-    except ValueError as error:                                           # of the device, or the checkpoint
-        raise UserError(error) from error
 
 
 def continue_text(given):
@@ -1660,6 +1603,8 @@ def continue_text(given):
     prompt = os.fsencode(settings["prompt"]).decode(errors="replace")     # as the terminal gave it
     ids = torch.tensor([[end, *encoding.encode_ordinary(prompt)]], device=device)
     how = {name: settings[name] for name in ("new_tokens", "temperature", "top_k", "top_p", "seed")}
+    if how["temperature"] < 0.01:
+        how["temperature"] = 0                                            # so near to it that a division overflows
     ids = generate(model, ids, **how)
     known = [i for i in ids[0, 1:].tolist() if i <= end]                  # the model may have more rows than tokens
     return encoding.decode_bytes(known).decode(errors="replace")
@@ -1690,21 +1635,25 @@ def parse(argv):
         argv = ["pretrain", *argv]
     typed = vars(parser.parse_args(argv))
     command = COMMANDS[typed.pop("command")]
-    given = {name: read_setting(name, words, command.options[name]) for name, words in typed.items()}
+    with refusals():
+        given = {name: read_setting(name, words, command.options[name]) for name, words in typed.items()}
     return command.function, given
 
 
 def add_option(parser, name, option):
-    kind, more = type(option.default), {}
-    if kind is list:
-        more = dict(nargs="+", action="extend")                           # --set a=1 --set b=2 is both
+    """A flag, with range and default in its help."""
     notes = []
-    if option.allowed is not None:
-        notes.append(in_words(kind, option.allowed))
+    if "choices" in option.allowed:
+        notes.append(" | ".join(map(str, option.allowed["choices"])))
+    for word in ("least", "most"):
+        if word in option.allowed:
+            notes.append(f"at {word} {option.allowed[word]:g}")
     if option.default not in ([], "", ()):
         notes.append(f"default {option.default}")
     text = f"{option.text} ({'; '.join(notes)})" if notes else option.text
-    parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **more)
+    # --set a=1 --set b=2 is both
+    several = dict(nargs="+", action="extend") if isinstance(option.default, list) else {}
+    parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **several)
 
 
 def stray_variable():
