@@ -273,8 +273,8 @@ def check_rope_scaling(scaling):
         return
     known = {"type", *YARN_NEEDS, *YARN_DEFAULTS}
     right = isinstance(scaling, dict) and scaling.get("type") == "yarn" and {*YARN_NEEDS} <= set(scaling) <= known
-    require(right, f"rope_scaling={scaling!r}: use null, or an object with type=yarn, {' and '.join(YARN_NEEDS)}, and no "
-                   f"other keys but {', '.join(YARN_DEFAULTS)}")
+    require(right, f"rope_scaling={scaling!r}: use null, or an object with type=yarn, {' and '.join(YARN_NEEDS)}, and "
+                   f"no other keys but {', '.join(YARN_DEFAULTS)}")
     for name in scaling.keys() - {"type"}:
         check_setting(f"rope_scaling {name}", scaling[name], float, least=1 if name in YARN_NEEDS else 0)
 

@@ -1586,7 +1586,7 @@ class Streams:
 
 
 def play_action(forward, backward, flat, adaptive):
-    """Streams of one action: the forward of a stage, the backward of a stage, or a pair. Each: its LayerTimes, or ()."""
+    """Streams of one action: a forward of a stage, a backward of one, or a pair. Each: its LayerTimes, or ()."""
     streams = Streams(flat)
     forwards = streams.forward_steps(forward)
     backwards = streams.backward_steps(backward, defer=adaptive)
@@ -1914,7 +1914,7 @@ class Simulation:
 
     @cached_property
     def ends(self):
-        """list (pp): seconds at which each pipeline rank is done, optimizer included; the last one's ends the step ..."""
+        """list (pp): seconds at which each pipeline rank is done, optimizer included; the last ends the step ..."""
         return [row[-1].end + sum(self.after_pipeline(rank)) for rank, row in enumerate(self.spans)]
 
     @property
@@ -2222,7 +2222,7 @@ def layer_seconds(simulation, layer):
 
 
 def price_group(config, hardware, plans):
-    """([(seconds by price, plan)] of those that can run and fit, [why one was left out]). plans: of candidate_groups."""
+    """([(seconds by price, plan)] of those that can run and fit, [why one was left out]). plans: a candidate group."""
     config = on_hardware(config, hardware)                 # one Shape for all: it is compared by what it is
     priced, reasons, savings = [], [], []
     for plan in plans:
@@ -2369,11 +2369,12 @@ def print_shapes(hardware, devices, budget, seq_len, top, experts):
     rows.sort(key=lambda row: -row[-1]["tokens_per_s"])
     print(f"{len(shapes)} shapes within 3 % of {budget['active'] / 1e9:.0f} B active and {budget['total'] / 1e9:.0f} B "
           f"in all; {len(rows)} run on {devices} {hardware.name}, {peak_words(hardware)}, sequences of {seq_len}.\n"
-          "Only speed is simulated: what a shape learns is beyond this table. Sizes leave out embedding and MTP layer.\n"
+          "Only speed is simulated: what a shape learns is beyond this table. Sizes leave out embedding and MTP.\n"
           "\nrank  tokens/s    MFU  active  total  layers hidden experts width top heads q-rank  plan")
     for rank, (c, active, total, result) in enumerate(rows, 1):
         if rank <= top or c == PANGU:
-            print(f"{rank:4} {result['tokens_per_s']:9.3g} {result['mfu']:6.1%} {active / 1e9:6.1f}B {total / 1e9:5.0f}B",
+            print(f"{rank:4} {result['tokens_per_s']:9.3g} {result['mfu']:6.1%}",
+                  f"{active / 1e9:6.1f}B {total / 1e9:5.0f}B",
                   f"{c.num_hidden_layers:7} {c.hidden_size:6} {c.n_routed_experts:7} {c.moe_intermediate_size:5}",
                   f"{c.num_experts_per_tok:3} {c.num_attention_heads:5} {c.q_lora_rank:6}",
                   " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" if c == PANGU else "")
@@ -2447,11 +2448,11 @@ def print_hidden(hardware):
     exposed = Counter()
     for span in chain(*simulation.spans):
         exposed[span.action.kind == "FB"] += simulation.account(span.action).parts["exchange"]
-    ranks = simulation.plan.pp
-    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {exposed[False] / ranks:.2f}"
-          f" s in the passes that have\nno partner, before and after the steady steps, where the shared expert alone "
-          f"hides a part, and {exposed[True] / ranks:.2f} s in pairs,\nwhere an exchange is longer than what runs "
-          "beside it. The paper states no share; later press says more than 98 %.")
+    alone, paired = exposed[False] / simulation.plan.pp, exposed[True] / simulation.plan.pp
+    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {alone:.2f} s in passes "
+          "that have\nno partner, before and after the steady steps, where the shared expert alone hides a part, and "
+          f"{paired:.2f} s in pairs,\nwhere an exchange is longer than what runs beside it. The paper states no share; "
+          "later press says more than 98 %.")
 
 
 def print_prediction(result):
@@ -2672,7 +2673,7 @@ def parse_arguments(argv):
     parser = Parser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
     for name, about in (("predict", "one plan: seconds, tokens/s, memory"),
-                        ("plans", "the fastest plans that fit; up to two minutes on two cores for thousands of devices"),
+                        ("plans", "the fastest plans that fit; two minutes on two cores for thousands of devices"),
                         ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
         command = commands.add_parser(name, help=about, description=about)
         if name != "shapes":

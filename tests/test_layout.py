@@ -109,7 +109,8 @@ def test_device_words_only_where_a_device_is_picked():
         allowed = section_lines(ROOT / "model.py", "Operators")
         found["model.py"] = [hit for hit in found["model.py"] if hit[0] not in allowed]
     if "train.py" in found:                                               # the words that --device takes
-        allowed = {n for n, line in enumerate((ROOT / "train.py").read_text().splitlines(), 1) if "device=Option(" in line}
+        lines = (ROOT / "train.py").read_text().splitlines()
+        allowed = {n for n, line in enumerate(lines, 1) if "device=Option(" in line}
         found["train.py"] = [hit for hit in found["train.py"] if hit[0] not in allowed]
     if "parallel.py" in found:
         allowed = function_lines(ROOT / "parallel.py", {"pick_device", "pick_backend", "fused_skips"})

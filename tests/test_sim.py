@@ -720,7 +720,8 @@ def test_trace_has_the_format_of_chrome_traces(tmp_path):
         spans.sort()
         assert all(first[1] <= second[0] + 1e-3 for first, second in zip(spans, spans[1:]))
     run = sim.Simulation(PRESETS["tiny"], sim.parse_plan(plan), ASCEND)
-    assert max(end for spans in lanes.values() for _, end in spans) == pytest.approx(1e6 * sum(run.breakdown()[0].values()))
+    last = max(end for spans in lanes.values() for _, end in spans)
+    assert last == pytest.approx(1e6 * sum(run.breakdown()[0].values()))
 
 
 def test_trace_draws_the_pipeline(tmp_path):
@@ -808,7 +809,8 @@ def test_what_a_user_of_published_mistypes_is_refused(args, words):
 
 
 @pytest.mark.parametrize("field, value, words", [
-    ("bandwidth", 0.0, "use a number above 0"), ("bandwidth", math.nan, "use a number"), ("memory", True, "use a number"),
+    ("bandwidth", 0.0, "use a number above 0"), ("bandwidth", math.nan, "use a number"),
+    ("memory", True, "use a number"),
     ("peak", dict(bf16=-1.0), "peak bf16=-1.0: use a number above 0"), ("topology", "ring", "use one of switch, mesh"),
     ("value_padded", 1, "use true or false"), ("node_size", 8.0, "use a whole number")])
 def test_hardware_that_cannot_be_is_refused(field, value, words):
