@@ -595,8 +595,7 @@ def tokenise(files, settings, encoding, folder):
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    parallel.write_synced(folder / parallel.MANIFEST, parallel.manifest_of(folder))
-    parallel.sync_folder(folder)
+    parallel.write_manifest(folder)
 
 
 def encoded(pieces, encoding, end):
