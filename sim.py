@@ -12,8 +12,8 @@ here; tests compare. Nothing here builds a tensor, and nothing here was compared
 
 Sections, in this order: the plan; its check; bytes of the expert exchange; live load balance; hardware; what operators
 and collectives cost; what a layer does; stages; what is saved for backward; the time of a layer; inside an action;
-schedules and the clock; one step; what to recompute and swap; search; shapes; the published runs; the step as a
-picture; the command.
+schedules and the clock; one step; what to recompute and swap; search; shapes; the published runs; pictures; the
+command.
 
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
@@ -1764,12 +1764,6 @@ def warm_up(plan, rank):
     return first + (plan.vpp - 1) * plan.turn
 
 
-@lru_cache(8)
-def cached_table(schedule, pp, vpp, n_micro):
-    """schedule_table for many plans, one after the other, that differ in other things alone."""
-    return schedule_table(Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro))
-
-
 @lru_cache(2**14)
 def in_flight(schedule, pp, vpp, n_micro, rank):
     """array (moments, vpp): a rank's micro-batches in flight, by chunk, at each moment that may be its peak."""
@@ -1784,43 +1778,74 @@ def in_flight(schedule, pp, vpp, n_micro, rank):
     return np.array(list(peaks))
 
 
+class Step(NamedTuple):
+    """An action of a table, in an order in which each finds its inputs."""
+    rank: int
+    action: Action
+    stages: tuple                  # Action.stages
+    needs: tuple                   # numbers of the steps, on other ranks, whose outputs it waits for
+
+
+def in_order(plan, table):
+    """list of Step: each rank runs as far as its inputs allow, until all are done."""
+    home, last = plan.homes(), plan.n_stages - 1
+    # (kind, stage, micro-batch) that can run -> number of the step that makes its input; None if the input is at hand,
+    # as are the tokens of the first stage and the losses of the last
+    makers = {}
+    for microbatch in range(plan.n_micro):
+        makers["F", 0, microbatch] = makers["B", last, microbatch] = None
+    steps, done, progress = [], [0] * len(table), True
+    while progress:
+        progress = False
+        for rank, actions in enumerate(table):
+            for action in islice(actions, done[rank], None):
+                parts = action.parts()
+                if not all(part in makers for part in parts):
+                    break
+                needs = tuple(makers[part] for part in parts if makers[part] is not None)
+                for kind, stage, microbatch in parts:
+                    to = stage + 1 if kind == "F" else stage - 1
+                    makers[kind, to, microbatch] = None if home.get(to) == rank else len(steps)
+                steps.append(Step(rank, action, action.stages, needs))
+                done[rank] += 1
+                progress = True
+    waiting = [str(actions[n]) for actions, n in zip(table, done) if n < len(actions)]
+    assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
+    return steps
+
+
+@lru_cache(8)
+def cached_steps(schedule, pp, vpp, n_micro):
+    """The steps of schedule_table, for many plans, one after the other, that differ in other things alone."""
+    plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
+    return in_order(plan, schedule_table(plan))
+
+
 class Span(NamedTuple):
     start: float                   # seconds from the step's start
     end: float
     action: Action
 
 
-def play(plan, table, duration, link=0.0):
-    """The clock: list (pp) of lists of Span. duration(action): seconds.
+def play(plan, steps, duration, link=0.0):
+    """The clock: list (pp) of lists of Span. duration(action): seconds, the same for all with the same stages.
 
     link: seconds that an output travels to another rank; sends are asynchronous, only the receiver waits. A pair starts
     when both of its inputs are there.
     """
-    home, last = plan.homes(), plan.n_stages - 1
-    # (kind, stage, micro-batch) -> when its input is there: tokens of the first stage, losses of the last at once
-    inputs = {}
-    for microbatch in range(plan.n_micro):
-        inputs["F", 0, microbatch] = inputs["B", last, microbatch] = 0.0
-    spans = [[] for _ in table]
-    progress = True
-    while progress:
-        progress = False
-        for rank, actions in enumerate(table):             # each as far as its inputs allow
-            row = spans[rank]
-            for action in islice(actions, len(row), None):
-                start = row[-1].end if row else 0.0
-                parts = action.parts()
-                arrivals = [inputs.get(part) for part in parts]
-                if None in arrivals:
-                    break
-                end = max(start, *arrivals) + duration(action)
-                row.append(Span(max(start, *arrivals), end, action))
-                for kind, stage, microbatch in parts:
-                    to = stage + 1 if kind == "F" else stage - 1
-                    inputs[kind, to, microbatch] = end if home.get(to) == rank else end + link
-                progress = True
-    waiting = [str(actions[len(row)]) for actions, row in zip(table, spans) if len(row) < len(actions)]
-    assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
+    spans, free = [[] for _ in range(plan.pp)], [0.0] * plan.pp
+    seconds, reached = {}, []                              # reached: when a step's output is on another rank
+    for rank, action, stages, needs in steps:
+        if stages not in seconds:
+            seconds[stages] = duration(action)
+        start = free[rank]
+        for step in needs:
+            if reached[step] > start:
+                start = reached[step]
+        end = start + seconds[stages]
+        spans[rank].append(Span(start, end, action))
+        free[rank] = end
+        reached.append(end + link)
     return spans
 
 
@@ -1848,7 +1873,7 @@ class Simulation:
     @cached_property
     def saved(self):
         """kind -> bytes that a micro-batch's forward keeps on the device."""
-        return {kind: saved_bytes(work)[0] for kind, work in self.works.items()}
+        return {kind: saved_bytes(work).kept for kind, work in self.works.items()}
 
     @cached_property
     def times(self):
@@ -1915,8 +1940,8 @@ class Simulation:
     def spans(self):
         """The pipeline played: list (pp) of lists of Span."""
         plan = self.plan
-        table = cached_table(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
-        return play(plan, table, self.seconds_of, self.link)
+        steps = cached_steps(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
+        return play(plan, steps, self.seconds_of, self.link)
 
     def after_pipeline(self, rank):
         """(seconds of reducing gradients and gathering weights, seconds of the optimizer) on a pipeline rank."""
@@ -1954,11 +1979,11 @@ class Simulation:
         for rank, row in enumerate(self.spans):
             gradients, optimizer = self.after_pipeline(rank)
             parts.update(gradients=gradients, optimizer=optimizer)
-            times = Counter(span.action.stages for span in row)
-            for stages, account in self.accounts.items():
+            for stages, times in Counter(span.action.stages for span in row).items():
+                account = self.accounts[stages]
                 for name, seconds in account.parts.items():
-                    parts[name] += times[stages] * seconds
-                travel += times[stages] * account.travel
+                    parts[name] += times * seconds
+                travel += times * account.travel
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
         parts["stragglers"] = self.straggling * max(self.ends)
         parts["bubble"] = max(self.ends) + parts["stragglers"] - sum(parts.values())
@@ -2177,7 +2202,7 @@ def rank_savings(config, plan, hardware):
         if "optimizer" not in swap:
             simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
             alone, _ = layer_seconds(simulation, layer_time(config, simulation.plan, kind, hardware, 0.0))
-            kept = saved_bytes(layer_work(config, simulation.plan, kind))[0]
+            kept = saved_bytes(layer_work(config, simulation.plan, kind)).kept
             found.append(Saving(recompute, swap, alone, kept))
     for saving in sorted(found, key=lambda saving: (saving.seconds, saving.kept)):
         if not best or saving.kept < best[-1].kept:

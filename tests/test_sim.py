@@ -46,9 +46,13 @@ def seconds_of(action):
     return SECONDS[action.kind]
 
 
+def play(plan, table):
+    return sim.play(plan, sim.in_order(plan, table), seconds_of)
+
+
 def bubble(plan):
     """Seconds that the step is longer than one rank's work, stages being equal and links free."""
-    spans = sim.play(plan, schedule_table(plan), seconds_of)
+    spans = play(plan, schedule_table(plan))
     return max(row[-1].end for row in spans) - plan.n_micro * plan.vpp * SECONDS["FB"]
 
 
@@ -101,7 +105,7 @@ def check_table(plan, table):
         assert len(seen) == wanted, f"rank {rank}: {len(seen)} forwards and backwards, not {wanted}"
         in_flight.append(most)
     assert sent == received, "a link's order of receives is not its order of sends"
-    sim.play(plan, table, lambda action: 1.0)               # asserts that no ranks wait for each other
+    sim.in_order(plan, table)                               # asserts that no ranks wait for each other
     return in_flight
 
 
@@ -120,7 +124,7 @@ def test_every_schedule_passes_the_checker(pp):
 def test_a_pipeline_drawn_as_text():
     """1F1B, 2 ranks, 3 micro-batches, a column a second: forwards 1 s, backwards 2 s; the step is (3 + 1) * 3 s."""
     plan = pipeline("1f1b", 2, 3)
-    spans = sim.play(plan, schedule_table(plan), seconds_of)
+    spans = play(plan, schedule_table(plan))
     assert sim.draw_text(spans, columns=12) == "01  aa2bb cc\n 0aa1bb2cc  "
 
 
@@ -162,7 +166,7 @@ def test_checker_sees_ranks_that_wait_for_each_other():
     late = [sim.Action("F", 2, m) for m in (0, 1)] + [sim.Action("F", 0, m) for m in (0, 1)]
     backwards = [sim.Action("B", stage, m) for stage in (2, 0) for m in (0, 1)]
     with pytest.raises(AssertionError, match="wait for each other"):
-        sim.play(plan, [late + backwards, schedule_table(plan)[1]], lambda action: 1.0)
+        sim.in_order(plan, [late + backwards, schedule_table(plan)[1]])
 
 
 # -- torch's runtime, recorded
@@ -691,9 +695,9 @@ def test_bubble_of_the_predecessor():
     """Pangu Ultra 135B, 8 ranks and 16 micro-batches: published 30.45 % without and 6.8 % with 6 chunks."""
     without, with_six = (predict(sim.PANGU_ULTRA, replace(sim.ULTRA_PLAN, vpp=vpp, schedule=""), ASCEND)
                          for vpp in (1, 6))
-    for result, share in ((without, 0.3045), (with_six, 0.068)):
+    for result, stated in ((without, 0.3045), (with_six, 0.068)):
         pipeline_alone = result["step_time_s"] - result["breakdown"]["gradients"] - result["breakdown"]["stragglers"]
-        assert result["breakdown"]["bubble"] / pipeline_alone == pytest.approx(share, abs=0.03)
+        assert result["breakdown"]["bubble"] / pipeline_alone == pytest.approx(stated, abs=0.03)
     assert sim.count_params(sim.PANGU_ULTRA)["total"] == pytest.approx(135e9, rel=0.02)
 
 
