@@ -2126,8 +2126,11 @@ def candidate_groups(config, hardware, devices, **batch):
 
 
 def zero_choices(plan):
-    """Ways to cut weights and optimizer states that can be best: 1 takes less memory and no more time than 0."""
-    return (1, 3) if max(plan.holders.values()) > 1 else (0,)
+    """Ways to cut weights and optimizer states that can be best: 1 takes less memory and no more time than 0, and 3
+    saves memory only where parallel.py runs whole micro-batches one by one."""
+    if max(plan.holders.values()) == 1:                    # nobody to share with
+        return (0,)
+    return (1, 3) if plan.is_plain else (1,)
 
 
 def exchange_choices(plan):

@@ -39,11 +39,11 @@ CASES = {
         replace(ASCEND, name="910B in nodes of 2", node_size=2, communicator=0, memory=ASCEND.framework + 60 * 2**20),
         4, dict(global_batch=8, seq_len=512)),
     "one-gpu-256 on 2": Case(
-        PRESETS["one-gpu-256"], replace(sim.HARDWARE["h100_sxm"], name="H100 of 80 GiB", node_size=1),
-        2, dict(global_batch=8, seq_len=2048)),
-    "one-gpu on 4": Case(
-        PRESETS["one-gpu"], replace(ASCEND, name="910B of 32 GiB", node_size=2, memory=32 * 2**30),
-        4, dict(global_batch=16, seq_len=4096)),
+        PRESETS["one-gpu-256"], replace(sim.HARDWARE["h100_sxm"], name="H100 of 64 GiB", node_size=1, memory=64 * 2**30),
+        2, dict(global_batch=4, seq_len=1024)),
+    "one-gpu on 2": Case(
+        PRESETS["one-gpu"], replace(ASCEND, name="910B of 36 GiB", node_size=2, memory=36 * 2**30),
+        2, dict(global_batch=8, seq_len=1024)),
 }
 
 
@@ -56,9 +56,10 @@ def is_legal(config, plan, hardware):
 
 
 def variants(plan):
-    """Every zero and every exchange."""
-    dispatches = sim.exchange_choices(plan)
-    return [replace(plan, zero=zero, dispatch=dispatch) for zero, dispatch in product((0, 1, 3), dispatches)]
+    """Every zero that parallel.py runs so, and every exchange."""
+    zeros = (0, 1, 3) if plan.is_plain else (0, 1)
+    return [replace(plan, zero=zero, dispatch=dispatch)
+            for zero, dispatch in product(zeros, sim.exchange_choices(plan))]
 
 
 def draw_plans(config, hardware, devices, count, **batch):
