@@ -73,6 +73,7 @@ def refusals(where=""):
         raise UserError(f"{where}{error}") from error
 
 
+# a setting that is not given keeps its default; a number that declares no range is above 0
 class Option(typing.NamedTuple):
     """A setting. The type of its default is its kind; a list takes several words, a tuple is one of Plan's lists."""
     default: object
@@ -102,7 +103,7 @@ OPTIONS = dict(
     out=option("", "the run's folder; default: runs/PRESET, or the first free runs/PRESET-N"),
     resume=option("", "a run's folder or one of its ckpt/step_N: continue exactly"),
     seed=option(0, "of weights and data order", least=0, most=2**63 - 1),
-    device=option("auto", "where the model runs", choices=("auto", "cpu", "cuda", "npu")),
+    device=option("auto", "auto | cpu | cuda | npu"),
     threads=option(0, "CPU threads; 0: torch's choice, stored with the run", least=0, most=1024),
     save_every=option(500, "steps between checkpoints; one is always written at the end, 0: only that", least=0),
     keep=option(3, "newest checkpoints kept"),
@@ -144,8 +145,6 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
 CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_every", "device", "threads", "peak_tflops",
               "max_skips", "timeout", "record_loads", "fit", "hardware", "resume"}
 CHANGEABLE |= set(PLAN_OPTIONS) - {"global_batch", "seq_len"}
-
-
 # what describes many processes, and means nothing for one
 CUTS = ("pp", "dp", "cp", "tp", "sp", "ep", "vpp", "schedule", "overlap", "layer_split", "balance_live")
 RULES = 2                                  # raised when the same settings come to mean another run
@@ -196,7 +195,10 @@ def settings_of(given):
 
 
 def fit_to_world(settings, given):
-    """Where they are not given, dp takes what processes there are, and a micro-batch is no more than a rank's share."""
+    """Where they are not given, dp takes what processes there are, and a micro-batch is no more than a rank's share.
+
+    E.g. 4 processes with --tp 2: dp=2; of a global batch of 12 each takes 6, so that a micro-batch of 8 becomes 6.
+    """
     if "dp" not in given:
         settings["dp"] = max(1, parallel.world_size() // (settings["pp"] * settings["cp"] * settings["tp"]))
     if "micro_batch" not in given:
@@ -247,6 +249,7 @@ def learn_bpe(texts, vocab_size):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += n
             words_with[pair].add(index)
+    # the most frequent pair first; among equals the smaller ids, so that the same text gives the same vocabulary
     heap = [(-n, pair) for pair, n in pair_counts.items()]
     heapq.heapify(heap)
     vocabulary = [bytes([i]) for i in range(256)]
@@ -382,7 +385,7 @@ def list_files(data):
 
 
 def walk(folder):
-    """Files of text below a folder."""
+    """Files of text below a folder, without folders of tests, packages and the like."""
     for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
         for name in names:
@@ -482,10 +485,10 @@ def count_pieces(files):
 
 @dataclass
 class Corpus:
-    encoding: tiktoken.Encoding
+    encoding: tiktoken.Encoding            # of all its tokens
     end: int                               # END's id
     train: dict                            # source -> tokens, memory-mapped
-    heldout: np.ndarray
+    heldout: np.ndarray                    # tokens, of all sources
     facts: dict                            # hash, bytes and token counts, what gzip and xz need for the held-out bytes
 
 
@@ -626,17 +629,19 @@ def write_whole(path, text):
 
 @dataclass(frozen=True)
 class Phase:
-    tokens: float = setting()
-    seq_len: int = setting()
+    """A stretch of a run. All tokens here count from the phase's beginning."""
+    tokens: float = setting()              # how long it lasts
+    seq_len: int = setting()               # tokens of a sequence
     global_batch: int | list = setting()   # sequences a step, or [[from this token of the phase, sequences], ...]
-    lr: float = setting()
+    lr: float = setting()                  # reached when the warm-up ends
     min_lr: float = setting(least=0)       # reached at the phase's end
     decay: str = setting("cosine", "constant")
-    warmup_tokens: float = setting(0, least=0)
+    warmup_tokens: float = setting(0, least=0)    # over which the rate rises from 0
     rope_theta: float | None = None        # None: the config's
     mix: dict | None = None                # source -> share of the sequences; None: by size
 
     def __post_init__(self):
+        # numbers and words by their declarations above; then what these cannot say of lists and objects
         check_settings(self)
         require(isinstance(self.batches, list) and all(isinstance(row, list) and len(row) == 2 for row in self.batches),
                 f"global_batch={self.global_batch}: use sequences, or [[0, sequences], [token, sequences], ...]")
@@ -735,6 +740,7 @@ def scaled(phases, given, once):
 
     The others keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it.
     """
+    # factors, 1 where nothing was given
     first = phases[0]
     tokens = given["tokens"] / sum(phase.tokens for phase in phases) if given.get("tokens") else 1
     length = given["seq_len"] / first.seq_len if "seq_len" in given else 1
@@ -991,10 +997,10 @@ class Run:
     stored: dict = None                    # config.json of the run that goes on
     device: torch.device = None
     encoding: tiktoken.Encoding = None     # of a named tokenizer; None: learnt from the text
-    config: Config = None
-    plan: Plan = None
-    phases: list = None
-    folder: Path = None
+    config: Config = None                  # of the model
+    plan: Plan = None                      # how it is cut and run, apart from what phases change
+    phases: list = None                    # of Phase
+    folder: Path = None                    # where it writes
     lock: typing.IO = None                 # of the folder: ours as long as this file is open
     corpus: Corpus = None
     progress: dict = None                  # where it stands, stored with checkpoints
@@ -1227,6 +1233,7 @@ def free_folder(preset):
 
 def find_checkpoint(resume, typed="--resume"):
     """A run's folder, or one of its checkpoints -> (run's folder, its newest complete checkpoint, or the named one)."""
+    # a folder is not a run's because it exists: what counts is a checkpoint, which has its name only when it is whole
     path, folder = Path(resume), folder_of(resume)
     steps = parallel.steps_in(folder / "ckpt")
     if path != folder and not path.is_dir():
@@ -1342,6 +1349,7 @@ class Stopper:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
+        # no more than a note: the step goes on, and ranks that were not asked learn of it from its sums
         self.asked = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
         print(f"{self.asked}: finishing this step, then writing a checkpoint", flush=True)
@@ -1479,6 +1487,7 @@ def record_loads(path, step, loads):
 
 def count_skips(run, line):
     """Steps that were not finite: how many, and an end after too many in a row."""
+    # line["skipped"] is 1 or 0 as the step gave it, and then the count that the log shows
     progress, most = run.progress, run.settings["max_skips"]
     progress["skipped_in_a_row"] = progress["skipped_in_a_row"] + 1 if line["skipped"] else 0
     progress["skipped"] += int(line["skipped"])

@@ -492,7 +492,7 @@ def test_bad_settings(text, at, capsys):
             (("--set", "hiden_size=3"), "--set hiden_size=3: write KEY=VALUE with a key of"),
             (("--set", "num_experts_per_tok=99"), "num_experts_per_tok=99"),
             (("--colour", "red"), "unrecognized arguments: --colour red"),
-            (("--device", "tpu"), "use one of auto, cpu, cuda, npu"),
+            (("--device", "tpu"), "use auto, cpu, cuda or npu"),
             (("--precision", "fp4"), "use one of auto, fp32, bf16"),
             (("--seq-len", "5000"), "max_position_embeddings=1024"),
             (("--global-batch", "5", "--micro-batch", "2"), "global_batch=5"),
