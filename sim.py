@@ -1485,9 +1485,10 @@ def cached(cache, key, make):
 
 
 class Task(NamedTuple):
+    """What a device does for a while."""
     name: str
     stream: str                    # compute | inner | outer | host
-    start: float                   # seconds from the action's start
+    start: float                   # seconds, in Streams from the action's start
     end: float
 
 
@@ -1892,20 +1893,29 @@ class Simulation:
         steps = cached_steps(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
         return play(plan, steps, self.seconds_of, self.link)
 
-    def after_pipeline(self, rank):
-        """(seconds of reducing gradients and gathering weights, seconds of the optimizer) on a pipeline rank."""
-        plan, hardware, (held, cut) = self.plan, self.hardware, self.params(rank)
-        wide, narrow = gradient_bytes(plan), BYTES_OF[plan.precision]
-        # gradients; then new weights, or for zero=0 the second half of an all-reduce. zero=3: in LayerTime
-        sizes = {0: (wide, wide), 1: (wide, narrow), 3: ()}[plan.zero]
-        gradients = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
-        hidden = plan.hidden_share("dp", hardware) * gradients
+    # what follows the pipeline on a rank
+
+    def gradient_seconds(self, rank):
+        """To reduce gradients and to gather the new weights."""
+        plan, (held, _) = self.plan, self.params(rank)
+        if plan.zero == 3:                                 # in LayerTime
+            return 0.0
+        gradients = weights_seconds(plan, self.hardware, held, gradient_bytes(plan))
+        if plan.zero == 0:                                 # the second half of an all-reduce
+            gradients *= 2
+        else:
+            gradients += weights_seconds(plan, self.hardware, held, BYTES_OF[plan.precision])
+        hidden = plan.hidden_share("dp", self.hardware) * gradients
         if hidden:                                         # beside the last backwards
-            gradients -= min(hidden, sum(self.seconds_of(Action("B", stage, 0)) for stage in plan.stages_of(rank)))
-        optimizer = self.optimizer_bytes(rank) / hardware.memory_rate
-        if "optimizer" in plan.swap:                       # two moments come and go
-            optimizer += 2 * 8 * cut / hardware.host_bandwidth
-        return gradients, optimizer
+            hidden = min(hidden, sum(self.seconds_of(Action("B", stage, 0)) for stage in plan.stages_of(rank)))
+        return gradients - hidden
+
+    def optimizer_seconds(self, rank):
+        seconds = self.optimizer_bytes(rank) / self.hardware.memory_rate
+        if "optimizer" in self.plan.swap:                  # two moments come and go
+            _, cut = self.params(rank)
+            seconds += 2 * 8 * cut / self.hardware.host_bandwidth
+        return seconds
 
     def optimizer_bytes(self, rank):
         """Moved by AdamW: reads gradient, master, two moments; writes three of them and the weight."""
@@ -1915,7 +1925,10 @@ class Simulation:
     @cached_property
     def ends(self):
         """list (pp): seconds at which each pipeline rank is done, optimizer included; the last ends the step ..."""
-        return [row[-1].end + sum(self.after_pipeline(rank)) for rank, row in enumerate(self.spans)]
+        ends = []
+        for rank, row in enumerate(self.spans):
+            ends.append(row[-1].end + self.gradient_seconds(rank) + self.optimizer_seconds(rank))
+        return ends
 
     @property
     def straggling(self):
@@ -1926,8 +1939,8 @@ class Simulation:
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
         parts, travel = Counter(), 0.0
         for rank, row in enumerate(self.spans):
-            gradients, optimizer = self.after_pipeline(rank)
-            parts.update(gradients=gradients, optimizer=optimizer)
+            parts["gradients"] += self.gradient_seconds(rank)
+            parts["optimizer"] += self.optimizer_seconds(rank)
             for stages, times in Counter(span.action.stages for span in row).items():
                 account = self.accounts[stages]
                 for name, seconds in account.parts.items():
@@ -1935,7 +1948,7 @@ class Simulation:
                 travel += times * account.travel
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
         parts["stragglers"] = self.straggling * max(self.ends)
-        parts["bubble"] = max(self.ends) + parts["stragglers"] - sum(parts.values())
+        parts["bubble"] = max(0.0, max(self.ends) + parts["stragglers"] - sum(parts.values()))     # rounding aside
         return parts, travel / self.plan.pp
 
     # bytes
@@ -2211,7 +2224,8 @@ def price(simulation):
         unpaired = min(1.0, warm_up(plan, rank) / (plan.n_micro * plan.vpp))
         work = plan.n_micro * (unpaired * once + (1 - unpaired) * steady)
         bubble = (total - once) / plan.vpp
-        slowest = max(slowest, work + bubble + sum(simulation.after_pipeline(rank)))
+        after = simulation.gradient_seconds(rank) + simulation.optimizer_seconds(rank)
+        slowest = max(slowest, work + bubble + after)
     hops = 2 * (plan.pp - 1) * simulation.link
     return (slowest + hops) * (1 + simulation.straggling)
 
@@ -2254,28 +2268,31 @@ class Search(NamedTuple):
 def search_plans(config, hardware, devices, top=10, **batch):
     """The best plans by price are played, PLAYED or `top` of them; interrupted while it prices, the `top` best so far.
 
-    A search, not a proof: a plan whose price is too high by more than the others' is missed.
+    A search, not a proof: a plan is missed whose price is too high by more than that of the others.
     """
     groups = list(candidate_groups(config, hardware, devices, **batch))
     priced, refused, found, interrupted = [], {}, [], False
-    with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        try:
-            answers = pool.imap_unordered(partial(price_group, config, hardware), groups)
-            for more, reasons in with_progress("groups of plans priced", answers, len(groups)):
-                priced += more
-                count_refusals(refused, reasons)
-        except KeyboardInterrupt:
-            interrupted = True
-        priced.sort(key=itemgetter(0))
-        best = [plan for _, plan in priced[:top if interrupted else max(top, PLAYED)]]
-        try:
-            answers = pool.imap_unordered(partial(predict, config, hardware=hardware), best)
-            for result in with_progress("plans played", answers, len(best)):
-                found.append(result)
-        except KeyboardInterrupt:
-            interrupted = True
+    try:
+        for more, reasons in in_processes("groups of plans priced", partial(price_group, config, hardware), groups):
+            priced += more
+            count_refusals(refused, reasons)
+    except KeyboardInterrupt:
+        interrupted = True
+    priced.sort(key=itemgetter(0))
+    best = [plan for _, plan in priced[:top if interrupted else max(top, PLAYED)]]
+    try:
+        for result in in_processes("plans played", partial(predict, config, hardware=hardware), best):
+            found.append(result)
+    except KeyboardInterrupt:
+        interrupted = True
     found.sort(key=itemgetter("step_time_s"))
     return Search(found, refused, len(priced), interrupted)
+
+
+def in_processes(what, function, items):
+    """function of each item, in their order, computed by as many processes as there are cores; interrupts end it."""
+    with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield from with_progress(what, pool.imap(function, items), len(items))
 
 
 def count_refusals(refused, reasons):
@@ -2479,24 +2496,16 @@ def print_prediction(result):
 # The step as a picture
 
 
-class Tail(NamedTuple):
-    """What a rank does when its pipeline is done."""
-    name: str                      # gradients | optimizer | stragglers
-    stream: str
-    start: float                   # seconds from the step's start
-    end: float
-
-
 def tails_of(simulation):
-    """list (pp) of lists of Tail; the last one of each rank ends with the step."""
+    """list (pp) of lists of Task, seconds from the step's start: what a rank does when its pipeline is done."""
     tails, last = [], max(simulation.ends)
     for rank, row in enumerate(simulation.spans):
         start = row[-1].end
-        gradients, optimizer = simulation.after_pipeline(rank)
+        reduced = start + simulation.gradient_seconds(rank)
         tails.append([
-            Tail("gradients", tier_of(simulation.plan, "dp"), start, start + gradients),
-            Tail("optimizer", "compute", start + gradients, start + gradients + optimizer),
-            Tail("stragglers", "schedule", last, last * (1 + simulation.straggling))])
+            Task("gradients", tier_of(simulation.plan, "dp"), start, reduced),
+            Task("optimizer", "compute", reduced, simulation.ends[rank]),
+            Task("stragglers", "schedule", last, last * (1 + simulation.straggling))])
     return tails
 
 
@@ -2633,7 +2642,7 @@ def choose_plan(text, model, hardware, devices):
         why += f"; dp={plan.dp} fills {fill} devices"
     if "global_batch" not in given and plan.global_batch < plan.dp * plan.micro_batch * plan.pp:
         plan = replace(plan, global_batch=plan.dp * plan.micro_batch * plan.pp)            # any schedule can run these
-        why += f"; global_batch={plan.global_batch}: pp micro-batches"
+        why += f"; global_batch={plan.global_batch}, enough for any schedule"
     return plan, why
 
 
@@ -2655,10 +2664,14 @@ def read_preset(kind, cls, presets, name):
             values = json.load(file)
     except (OSError, json.JSONDecodeError):
         raise ValueError(f"{kind} {name!r}: use a JSON file or one of {', '.join(presets)}") from None
+    require(isinstance(values, dict), f"{name}: write a JSON object of fields of {cls.__name__}")
     base = presets.get(values.pop("base", None))
     unknown = set(values) - {field.name for field in fields(cls)}
     require(not unknown, f"{name} has unknown fields {sorted(unknown)}: use fields of {cls.__name__}")
-    return replace(base, **values) if base else cls(**values)
+    try:
+        return replace(base, **values) if base else cls(**values)
+    except TypeError as error:                             # fields that have no default
+        raise ValueError(f"{name}: {error}: add them, or a preset as base") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -2735,14 +2748,15 @@ def run_plans(args, config, hardware):
           f"of {args.seq_len} tokens; all simulated", flush=True)
     begin = time.monotonic()
     search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=args.seq_len)
-    ending = "interrupted" if search.interrupted else "ended"
+    ending = "interrupted after" if search.interrupted else "in"
     print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
-          f"search, not a proof; it {ending} after {time.monotonic() - begin:.0f} s\n\nstep s     MFU     GiB  plan")
+          f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\n\nstep s     MFU     GiB  plan")
     for result in search.found[:args.top]:
         print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {describe(result['plan'])}")
     print("\nLeft out, how often and one example each:")
     for times, message in sorted(search.refused.values(), reverse=True):
         print(f"{times:6}  {message}")
+    return 130 if search.interrupted else 0                # as a shell says of what an interrupt ended
 
 
 def run_trace(args, simulation, why):
@@ -2762,7 +2776,7 @@ def run_trace(args, simulation, why):
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (ValueError, OSError) as error:
         print(f"sim.py: {error}", file=sys.stderr)
         sys.exit(2)
