@@ -39,7 +39,8 @@ CASES = {
         replace(ASCEND, name="910B in nodes of 2", node_size=2, communicator=0, memory=ASCEND.framework + 60 * 2**20),
         4, dict(global_batch=8, seq_len=512)),
     "one-gpu-256 on 2": Case(
-        PRESETS["one-gpu-256"], replace(sim.HARDWARE["h100_sxm"], name="H100 of 64 GiB", node_size=1, memory=64 * 2**30),
+        PRESETS["one-gpu-256"],
+        replace(sim.HARDWARE["h100_sxm"], name="H100 of 64 GiB", node_size=1, memory=64 * 2**30),
         2, dict(global_batch=4, seq_len=1024)),
     "one-gpu on 2": Case(
         PRESETS["one-gpu"], replace(ASCEND, name="910B of 36 GiB", node_size=2, memory=36 * 2**30),
