@@ -12,7 +12,8 @@ here; tests compare. Nothing here builds a tensor, and nothing here was compared
 
 Sections, in this order: the plan; its check; bytes of the expert exchange; live load balance; hardware; what operators
 and collectives cost; what a layer does; stages; what is saved for backward; the time of a layer; inside an action;
-schedules and the clock; one step; what to recompute and swap; search; shapes; the published runs; pictures; the command.
+schedules and the clock; one step; what to recompute and swap; search; shapes; the published runs; pictures; the
+command.
 
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
@@ -200,7 +201,7 @@ class Plan:
         return self.dispatch == "flat"
 
     def hidden_share(self, axis, hardware):
-        """Share of the time of this axis' collectives (tp, dp or pp) that runs beside computation: none, as run here."""
+        """Share of the time of an axis' collectives (tp, dp or pp) that runs beside computation: none, as run here."""
         return 0.0
 
     @property
@@ -755,8 +756,8 @@ def _device(generation, name, tflops, memory, gb_per_s, inner, outer, cores, tfl
 # mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866, section 5. 910C, a die: the same file, and
 # arXiv:2506.12708 (CloudMatrix384: 768 dies of one bus).
 _ASCEND = partial(_device, "ascend", memory=64 * GIB, gb_per_s=1638.4 * GIB / GB, inner=196)
-# A100, H100, H200, H20, B200, GB200, GB300: NVIDIA's data sheets, dense, NVLink of one direction. Between nodes 200 Gb/s
-# a GPU for A100, 400 since, 800 for GB300, as usual for their systems. H800: arXiv:2412.19437, section 3.
+# A100, H100, H200, H20, B200, GB200, GB300: NVIDIA's data sheets, dense, NVLink of one direction. Between nodes
+# 200 Gb/s a GPU for A100, 400 since, 800 for GB300, as usual for their systems. H800: arXiv:2412.19437, section 3.
 _HOPPER = partial(_device, "hopper", outer=50)
 _H100 = partial(_HOPPER, tflops=989.5, tflops_8bit=1979, cores=132)
 _BLACKWELL = partial(_device, "blackwell", gb_per_s=8000, inner=900, cores=148)
@@ -782,8 +783,8 @@ STEP_BYTES = 2**28                         # of moments that a step of a swapped
 # ---------------------------------------------------------------------------------------------------------------------
 # What operators and collectives cost
 #
-# An operator belongs to one of the block's calls, its part: attend (with routing), shared, experts or combine. flops and
-# moved (bytes read and written) are of its forward. again: items of Plan.recompute under which the backward runs it.
+# An operator belongs to one of the block's calls, its part: attend (with routing), shared, experts or combine. flops
+# and moved (bytes read and written) are of its forward. again: items of Plan.recompute under which backward runs it.
 
 VECTOR_BACKWARD = 1.5              # bytes of its backward over those of its forward: a gradient is read beside
 FLASH_BACKWARD = 2.5               # FLOPs of flash attention's backward over its forward's: scores are computed again
@@ -989,11 +990,12 @@ class Shape(Config):
         return super().gains(kind) - latents
 
 
-# Pangu Ultra 135B (arXiv:2504.07866, table 1), the dense predecessor
+# Pangu Ultra, 135B dense (arXiv:2504.07866)
 PANGU_ULTRA = Shape(
-    vocab_size=153376, max_position_embeddings=131072, hidden_size=12288, num_hidden_layers=94, first_k_dense_replace=94,
-    intermediate_size=28672, num_attention_heads=96, attn_type="gqa", num_key_value_heads=8, head_dim=128, norm="dssn",
-    n_routed_experts=1, n_shared_experts=0, num_experts_per_tok=1, num_nextn_predict_layers=0)
+    vocab_size=153376, max_position_embeddings=131072, hidden_size=12288, num_hidden_layers=94,
+    first_k_dense_replace=94, intermediate_size=28672, num_attention_heads=96, attn_type="gqa", num_key_value_heads=8,
+    head_dim=128, norm="dssn", n_routed_experts=1, n_shared_experts=0, num_experts_per_tok=1,
+    num_nextn_predict_layers=0, balance="none")
 
 
 def as_shape(config):
@@ -1223,20 +1225,23 @@ class Work:
         self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
 
     def mlp(self, part, name):
-        """SwiGLU, its inner width cut by tensor ranks. Gate and up count as one matmul."""
-        tokens, up, down = self.plan.gathered_tokens, f"{name}.gate_up", f"{name}.down"
-        width, gate_up = self.matmuls[up].n_in, self.own_part(up, "out").n_out
-        inner = self.own_part(down, "in").n_in
+        """A dense MLP or the shared experts, their inner width cut by tensor ranks."""
+        tokens, width = self.plan.gathered_tokens, self.shape.hidden_size
         self.gather_stream(part)
         if self.plan.tp == 1:
             self.keep_input("mlp_in", tokens * width, "MLP", again=("norm",))
         else:
             self.keep_input(f"{name}_gathered", tokens * width, "MLP")
-        self.matmul(part, up, tokens, cut="out")
-        self.vector(part, f"{name}.act", tokens * (gate_up + inner), again=("act",))
-        self.keep(f"{name}_gate_up", tokens * gate_up, "MLP")
-        self.keep_input(f"{name}_hidden", tokens * inner, "MLP", again=("act",))
-        self.matmul(part, down, tokens, cut="in")
+        self.swiglu(part, name, tokens, "MLP", cuts=("out", "in"))
+
+    def swiglu(self, part, name, rows, owner, cuts, again=()):
+        """Two matmuls, gate and up being one, and the activation. again: items that run all but the last again."""
+        up, down = self.own_part(f"{name}.gate_up", cuts[0]), self.own_part(f"{name}.down", cuts[1])
+        self.matmul(part, f"{name}.gate_up", rows, cuts[0], again)
+        self.keep(f"{name}_gate_up", rows * up.n_out, owner, again=again)
+        self.vector(part, f"{name}.act", rows * (up.n_out + down.n_in), again=("act", *again))
+        self.keep_input(f"{name}_hidden", rows * down.n_in, owner, again=("act", *again))
+        self.matmul(part, f"{name}.down", rows, cuts[1])
 
     def moe(self):
         """Router, permutation, shared and routed experts. A rank computes as many rows as it sends, on average."""
@@ -1277,15 +1282,10 @@ class Work:
                 self.keep("balance.sum", own, "routing", size=wide)
 
     def experts(self, rows):
-        """SwiGLU of `rows` in all of a rank's experts."""
+        """All of a rank's experts, which share the rows."""
         c = self.shape
-        up, down = self.own_part("expert.gate_up", "experts"), self.own_part("expert.down", "experts")
-        self.keep_input("rows", rows * up.n_in, "experts", again=("permute",))
-        self.matmul("experts", "expert.gate_up", rows, cut="experts", again=("expert",))
-        self.vector("experts", "expert.act", rows * (up.n_out + down.n_in), again=("act", "expert"))
-        self.keep("expert_gate_up", rows * up.n_out, "experts", again=("expert",))
-        self.keep_input("expert_hidden", rows * down.n_in, "experts", again=("act", "expert"))
-        self.matmul("experts", "expert.down", rows, cut="experts")
+        self.keep_input("rows", rows * c.hidden_size, "experts", again=("permute",))
+        self.swiglu("experts", "expert", rows, "experts", cuts=("experts", "experts"), again=("expert",))
         self.keep("row_weights", rows + (self.wide == self.element), "experts")        # a cast drops the spare last one
         self.keep("counts", c.n_routed_experts // self.plan.ep, "experts", size=8)
         if c.expert_weight == "after_down":
@@ -1508,7 +1508,8 @@ class LayerTime:
                 self.sent[tier] += times * one_way
 
 
-WORKS, LAYER_TIMES, MOST = {}, {}, 2**14       # caches of layer_work and layer_time, and entries after which they start anew
+WORKS, LAYER_TIMES = {}, {}        # of layer_work and layer_time
+MOST_CACHED = 2**14                # entries after which each starts anew
 
 
 def layer_work(shape, plan, kind, work=Work):
@@ -1524,7 +1525,7 @@ def layer_time(shape, plan, kind, hardware, max_vio, work=Work):
 
 def cached(cache, key, make):
     if key not in cache:
-        if len(cache) >= MOST:
+        if len(cache) >= MOST_CACHED:
             cache.clear()
         cache[key] = make()
     return cache[key]

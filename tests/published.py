@@ -3,7 +3,7 @@ Published training runs beside their prediction: from a row of a table to a shap
 time and memory are off, and the constants that fit the rows best.
 
     python tests/published.py                    # all of tests/data/train_rows.csv, with the constants frozen in sim.py
-    python tests/published.py ROWS.csv --out F.csv   # other rows with the same columns; F: row_id, step_time_s, mem_gib, fits
+    python tests/published.py ROWS.csv --out F.csv   # other rows with the same columns; each prediction as a line of F
     python tests/published.py --fit              # refits the constants: on all rows, then each family left out
 
 What only runs of other systems need stands here, as subclasses of sim.py's classes.
@@ -33,8 +33,10 @@ ROWS = Path(__file__).parent / "data/train_rows.csv"
 
 @dataclass(frozen=True)
 class RowHardware(Hardware):
-    portable_attention: float = setting(0.492, above=0)    # rate of a flash attention of no vendor, beside the vendor's
-    hidden_share: float = setting(0.567, least=0)          # of collectives that a plan hides, the time beside computation
+    # fitted: rate of a flash attention of no vendor, beside the vendor's; of collectives that a plan hides, the share
+    # of their time that runs beside computation
+    portable_attention: float = setting(0.492, above=0)
+    hidden_share: float = setting(0.567, least=0)
 
 
 HARDWARE = {name: RowHardware(**asdict(preset)) for name, preset in sim.HARDWARE.items()}
@@ -126,8 +128,8 @@ class Unfused(NamedTuple):
 
 
 class RowWork(Work):
-    """A layer as in Megatron-LM and its kin: logits are kept, a rank's own part of gathered inputs, 8 bits of what 8-bit
-    matmuls read; with other attention kernels; with experts' matrices cut over ranks."""
+    """A layer as in Megatron-LM and its kin: logits are kept, a rank's own part of gathered inputs, 8 bits of what
+    8-bit matmuls read; with other attention kernels; with experts' matrices cut over ranks."""
 
     def keep_input(self, name, elements, owner, again=(), swap=""):
         plan, size = self.plan, self.element
@@ -506,9 +508,9 @@ class Bounds(NamedTuple):
     priors: tuple
 
 
-# Priors: matmul and memory of A100 and H100 by stas00/ml-engineering and Calculon, of B200 by SimuMax's measurements, of
-# 910B by msmodeling and HCCS collectives (19 of 28 GB/s a link); attention by arXiv:2307.08691 and 2407.08608; others
-# assumed. Units: see CONSTANTS in sim.py, and RowHardware.
+# Priors: matmul and memory of A100 and H100 by stas00/ml-engineering and Calculon, of B200 by SimuMax's measurements,
+# of 910B by msmodeling and HCCS collectives (19 of 28 GB/s a link); attention by arXiv:2307.08691 and 2407.08608;
+# others assumed. Units: see CONSTANTS in sim.py, and RowHardware.
 FITTED = {
     "matmul_efficiency": Bounds(0.4, 0.97, (0.80, 0.70, 0.55, 0.70)),
     "matmul_half": Bounds(60, 60, (60,)),
