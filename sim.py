@@ -1801,9 +1801,9 @@ def in_order(plan, table):
         for rank, actions in enumerate(table):
             for action in islice(actions, done[rank], None):
                 parts = action.parts()
-                if not all(part in makers for part in parts):
+                if parts[0] not in makers or parts[-1] not in makers:      # one or two parts
                     break
-                needs = tuple(makers[part] for part in parts if makers[part] is not None)
+                needs = tuple([makers[part] for part in parts if makers[part] is not None])
                 for kind, stage, microbatch in parts:
                     to = stage + 1 if kind == "F" else stage - 1
                     makers[kind, to, microbatch] = None if home.get(to) == rank else len(steps)
