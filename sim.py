@@ -1750,9 +1750,9 @@ def in_order(plan, table):
         for rank, actions in enumerate(table):
             for action in islice(actions, done[rank], None):
                 parts = action.parts()
-                if not all(part in makers for part in parts):
+                if parts[0] not in makers or parts[-1] not in makers:      # one or two parts
                     break
-                needs = tuple(makers[part] for part in parts if makers[part] is not None)
+                needs = tuple([makers[part] for part in parts if makers[part] is not None])
                 for kind, stage, microbatch in parts:
                     to = stage + 1 if kind == "F" else stage - 1
                     makers[kind, to, microbatch] = None if home.get(to) == rank else len(steps)
@@ -2562,7 +2562,7 @@ COLOURS = dict(F="tab:blue", B="tab:orange", gradients="tab:green", optimizer="t
 
 
 def draw_png(simulation, path, title):
-    """The step as a picture, a row per rank: of pairs the forward above, later chunks darker."""
+    """The step as a picture, a row per rank: of a pair the forward above the backward, later chunks darker."""
     try:
         import matplotlib
     except ImportError:
@@ -2575,24 +2575,24 @@ def draw_png(simulation, path, title):
     def colour(kind, chunk):
         return colors.to_rgba(COLOURS[kind], 0.4 + 0.6 * (1 + chunk) / plan.vpp)
 
-    bars = []                                              # (y, start, end, colour, height in points)
+    bars = []                                              # (middle in ranks, height, start, end, colour)
     for rank, (row, tail) in enumerate(zip(simulation.spans, tails_of(simulation))):
         for start, end, action in row:
             parts = action.parts()
             for i, (kind, stage, _) in enumerate(parts):
-                y = rank + (i + 0.5) / len(parts) - 0.5
-                bars.append((y, start, end, colour(kind, plan.stages_of(rank).index(stage)), 24 / len(parts)))
-        bars += [(rank, start, end, COLOURS[name], 24) for name, _, start, end in tail]
+                middle, height = rank + 0.4 * ((2 * i + 1) / len(parts) - 1), 0.8 / len(parts)
+                bars.append((middle, height, start, end, colour(kind, plan.stages_of(rank).index(stage))))
+        bars += [(rank, 0.8, start, end, COLOURS[name]) for name, _, start, end in tail]
     figure, axes = pyplot.subplots(figsize=(16, 2 + 0.4 * plan.pp), layout="constrained")
-    y, start, end, colour_of, width = zip(*bars)
-    axes.hlines(y, start, end, colour_of, linewidth=width)
+    middle, height, start, end, colours = zip(*bars)
+    axes.barh(middle, np.subtract(end, start), height, start, color=colours)
+    axes.set(xlabel="seconds, simulated", ylabel="pipeline rank", ylim=(plan.pp - 0.5, -0.5), yticks=range(plan.pp))
     axes.margins(x=0.01)
-    axes.set(xlabel="seconds, simulated", ylabel="pipeline rank", ylim=(plan.pp - 0.5, -0.5))
     axes.set_title(title, fontsize=9)
     shown = [(f"{name}, chunk {chunk}", colour(kind, chunk))
              for kind, name in (("F", "forward"), ("B", "backward")) for chunk in range(plan.vpp)]
     shown += [(name, COLOURS[name]) for name in ("gradients", "optimizer", "stragglers")]
-    figure.legend(handles=[patches.Patch(color=colour, label=label) for label, colour in shown],
+    figure.legend(handles=[patches.Patch(color=shade, label=label) for label, shade in shown],
                   loc="outside lower center", ncols=len(shown))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
