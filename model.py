@@ -84,12 +84,13 @@ class Weights(NamedTuple):
     used: int = 1
 
 
-def setting(default=MISSING, *others, **allowed):
+def setting(default=MISSING, *others, text="", **allowed):
     """A field of a dataclass of settings, with what check_setting allows in it beside its type: least, most, choices
-    (which are the default and others, if there are others). A number that declares nothing is above 0."""
+    (which are the default and others, if there are others). A number that declares nothing is above 0. text: for help.
+    """
     if others:
         allowed["choices"] = default, *others
-    return field(default=default, metadata=allowed)
+    return field(default=default, metadata=dict(text=text, allowed=allowed))
 
 
 def check_settings(values):
@@ -99,7 +100,7 @@ def check_settings(values):
     """
     for each in fields(values):
         if each.type in (bool, int, float, str, tuple):
-            check_setting(each.name, getattr(values, each.name), each.type, **each.metadata)
+            check_setting(each.name, getattr(values, each.name), each.type, **each.metadata.get("allowed", {}))
 
 
 def check_setting(name, value, kind, **allowed):

@@ -69,31 +69,31 @@ class Plan:
     Dense mesh (pp, dp, cp, tp), tp innermost; expert mesh (pp, edp, ep) over the same ranks, ep contiguous: the experts
     of a layer are spread over the tensor group too, never split by it.
     """
-    pp: int = 1                            # pipeline ranks
-    dp: int = 1                            # data parallel
-    cp: int = 1                            # context: a sequence cut over ranks
-    tp: int = 1                            # tensor
-    sp: int = setting(0, 1)                # 1: tensor ranks cut the residual stream along the sequence
-    ep: int = 1                            # ranks that share one set of experts
-    vpp: int = 1                           # model chunks per pipeline rank
-    node_size: int = 8                     # devices of a node: the reach of the fast links
-    micro_batch: int = 1                   # sequences
-    global_batch: int = 1                  # sequences of one optimizer step
-    seq_len: int = 1024                    # tokens
-    # 0: replicated | 1: masters and optimizer states cut over data ranks | 3: weights and gradients too
-    zero: int = setting(1, choices=(0, 1, 3))
-    # "": paired if overlap, else 1f1b or interleaved by vpp
-    schedule: str = setting("", choices=("1f1b", "interleaved", "paired"))
-    # how a pair of forward and backward runs: none, one after the other | adaptive, interleaved
-    overlap: str = setting("none", "adaptive")
-    dispatch: str = setting("flat", "hierarchical", "dedup")     # the experts' exchange
-    recompute: tuple = setting((), choices=RECOMPUTE)      # what the backward computes again
-    swap: tuple = setting((), choices=SWAP)                # what waits in the host's memory
-    layer_split: tuple = setting((), least=0)              # hidden layers of each stage; (): evenly by FLOPs
-    precision: str = setting("bf16", choices=tuple(BYTES_OF))
-    balance_live: int = setting(0, least=0)                # steps between decisions on expert placement; 0: fixed
-    # migrate if the deviation of device loads falls by this share of their mean
-    balance_threshold: float = setting(0.08, least=0)
+    pp: int = setting(1, text="pipeline ranks")
+    dp: int = setting(1, text="data parallel replicas")
+    cp: int = setting(1, text="context parallel: ranks that share a sequence")
+    tp: int = setting(1, text="tensor parallel ranks")
+    sp: int = setting(0, 1, text="1: tensor ranks cut the residual stream along the sequence")
+    ep: int = setting(1, text="ranks that share one set of experts")
+    vpp: int = setting(1, text="model chunks of a pipeline rank")
+    node_size: int = setting(8, text="devices of a node: the reach of the fast links")
+    micro_batch: int = setting(1, text="sequences of a forward on each replica")
+    global_batch: int = setting(1, text="sequences of one optimizer step")
+    seq_len: int = setting(1024, text="tokens of a sequence")
+    zero: int = setting(1, choices=(0, 1, 3), text="0: replicated | 1: optimizer states cut over data ranks | "
+                                                   "3: weights and gradients too")
+    schedule: str = setting("", choices=("1f1b", "interleaved", "paired"),
+                            text="order of micro-batches; default: paired with overlap, else by vpp")
+    overlap: str = setting("none", "adaptive", text="how a pair of forward and backward runs: one after the other | "
+                                                    "interleaved, which hides the exchange")
+    dispatch: str = setting("flat", "hierarchical", "dedup", text="exchange of the experts' rows")
+    recompute: tuple = setting((), choices=RECOMPUTE, text="what backward computes again, joined by , or +")
+    swap: tuple = setting((), choices=SWAP, text="what waits in the host's memory, joined by , or +")
+    layer_split: tuple = setting((), least=0, text="hidden layers of each stage, joined by , or +; default: by FLOPs")
+    precision: str = setting("bf16", choices=tuple(BYTES_OF), text="of activations and matmuls")
+    balance_live: int = setting(0, least=0, text="steps between decisions where experts live; 0: they stay")
+    balance_threshold: float = setting(0.08, least=0, text="experts move if the deviation of the devices' loads falls "
+                                                           "by this share of their mean")
 
     def __post_init__(self):
         for name in ("recompute", "swap", "layer_split"):
@@ -231,7 +231,9 @@ def parse_plan(text, **defaults):
     unknown = set(texts) - set(names)
     require(not unknown, f"unknown plan key {min(unknown, default='')!r}: use one of {', '.join(names)}")
     values = {name: plan_value(name, value) for name, value in texts.items()}
-    return Plan(**defaults | values)
+    plan = Plan(**defaults | values)
+    check_settings(plan)
+    return plan
 
 
 def items_in_force(plan):

@@ -135,7 +135,8 @@ OPTIONS = dict(
                      choices=("auto", "fp32", "bf16")),
 )
 PLAN_DEFAULTS = dict(micro_batch=8, global_batch=32, seq_len=256)
-PLAN_OPTIONS = {field.name: option(PLAN_DEFAULTS.get(field.name, field.default), "", **field.metadata)
+PLAN_OPTIONS = {field.name: option(PLAN_DEFAULTS.get(field.name, field.default), field.metadata["text"],
+                                   **field.metadata["allowed"])
                 for field in dataclasses.fields(Plan) if field.name != "precision"}
 RECIPES = dict(   # what a preset trains with, where the command line does not say; ours, not published
     tiny=dict(steps=680, lr=6e-3, min_lr=0.02, warmup_steps=30, seq_len=256, global_batch=12, micro_batch=12),
