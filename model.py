@@ -2,18 +2,48 @@
 A big mixture-of-experts language model in one file: the recipe of Pangu Ultra MoE (arXiv:2505.04519).
 
 Multi-head latent attention, fine-grained routed experts beside a shared one, depth-scaled sandwich norm, TinyInit,
-multi-token prediction and a balance loss over groups of sequences. Written for one device: nothing here knows of
-process groups. parallel.py takes a built model and spreads it; what the model carries only for that sake is this:
+multi-token prediction and a balance loss over groups of sequences. Sections, in this order:
+
+    Settings                Config, its check, PRESETS
+    Counts                  parameters and FLOPs, from a Config alone
+    Operators               norm, SwiGLU, rotary position, attention
+                            matmuls expert by expert, and weight gradients that can wait
+                            rows to experts and back
+                            losses
+    Rotary position         angles, with YaRN
+    Layers                  linear, norm, latent attention, MLP
+    Experts                 router with its balance loss, experts, dispatcher, and the layer made of them
+    Blocks                  a layer of the model as four calls; the multi-token prediction layer
+    The model               forward, losses, what a trainer asks of the routers
+    Initialisation          the table of initial scales; seeds
+    Published names         load_hf and to_hf
+    Generation              without a cache
+
+Written for one device: nothing here knows of process groups. parallel.py takes a built model and spreads it; what the
+model carries only for that sake is this. Replaced there:
 
     MoE.dispatcher          who brings rows to experts and back; here the local one, there an exchange between ranks
     Router.average_counts   the identity here, an average over the ranks of a balance group there
+    Attention.gather_tokens    the identity here, latents of all tokens of a tensor group there
     Attention.gather_context   the identity here, latents of the whole sequence there, where ranks hold parts of one
     Part.memory             keeps all that backward needs; there some is computed again, or waits in the host's memory
-    Linear.store            a WeightGradStore that delays weight gradients, so that they can hide an exchange
-    Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them
-    embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
+    Linear.store, Experts.store   a WeightGradStore that delays weight gradients, so that they can hide an exchange
     Experts.with_copies     the identity here; there it adds copies of experts that live on other ranks
     Experts.first_expert    the number of the first expert held here, so that seeding does not depend on the cut
+    Model.embed, cross_entropy   there of a part of the vocabulary (class Vocabulary)
+    embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
+    weights                 may be slices: Attention.up counts its heads by -1
+
+Called there one by one, where one forward would do here:
+
+    Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them; of
+                            MoE also compute_routed, and the dispatcher's wait, where an exchange ends
+    LocalDispatcher.resend  repeats in backward the rows that were not kept
+    Model.join, head_norm, output   the ends of a pipeline stage
+    loss_tokens, aux_scale, AddGradient   losses are shares of a global batch; only the last stage has the final loss
+    Router.load, MoE.dropped   put back when a layer has run again in backward
+    fill_inputs, document_mask   made of whole sequences before ranks take their parts: forward takes a mask too
+    fill_initial            one whole tensor at a time, of which a rank keeps its part
 
 Legend of dimensions: B batch, T sequence, C model width, H heads, D head width, N tokens (B*T), K experts per token,
 E experts, M rows sent to experts, I expert width, V vocabulary, G balance groups.
@@ -24,8 +54,9 @@ attention, router bias, group-limited choice, multi-token prediction).
 """
 import hashlib
 import math
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache, partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -33,7 +64,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config and presets
+# Settings
 
 
 def require(ok, message):
@@ -54,13 +85,23 @@ class Weights(NamedTuple):
     used: int = 1
 
 
+def one_of(default, *others):
+    """A setting that is one of these words."""
+    return field(default=default, metadata=dict(words=(default, *others)))
+
+
+def or_zero(default):
+    """A number of at least 0; numbers that do not say so are above 0."""
+    return field(default=default, metadata=dict(may_be_zero=True))
+
+
 @dataclass(frozen=True)
 class Config:
     """A model's shape, in the spelling of DeepSeek-style configs. Checked when made."""
     vocab_size: int = 2048
     hidden_size: int = 192
     num_hidden_layers: int = 3
-    first_k_dense_replace: int = 1            # leading layers with a dense MLP in place of experts
+    first_k_dense_replace: int = or_zero(1)   # leading layers with a dense MLP in place of experts
     intermediate_size: int = 512              # width of the dense MLP
     # multi-head latent attention
     num_attention_heads: int = 4
@@ -74,34 +115,34 @@ class Config:
     max_position_embeddings: int = 1024
     # experts
     n_routed_experts: int = 8
-    n_shared_experts: int = 1
+    n_shared_experts: int = or_zero(1)
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 128
-    scoring_func: str = "sigmoid"             # sigmoid | softmax
+    scoring_func: str = one_of("sigmoid", "softmax")
     norm_topk_prob: bool = True               # chosen scores are divided by their sum ...
     routed_scaling_factor: float = 2.5        # ... and multiplied by this
     n_group: int = 1                          # groups of experts
     topk_group: int = 1                       # groups a token may choose from (group_choice=limited)
-    group_choice: str = "limited"             # limited: topk_group of n_group (DS) | equal: K/n_group from each (PP)
+    group_choice: str = one_of("limited", "equal")                # of topk_group groups (DS) | K/n_group of each (PP)
     router_bias: bool = False                 # added to scores for the choice alone; moved by load, not by a loss (DS)
-    bias_update_speed: float = 0.001
-    capacity_factor: float = 0.0              # 0: dropless; else an expert takes capacity_factor * N * K / E rows
-    expert_weight: str = "before_down"        # the routing weight multiplies before_down (expert-wide) | after_down
+    bias_update_speed: float = or_zero(0.001)
+    capacity_factor: float = or_zero(0.0)     # 0: dropless; else an expert takes capacity_factor * N * K / E rows
+    expert_weight: str = one_of("before_down", "after_down")      # where it multiplies: expert-wide | model-wide
     # balance loss
-    balance: str = "ep_group"                 # none | sequence | micro_batch | ep_group | dp_group
-    balance_group: int = 0                    # sequences in a group; 0: made definite when a run starts, from its Plan
-    aux_loss_alpha: float = 0.01              # the paper's best of those it tried, for ep_group
-    aux_scores: str = "normalized"            # normalized: s / sum s | softmax of the logits (PP) | raw; not published
+    balance: str = one_of("ep_group", "dp_group", "micro_batch", "sequence", "none")           # the group it looks at
+    balance_group: int = or_zero(0)           # sequences in a group; 0: made definite when a run starts, from its Plan
+    aux_loss_alpha: float = or_zero(0.01)     # the paper's best of those it tried, for ep_group
+    aux_scores: str = one_of("normalized", "softmax", "raw")      # s / sum s | of the logits (PP) | s; not published
     # multi-token prediction
-    num_nextn_predict_layers: int = 1
-    mtp_loss_weight: float = 0.3              # not published for this model; DS starts with 0.3
-    mtp_hidden: str = "pre_norm"              # h entering hnorm: pre_norm (raw residual stream) | post_norm
-    mtp_concat: str = "embed_first"           # halves of eh_proj's input: embed_first | hidden_first
+    num_nextn_predict_layers: int = or_zero(1)
+    mtp_loss_weight: float = or_zero(0.3)     # not published for this model; DS starts with 0.3
+    mtp_hidden: str = one_of("pre_norm", "post_norm")             # h entering hnorm; pre_norm: the raw residual stream
+    mtp_concat: str = one_of("embed_first", "hidden_first")       # halves of eh_proj's input
     # norms and initialisation
-    norm: str = "dssn"                        # dssn (depth-scaled sandwich) | sandwich | pre
+    norm: str = one_of("dssn", "sandwich", "pre")                 # dssn: depth-scaled sandwich
     dssn_c_attn: float = 0.283                # PU's, for its 135B model; those of the 718B model are not published
     dssn_c_mlp: float = 0.432
-    init: str = "tiny"                        # tiny (TinyInit) | small
+    init: str = one_of("tiny", "small")       # tiny: TinyInit
     rms_norm_eps: float = 1e-5
     latent_norm_eps: float = 1e-6             # q_a and kv_a norms: released codes disagree, 1e-6 or 1e-5
     tie_word_embeddings: bool = False
@@ -123,24 +164,30 @@ class Config:
             return dict(lm_head=Weights(width, self.vocab_size))
         if kind == "dense":
             return self.attention_matmuls() | self.mlp_matmuls("mlp", self.intermediate_size)
-        table = self.attention_matmuls() | dict(router=Weights(width, self.n_routed_experts))
+        table = self.attention_matmuls()
+        table["router"] = Weights(width, self.n_routed_experts)
         if self.n_shared_experts:
             table |= self.mlp_matmuls("shared", self.n_shared_experts * inner)
         table |= self.mlp_matmuls("expert", inner, self.n_routed_experts, self.num_experts_per_tok)
-        return table | dict(eh_proj=Weights(2 * width, width)) if kind == "mtp" else table
+        if kind == "mtp":
+            table["eh_proj"] = Weights(2 * width, width)
+        return table
 
     def attention_matmuls(self):
-        heads, width = self.num_attention_heads, self.hidden_size
-        return dict(q_a_proj=Weights(width, self.q_lora_rank),
-                    q_b_proj=Weights(self.q_lora_rank, heads * self.qk_head_dim),
-                    kv_a_proj_with_mqa=Weights(width, self.kv_lora_rank + self.qk_rope_head_dim),
-                    kv_b_proj=Weights(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim)),
-                    o_proj=Weights(heads * self.v_head_dim, width))
+        width, heads = self.hidden_size, self.num_attention_heads
+        queries, values = self.attention_widths()
+        return dict(
+            q_a_proj=Weights(width, self.q_lora_rank),
+            q_b_proj=Weights(self.q_lora_rank, queries),
+            kv_a_proj_with_mqa=Weights(width, self.kv_lora_rank + self.qk_rope_head_dim),
+            kv_b_proj=Weights(self.kv_lora_rank, heads * self.qk_nope_head_dim + values),
+            o_proj=Weights(values, width))
 
     def mlp_matmuls(self, name, inner, copies=1, used=1):
         """Gate and up count as one."""
-        return {f"{name}.gate_up": Weights(self.hidden_size, 2 * inner, copies, used),
-                f"{name}.down": Weights(inner, self.hidden_size, copies, used)}
+        gate_up = Weights(self.hidden_size, 2 * inner, copies, used)
+        down = Weights(inner, self.hidden_size, copies, used)
+        return {f"{name}.gate_up": gate_up, f"{name}.down": down}
 
     def attention_widths(self):
         """Elements of all heads' queries, and of their values."""
@@ -148,72 +195,104 @@ class Config:
 
     def gains(self, kind):
         """Parameters of a layer's norms."""
-        joining = 3 if kind == "mtp" else 0                               # enorm, hnorm, shared_head.norm
-        return ((2 if self.norm == "pre" else 4) + joining) * self.hidden_size + self.q_lora_rank + self.kv_lora_rank
-
-
-CHOICES = dict(
-    scoring_func=("sigmoid", "softmax"), group_choice=("limited", "equal"), expert_weight=("before_down", "after_down"),
-    balance=("none", "sequence", "micro_batch", "ep_group", "dp_group"), aux_scores=("normalized", "softmax", "raw"),
-    mtp_hidden=("pre_norm", "post_norm"), mtp_concat=("embed_first", "hidden_first"), norm=("dssn", "sandwich", "pre"),
-    init=("tiny", "small"))
-YARN_KEYS = {"type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+        norms = 2 if self.norm == "pre" else 4
+        if kind == "mtp":
+            norms += 3                                                    # enorm, hnorm, shared_head.norm
+        return norms * self.hidden_size + self.q_lora_rank + self.kv_lora_rank
 
 
 def check_config(c):
     """ValueError, in one line with the numbers and what would fit, for a shape that cannot be built."""
-    for name, allowed in CHOICES.items():
-        require(getattr(c, name) in allowed, f"{name}={getattr(c, name)!r}: use one of {', '.join(allowed)}")
-    may_be_zero = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "balance_group",
-                   "capacity_factor", "aux_loss_alpha", "mtp_loss_weight", "bias_update_speed"}
-    for field in fields(c):
-        value, zero = getattr(c, field.name), field.name in may_be_zero
-        if field.type in (int, float):
-            kind, known = ("whole number", int) if field.type is int else ("number", (int, float))
-            require(isinstance(value, known) and (value > 0 or zero and value == 0),
-                    f"{field.name}={value!r}: use a {kind} {'of at least' if zero else 'above'} 0")
-
-    experts, k, groups = c.n_routed_experts, c.num_experts_per_tok, c.n_group
-    reach = c.topk_group * experts // groups if c.group_choice == "limited" else experts
+    for setting in fields(c):
+        check_setting(setting, getattr(c, setting.name))
+    check_experts(c)
+    check_rope_scaling(c.rope_scaling)
     require(c.first_k_dense_replace <= c.num_hidden_layers,
             f"first_k_dense_replace={c.first_k_dense_replace}: use 0 to num_hidden_layers={c.num_hidden_layers}")
-    require(k <= experts, f"num_experts_per_tok={k} above n_routed_experts={experts}: use 1 to {experts}")
-    require(experts % groups == 0, f"n_group={groups} does not divide n_routed_experts={experts}: use one of "
-                                   f"{divisors(experts)}")
-    require(c.group_choice == "limited" or k % groups == 0,
-            f"n_group={groups} does not divide num_experts_per_tok={k}, which group_choice=equal needs: use one of "
-            f"{[d for d in divisors(k) if experts % d == 0]}")
-    require(c.topk_group <= groups, f"topk_group={c.topk_group} above n_group={groups}: use 1 to {groups}")
-    require(k <= reach, f"num_experts_per_tok={k} above the {reach} experts of topk_group={c.topk_group} groups: use "
-                        f"topk_group={math.ceil(k * groups / experts)} or num_experts_per_tok up to {reach}")
     require(c.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim={c.qk_rope_head_dim} is odd, rotary position turns pairs: use {c.qk_rope_head_dim + 1}")
     require(c.v_head_dim <= c.qk_head_dim,
             f"v_head_dim={c.v_head_dim} above the query's width, fused attention refuses that: up to {c.qk_head_dim}")
-    if c.rope_scaling is not None:
-        scaling, needed = c.rope_scaling, ("factor", "original_max_position_embeddings")
-        right = isinstance(scaling, dict) and scaling.get("type") == "yarn" and set(scaling) <= YARN_KEYS
-        right = right and all(isinstance(scaling.get(name), (int, float)) and scaling[name] >= 1 for name in needed)
-        require(right, f"rope_scaling={scaling!r}: use null, or an object with type=yarn, {' and '.join(needed)} of at "
-                       f"least 1, and no keys but {sorted(YARN_KEYS)}")
 
 
-def _fixed(vocab, sequence, hidden, layers, dense, heads, ranks, dims, experts, width, top_k, **rest):
-    """A preset written as one row; ranks are (q, kv), dims (nope, rope, v)."""
-    return Config(vocab_size=vocab, max_position_embeddings=sequence, hidden_size=hidden, num_hidden_layers=layers,
-                  intermediate_size=dense, num_attention_heads=heads, q_lora_rank=ranks[0], kv_lora_rank=ranks[1],
-                  qk_nope_head_dim=dims[0], qk_rope_head_dim=dims[1], v_head_dim=dims[2], n_routed_experts=experts,
-                  moe_intermediate_size=width, num_experts_per_tok=top_k, **rest)
+def check_setting(setting, value):
+    """The kind and range of one field, as declared in Config."""
+    shown = f"{setting.name}={value!r}"
+    if "words" in setting.metadata:
+        words = setting.metadata["words"]
+        require(value in words, f"{shown}: use one of {', '.join(words)}")
+    elif setting.type is bool:
+        require(isinstance(value, bool), f"{shown}: use true or false")
+    elif setting.type in (int, float):
+        may_be_zero = "may_be_zero" in setting.metadata
+        kind = "whole number" if setting.type is int else "number"
+        fits = is_number(value, setting.type) and (value > 0 or may_be_zero and value == 0)
+        require(fits, f"{shown}: use a {kind} {'of at least' if may_be_zero else 'above'} 0")
 
 
-_PANGU = _fixed(153600, 131072, 7680, 61, 18432, 128, (1536, 512), (128, 64, 128), 256, 2048, 8,
-                first_k_dense_replace=3, rope_theta=25_600_000.0)
+def is_number(value, kind=float):
+    """Neither true nor false, nor infinite, nor NaN; a whole one is a number too."""
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def check_experts(c):
+    """Which experts a token may choose."""
+    experts, k, groups = c.n_routed_experts, c.num_experts_per_tok, c.n_group
+    require(k <= experts, f"num_experts_per_tok={k} above n_routed_experts={experts}: use 1 to {experts}")
+    require(experts % groups == 0,
+            f"n_group={groups} does not divide n_routed_experts={experts}: use one of {divisors(experts)}")
+    require(c.topk_group <= groups, f"topk_group={c.topk_group} above n_group={groups}: use 1 to {groups}")
+    if c.group_choice == "equal":
+        fitting = [d for d in divisors(k) if experts % d == 0]
+        require(k % groups == 0, f"n_group={groups} does not divide num_experts_per_tok={k}, which group_choice=equal "
+                                 f"needs: use one of {fitting}")
+    else:
+        reach = c.topk_group * experts // groups
+        require(k <= reach, f"num_experts_per_tok={k} above the {reach} experts of topk_group={c.topk_group} groups: "
+                            f"use topk_group={math.ceil(k * groups / experts)} or num_experts_per_tok up to {reach}")
+
+
+YARN_NEEDS = ("factor", "original_max_position_embeddings")
+YARN_DEFAULTS = dict(beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.0)
+
+
+def check_rope_scaling(scaling):
+    if scaling is None:
+        return
+    numbers = dict(scaling) if isinstance(scaling, dict) else {}
+    fits = numbers.pop("type", None) == "yarn"
+    fits = fits and set(YARN_NEEDS) <= set(numbers) <= {*YARN_NEEDS, *YARN_DEFAULTS}
+    fits = fits and all(is_number(value) for value in numbers.values())
+    fits = fits and all(numbers[name] >= 1 for name in YARN_NEEDS)
+    require(fits, f"rope_scaling={scaling!r}: use null, or an object with type=yarn, {' and '.join(YARN_NEEDS)} of at "
+                  f"least 1, and no other keys but {', '.join(YARN_DEFAULTS)}")
+
+
+_LARGE_HEADS = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)      # those of the published models
+
+_PANGU = Config(
+    vocab_size=153600, max_position_embeddings=131072, rope_theta=25_600_000.0, hidden_size=7680,
+    num_hidden_layers=61, first_k_dense_replace=3, intermediate_size=18432,
+    num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512, **_LARGE_HEADS,
+    n_routed_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048)
+
+_ONE_GPU = Config(
+    vocab_size=32768, max_position_embeddings=4096, hidden_size=2048, num_hidden_layers=12, intermediate_size=9216,
+    num_attention_heads=16, q_lora_rank=768, kv_lora_rank=512, **_LARGE_HEADS,
+    n_routed_experts=64, num_experts_per_tok=8, moe_intermediate_size=1024)
+
+_CPU_SMALL = Config(
+    vocab_size=4096, max_position_embeddings=256, hidden_size=256, num_hidden_layers=8, intermediate_size=640,
+    n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=128)
 
 PRESETS = {
     # the first run, on two CPU cores
     "tiny": Config(),
     # one modest GPU or NPU
-    "small": _fixed(32768, 4096, 1024, 12, 4096, 8, (384, 256), (128, 64, 128), 32, 512, 4),
+    "small": Config(
+        vocab_size=32768, max_position_embeddings=4096, hidden_size=1024, num_hidden_layers=12, intermediate_size=4096,
+        num_attention_heads=8, q_lora_rank=384, kv_lora_rank=256, **_LARGE_HEADS,
+        n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=512),
     # exactly the published tensors
     "pangu-ultra-moe-718b": _PANGU,
     "deepseek-v3-671b": replace(
@@ -222,21 +301,24 @@ PRESETS = {
                           beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
         n_group=8, topk_group=4, router_bias=True, norm="pre", init="small", balance="sequence", aux_loss_alpha=0.0001),
     # fixed sizes, for comparisons
-    "cpu-small": _fixed(4096, 256, 256, 8, 640, 4, (96, 64), (32, 16, 32), 16, 128, 4),
-    "cpu-fine": _fixed(4096, 256, 256, 8, 576, 4, (96, 64), (32, 16, 32), 64, 64, 8),
-    "one-gpu": _fixed(32768, 4096, 2048, 12, 9216, 16, (768, 512), (128, 64, 128), 64, 1024, 8),
-    "one-gpu-256": _fixed(32768, 4096, 2048, 8, 4608, 16, (768, 512), (128, 64, 128), 256, 512, 8),
+    "cpu-small": _CPU_SMALL,
+    "cpu-fine": replace(_CPU_SMALL, intermediate_size=576, n_routed_experts=64, num_experts_per_tok=8,
+                        moe_intermediate_size=64),
+    "one-gpu": _ONE_GPU,
+    "one-gpu-256": replace(_ONE_GPU, num_hidden_layers=8, intermediate_size=4608, n_routed_experts=256,
+                           moe_intermediate_size=512),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Counts, from Config alone
+# Counts, from a Config alone
 
 
 def layer_kinds(config):
     """Kind of each layer, in order: dense, moe (with experts), or mtp (moe, with what joins it to the embedding)."""
-    n_dense, n_mtp = config.first_k_dense_replace, config.num_nextn_predict_layers
-    return ["dense"] * n_dense + ["moe"] * (config.num_hidden_layers - n_dense) + ["mtp"] * n_mtp
+    n_dense = config.first_k_dense_replace
+    n_moe = config.num_hidden_layers - n_dense
+    return ["dense"] * n_dense + ["moe"] * n_moe + ["mtp"] * config.num_nextn_predict_layers
 
 
 def count_params(config):
@@ -244,24 +326,28 @@ def count_params(config):
 
     Router biases are not counted: they are moved by a rule, not learnt.
     """
-    c, kinds = config, layer_kinds(config)
-    total, active = {}, {}
-    for kind in set(kinds):
-        weights, gains = c.matmuls(kind).values(), c.gains(kind)
-        total[kind] = gains + sum(w.copies * w.n_in * w.n_out for w in weights)
-        active[kind] = gains + sum(w.used * w.n_in * w.n_out for w in weights)
-    hidden = kinds[:c.num_hidden_layers]
-    embedding = c.vocab_size * c.hidden_size
-    head = 0 if c.tie_word_embeddings else embedding
-    outside = embedding + head + c.hidden_size                             # with the last norm
-    return dict(total=sum(total[kind] for kind in hidden) + outside,
-                active=sum(active[kind] for kind in hidden) + outside, embedding=embedding, head=head, mtp=c.num_nextn_predict_layers * total.get("mtp", 0))
+    embedding = config.vocab_size * config.hidden_size
+    head = 0 if config.tie_word_embeddings else embedding
+    total = active = embedding + head + config.hidden_size                # with the last norm
+    mtp = 0
+    for kind, layers in Counter(layer_kinds(config)).items():
+        matmuls, gains = config.matmuls(kind).values(), config.gains(kind)
+        held = gains + sum(w.copies * w.n_in * w.n_out for w in matmuls)
+        used = gains + sum(w.used * w.n_in * w.n_out for w in matmuls)
+        if kind == "mtp":
+            mtp = layers * held
+        else:
+            total += layers * held
+            active += layers * used
+    return dict(total=total, active=active, embedding=embedding, head=head, mtp=mtp)
 
 
 def layer_flops(config, kind, seq_len):
-    """FLOPs of a token's forward in a layer, or the head: two a weight it uses, and causal attention, half the scores."""
-    matmuls = sum(2 * w.used * w.n_in * w.n_out for w in config.matmuls(kind).values())
-    return matmuls + (0 if kind == "head" else seq_len * sum(config.attention_widths()))
+    """FLOPs of a token's forward in a layer, or the head: two a weight used, and causal attention, half the scores."""
+    flops = sum(2 * w.used * w.n_in * w.n_out for w in config.matmuls(kind).values())
+    if kind != "head":
+        flops += seq_len * sum(config.attention_widths())
+    return flops
 
 
 def flops_per_token(config, seq_len):
@@ -269,14 +355,14 @@ def flops_per_token(config, seq_len):
 
     Backward is two forwards. The head counts once per depth of prediction, recomputation never.
     """
-    kinds = layer_kinds(config) + ["head"] * (1 + config.num_nextn_predict_layers)
-    return 3 * sum(layer_flops(config, kind, seq_len) for kind in kinds)
+    heads = ["head"] * (1 + config.num_nextn_predict_layers)
+    return 3 * sum(layer_flops(config, kind, seq_len) for kind in layer_kinds(config) + heads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators: a plain body that explains, and a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's)
+# Operators, plain with a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's)
 
-FUSED = True              # False: every operator takes its plain body; tests compare the two
+FUSED = True              # False: every operator takes its plain body, which explains it; tests compare the two
 LOGIT_ELEMENTS = 2**20    # float32 logits that cross_entropy holds at a time (4 MiB), but at least 512 rows of them
 
 
@@ -293,14 +379,16 @@ def at_least_float32(dtype):
 
 def rms_norm(x, weight, eps):
     """weight * (x / rms(x) in float32, cast back): x (..., C), weight (C,)."""
-    if backend(x) == "npu":
+    kind = backend(x)
+    if kind == "npu":
         return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
-    if backend(x) == "cuda":
+    if kind == "cuda":
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    if backend(x) == "plain":
-        x32 = x.to(at_least_float32(x.dtype))
-        return weight.to(x.dtype) * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return RMSNorm.apply(x, weight, eps)
+    if kind == "cpu":
+        return RMSNorm.apply(x, weight, eps)
+    x32 = x.to(at_least_float32(x.dtype))
+    mean_square = x32.square().mean(-1, keepdim=True)
+    return weight.to(x.dtype) * (x32 * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -309,30 +397,35 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         x32 = x.to(at_least_float32(x.dtype))
-        scale = (torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_() / x.size(-1)).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)                          # scale (..., 1)
+        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        mean_square = norm.square_() / x.size(-1)
+        scale = mean_square.add_(eps).rsqrt_()                            # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
         return (x32 * scale).to(x.dtype).mul_(weight.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        gain, grad32 = weight.to(scale.dtype), grad.to(scale.dtype)  # float32 or better: mixed dtypes are slow on CPU
-        normed = x.to(scale.dtype) * scale
+        wide = scale.dtype                                                # float32 or better: mixed dtypes are slow
+        gain, grad32 = weight.to(wide), grad.to(wide)
+        normed = x.to(wide) * scale
         product = grad32 * normed
         mean = (product @ gain / x.size(-1)).unsqueeze(-1)
         grad_x = (grad32 * gain).addcmul_(normed, mean, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
+        grad_weight = product.flatten(0, -2).sum(0)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 def swiglu(gate_up, row_weights=None):
     """silu(gate) * up, times a weight per row: gate_up (..., 2I) with gate first, row_weights (M,) -> (..., I)."""
-    if backend(gate_up) == "npu":
+    kind = backend(gate_up)
+    if kind in ("cpu", "cuda"):
+        return SwiGLU.apply(gate_up, row_weights)
+    if kind == "npu":
         hidden = torch.ops.npu.npu_swiglu(gate_up, -1)
-    elif backend(gate_up) == "plain":
+    else:
         gate, up = gate_up.chunk(2, -1)
         hidden = F.silu(gate) * up
-    else:
-        return SwiGLU.apply(gate_up, row_weights)
     return hidden if row_weights is None else hidden * row_weights.unsqueeze(-1)
 
 
@@ -353,48 +446,49 @@ class SwiGLU(torch.autograd.Function):
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, -1)
         scale = 1.0 if row_weights is None else row_weights.unsqueeze(-1)
-        part = F.silu(gate).mul_(grad)                                    # one buffer: memory passes are the cost
-        torch.mul(part, scale, out=grad_up)
+        product = F.silu(gate).mul_(grad)                                 # one buffer: memory passes are the cost
+        torch.mul(product, scale, out=grad_up)
         grad_weights = None
         if row_weights is not None:
-            grad_weights = part.mul_(up).sum(-1, dtype=at_least_float32(grad.dtype)).to(row_weights.dtype)
-        torch.mul(grad, up, out=part).mul_(scale)
-        torch.ops.aten.silu_backward.grad_input(part, gate, grad_input=grad_gate)
+            grad_weights = product.mul_(up).sum(-1, dtype=at_least_float32(grad.dtype)).to(row_weights.dtype)
+        grad_silu = torch.mul(grad, up, out=product).mul_(scale)
+        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_gate)
         return grad_gate_up, grad_weights
 
 
 def rope(x, cos, sin):
     """Turn interleaved pairs (x0, x1), (x2, x3), ... by their angles: x (B,T,H,D), cos and sin (B or 1, T, 1, D/2)."""
     if backend(x) == "npu" and cos.size(0) == 1:                          # the fused operator takes no batch of angles
-        cos, sin = (t.repeat_interleave(2, -1).to(x.dtype) for t in (cos, sin))
+        cos = cos.repeat_interleave(2, -1).to(x.dtype)
+        sin = sin.repeat_interleave(2, -1).to(x.dtype)
         return torch.ops.npu.npu_rotary_mul(x.contiguous(), cos, sin, "interleave")
-    even, odd = x[..., 0::2], x[..., 1::2]                                # float32 angles: the products are float32
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned_even = even * cos - odd * sin                                  # float32, as angles are
+    turned_odd = odd * cos + even * sin
+    return torch.stack((turned_even, turned_odd), -1).flatten(-2).to(x.dtype)
 
 
 def attention(q, k, v, scale, mask=None):
-    """Softmax attention: q, k (B,T,H,Dqk), v (B,T,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,T), True = attend."""
+    """Softmax attention: q, k (B,T,H,Dqk), v (B,T,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,T), True = attend.
+
+    Keys and values may be those of a longer sequence than the queries', with a mask that says what each may see.
+    """
     kind = backend(q)
     if kind == "npu":                                                     # its masks say True for what is left out
         left_out, mode = (causal_triangle(q.device), 2) if mask is None else (~mask, 1)
         return torch.ops.npu.npu_fusion_attention(q, k, v, q.size(2), "BSND", atten_mask=left_out, scale=scale,
                                                   sparse_mode=mode)[0]
     width = v.size(-1)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, as_wide_as_keys(v, k)))  # (B,H,T,D)
+    v = as_wide_as_keys(v, k)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # (B,H,T,D)
     if kind == "plain":
-        causal = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+        if mask is None:
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
         scores = (q @ k.transpose(-1, -2)).to(at_least_float32(q.dtype)) * scale
-        scores = scores.masked_fill(~(causal if mask is None else mask), -math.inf)
-        return (scores.softmax(-1).to(q.dtype) @ v).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        out = scores.masked_fill(~mask, -math.inf).softmax(-1).to(q.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :width].transpose(1, 2)
-
-
-def as_wide_as_keys(v, k):
-    """Values (..., Dv), padded where the kernel wants it: flash kernels do, cuDNN's on Hopper and later does not."""
-    kind, more = backend(v), k.size(-1) - v.size(-1)
-    padded = kind == "cpu" or kind == "cuda" and torch.cuda.get_device_capability(v.device) < (9, 0)
-    return F.pad(v, (0, more)) if padded and more else v
 
 
 @lru_cache(None)
@@ -403,25 +497,39 @@ def causal_triangle(device):
     return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
 
+def as_wide_as_keys(v, k):
+    """Values (..., Dv), padded where the kernel wants it: flash kernels do, cuDNN's on Hopper and later does not."""
+    kind = backend(v)
+    padded = kind == "cpu" or kind == "cuda" and torch.cuda.get_device_capability(v.device) < (9, 0)
+    more = k.size(-1) - v.size(-1)
+    return F.pad(v, (0, more)) if padded and more else v
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators: matmuls expert by expert, and weight gradients that can wait
+
+
 class WeightGradStore:
     """Weight gradients put off until popped, so that their matmuls can hide an exchange."""
 
     def __init__(self):
-        self.pending = []
+        self.pending = []                                                 # (weight, function that makes its gradient)
 
     def __len__(self):
         return len(self.pending)
 
-    def put(self, weight, compute):
-        self.pending.append((weight, compute))
+    def put(self, weight, make_grad):
+        self.pending.append((weight, make_grad))
 
     @torch.no_grad()
     def pop(self, count=None):
-        """Compute the oldest `count` gradients, by default all."""
-        count = len(self.pending) if count is None else count
-        now, self.pending = self.pending[:count], self.pending[count:]
-        for weight, compute in now:
-            grad = compute()
+        """Make the oldest `count` gradients, by default all, and add them to their weights'."""
+        if count is None:
+            count = len(self.pending)
+        now = self.pending[:count]
+        self.pending = self.pending[count:]
+        for weight, make_grad in now:
+            grad = make_grad()
             weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
 
 
@@ -440,69 +548,113 @@ class Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, counts, store):
         ctx.save_for_backward(x, weight, counts)
-        ctx.store, ctx.parameter = store, weight                         # saved tensors may come back as other objects
+        ctx.store = store
+        ctx.parameter = weight                                            # a saved tensor may come back as another
         w = weight.to(x.dtype)
-        return F.linear(x, w) if counts is None else matmul_by_expert(x, w.transpose(1, 2), counts)
+        if counts is None:
+            return F.linear(x, w)
+        return rows_by_expert(x, w.transpose(1, 2), counts)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, counts = ctx.saved_tensors
-        grad, w = grad.contiguous(), weight.to(grad.dtype)                # grouped_mm refuses strides of 0
-
-        def weight_grad():
-            rows = grad.flatten(0, -2).t()
-            return (rows @ x.flatten(0, -2) if counts is None else matmul_by_expert(rows, x, counts)).to(weight.dtype)
-
-        grad_x = None
+        grad = grad.contiguous()                                          # grouped_mm refuses strides of 0
+        grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ w if counts is None else matmul_by_expert(grad, w, counts)
+            w = weight.to(grad.dtype)
+            grad_x = grad @ w if counts is None else rows_by_expert(grad, w, counts)
+        make_grad = partial(weight_grad, grad, x, counts, weight.dtype)
         if ctx.store is not None:
-            ctx.store.put(ctx.parameter, weight_grad)
-            return grad_x, None, None, None
-        return grad_x, weight_grad() if ctx.needs_input_grad[1] else None, None, None
+            ctx.store.put(ctx.parameter, make_grad)
+        elif ctx.needs_input_grad[1]:
+            grad_weight = make_grad()
+        return grad_x, grad_weight, None, None
 
 
-def matmul_by_expert(a, b, counts):
-    """Rows a (M,n) by matrices b (E,n,m) -> (M,m); or columns a (n,M) by rows b (M,m), expert by expert -> (E,n,m)."""
-    by_rows = b.dim() == 3
-    if backend(a) == "npu":                                               # refuses one count alone, so: ends of groups
-        ends = counts.cumsum(0, dtype=torch.int64)
-        return torch.ops.npu.npu_grouped_matmul([a], [b], group_list=ends, group_list_type=0, split_item=3,
-                                                group_type=0 if by_rows else 2)[0]
-    # torch's own has no float64, wants rows of whole 16-byte words, and at least one of them
-    aligned = all(n * a.element_size() % 16 == 0 for n in (a.size(1) if by_rows else a.size(0), b.size(-1)))
-    in_blocks = backend(a) == "cpu" and a.dtype == torch.bfloat16
-    if backend(a) != "plain" and not in_blocks and a.dtype != torch.float64 and aligned and a.numel() > 0:
-        return F.grouped_mm(a, b, offs=counts.cumsum(0, dtype=torch.int32))
+def weight_grad(grad, x, counts, dtype):
+    """grad (..., out), x (..., in) -> (out, in); with counts, expert by expert: (E, out, in)."""
+    columns = grad.flatten(0, -2).t()
+    rows = x.flatten(0, -2)
+    product = columns @ rows if counts is None else columns_by_expert(columns, rows, counts)
+    return product.to(dtype)
+
+
+def rows_by_expert(rows, matrices, counts):
+    """Each expert's rows by its matrix: rows (M,n) sorted by expert, matrices (E,n,m), counts (E,) -> (M,m)."""
+    kind = grouped_kind(rows, rows.size(1), matrices.size(2))
+    if kind == "npu":
+        return npu_grouped_matmul(rows, matrices, counts, 0)
+    if kind == "grouped":
+        return F.grouped_mm(rows, matrices, offs=counts.cumsum(0, dtype=torch.int32))
+    multiply = rows_in_blocks if kind == "blocks" else torch.mm
     sizes = counts.tolist()
-    if by_rows:
-        of_experts = zip(a.split(sizes), b)
-        products = [part for x, w in of_experts for part in (matmul_rows_in_blocks(x, w) if in_blocks else [x @ w])]
-        return torch.cat(products)
-    product = matmul_columns_in_blocks if in_blocks else torch.matmul
-    return torch.stack([product(x, y) for x, y in zip(a.split(sizes, 1), b.split(sizes))])
+    products = rows.new_empty(len(rows), matrices.size(2))
+    for own, matrix, product in zip(rows.split(sizes), matrices, products.split(sizes)):
+        multiply(own, matrix, out=product)
+    return products
+
+
+def columns_by_expert(columns, rows, counts):
+    """Each expert's columns by its rows: columns (n,M) and rows (M,m) sorted by expert, counts (E,) -> (E,n,m)."""
+    kind = grouped_kind(columns, columns.size(0), rows.size(1))
+    if kind == "npu":
+        return npu_grouped_matmul(columns, rows, counts, 2)
+    if kind == "grouped":
+        return F.grouped_mm(columns, rows, offs=counts.cumsum(0, dtype=torch.int32))
+    multiply = columns_in_blocks if kind == "blocks" else torch.mm
+    sizes = counts.tolist()
+    products = rows.new_empty(len(sizes), columns.size(0), rows.size(1))
+    for own_columns, own_rows, product in zip(columns.split(sizes, 1), rows.split(sizes), products):
+        multiply(own_columns, own_rows, out=product)
+    return products
+
+
+def grouped_kind(x, *widths):
+    """How to multiply expert by expert: npu, grouped (by torch's own kernel), blocks or plain (in a loop)."""
+    kind = backend(x)
+    if kind in ("npu", "plain"):
+        return kind
+    if kind == "cpu" and x.dtype == torch.bfloat16:
+        return "blocks"
+    # torch's own has no float64, wants rows of whole 16-byte words, and at least one of them
+    aligned = all(width * x.element_size() % 16 == 0 for width in widths)
+    return "grouped" if aligned and x.numel() > 0 and x.dtype != torch.float64 else "plain"
+
+
+def npu_grouped_matmul(a, b, counts, group_type):
+    """group_type: the dimension that experts share, 0: rows of a, 2: what is summed over."""
+    ends = counts.cumsum(0, dtype=torch.int64)                            # it refuses one count alone, but not one end
+    return torch.ops.npu.npu_grouped_matmul([a], [b], group_list=ends, group_list_type=0, split_item=3,
+                                            group_type=group_type)[0]
 
 
 # A CPU's bf16 matmul is compiled anew, and kept, for each number of rows it meets. These two meet few: blocks of 512,
 # and a rest of fewer that zeros fill up to a multiple of 128, or to 32.
-def rest_of(n):
+def split_in_blocks(n):
     """(rows in whole blocks, rows of zeros that fill the rest)."""
     rest = n % 512
-    return n - rest, -rest % (32 if rest <= 32 else 128)
+    multiple = 32 if rest <= 32 else 128
+    return n - rest, -rest % multiple
 
 
-def matmul_rows_in_blocks(a, b):
-    """a (n,k) @ b (k,m) as two parts: (blocks,m), (rest,m)."""
-    blocks, fill = rest_of(len(a))
-    rest = F.pad(a[blocks:], (0, 0, 0, fill)) @ b
-    return a[:blocks] @ b, rest[:len(a) - blocks]
+def rows_in_blocks(a, b, out):
+    """a (n,k) @ b (k,m) -> out (n,m)."""
+    whole, fill = split_in_blocks(len(a))
+    torch.mm(a[:whole], b, out=out[:whole])
+    rest = F.pad(a[whole:], (0, 0, 0, fill)) @ b
+    out[whole:] = rest[:len(a) - whole]
 
 
-def matmul_columns_in_blocks(a, b):
-    """a (k,n) @ b (n,m) -> (k,m)."""
-    blocks, fill = rest_of(len(b))
-    rest = F.pad(a[:, blocks:], (0, fill)), F.pad(b[blocks:], (0, 0, 0, fill))
-    return torch.addmm(a[:, :blocks] @ b[:blocks], *rest)
+def columns_in_blocks(a, b, out):
+    """a (k,n) @ b (n,m) -> out (k,m)."""
+    whole, fill = split_in_blocks(len(b))
+    a_rest = F.pad(a[:, whole:], (0, fill))
+    b_rest = F.pad(b[whole:], (0, 0, 0, fill))
+    torch.addmm(a[:, :whole] @ b[:whole], a_rest, b_rest, out=out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators: rows to experts and back
 
 
 def permute(x, ids):
@@ -528,7 +680,8 @@ def unpermute(rows, slot, padded=False):
 def sorted_slots(ids):
     """Row of every copy once copies are sorted by expert, tokens in order within one: ids (N,K) -> (N,K)."""
     order = torch.argsort(ids.flatten(), stable=True)                     # (N*K,) copy that goes to each row
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device)).view_as(ids)
+    rows = torch.arange(len(order), device=ids.device)
+    return torch.empty_like(order).scatter_(0, order, rows).view_as(ids)
 
 
 def count_ids(ids, n_experts):
@@ -538,26 +691,30 @@ def count_ids(ids, n_experts):
 
 
 def copy_to_slots(x, slot, n_rows, padded):
-    token = slot.new_full((n_rows + padded,), len(x))                     # of each row; padding rows: one past the end
-    copies = torch.arange(len(slot), dtype=slot.dtype, device=x.device).unsqueeze(1).expand_as(slot)
-    token.scatter_(0, slot.flatten(), copies.flatten())
+    """Row slot[n,k] becomes token n, the others zeros: x (N,C), slot (N,K) -> (n_rows,C). Padded: see unpermute."""
+    tokens = torch.arange(len(slot), dtype=slot.dtype, device=x.device)
+    token_of_row = slot.new_full((n_rows + padded,), len(x))              # rows without a token: one past the end
+    token_of_row.scatter_(0, slot.flatten(), tokens.unsqueeze(1).expand_as(slot).flatten())
     if padded:
-        x = torch.cat((x, x.new_zeros(1, x.size(1))))
-    return x.index_select(0, token[:n_rows])
+        x = with_zero_row(x)
+    return x.index_select(0, token_of_row[:n_rows])
 
 
 def sum_of_slots(rows, slot, padded):
+    """The sum of rows slot[n,k] over k: rows (M,C), slot (N,K) -> (N,C)."""
     if padded:                                                            # dropped copies read a zero row past the end
-        rows = torch.cat((rows, rows.new_zeros(1, rows.size(1))))
+        rows = with_zero_row(rows)
     if backend(rows) in ("plain", "npu"):
         return rows[slot].sum(1)
     return F.embedding_bag(slot, rows, mode="sum")                        # the same without (N,K,C) in memory
 
 
-class GatherRows(torch.autograd.Function):
-    """Copy tokens to the rows that slot (N,K) names, zeros to the others: x (N,C) -> (n_rows,C).
+def with_zero_row(x):
+    return torch.cat((x, x.new_zeros(1, x.size(1))))
 
-    Its backward is SumRows' forward; autograd's own, an accumulating index_put, is many times slower.
+
+class GatherRows(torch.autograd.Function):
+    """copy_to_slots. Its backward is SumRows' forward; autograd's own, an accumulating index_put, is many times slower.
     """
 
     @staticmethod
@@ -568,21 +725,27 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return sum_of_slots(grad, *ctx.saved_tensors, ctx.padded), None, None, None
+        slot, = ctx.saved_tensors
+        return sum_of_slots(grad, slot, ctx.padded), None, None, None
 
 
 class SumRows(torch.autograd.Function):
-    """Its backward is GatherRows' forward."""
+    """sum_of_slots. Its backward is GatherRows' forward."""
 
     @staticmethod
     def forward(ctx, rows, slot, padded):
         ctx.save_for_backward(slot)
-        ctx.shape = len(rows), padded
+        ctx.n_rows, ctx.padded = len(rows), padded
         return sum_of_slots(rows, slot, padded)
 
     @staticmethod
     def backward(ctx, grad):
-        return copy_to_slots(grad, *ctx.saved_tensors, *ctx.shape), None, None
+        slot, = ctx.saved_tensors
+        return copy_to_slots(grad, slot, ctx.n_rows, ctx.padded), None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators: losses
 
 
 def cross_entropy(h, weight, targets):
@@ -610,26 +773,28 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, vocabulary):
-        dtype = at_least_float32(h.dtype)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         w = weight.to(h.dtype)
-        loss = torch.zeros((), dtype=dtype, device=h.device)
+        wide = at_least_float32(h.dtype)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_h = torch.empty_like(h) if needs_grad else None
-        grad_w = torch.zeros(weight.shape, dtype=dtype, device=h.device) if needs_grad else None
+        grad_w = torch.zeros(weight.shape, dtype=wide, device=h.device) if needs_grad else None
+        loss = torch.zeros((), dtype=wide, device=h.device)
         step = max(512, LOGIT_ELEMENTS // len(weight))
         for start in range(0, len(h), step):
-            rows, label = h[start:start + step], targets[start:start + step].unsqueeze(1)
-            kept = (label != -100).to(dtype)                              # (step, 1), 0 for what is ignored
+            rows = h[start:start + step]
+            label = targets[start:start + step].unsqueeze(1)              # (step, 1)
+            kept = (label != -100).to(wide)                               # 0 for what is ignored
             label = label - vocabulary.first
-            here = ((label >= 0) & (label < len(w))).to(dtype)            # (step, 1), 0 also for a label of other parts
+            here = ((label >= 0) & (label < len(w))).to(wide)             # 0 also for a label of other parts
             label = label.clamp(0, len(w) - 1)
-            logits = (rows @ w.t()).to(dtype)                             # (step, V)
+            logits = (rows @ w.t()).to(wide)                              # (step, V)
             logits -= vocabulary.maximum(logits.amax(-1, keepdim=True))
             chosen = logits.gather(1, label)
             total = vocabulary.sum(logits.exp_().sum(-1, keepdim=True))
             loss += (total.log() * kept / vocabulary.parts - chosen * here).sum()
-            if needs_grad:                                                # softmax, less 1 at the label, in place
-                grad = logits.mul_(kept / total).scatter_add_(1, label, -here).to(h.dtype)
+            if needs_grad:
+                softmax = logits.mul_(kept / total)
+                grad = softmax.scatter_add_(1, label, -here).to(h.dtype)  # less 1 at the label, in place
                 grad_h[start:start + step] = grad @ w
                 grad_w += grad.t() @ rows
         ctx.save_for_backward(grad_h, grad_w)
@@ -659,30 +824,43 @@ class AddGradient(torch.autograd.Function):
 
 
 def rope_table(config, positions, dtype):
-    """cos and sin of every position's angles: positions (B or 1, T) -> two of (B or 1, T, 1, D/2), float32 or better.
-
-    With YaRN (arXiv:2309.00071), slow pairs, which turn less than beta_slow times over the original length, are
-    stretched by `factor`; fast ones, above beta_fast turns, are kept; those between are mixed.
-    """
-    c, dtype = config, at_least_float32(dtype)
-    pairs = torch.arange(0, c.qk_rope_head_dim, 2, dtype=dtype, device=positions.device)
-    frequency = 1.0 / c.rope_theta ** (pairs / c.qk_rope_head_dim)        # (D/2,) radians a token
+    """cos and sin of all positions' angles: positions (B or 1, T) -> two of (B or 1, T, 1, D/2), float32 or better."""
+    c = config
+    dtype = at_least_float32(dtype)
+    dims = torch.arange(0, c.qk_rope_head_dim, 2, dtype=dtype, device=positions.device)
+    frequency = 1.0 / c.rope_theta ** (dims / c.qk_rope_head_dim)         # (D/2,) radians a token
     scale = 1.0
     if c.rope_scaling is not None:
-        s = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0, **c.rope_scaling}
-        # the pair, a real number, that turns so often over the original length
-        low, high = (c.qk_rope_head_dim * math.log(s["original_max_position_embeddings"] / (turns * 2 * math.pi))
-                     / (2 * math.log(c.rope_theta)) for turns in (s["beta_fast"], s["beta_slow"]))
-        low, high = max(math.floor(low), 0), min(math.ceil(high), c.qk_rope_head_dim - 1)
-        stretched = ((pairs / 2 - low) / max(high - low, 0.001)).clamp(0, 1)   # 0: kept, 1: stretched
-        frequency = frequency * (1 - stretched) + frequency / s["factor"] * stretched
-        scale = yarn_mscale(s, "mscale") / yarn_mscale(s, "mscale_all_dim")
-    angle = positions.to(dtype)[..., None, None] * frequency              # (B, T, 1, D/2)
+        frequency = yarn_stretched(c, frequency, dims / 2)
+        scale = yarn_mscale(c, "mscale") / yarn_mscale(c, "mscale_all_dim")
+    angle = positions.to(dtype)[..., None, None] * frequency              # (B or 1, T, 1, D/2)
     return angle.cos() * scale, angle.sin() * scale
 
 
-def yarn_mscale(scaling, name):
-    return 0.1 * scaling.get(name, 0.0) * math.log(scaling["factor"]) + 1.0
+def yarn_stretched(config, frequency, pairs):
+    """YaRN (arXiv:2309.00071): frequency (D/2,) of pairs 0, 1, ... -> those for `factor` times the original length.
+
+    Slow pairs, which turn less than beta_slow times over the original length, are stretched by `factor`; fast ones,
+    above beta_fast turns, are kept; those between are mixed.
+    """
+    c = config
+    yarn = YARN_DEFAULTS | c.rope_scaling
+
+    def pair_that_turns(times):
+        """Over the original length; a real number."""
+        length = yarn["original_max_position_embeddings"] / (times * 2 * math.pi)
+        return c.qk_rope_head_dim * math.log(length) / (2 * math.log(c.rope_theta))
+
+    low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
+    high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), c.qk_rope_head_dim - 1)
+    stretched = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)      # 0: kept, 1: stretched
+    return frequency * (1 - stretched) + frequency / yarn["factor"] * stretched
+
+
+def yarn_mscale(config, name):
+    """Factor on cos, sin or attention's scale that keeps the softmax as sharp over more tokens."""
+    yarn = YARN_DEFAULTS | config.rope_scaling
+    return 0.1 * yarn[name] * math.log(yarn["factor"]) + 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -711,6 +889,7 @@ class KeepAll:
 
 
 class Part(nn.Module):
+    """A part of the model that asks memory what becomes of its tensors."""
     memory = KeepAll()
 
 
@@ -743,44 +922,54 @@ class Attention(Part):
 
     def __init__(self, c):
         super().__init__()
-        heads, dim = c.num_attention_heads, c.hidden_size
-        self.q_a_proj = Linear(dim, c.q_lora_rank)
+        C, heads = c.hidden_size, c.num_attention_heads
+        self.latent, self.nope, self.rope, self.v = c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.q_a_proj = Linear(C, c.q_lora_rank)
         self.q_a_layernorm = Norm(c.q_lora_rank, c.latent_norm_eps)
         self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim)
-        self.kv_a_proj_with_mqa = Linear(dim, c.kv_lora_rank + c.qk_rope_head_dim)
-        self.kv_a_layernorm = Norm(c.kv_lora_rank, c.latent_norm_eps)
-        self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.o_proj = Linear(heads * c.v_head_dim, dim)
-        self.nope, self.rope, self.v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.kv_a_proj_with_mqa = Linear(C, self.latent + self.rope)
+        self.kv_a_layernorm = Norm(self.latent, c.latent_norm_eps)
+        self.kv_b_proj = Linear(self.latent, heads * (self.nope + self.v))
+        self.o_proj = Linear(heads * self.v, C)
         self.gather_tokens = lambda *latents: latents                     # parallel.py: those of a tensor group
         self.gather_context = lambda latent, k_rope: (latent, k_rope)     # parallel.py: those of a whole sequence
         self.scale = c.qk_head_dim ** -0.5
         if c.rope_scaling is not None:                                    # as in DeepSeek-V3's code
-            self.scale *= yarn_mscale(c.rope_scaling, "mscale_all_dim") ** 2
+            self.scale *= yarn_mscale(c, "mscale_all_dim") ** 2
 
     def forward(self, x, angles, mask):
-        q_latent = self.memory.again("norm", self.q_a_layernorm, self.q_a_proj(x))
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.kv_a_layernorm.weight.numel(), self.rope), -1)
-        latent = self.memory.again("norm", self.kv_a_layernorm, latent)
+        """x (B,T,C), angles of rope_table, mask of document_mask -> (B,T,C)."""
+        q_latent, latent, k_rope = self.down(x)                           # (B,T,*)
         q_latent, latent, k_rope = self.gather_tokens(q_latent, latent, k_rope)
-        latent, k_rope = self.gather_context(latent, rope(k_rope.unsqueeze(2), *angles))
+        k_rope = rope(k_rope.unsqueeze(2), *angles)                       # (B,T,1,D)
+        latent, k_rope = self.gather_context(latent, k_rope)
         q, k, v = self.memory.again("mla_up", self.up, q_latent, latent, k_rope, *angles)
-        out = self.memory.swap("attn_out", attention(q, k, v, self.scale, mask))[..., :self.v]
-        return self.o_proj(self.memory.swap("attn_out", out.flatten(2)))
+        # the kernel keeps its output, o_proj what is cut out of it: one tensor where values were not padded
+        out = self.memory.swap("attn_out", attention(q, k, v, self.scale, mask))
+        out = self.memory.swap("attn_out", out[..., :self.v].flatten(2))  # (B,T,H*D)
+        return self.o_proj(out)
+
+    def down(self, x):
+        """x (B,T,C) -> latents of queries, and of keys with values, both normed; the key's part with position."""
+        q_latent = self.memory.again("norm", self.q_a_layernorm, self.q_a_proj(x))
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), -1)
+        return q_latent, self.memory.again("norm", self.kv_a_layernorm, latent), k_rope
 
     def up(self, q_latent, latent, k_rope, cos, sin):
         """Latents (B,T,*), one rope key (B,T,1,D) for all heads -> q, k, v (B,T,H,*)."""
         # heads are counted from the weight by -1: tensor parallelism gives a rank a part of them
         q = self.q_b_proj(q_latent).unflatten(-1, (-1, self.nope + self.rope))
         q_nope, q_rope = q.split((self.nope, self.rope), -1)
-        k_nope, v = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.v)).split((self.nope, self.v), -1)
         q = torch.cat((q_nope, rope(q_rope, cos, sin)), -1)
-        k = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.size(2), -1)), -1)
+        kv = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.v))
+        k_nope, v = kv.split((self.nope, self.v), -1)
+        heads = k_nope.size(2)
+        k = torch.cat((k_nope, k_rope.expand(-1, -1, heads, -1)), -1)
         return q, k, as_wide_as_keys(v, k)
 
 
 class MLP(Part):
-    """SwiGLU. Also the shared expert, and, with MoE's three calls, the MLP of a dense layer."""
+    """SwiGLU: the MLP of a dense layer, and the shared expert."""
 
     def __init__(self, width, inner):
         super().__init__()
@@ -792,14 +981,9 @@ class MLP(Part):
         gate_up = torch.cat((self.gate_proj(x), self.up_proj(x)), -1)
         return self.down_proj(self.memory.again("act", swiglu, gate_up))
 
-    def dispatch(self, x, forced_ids=None):
-        return x
 
-    def compute(self, x):
-        return self(x)
-
-    def combine(self, y):
-        return y
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts
 
 
 class Router(Part):
@@ -825,64 +1009,95 @@ class Router(Part):
 
     def forward(self, x, forced_ids=None):
         """x (B,T,C) -> ids (N,K) int64, weights (N,K) float32 or better."""
-        flat = self.memory.again("norm", lambda x: x.flatten(0, 1).to(at_least_float32(x.dtype)), x)      # (N,C)
+        flat = self.memory.again("norm", self.as_input, x)                # (N,C)
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
-        scores = logits.sigmoid() if self.c.scoring_func == "sigmoid" else logits.softmax(-1)
+        scores = self.score(logits)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
+        weights = self.weigh(logits, scores, ids)
+        counts = self.count(ids, n_sequences=len(x))
+        if self.c.balance == "none" or self.c.aux_loss_alpha == 0:
+            self.aux_loss = scores.new_zeros(())
+            return ids, weights
+        aux_loss = self.balance_loss(counts, logits, scores)
+        self.aux_loss = aux_loss.detach() * self.aux_scale
+        return ids, AddGradient.apply(weights, aux_loss, self.aux_scale)
+
+    @staticmethod
+    def as_input(x):
+        return x.flatten(0, 1).to(at_least_float32(x.dtype))
+
+    def score(self, logits):
+        """(N,E) -> (N,E): what experts are chosen by, what weights and the balance loss are made of."""
+        return logits.sigmoid() if self.c.scoring_func == "sigmoid" else logits.softmax(-1)
+
+    def weigh(self, logits, scores, ids):
+        """Routing weights (N,K) of the chosen experts ids (N,K), from logits and scores (N,E), whichever is wanted."""
         weights = scores.gather(1, ids)
         if self.c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * self.c.routed_scaling_factor
-        return ids, self.balance(x.size(0), ids, weights, logits, scores)
+        return weights * self.c.routed_scaling_factor
 
     def choose(self, scores):
-        """The K best experts of each token, under the rule of groups: scores (N,E) -> ids (N,K)."""
-        c, n = self.c, len(scores)
+        """The K experts of each token, the best under the rule of groups: scores (N,E) -> ids (N,K)."""
+        c = self.c
         if c.router_bias:
             scores = scores + self.e_score_correction_bias.to(scores.dtype)
-        if c.n_group == 1:
-            return scores.topk(c.num_experts_per_tok, sorted=False).indices
-        groups = scores.view(n, c.n_group, -1)                            # (N, groups, E/groups)
-        if c.group_choice == "equal":
-            ids = groups.topk(c.num_experts_per_tok // c.n_group, sorted=False).indices
-            return (ids + torch.arange(0, scores.size(1), groups.size(-1), device=ids.device).unsqueeze(1)).flatten(1)
-        best = groups.topk(min(2, groups.size(-1))).values.sum(-1)        # (N, groups), DS: sum of a group's best two
-        kept = best.topk(c.topk_group, sorted=False).indices
-        left_out = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
-        masked = groups.masked_fill(left_out.unsqueeze(-1), -math.inf)    # not 0: biased scores can be negative
-        return masked.flatten(1).topk(c.num_experts_per_tok, sorted=False).indices
+        if c.n_group > 1 and c.group_choice == "equal":
+            return self.choose_equally(scores)
+        if c.n_group > 1:
+            scores = self.in_best_groups(scores)
+        return scores.topk(c.num_experts_per_tok, sorted=False).indices
 
-    def balance(self, n_sequences, ids, weights, logits, scores):
-        """Balance loss alpha * sum_i f_i p_i, a mean over groups of sequences (PP eq. 4-6); weights carry its gradient.
+    def choose_equally(self, scores):
+        """K/n_group experts of each group: scores (N,E) -> ids (N,K)."""
+        groups = scores.unflatten(1, (self.c.n_group, -1))                # (N, groups, E/groups)
+        ids = groups.topk(self.c.num_experts_per_tok // self.c.n_group, sorted=False).indices
+        first = torch.arange(0, scores.size(1), groups.size(2), device=ids.device)
+        return (ids + first.unsqueeze(1)).flatten(1)
 
-        f_i: share of the group's copies that expert i got, times E; from counts, without gradient. p_i: mean score.
-        """
-        c, E = self.c, self.c.n_routed_experts
-        G = n_sequences // (sequences_of_group(c, n_sequences) if self.training else n_sequences)
-        tokens = len(ids) // G                                            # of a group, held here
+    def in_best_groups(self, scores):
+        """scores (N,E), -inf outside the topk_group best groups; a group is worth the sum of its best two (DS)."""
+        groups = scores.unflatten(1, (self.c.n_group, -1))                # (N, groups, E/groups)
+        worth = groups.topk(min(2, groups.size(2))).values.sum(-1)        # (N, groups)
+        best = worth.topk(self.c.topk_group, sorted=False).indices
+        left_out = torch.ones_like(worth, dtype=torch.bool).scatter_(1, best, False)
+        return groups.masked_fill(left_out.unsqueeze(2), -math.inf).flatten(1)    # not 0: biased scores can be negative
+
+    def count(self, ids, n_sequences):
+        """Copies for each expert by balance group of these sequences, or the part of one: ids (N,K) -> (G,E)."""
+        E = self.c.n_routed_experts
+        G = n_sequences // sequences_of_group(self.c, n_sequences) if self.training else 1
         first = torch.arange(G, device=ids.device).unsqueeze(1) * E       # group by group in one count
         counts = count_ids(ids.view(G, -1) + first, G * E).view(G, E)
         if self.training:
             self.load = self.load + counts.sum(0)
-        if c.balance == "none" or c.aux_loss_alpha == 0:
-            self.aux_loss = scores.new_zeros(())
-            return weights
-        f = self.average_counts(counts.to(scores.dtype)) * (E / (tokens * ids.size(1)))    # (G,E)
+        return counts
+
+    def balance_loss(self, counts, logits, scores):
+        """alpha * sum_i f_i p_i, a mean over groups of sequences (PP eq. 4-6): counts (G,E), logits and scores (N,E).
+
+        f_i: share of the group's copies that expert i got, times E; from counts, without gradient. p_i: mean score.
+        """
+        c, (G, E) = self.c, counts.shape
+        tokens = len(scores) // G                                         # of a group, held here
+        copies = tokens * c.num_experts_per_tok
+        f = self.average_counts(counts.to(scores.dtype)) * (E / copies)   # (G,E)
         if c.aux_scores == "normalized":
             scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
         elif c.aux_scores == "softmax":
             scores = logits.softmax(-1)
         p = scores.view(G, tokens, E).mean(1)                             # (G,E)
-        aux_loss = c.aux_loss_alpha * (f * p).sum(-1).mean()
-        self.aux_loss = aux_loss.detach() * self.aux_scale
-        return AddGradient.apply(weights, aux_loss, self.aux_scale)
+        return c.aux_loss_alpha * (f * p).sum(-1).mean()
 
 
 def sequences_of_group(config, n_sequences):
     """Of the n_sequences of a micro-batch, how many form a balance group, or the part of one that is held here: what
     a larger group needs beyond that is the matter of Router.average_counts."""
-    sizes = dict(none=n_sequences, sequence=1, micro_batch=n_sequences)
-    size = sizes.get(config.balance, config.balance_group or n_sequences)
+    if config.balance == "sequence":
+        return 1
+    if config.balance in ("none", "micro_batch") or config.balance_group == 0:
+        return n_sequences
+    size = config.balance_group
     require(size >= n_sequences or n_sequences % size == 0,
             f"balance_group={size} does not divide the {n_sequences} sequences of a micro-batch: use one of "
             f"{divisors(n_sequences)}")
@@ -933,7 +1148,10 @@ class LocalDispatcher:
         self.dropped = 0                                                  # copies dropped by the last dispatch
 
     def dispatch(self, x, ids, weights):
-        """x (N,C), ids (N,K), weights (N,K) -> rows (M,C) sorted by expert, row_weights (M,), counts (E,), ctx."""
+        """x (N,C), ids (N,K), weights (N,K) -> rows (M,C) sorted by expert, row_weights (M,), counts (E,), ctx.
+
+        ctx: what combine needs; here slot (N,K), the row of each copy, or M for a dropped one.
+        """
         if self.capacity_factor > 0:
             capacity = self.capacity(ids)
             slot = self.slots_with_capacity(ids, weights, capacity)
@@ -942,26 +1160,33 @@ class LocalDispatcher:
         else:
             rows, slot = permute(x, ids)
             counts = count_ids(ids, self.n_experts)
-        row_weights = weights.new_zeros(len(rows) + 1).scatter(0, slot.flatten().long(), weights.flatten())
-        return rows, row_weights[:len(rows)].to(x.dtype), counts, slot
+        row_weights = weights.new_zeros(len(rows) + 1)                    # the last for dropped copies
+        row_weights = row_weights.scatter(0, slot.flatten().long(), weights.flatten())[:-1]
+        return rows, row_weights.to(x.dtype), counts, slot
 
     def capacity(self, ids):
-        """Rows of an expert that choices (N,K) fill."""
+        """Copies that an expert takes of choices ids (N,K)."""
         return math.ceil(self.capacity_factor * ids.numel() / self.n_experts)
 
     def slots_with_capacity(self, ids, weights, capacity):
-        """Row of each copy, E * capacity for a dropped one: (N,K)."""
-        flat = ids.flatten()
+        """Row of each copy where every expert has `capacity` rows, or E * capacity for a dropped one: (N,K).
+
+            capacity 2: ids = [[0], [0], [0], [1]], weights = [[.1], [.3], [.2], [.1]]  ->  [[4], [0], [1], [2]]
+        """
+        # 1. copies sorted by expert, the heaviest first within one
         by_weight = torch.argsort(weights.detach().flatten(), descending=True, stable=True)
-        order = by_weight[torch.argsort(flat[by_weight], stable=True)]    # by expert, then by falling weight
+        expert = ids.flatten()[by_weight]
+        by_expert = torch.argsort(expert, stable=True)
+        order, expert = by_weight[by_expert], expert[by_expert]           # (N*K,)
+        # 2. each one's place among those of its expert
         counts = count_ids(ids, self.n_experts)
         first = counts.cumsum(0) - counts                                 # (E,) where an expert's copies begin
-        expert = flat[order]
-        rank = torch.arange(len(order), device=ids.device) - first[expert]
-        row = torch.where(rank < capacity, expert * capacity + rank, self.n_experts * capacity)
-        slot = torch.empty_like(flat).scatter_(0, order, row)
-        self.dropped = (rank >= capacity).sum()
-        return slot.view_as(ids)
+        place = torch.arange(len(order), device=ids.device) - first[expert]
+        # 3. its row, written where the copy stands in ids
+        taken = place < capacity
+        row = torch.where(taken, expert * capacity + place, self.n_experts * capacity)
+        self.dropped = (~taken).sum()
+        return torch.empty_like(row).scatter_(0, order, row).view_as(ids)
 
     def wait(self, rows, row_weights, ctx):
         """Where an exchange in flight ends; nothing is in flight on one device."""
@@ -969,12 +1194,23 @@ class LocalDispatcher:
 
     def resend(self, x, ctx):
         """The rows of a dispatch once more: x (N,C) -> (M,C)."""
-        padded = self.capacity_factor > 0
-        return copy_to_slots(x, ctx.long(), self.n_experts * self.capacity(ctx) if padded else ctx.numel(), padded)
+        if self.capacity_factor > 0:
+            return copy_to_slots(x, ctx, self.n_experts * self.capacity(ctx), True)
+        return copy_to_slots(x, ctx.long(), ctx.numel(), False)           # the NPU's own are int32
 
     def combine(self, rows, ctx):
         """Unweighted sum of each token's rows: (M,C) -> (N,C)."""
         return unpermute(rows, ctx, padded=self.capacity_factor > 0)
+
+
+class Sent(NamedTuple):
+    """Tokens on their way to experts."""
+    x: torch.Tensor                           # (B,T,C) for the shared expert
+    ids: torch.Tensor                         # (N,K)
+    rows: torch.Tensor                        # these and the next two: see LocalDispatcher.dispatch
+    row_weights: torch.Tensor
+    counts: torch.Tensor
+    ctx: object
 
 
 class MoE(Part):
@@ -992,16 +1228,16 @@ class MoE(Part):
     def dispatch(self, x, forced_ids=None):
         """Choose experts and send rows off: x (B,T,C)."""
         ids, weights = self.gate(x, forced_ids)
-        sent = self.dispatcher.dispatch(x.flatten(0, 1), ids, weights)
+        sent = Sent(x, ids, *self.dispatcher.dispatch(x.flatten(0, 1), ids, weights))
         if self.training:
             self.dropped = self.dropped + self.dispatcher.dropped
-        return x, ids, *sent
+        return sent
 
     def compute(self, sent):
-        """The shared expert while rows travel, then the routed ones."""
-        x, ids, rows, row_weights, counts, ctx = sent
-        shared = None if self.shared_experts is None else self.shared_experts(x)
-        return self.compute_routed(x, rows, row_weights, counts, ctx), shared, x.shape, ctx
+        """The shared expert while rows travel, then the routed ones: what combine takes."""
+        shared = None if self.shared_experts is None else self.shared_experts(sent.x)
+        rows = self.compute_routed(sent.x, sent.rows, sent.row_weights, sent.counts, sent.ctx)
+        return rows, shared, sent.x.shape, sent.ctx
 
     def compute_routed(self, x, rows, row_weights, counts, ctx):
         rows, row_weights = self.dispatcher.wait(rows, row_weights, ctx)
@@ -1012,6 +1248,10 @@ class MoE(Part):
         rows, shared, shape, ctx = done
         routed = self.dispatcher.combine(rows, ctx).view(shape)
         return routed if shared is None else routed + shared
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
 
 
 class Block(Part):
@@ -1035,28 +1275,41 @@ class Block(Part):
 
     def forward(self, x, angles, mask=None, routing=None):
         x = self.attend(x, angles, mask)
-        return self.combine(x, self.compute(self.dispatch(x, routing)))
+        sent = self.dispatch(x, routing)
+        done = self.compute(sent)
+        return self.combine(x, done)
+
+    def add(self, x, y, post_norm):
+        """What a sublayer made of x, onto the residual stream."""
+        return x + post_norm(y)
 
     def attend(self, x, angles, mask=None):
         def attention(x):
-            return self.self_attn(self.memory.again("norm", self.input_layernorm, x), angles, mask)
+            h = self.memory.again("norm", self.input_layernorm, x)
+            return self.self_attn(h, angles, mask)
 
-        return x + self.post_attention_layernorm(self.memory.region("attention", attention, x))
+        return self.add(x, self.memory.region("attention", attention, x), self.post_attention_layernorm)
 
     def dispatch(self, x, routing=None):
-        """routing: None, or a dict of layer -> ids (B,T,K): a layer that is there is forced, any other is noted."""
+        """x (B,T,C) -> Sent, or of a dense layer the MLP's input, which goes nowhere.
+
+        routing: None, or a dict of layer -> ids (B,T,K): a layer that is there is forced, any other is noted.
+        """
         h = self.memory.again("norm", self.pre_mlp_layernorm, x)
-        if not self.is_moe or routing is None:
+        if not self.is_moe:
+            return h
+        if routing is None:
             return self.mlp.dispatch(h)
         sent = self.mlp.dispatch(h, routing.get(self.index))
-        routing[self.index] = sent[1].view(*x.shape[:2], -1)
+        routing[self.index] = sent.ids.view(*x.shape[:2], -1)
         return sent
 
     def compute(self, sent):
-        return self.mlp.compute(sent)
+        return self.mlp.compute(sent) if self.is_moe else self.mlp(sent)
 
     def combine(self, x, done):
-        return x + self.post_mlp_layernorm(self.mlp.combine(done))
+        y = self.mlp.combine(done) if self.is_moe else done
+        return self.add(x, y, self.post_mlp_layernorm)
 
 
 class MTPLayer(Block):
@@ -1071,8 +1324,10 @@ class MTPLayer(Block):
         self.shared_head = nn.ModuleDict({"norm": Norm(c.hidden_size, c.rms_norm_eps)})
 
     def join(self, embedded, h):
-        parts = (self.enorm(embedded), self.hnorm(h))                     # two of (B,T,C)
-        return self.eh_proj(torch.cat(parts[::-1] if self.hidden_first else parts, -1))
+        """Both, and the result, (B,T,C)."""
+        embedded, h = self.enorm(embedded), self.hnorm(h)
+        halves = (h, embedded) if self.hidden_first else (embedded, h)
+        return self.eh_proj(torch.cat(halves, -1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1096,10 +1351,10 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        n_layers, depths = c.num_hidden_layers, c.num_nextn_predict_layers
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, _weight=torch.empty(c.vocab_size, c.hidden_size))
-        self.layers = nn.ModuleDict({str(i): Block(c, i) for i in range(n_layers)})
-        self.layers.update({str(i): MTPLayer(c, i) for i in range(n_layers, n_layers + depths)})
+        self.layers = nn.ModuleDict()                                     # by global number
+        for i, kind in enumerate(layer_kinds(c)):
+            self.layers[str(i)] = MTPLayer(c, i) if kind == "mtp" else Block(c, i)
         self.norm = Norm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size)
         self.compute_dtype = None                                         # None: the embedding's own
@@ -1114,26 +1369,27 @@ class Model(nn.Module):
         token i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,):
         target tokens of the global batch per depth, by default of this call. Logits without targets or on request.
         """
+        c, mtp_layers = self.config, self.mtp_layers()
+        T = ids.size(1)
+        require(T <= c.max_position_embeddings, f"sequence of {T} tokens above max_position_embeddings="
+                                                f"{c.max_position_embeddings}: shorten the one or raise the other")
         if labels is not None:
-            targets = shifted(labels, range(1, 2 + self.config.num_nextn_predict_layers), -100)
-        if ids.size(1) > self.config.max_position_embeddings:
-            raise ValueError(f"sequence of {ids.size(1)} tokens above max_position_embeddings="
-                             f"{self.config.max_position_embeddings}: shorten the one or raise the other")
-        positions, next_ids = fill_inputs(ids, targets, len(self.mtp_layers()), positions, next_ids)
+            targets = shifted(labels, range(1, 2 + c.num_nextn_predict_layers), -100)
+        positions, next_ids = fill_inputs(ids, targets, len(mtp_layers), positions, next_ids)
         x = ids if self.embed_tokens is None else self.embed(ids)         # (B,T,C)
-        angles = rope_table(self.config, positions, x.dtype)
+        angles = rope_table(c, positions, x.dtype)
         mask = document_mask(doc_ids)
         for block in self.layers.values():
             if not isinstance(block, MTPLayer):
                 x = block(x, angles, mask, routing)
         if self.norm is None:
             return x
-        hiddens = []
-        for depth, layer in enumerate(self.mtp_layers()):
+        hiddens = []                                                      # what the head reads, one (B,T,C) a depth
+        for depth, layer in enumerate(mtp_layers):
             hidden, x = self.join(depth, x, next_ids)
             hiddens.append(hidden)
             x = layer(x, angles, mask, routing)
-        hiddens.append(self.head_norm(len(hiddens))(x))
+        hiddens.append(self.head_norm(len(mtp_layers))(x))
         return self.output(hiddens, targets, loss_tokens, return_logits or targets is None)
 
     def embed(self, ids):
@@ -1150,14 +1406,17 @@ class Model(nn.Module):
         return [layer for layer in self.layers.values() if isinstance(layer, MTPLayer)]
 
     def head_norm(self, depth):
-        """Between the head and what `depth` MTP layers made."""
-        return self.mtp_layers()[depth - 1].shared_head["norm"] if depth else self.norm
+        """The norm between the head and the stream x that `depth` MTP layers made."""
+        if depth == 0:
+            return self.norm
+        return self.mtp_layers()[depth - 1].shared_head["norm"]
 
     def join(self, depth, x, next_ids):
         """x (B,T,C), which `depth` MTP layers made -> what the head reads of it, and the next MTP layer's input."""
         hidden = self.head_norm(depth)(x)
-        h = x if self.config.mtp_hidden == "pre_norm" else hidden
-        return hidden, self.mtp_layers()[depth].join(self.embed(next_ids[:, depth]), h)
+        entering = x if self.config.mtp_hidden == "pre_norm" else hidden
+        embedded = self.embed(next_ids[:, depth])
+        return hidden, self.mtp_layers()[depth].join(embedded, entering)
 
     def output(self, hiddens, targets, loss_tokens, want_logits):
         """hiddens: one (B,T,C) a depth."""
@@ -1169,11 +1428,14 @@ class Model(nn.Module):
             return out
         if loss_tokens is None:
             loss_tokens = (targets != -100).sum((0, 2)).clamp(min=1)      # (1+MTP,)
-        losses = [self.cross_entropy(h.flatten(0, 1), head, targets[:, d].flatten()) / loss_tokens[d]
-                  for d, h in enumerate(hiddens)]
-        out.loss = losses[0]
-        out.mtp_loss = sum(losses[1:]) / max(1, len(losses) - 1) + torch.zeros_like(losses[0])
-        out.aux_loss = sum((router.aux_loss for router in self.routers()), torch.zeros_like(losses[0]))
+        losses = []
+        for depth, h in enumerate(hiddens):
+            summed = self.cross_entropy(h.flatten(0, 1), head, targets[:, depth].flatten())
+            losses.append(summed / loss_tokens[depth])
+        zero = torch.zeros_like(losses[0])
+        out.loss, *mtp_losses = losses
+        out.mtp_loss = sum(mtp_losses, zero) / max(1, len(mtp_losses))
+        out.aux_loss = sum((router.aux_loss for router in self.routers()), zero)
         out.total_loss = out.loss + self.config.mtp_loss_weight * out.mtp_loss + out.aux_loss
         return out
 
@@ -1192,33 +1454,39 @@ class Model(nn.Module):
     def pop_stats(self):
         """Counted in training since last asked, on the device: loads (MoE layers, E), copies dropped, copies in all."""
         moes = [block.mlp for block in self.moe_blocks()]
-        none = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=next(self.parameters()).device)
-        loads = torch.stack([none + moe.gate.load for moe in moes]) if moes else none.view(1, -1)[:0]
-        dropped = none[0] + sum(moe.dropped for moe in moes)
-        for moe in moes:
+        device = next(self.parameters()).device
+        loads = torch.zeros(len(moes), self.config.n_routed_experts, dtype=torch.int64, device=device)
+        dropped = torch.zeros((), dtype=torch.int64, device=device)
+        for own, moe in zip(loads, moes):
+            own += moe.gate.load
+            dropped += moe.dropped
             moe.gate.load = moe.dropped = 0
         return dict(loads=loads, dropped=dropped, rows=loads.sum())
 
     @torch.no_grad()
     def update_router_bias(self, loads):
         """Raise the bias of experts below the mean load, lower the others': loads (MoE layers, E) of one step."""
+        if not self.config.router_bias:
+            return
         for router, load in zip(self.routers(), loads.float()):
-            if self.config.router_bias:
-                router.e_score_correction_bias += self.config.bias_update_speed * (load.mean() - load).sign()
+            below = (load.mean() - load).sign()
+            router.e_score_correction_bias += self.config.bias_update_speed * below
 
     @torch.no_grad()
     def init_weights(self, seed=0):
         """Fill every tensor, also after to_empty; see initial_scale for the table."""
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            first = self.get_submodule(name.rpartition(".")[0]).first_expert if ".experts." in name else 0
-            fill_initial(tensor, self.config, name, seed, first)
+            module = self.get_submodule(name.rpartition(".")[0])
+            fill_initial(tensor, self.config, name, seed, getattr(module, "first_expert", 0))
 
 
 def shifted(ids, distances, fill):
     """ids (B,T) moved left by each distance, ends filled: (B, len(distances), T)."""
-    T = ids.size(1)
-    moved = [F.pad(ids, (0, d), value=fill)[:, d:d + T] for d in distances]
-    return torch.stack(moved, 1) if moved else ids.new_empty(len(ids), 0, T)
+    B, T = ids.shape
+    moved = ids.new_empty(B, len(distances), T)
+    for i, distance in enumerate(distances):
+        moved[:, i] = F.pad(ids, (0, distance), value=fill)[:, distance:distance + T]
+    return moved
 
 
 def fill_inputs(ids, targets, depths, positions=None, next_ids=None):
@@ -1231,7 +1499,8 @@ def fill_inputs(ids, targets, depths, positions=None, next_ids=None):
     if next_ids is None and depths:
         next_ids = shifted(ids, range(1, 1 + depths), 0)
         if targets is not None:                                           # they know what is past the end, too
-            next_ids = torch.where(targets[:, :depths] >= 0, targets[:, :depths], next_ids)
+            known = targets[:, :depths]
+            next_ids = torch.where(known >= 0, known, next_ids)
     return positions, next_ids
 
 
@@ -1239,7 +1508,8 @@ def document_mask(doc_ids):
     """doc_ids (B,T) -> (B,1,T,T), True where i may see j: same document, not later. None stays None, a mask a mask."""
     if doc_ids is None or doc_ids.dim() == 4:
         return doc_ids
-    return (doc_ids.unsqueeze(2) == doc_ids.unsqueeze(1)).tril().unsqueeze(1)
+    same = doc_ids.unsqueeze(2) == doc_ids.unsqueeze(1)                   # (B,T,T)
+    return same.tril().unsqueeze(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1259,16 +1529,20 @@ def initial_scale(config, name):
         post_attention_layernorm                        constant c_attn/sqrt(L)  constant c_attn/sqrt(L)
         post_mlp_layernorm                              constant c_mlp/sqrt(L)   constant c_mlp/sqrt(L)
     """
-    c, L = config, config.num_hidden_layers
-    if name.endswith("e_score_correction_bias"):
+    c, L, d = config, config.num_hidden_layers, config.hidden_size
+    if "e_score_correction_bias" in name:
         return "constant", 0.0
-    if "norm" in name.split(".")[-2]:
-        post = {"post_attention_layernorm": c.dssn_c_attn, "post_mlp_layernorm": c.dssn_c_mlp}.get(name.split(".")[-2])
-        return "constant", post / math.sqrt(L) if c.norm == "dssn" and post else 1.0
+    if "norm" in name:
+        if c.norm == "dssn" and "post_attention_layernorm" in name:
+            return "constant", c.dssn_c_attn / math.sqrt(L)
+        if c.norm == "dssn" and "post_mlp_layernorm" in name:
+            return "constant", c.dssn_c_mlp / math.sqrt(L)
+        return "constant", 1.0
     if c.init == "tiny":
-        return "normal", 0.5 if "embed_tokens" in name else math.sqrt(1 / (2 * c.hidden_size * L))
-    into_residual = "o_proj" in name or "down_proj" in name
-    return "normal", math.sqrt(2 / (5 * c.hidden_size * (L if into_residual else 1)))
+        return "normal", 0.5 if "embed_tokens" in name else math.sqrt(1 / (2 * d * L))
+    if "o_proj" in name or "down_proj" in name:
+        return "normal", math.sqrt(2 / (5 * d * L))
+    return "normal", math.sqrt(2 / (5 * d))
 
 
 def fill_initial(tensor, config, name, seed, first_expert=0):
@@ -1279,43 +1553,48 @@ def fill_initial(tensor, config, name, seed, first_expert=0):
     kind, scale = initial_scale(config, name)
     if kind == "constant":
         tensor.fill_(scale)
-        return
-    slices = enumerate(tensor, first_expert) if ".experts." in name else [(-1, tensor)]
-    for expert, part in slices:
-        digest = hashlib.blake2b(f"{seed} {name} {expert}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        part.copy_(torch.randn(part.shape, generator=generator) * scale)
+    elif ".experts." in name:
+        for expert, matrix in enumerate(tensor, first_expert):
+            fill_normal(matrix, scale, f"{seed} {name} {expert}")
+    else:
+        fill_normal(tensor, scale, f"{seed} {name} -1")
+
+
+def fill_normal(tensor, scale, seed):
+    """seed: any text."""
+    digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Other people's names, and text
-
-
-def hf_views(model):
-    """(published name, view of our tensor) for every tensor, experts one by one; both load_hf and to_hf walk over it.
-
-    Name trap: with norm=pre, DeepSeek's post_attention_layernorm is the norm before the MLP.
-    """
-    for name, tensor in model.state_dict().items():
-        if model.config.norm == "pre":
-            name = name.replace("pre_mlp_layernorm", "post_attention_layernorm")
-        name = name if name.startswith("lm_head") else f"model.{name}"
-        if ".experts." not in name:
-            yield name, tensor
-            continue
-        prefix, stacked = name.rsplit(".", 1)
-        first = model.get_submodule(prefix.removeprefix("model.")).first_expert
-        for expert, matrix in enumerate(tensor, first):
-            if stacked == "down_proj":
-                yield f"{prefix}.{expert}.down_proj.weight", matrix
-            else:
-                for part, half in zip(("gate_proj", "up_proj"), matrix.chunk(2)):
-                    yield f"{prefix}.{expert}.{part}.weight", half
+# Published names
 
 
 def to_hf(model):
     """Tensors under their published names, experts one by one; views of the model's own memory."""
-    return dict(hf_views(model))
+    published = {}
+    for name, tensor in model.state_dict().items():
+        if ".experts." in name:
+            prefix, _, stacked = name.rpartition(".")
+            first = model.get_submodule(prefix).first_expert
+            for expert, matrix in enumerate(tensor, first):
+                published |= expert_to_hf(f"model.{prefix}.{expert}", stacked, matrix)
+        elif name.startswith("lm_head"):
+            published[name] = tensor
+        else:
+            if model.config.norm == "pre":                                # there this is the norm before the MLP
+                name = name.replace("pre_mlp_layernorm", "post_attention_layernorm")
+            published[f"model.{name}"] = tensor
+    return published
+
+
+def expert_to_hf(prefix, stacked, matrix):
+    """One expert's matrix of a stacked tensor; gate and up are one there."""
+    if stacked == "down_proj":
+        return {f"{prefix}.down_proj.weight": matrix}
+    gate, up = matrix.chunk(2)
+    return {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
 
 
 @torch.no_grad()
@@ -1326,15 +1605,26 @@ def load_hf(model, tensors):
     """
     wanted = to_hf(model)
     missing = sorted(set(wanted) - set(tensors))
-    mtp = tuple(f"model.layers.{model.config.num_hidden_layers + depth}." for depth in range(100))
-    unknown = sorted(name for name in set(tensors) - set(wanted) if not name.startswith(mtp))
-    if missing or unknown:
-        raise ValueError(f"{len(missing)} tensors are missing (first: {missing[:1]}), {len(unknown)} have no place "
-                         f"(first: {unknown[:1]}): is this checkpoint of the same shape as the Config?")
+    unknown = sorted(name for name in set(tensors) - set(wanted) if not is_mtp(model.config, name))
+    require(not missing and not unknown,
+            f"{len(missing)} tensors are missing (first: {missing[:1]}), {len(unknown)} have no place (first: "
+            f"{unknown[:1]}): is this checkpoint of the same shape as the Config?")
     for name, own in wanted.items():
-        if own.shape != tensors[name].shape:
-            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, in the model {tuple(own.shape)}")
-        own.copy_(tensors[name])
+        given = tensors[name]
+        require(own.shape == given.shape, f"{name} is {tuple(given.shape)}, in the model {tuple(own.shape)}")
+        own.copy_(given)
+
+
+def is_mtp(config, name):
+    """Whether a published name is of a layer past the last of num_hidden_layers."""
+    if not name.startswith("model.layers."):
+        return False
+    number = name.split(".")[2]
+    return number.isdigit() and int(number) >= config.num_hidden_layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
 
 
 @torch.no_grad()
@@ -1347,19 +1637,23 @@ def generate(model, ids, new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0
     model.eval()
     generator = torch.Generator(ids.device).manual_seed(seed)
     for _ in range(new_tokens):
-        logits = model(ids[:, -model.config.max_position_embeddings:]).logits[:, -1].float()    # (1,V)
-        ids = torch.cat((ids, sample(logits, temperature, top_k, top_p, generator)), 1)
+        seen = ids[:, -model.config.max_position_embeddings:]
+        logits = model(seen).logits[:, -1].float()                        # (1,V)
+        token = draw_token(logits, temperature, top_k, top_p, generator)
+        ids = torch.cat((ids, token), 1)
     model.train(was_training)
     return ids
 
 
-def sample(logits, temperature, top_k, top_p, generator):
-    """logits (B,V) -> (B,1)."""
+def draw_token(logits, temperature, top_k, top_p, generator):
+    """logits (B,V) -> (B,1); the other arguments as in generate."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, order = logits.div(temperature).sort(descending=True)         # likeliest first
     if top_k:
         logits[:, top_k:] = -math.inf
-    before = logits.softmax(-1).cumsum(-1) - logits.softmax(-1)           # probability of all likelier tokens
-    probabilities = logits.masked_fill(before >= top_p, -math.inf).softmax(-1)
-    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
+    probabilities = logits.softmax(-1)
+    likelier = probabilities.cumsum(-1) - probabilities                   # probability of all likelier tokens
+    probabilities = logits.masked_fill(likelier >= top_p, -math.inf).softmax(-1)
+    place = torch.multinomial(probabilities, 1, generator=generator)
+    return order.gather(1, place)
