@@ -366,6 +366,7 @@ def flops_per_token(config, seq_len):
 FUSED = True              # False: every operator takes its plain body, which explains it; tests compare the two
 COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile makes; see compile_operators
 LOGIT_ELEMENTS = 2**20    # float32 logits that cross_entropy holds at a time (4 MiB), but at least 512 rows of them
+SCORE_ELEMENTS = 2**18    # float32 scores that ShortAttention holds twice (1 MiB each): what stays in a core's cache
 
 
 def backend(x):
@@ -575,9 +576,51 @@ def attention(q, k, v, scale, mask=None):
             mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
         scores = (q @ k.transpose(-1, -2)).to(at_least_float32(q.dtype)) * scale
         out = scores.masked_fill(~mask, -math.inf).softmax(-1).to(q.dtype) @ v
+    elif kind == "cpu" and q.dtype == torch.bfloat16 and mask is None and 2 * q.size(2) ** 2 <= SCORE_ELEMENTS:
+        out = ShortAttention.apply(q, k, v, scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :width].transpose(1, 2)
+
+
+class ShortAttention(torch.autograd.Function):
+    """Causal attention in bf16 on a CPU. It keeps what torch's kernel keeps; backward makes all probabilities of a few
+    heads again and is five batched matmuls: 1.25 times as fast as torch's at 256 tokens, no faster beyond 400."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        ctx.save_for_backward(q, k, v, out, log_sum)                      # (B,H,T,D), log_sum (B,H,T)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, log_sum = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        mean = (grad.float() * out).sum(-1, keepdim=True)                 # (B,H,T,1) what softmax's backward takes off
+        low = -log_sum.unsqueeze(-1)
+        q32, k32 = q.float(), k.float()
+        B, H, T, _ = q.shape
+        some = min(H, SCORE_ELEMENTS // T ** 2)                           # heads at a time
+        scores = torch.empty(2, some, T, T)
+        narrow = scores.to(q.dtype)
+        for sequence in range(B):
+            for first in range(0, H, some):
+                at = sequence, slice(first, first + some)
+                n = len(q[at])                                            # the last ones are fewer
+                probs, grad_probs = scores[0, :n], scores[1, :n]
+                probs16, grad16 = narrow[0, :n], narrow[1, :n]
+
+                # in float32: exp makes of a score's rounding error one of the same size in its probability
+                torch.baddbmm(low[at], q32[at], k32[at].transpose(1, 2), alpha=ctx.scale, out=probs).exp_().tril_()
+                torch.bmm(probs16.copy_(probs).transpose(1, 2), grad[at], out=grad_v[at])
+
+                grad_probs.copy_(torch.bmm(grad[at], v[at].transpose(1, 2), out=grad16))
+                grad16.copy_(grad_probs.sub_(mean[at]).mul_(probs).mul_(ctx.scale))
+                torch.bmm(grad16, k[at], out=grad_q[at])
+                torch.bmm(grad16.transpose(1, 2), q[at], out=grad_k[at])
+        return grad_q, grad_k, grad_v, None
 
 
 @lru_cache(None)
