@@ -1,0 +1,157 @@
+"""
+What makes model.py fast changes no result: compiled operators, compiled layers, a CPU's attention in bfloat16. And what
+would make it slow does not happen: compiling anew for new numbers of rows, a host that waits for its GPU.
+"""
+import multiprocessing
+import warnings
+
+import pytest
+import torch
+
+import model as M
+from model import PRESETS, Model
+from test_model import EXACT, OPERATORS, TOLERANCE, assert_close, batch, random_tensor, run_operator
+
+ELEMENTWISE = [name for name in OPERATORS if name.startswith(("rms_norm", "swiglu"))]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Operators through torch.compile, for one test."""
+    monkeypatch.setattr(M, "COMPILED", False)                             # remembered, and put back at the end
+    why_not = M.compile_operators()
+    if why_not:
+        pytest.skip(why_not)
+
+
+def graphs():
+    """Pieces of code that torch.compile has compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators through torch.compile
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_compiled_operators_equal_their_formulas(dtype, compiled):
+    before = graphs()
+    for name in ELEMENTWISE:
+        ours, formula, inputs = OPERATORS[name]
+        inputs = [x.to(dtype) for x in inputs]
+        expected = run_operator(formula, inputs, torch.float64)
+        for i, (mine, right) in enumerate(zip(run_operator(ours, inputs, dtype), expected)):
+            assert_close(mine, right, f"{name}, result {i}", TOLERANCE[dtype])
+    assert (graphs() == before) == (dtype == torch.float64)               # which is never compiled
+
+
+def test_new_numbers_of_rows_compile_nothing_anew(compiled):
+    """Experts get other numbers of rows at every step, also none at all."""
+    def train_on(rows):
+        gate_up, weights = random_tensor(rows, 48).float(), random_tensor(rows).float()
+        run_operator(M.swiglu, [gate_up, weights], torch.float32)
+
+    for rows in (0, 1, 50):                                               # torch.compile fixes 0 and 1, not the others
+        train_on(rows)
+    before = graphs()
+    for rows in (0, 1, 2, 7, 64, 1000):
+        train_on(rows)
+    assert graphs() == before
+
+
+def test_a_forked_process_goes_on(compiled):
+    """A process that has compiled, and computed with threads, may fork ranks."""
+    def child(queue):
+        torch.set_num_threads(1)
+        run_operator(M.swiglu, [random_tensor(70, 48).float()], torch.float32)
+        queue.put("done")
+
+    run_operator(M.swiglu, [random_tensor(60, 48).float()], torch.float32)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    try:
+        assert queue.get(timeout=120) == "done"
+    finally:
+        process.kill()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole layers through torch.compile
+
+
+def train(model, dtype, device, steps=3):
+    """Losses of some AdamW steps on other tokens each, and the pieces compiled after each."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    losses, compiled_pieces = [], []
+    for seed in range(steps):
+        ids, targets, _ = batch(model.config, B=2, T=32, seed=seed)
+        out = model(ids.to(device), targets=targets.to(device))
+        out.total_loss.backward()
+        model.pop_stats()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out.loss.item())
+        compiled_pieces.append(graphs())
+    return losses, compiled_pieces
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_layers_train_like_others(dtype):
+    """The same losses within rounding; after two steps nothing is compiled any more; and layers share their code."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    models = []
+    for _ in range(2):
+        model = Model(PRESETS["tiny"])
+        model.init_weights(0)
+        models.append(model.to(device, dtype))
+    expected, _ = train(models[0], dtype, device)
+    before = graphs()
+    M.compile_model(models[1])
+    losses, pieces = train(models[1], dtype, device, steps=4)
+    assert losses[:3] == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-2)
+    assert pieces[1] == pieces[3] and pieces[3] - before < 30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention in bfloat16 on a CPU
+
+
+def test_short_attention_in_parts_equals_all_at_once(monkeypatch):
+    """Two of three heads at a time, then one."""
+    inputs = [random_tensor(2, 5, 3, 16, seed=seed).bfloat16() for seed in range(3)]
+
+    def attend(q, k, v):
+        return M.attention(q, k, v, 0.3)
+
+    whole = run_operator(attend, inputs, torch.bfloat16)
+    monkeypatch.setattr(M, "SCORE_ELEMENTS", 50)
+    for part, all_at_once in zip(run_operator(attend, inputs, torch.bfloat16), whole):
+        assert_close(part, all_at_once, "attention", EXACT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Waiting for a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can watch")
+@pytest.mark.parametrize("balance", ["none", "ep_group"])
+def test_a_dropless_step_never_waits_for_the_gpu(balance):
+    """Forward, backward and a fused AdamW step, counted by torch's own watch."""
+    model = Model(M.replace(PRESETS["tiny"], balance=balance)).cuda()
+    model.init_weights(0)
+    model.bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ids, targets, _ = (t.cuda() for t in batch(model.config, B=2, T=64))
+    for _ in range(2):                                                    # the first step may allocate and look up
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            model(ids, targets=targets).total_loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+    assert not waits, waits
