@@ -406,13 +406,17 @@ def at_least_float32(dtype):
 # Operators: what torch.compile makes of them
 
 
-def compile_operators():
+def compile_operators(wanted=True):
     """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process; float64 stays as it is.
+    Not wanted: they are what they were.
 
     Returns None, or why it does not work here (no C++ compiler, on a GPU no Triton): then nothing changes. Each kernel
     is made when it is first used, which takes some 10 s in all, less where torch's cache holds it.
     """
     global COMPILED
+    COMPILED = False
+    if not wanted:
+        return None
     try:
         probe = torch.ones(2, 4, device=torch.accelerator.current_accelerator() or "cpu")
         compiled(value)(plain_swiglu, probe)

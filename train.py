@@ -52,8 +52,8 @@ import torch
 
 import parallel
 import sim
-from model import (PRESETS, Config, Model, check_setting, check_settings, count_params, flops_per_token, generate,
-                   require, setting)
+from model import (PRESETS, Config, Model, check_setting, check_settings, compile_model, compile_operators,
+                   count_params, flops_per_token, generate, require, setting)
 from sim import Plan, balance_group, check_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,6 +131,9 @@ OPTIONS = dict(
     beta1=option(0.9, "of AdamW", least=0, most=0.99999),
     beta2=option(0.95, "of AdamW", least=0, most=0.99999),
     clip=option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
+    compile=option("none", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
+                           "for one process without recompute and swap)",
+                   choices=("none", "operators", "layers")),
     precision=option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
                      choices=("auto", "fp32", "bf16")),
 )
@@ -1372,6 +1375,7 @@ def build(run, phase, checkpoint):
     model.to_empty(device=run.device)
     parallel.init_weights(model, settings["seed"])
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
+    compile_parts(settings["compile"], model, plan)
     # 2. the optimizer; its rate is set at each step
     kind = parallel.HostAdamW if "optimizer" in plan.swap else torch.optim.AdamW
     optimizer = kind(parallel.param_groups(model), lr=0.0, eps=1e-8, fused=True,
@@ -1382,6 +1386,19 @@ def build(run, phase, checkpoint):
     if not plan.balance_live:
         run.progress.update(placement=[], expert_load=[])                 # would be out of date when it is turned on
     return parallel.Pipeline(model, plan, grid), optimizer
+
+
+def compile_parts(wanted, model, plan):
+    """--compile, for a model that is built."""
+    why_not = compile_operators(wanted == "operators")
+    if why_not:
+        raise UserError(f"--compile operators: {why_not}; leave it away")
+    if wanted == "layers":
+        if plan.world_size > 1 or not plan.is_plain or plan.recompute or plan.swap:
+            raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
+        compile_model(model)
+    if wanted != "none":
+        print(f"the first step compiles {wanted} too: some seconds, less with what is in its cache", flush=True)
 
 
 def pretrain(given):
