@@ -25,7 +25,6 @@ how far off they are.
 """
 import argparse
 import contextlib
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -2806,8 +2805,11 @@ def run_plans(args, config, hardware):
 
 
 def run_trace(args, simulation, why):
-    if args.png and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--png draws with matplotlib, which is not installed: pip install matplotlib, or drop --png")
+    if args.png:                                           # told before anything is written
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("--png draws with matplotlib: pip install matplotlib, or drop --png") from None
     plan = simulation.plan
     print_header(args.model, simulation.hardware, plan, why)
     about = dict(model=args.model, hardware=simulation.hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
