@@ -2565,11 +2565,7 @@ COLOURS = dict(F="tab:blue", B="tab:orange", gradients="tab:green", optimizer="t
 
 def draw_png(simulation, path, title):
     """The step as a picture, a row per rank: of a pair the forward above the backward, later chunks darker."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--png draws with matplotlib, which is not installed: pip install matplotlib, or drop --png"
-                         ) from None
+    import matplotlib
     matplotlib.use("Agg")
     from matplotlib import colors, patches, pyplot
     plan = simulation.plan
@@ -2762,6 +2758,11 @@ def run_plans(args, config, hardware):
 
 
 def run_trace(args, simulation, why):
+    if args.png:                                           # told before anything is written
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("--png draws with matplotlib: pip install matplotlib, or drop --png") from None
     plan = simulation.plan
     print_header(args.model, simulation.hardware, plan, why)
     about = dict(model=args.model, hardware=simulation.hardware.name, devices=plan.world_size, seq_len=plan.seq_len,

@@ -724,6 +724,13 @@ def test_trace_has_the_format_of_chrome_traces(tmp_path):
     assert last == pytest.approx(1e6 * sum(run.breakdown()[0].values()))
 
 
+def test_png_without_matplotlib_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib, or drop --png"):
+        sim.main(["trace", "--model", "tiny", "--out", str(tmp_path / "trace.json"), "--png", "x.png"])
+    assert not (tmp_path / "trace.json").exists()
+
+
 def test_trace_draws_the_pipeline(tmp_path):
     pytest.importorskip("matplotlib")
     png = tmp_path / "pipeline.png"
