@@ -406,7 +406,7 @@ def at_least_float32(dtype):
 # Operators: what torch.compile makes of them
 
 
-def compile_operators(wanted=True):
+def compile_operators(wanted=True, device=None):
     """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process; float64 stays as it is.
     Not wanted: they are what they were.
 
@@ -418,7 +418,7 @@ def compile_operators(wanted=True):
     if not wanted:
         return None
     try:
-        probe = torch.ones(2, 4, device=torch.accelerator.current_accelerator() or "cpu")
+        probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator() or "cpu")
         compiled(value)(plain_swiglu, probe)
     except torch._dynamo.exc.TorchDynamoException as error:
         return str(error).strip().splitlines()[0]
@@ -437,6 +437,8 @@ def compile_model(model):
     """Each layer's four calls by torch.compile, in place: layers of one kind share what is compiled for the first of
     them. What depends on the number of rows of each expert stays out of the trace, as do embedding, head and loss."""
     for block in model.layers.values():
+        if block.is_moe:
+            block.mlp.experts.grouped = torch.compiler.disable(block.mlp.experts.grouped)
         for name in ("attend", "dispatch", "compute", "combine"):
             setattr(block, name, torch.compile(getattr(block, name)))
 
@@ -575,7 +577,7 @@ def rope(x, cos, sin):
 
 
 def attention(q, k, v, scale, mask=None):
-    """Softmax attention: q, k (B,T,H,Dqk), v (B,T,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,T), True = attend.
+    """Softmax attention: q (B,T,H,Dqk), k (B,Tk,H,Dqk), v (B,Tk,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,Tk).
 
     Keys and values may be those of a longer sequence than the queries', with a mask that says what each may see.
     """
@@ -681,7 +683,6 @@ class WeightGradStore:
             weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
 
 
-@torch.compiler.disable
 def grouped_matmul(x, weight, counts, store=None):
     """Each expert's rows by its own matrix: x (M, in) sorted by expert, weight (E, out, in), counts (E,) -> (M, out).
 

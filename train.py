@@ -690,7 +690,8 @@ PHASE_KEYS = [field.name for field in dataclasses.fields(Phase)]
 
 
 def make_phases(settings, given):
-    """One phase from --steps or --tokens, or those of --phases, where a key that is left out is as in that one."""
+    """One phase from --steps or --tokens, or those of --phases, where a key that is left out is as in the first one, or
+    else as in that single phase."""
     step = settings["global_batch"] * settings["seq_len"]
     single = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=settings["seq_len"],
                   global_batch=batch_ramp(settings), lr=settings["lr"], min_lr=settings["lr"] * settings["min_lr"],
@@ -698,12 +699,16 @@ def make_phases(settings, given):
     if not settings["phases"]:
         return [Phase(**single)]
     where = f"--phases {settings['phases']}"
-    phases = []
-    for number, row in enumerate(read_rows(settings["phases"]), 1):
+    phases, rows = [], read_rows(settings["phases"])
+    # sizes that a later phase leaves out are those of the first, so that all are scaled alike
+    single |= {key: rows[0][key] for key in ("seq_len", "global_batch", "lr") if key in rows[0]}
+    for number, row in enumerate(rows, 1):
         with refusals(f"{where}, phase {number}: "):
             unknown = set(row) - set(PHASE_KEYS)
             require(not unknown, f"{', '.join(unknown)}: use keys of {', '.join(PHASE_KEYS)}")
-            phases.append(Phase(**single | row))
+            lr = row.get("lr", single["lr"])
+            check_setting("lr", lr, float)
+            phases.append(Phase(**single | dict(min_lr=lr * settings["min_lr"]) | row))
     phases = scaled(phases, given, once=settings["micro_batch"] * settings["dp"])
     refuse_too_short(phases, where)
     return phases
@@ -1079,10 +1084,11 @@ def fill_run(run):
 
 
 def restarted(given):
-    """torchrun starts a run again: it goes on from its newest checkpoint, also if it began from an older one."""
+    """torchrun starts a run again: with --out or --resume it goes on from its newest checkpoint, also if it began from
+    an older one."""
     if given.get("resume"):
         return given | dict(resume=str(folder_of(given["resume"])))
-    if parallel.steps_in(Path(given.get("out", "")) / "ckpt"):
+    if given.get("out") and parallel.steps_in(Path(given["out"]) / "ckpt"):
         return given | dict(resume=given["out"])
     return given
 
@@ -1097,6 +1103,7 @@ def resume_settings(given):
                         f"it with that version, or start a new run")
     if Path(given.get("out", folder)).resolve() != folder.resolve():
         raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away")
+    given = {name: value for name, value in given.items() if (name, value) != ("precision", "auto")}
     for name, value in given.items():
         if name not in CHANGEABLE and value != settings[name]:
             raise UserError(f"{flag(name)} {value}: the run in {folder} has {settings[name]!r}, and resuming cannot "
@@ -1301,26 +1308,34 @@ def read_progress(checkpoint):
     return progress
 
 
+def write_config(run, given, **facts):
+    """config.json: all that a resumed run needs to know, and facts about where it ran."""
+    facts |= dict(rules=RULES, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan), given=given,
+                  settings=run.settings | dict(resume=""), phases=[dataclasses.asdict(phase) for phase in run.phases],
+                  corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
+                  torch=torch.__version__)
+    write_whole(run.folder / "config.json", json.dumps(facts, indent=1))
+
+
 def begin_folder(run):
     """config.json and the tokenizer, before the first step."""
     put_aside(run.folder)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    facts = dict(rules=RULES, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan),
-                 settings=run.settings, given=run.given, phases=[dataclasses.asdict(phase) for phase in run.phases],
-                 corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
-                 torch=torch.__version__, commit=git.stdout.strip())
-    write_whole(run.folder / "config.json", json.dumps(facts, indent=1))
+    write_config(run, run.given, commit=git.stdout.strip())
     save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
     write_whole(run.folder / "metrics.jsonl", "")
 
 
 def continue_folder(run):
-    """The same text as before; the log is cut back, and checkpoints later than the one resumed from are put aside."""
+    """The same text as before; the log is cut back, checkpoints later than the one resumed from are put aside, and what
+    --resume changed is stored, so that the next one need not be told."""
     now, before = run.corpus.facts["sha256"], run.stored["corpus"]["sha256"]
     if now != before:
         raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
                         f"the old text with --data, or start a new run")
     cut_metrics(run.folder / "metrics.jsonl", run.progress["step"])
+    given = {name: value for name, value in run.given.items() if name != "resume"}
+    write_config(run, run.stored["given"] | given, commit=run.stored.get("commit", ""))
     for later in parallel.steps_in(run.folder / "ckpt"):
         if later > run.progress["step"]:
             aside = f"aside_{later}_{time.time():.0f}"
@@ -1390,7 +1405,7 @@ def build(run, phase, checkpoint):
 
 def compile_parts(wanted, model, plan):
     """--compile, for a model that is built."""
-    why_not = compile_operators(wanted == "operators")
+    why_not = compile_operators(wanted == "operators", next(model.parameters()).device)
     if why_not:
         raise UserError(f"--compile operators: {why_not}; leave it away")
     if wanted == "layers":
@@ -1583,7 +1598,11 @@ def conclude(run, checkpoint):
     if not is_done(run):
         print(f"stopped after step {run.progress['step']}; go on with: python train.py pretrain --resume {run.folder}")
         return
-    text = continue_text(dict(init=str(checkpoint), prompt="def ", device=run.settings["device"]))
+    try:
+        text = continue_text(dict(init=str(checkpoint), prompt="def ", device=run.settings["device"]))
+    except RuntimeError as error:                                         # a model that fits on several devices only
+        print(f"no sample: {str(error).splitlines()[0]}")
+        return
     write_whole(run.folder / "sample.txt", text)
     print(f"a sample ({run.folder / 'sample.txt'}; more: python train.py sample --init {run.folder}):\n{text}")
 
