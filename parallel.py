@@ -1665,10 +1665,10 @@ def pair_layer(forward, backward, store):
     backward.backward()                    # experts' input gradients hide the tokens' slow hop; then the fast one ...
     forward.forward()                      # ... and the tokens over theirs ...
     store.pop(1)                           # ... which a part of the experts' weight gradients hides
-    backward.backward()                    # relay: gradients back over the slow hop ...
+    backward.backward()                    # relay_back: gradients back over the slow hop ...
     forward.forward()                      # ... which the experts hide; rows back over the fast hop ...
     backward.backward()                    # ... which attention hides
-    forward.forward(2)                     # relay: rows back over the slow hop, which the shared expert hides ...
+    forward.forward(2)                     # relay_back: rows back over the slow hop, which the shared expert hides ...
     store.pop()                            # ... with the other weight gradients of experts and of attention
     forward.forward()                      # combine
 
@@ -2050,8 +2050,10 @@ class LiveBalance:
         """Experts stand in order of their numbers, as checkpoints hold them."""
         placements = list(self.placements)
         self.move_to([self.first] * len(placements), optimizer)
-        yield
-        self.move_to(placements, optimizer)
+        try:
+            yield
+        finally:
+            self.move_to(placements, optimizer)
 
     def state(self):
         """For a checkpoint: lists of plain numbers, the same on every rank."""
@@ -2063,6 +2065,9 @@ class LiveBalance:
             return
         self.expected.copy_(torch.tensor(state["expert_load"]))
         placements = [np.array(placement) for placement in state["placement"]]
+        whole = all(np.array_equal(np.sort(placement, None), np.arange(self.first.size)) for placement in placements)
+        if not whole or len(placements) != len(self.placements):
+            raise CheckpointError("the checkpoint places other experts than the model has: it is damaged")
         if placements[0].shape != self.first.shape:
             placements = [plan_placement(load, self.first) for load in self.expected.double().cpu().numpy()]
         self.move_to(placements, optimizer)
@@ -2185,13 +2190,20 @@ class Saver:
                 write_manifest(unfinished)
         except (OSError, CheckpointException, RuntimeError) as caught:
             error = caught
+        self.agree(unfinished, error)
+        try:
+            if rank() == 0:
+                self.publish(unfinished)
+        except OSError as caught:
+            error = caught
+        self.agree(unfinished, error)
+
+    def agree(self, unfinished, error):
+        """SaveFailed on all ranks, where one has an error."""
         if self.of_all_ranks(error is not None):
             shutil.rmtree(unfinished, ignore_errors=True)                 # gives its space back
             cause = in_one_line(cause_of(error)) if error else "on another rank"
             raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({cause})") from error
-        if rank() == 0:
-            self.publish(unfinished)
-        self.of_all_ranks(False)
 
     def of_all_ranks(self, failed):
         """Whether any rank failed; nobody goes on before all have said so."""

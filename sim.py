@@ -20,7 +20,7 @@ Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name s
 Modelled: matmuls by local shape and cores, other operators as bytes or arithmetic, a start-up cost of each, collectives
 by tier and topology, four streams of a device (compute, links inside the node, between nodes, to the host) with a tax
 on what runs side by side, unequal stages, an allocator's loss; replicas are alike. Not modelled: contention between
-replicas, the host's own pace, power. The constants are fitted on published runs by tests/published.py, which also says
+replicas, the host's own pace, heat. The constants are fitted on published runs by tests/published.py, which also says
 how far off they are.
 """
 import argparse
@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
 from operator import itemgetter
@@ -1384,7 +1384,7 @@ class Transfer(NamedTuple):
 class LayerTime:
     """Seconds of one layer, embedding or head on one rank. What a backward runs again is the part `recompute`.
 
-    max_vio: the busiest expert's load over the mean, minus one.
+    max_vio: the busiest rank's load over the mean, minus one.
     """
 
     def __init__(self, work, plan, hardware, max_vio):
@@ -1808,7 +1808,7 @@ def play(plan, steps, duration, link=0.0):
 class Simulation:
     """One step of a plan, played: what predict reports and trace draws. work: the class that counts a layer.
 
-    max_vio: load of the busiest expert over the mean, minus one.
+    max_vio: load of the busiest rank over the mean, minus one.
     """
 
     def __init__(self, config, plan, hardware, max_vio=0.0, work=Work):
@@ -2037,7 +2037,7 @@ def peak_rank(memories):
 def predict(config, plan, hardware, max_vio=0.0):
     """One step of a plan, simulated: dict of seconds, bytes, GiB and fractions. ValueError for a plan that cannot run.
 
-    max_vio: load of the busiest expert over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
+    max_vio: load of the busiest rank over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
     included, nothing recomputed) over the peak of the plan's precision. hidden_comm_fraction: of the expert exchange.
     memory_by_stage: one entry per pipeline rank. bytes_by_tier: sent by a device in a step.
     """
@@ -2646,7 +2646,7 @@ def choose_plan(text, model, hardware, devices):
 
 def parse_load(text, config):
     """--load max_vio=X -> X."""
-    most = config.n_routed_experts / config.num_experts_per_tok - 1        # every token goes to the busiest expert
+    most = config.n_routed_experts / config.num_experts_per_tok - 1        # every token goes to the busiest rank
     match = re.fullmatch(r"max_vio=(\d+\.?\d*|\.\d+)", text)
     require(match and float(match[1]) <= most,
             f"load={text!r}: write max_vio=X, the busiest rank's load over the mean, minus one: from 0 to {most:g}")
