@@ -1,0 +1,264 @@
+"""
+One GPU's report in at most five minutes: does it compute the same, and how fast is a step beside transformers?
+
+    python tests/gpu_check.py                        # all of it; results also go to gpu_check.jsonl as they come
+    python tests/gpu_check.py --tiny                 # on any machine, a CPU too: shows that it runs, not how fast
+
+In this order, each in a process of its own with what is left of --seconds, so that a run that is cut tells something:
+
+    1  correctness           tests/smoke.py: operators and ten steps against their plain twins; tests/test_speed.py: compiled
+                             against eager, a step that never makes the host wait
+    2  steps                 one-gpu and one-gpu-256, 1 x 4,096 tokens, weights, gradients and AdamW states in bf16
+    3  sixty steps           of train.py --preset small, on text that lies on every machine: Python's own library
+
+A step is forward, backward and fused AdamW, without multi-token prediction, balance loss and clipping on all sides.
+Columns: milliseconds (median), tokens/s, share of what an 8192 x 8192 matmul reaches in that process, GiB of the largest
+memory that forward adds, times that the host waited for the GPU in a step, seconds of the first step. The share counts
+model FLOPs: six for each parameter that a token uses, and causal attention.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from bench_step import environment, matmul_rate, transformers_config  # noqa: E402
+from model import PRESETS, Model, compile_model, compile_operators, flops_per_token, initial_scale  # noqa: E402
+
+# the most telling first
+STEPS = [("one-gpu", "ours"), ("one-gpu", "transformers"), ("one-gpu", "ours-compiled"), ("one-gpu-256", "ours"),
+         ("one-gpu-256", "transformers"), ("one-gpu-256", "ours-compiled"), ("one-gpu", "ours-operators"),
+         ("one-gpu", "transformers-compiled"), ("one-gpu-256", "transformers-compiled")]
+TINY_STEPS = [("tiny", name) for name in ("ours", "transformers", "ours-operators")]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One contender, in this process
+
+
+def build_ours(config, device):
+    """Filled on the device, as a CPU would take minutes; so the numbers are not those of a seed."""
+    with torch.device("meta"):
+        model = Model(config)
+    model = model.to(torch.bfloat16).to_empty(device=device)              # routers stay in float32
+    for name, tensor in model.state_dict().items():
+        kind, scale = initial_scale(config, name)
+        tensor.fill_(scale) if kind == "constant" else tensor.normal_(0, scale)
+    return model, lambda ids: model(ids, labels=ids).loss
+
+
+def build_transformers(config, device, compiled):
+    from transformers import DeepseekV3ForCausalLM
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        model = DeepseekV3ForCausalLM(transformers_config(config))
+    torch.set_default_dtype(torch.float32)
+    call = torch.compile(model) if compiled else model
+    return model, lambda ids: call(input_ids=ids, labels=ids).loss
+
+
+def build(name, config, device):
+    """(module, loss function of ids)."""
+    if name.startswith("transformers"):
+        return build_transformers(config, device, name.endswith("compiled"))
+    if name == "ours-operators":
+        why_not = compile_operators()
+        if why_not:
+            sys.exit(why_not)
+    model, loss = build_ours(config, device)
+    if name == "ours-compiled":
+        compile_model(model)
+    return model, loss
+
+
+class Contender:
+    def __init__(self, name, config, device):
+        self.device = device
+        self.model, self.loss = build(name, config, device)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.forward_bytes = 0
+
+    def step(self, ids):
+        self.optimizer.zero_grad()
+        before = self.allocated(reset=True)
+        loss = self.loss(ids)
+        self.forward_bytes = self.allocated() - before
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def allocated(self, reset=False):
+        """Bytes on the device: now, or the largest since the last reset."""
+        if self.device.type != "cuda":
+            return 0
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+
+    def timed(self, ids):
+        """Seconds of a step, and its loss."""
+        start = time.perf_counter()
+        loss = self.step(ids).item()                                      # waits for the device
+        return time.perf_counter() - start, loss
+
+    def waits(self, ids):
+        """How often the host waits for the device in one step, or None where torch cannot tell."""
+        if self.device.type != "cuda":
+            return None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            self.step(ids)
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("called a synchronizing" in str(warning.message) for warning in caught)
+
+    def profile(self, ids, rows=14):
+        """[(kernel, calls, milliseconds)] of one step, longest first, and their sum."""
+        activity = torch.profiler.ProfilerActivity
+        kinds = [activity.CPU] + ([activity.CUDA] if self.device.type == "cuda" else [])
+        with torch.profiler.profile(activities=kinds) as profiler:
+            self.timed(ids)
+        on_device = self.device.type == "cuda"
+        times = [(event.key, event.count, (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e3)
+                 for event in profiler.key_averages() if not on_device or "CUDA" in str(event.device_type)]
+        times.sort(key=lambda row: -row[2])
+        return [("all", sum(row[1] for row in times), sum(row[2] for row in times)), *times[:rows]]
+
+
+def measure(preset, name, tokens, steps):
+    """Print one line of JSON for each thing that is known, the step first."""
+    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    config = replace(PRESETS[preset], num_nextn_predict_layers=0, balance="none", norm="pre", latent_norm_eps=1e-6)
+    contender = Contender(name, config, device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (1, tokens), generator=generator).to(device)
+    first, loss = contender.timed(ids)
+    contender.timed(ids)
+    seconds = statistics.median(contender.timed(ids)[0] for _ in range(steps))
+    peak = matmul_rate(torch.bfloat16, device)
+    flops = tokens / seconds * flops_per_token(config, tokens)
+    waits = contender.waits(ids)
+    say(what="step", preset=preset, contender=name, ms=seconds * 1e3, tokens_per_s=tokens / seconds,
+        share=flops / peak, matmul_tflops=peak / 1e12, forward_gib=contender.forward_bytes / 2 ** 30, waits=waits,
+        first_step_s=first, first_loss=loss, parameters=sum(p.numel() for p in contender.model.parameters()))
+    if name != "transformers-compiled":
+        say(what="profile", preset=preset, contender=name, rows=contender.profile(ids))
+
+
+def say(**what):
+    print(json.dumps(what), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All, one process after the other
+
+
+class Report:
+    """Runs commands until the time is over; keeps what they say."""
+
+    def __init__(self, path, seconds):
+        self.end = time.monotonic() + seconds
+        self.file = open(path, "w")
+
+    def keep(self, **what):
+        print(json.dumps(what), file=self.file, flush=True)
+
+    def run(self, title, command):
+        """The command's output, printed where it is no JSON; None if it failed or there was no time."""
+        left = self.end - time.monotonic()
+        if left < 5:
+            print(f"{title}: no time left", flush=True)
+            self.keep(what="left out", title=title)
+            return None
+        start = time.monotonic()
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            out, _ = process.communicate(timeout=left)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            out, _ = process.communicate()
+            out += "\ncut: the time is over"
+        self.keep(what="run", title=title, status=process.returncode, seconds=time.monotonic() - start, out=out[-4000:])
+        return out if process.returncode == 0 else print(f"{title}: status {process.returncode}\n{out[-1500:]}", flush=True)
+
+    def results(self, title, command):
+        """What the command said, as dicts."""
+        out = self.run(title, command) or ""
+        found = [json.loads(line) for line in out.splitlines() if line.startswith('{"what"')]
+        for result in found:
+            self.keep(**result)
+        return found
+
+
+def show_step(r):
+    waits = "-" if r["waits"] is None else r["waits"]
+    print(f"{r['preset']:12} {r['contender']:22} {r['ms']:8.1f} ms {r['tokens_per_s']:9,.0f} tokens/s {r['share']:6.1%} of "
+          f"{r['matmul_tflops']:.1f} TFLOP/s  forward {r['forward_gib']:5.2f} GiB  waits {waits}  first step "
+          f"{r['first_step_s']:.1f} s  loss {r['first_loss']:.4f}", flush=True)
+
+
+def show_profile(r):
+    total = r["rows"][0][2] or 1.0
+    for kernel, calls, milliseconds in r["rows"]:
+        print(f"    {milliseconds:8.2f} ms {milliseconds / total:6.1%} {calls:5} x {kernel[:90]}", flush=True)
+
+
+def check_correctness(report, tiny):
+    """Two lines, and all of it where something failed."""
+    out = report.run("smoke", ["tests/smoke.py", *(["--tiny"] if tiny else [])])
+    if out:
+        print("smoke:", out.strip().splitlines()[-1], flush=True)
+    chosen = ["-k", "short_attention"] if tiny else ["-k", "not fork"]
+    out = report.run("test_speed", ["-m", "pytest", "-x", "-o", "addopts=", "tests/test_speed.py", *chosen])
+    if out:
+        print("test_speed:", out.strip().splitlines()[-1], flush=True)
+
+
+def train(report, tiny):
+    """Sixty steps of train.py on Python's own library: its last steps."""
+    with tempfile.TemporaryDirectory() as work:
+        sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:20 if tiny else None]
+        text = Path(work) / "library.txt"
+        text.write_text("\n".join(path.read_text(errors="ignore") for path in sources))
+        size = ["--preset", "tiny", "--steps", "2"] if tiny else ["--preset", "small", "--steps", "60"]
+        out = report.run("train", ["train.py", "pretrain", *size, "--data", str(text), "--out", str(Path(work) / "run")])
+        if out:
+            steps = [line for line in out.splitlines() if "tokens/s" in line]
+            print("train:", *steps[-3:], sep="\n    ", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="gpu_check.jsonl", help="where results go, a line of JSON each")
+    parser.add_argument("--seconds", type=float, default=290, help="all of it takes at most this long, default 290")
+    parser.add_argument("--tiny", action="store_true", help="preset tiny, 64 tokens, two steps")
+    parser.add_argument("--measure", nargs=2, metavar=("PRESET", "CONTENDER"), help="one contender, in this process")
+    args = parser.parse_args()
+    tokens, steps = (64, 2) if args.tiny else (4096, 8)
+    if args.measure:
+        return measure(*args.measure, tokens, steps)
+    report = Report(args.out, args.seconds)
+    print(environment(), flush=True)
+    report.keep(what="environment", text=environment())
+    check_correctness(report, args.tiny)
+    tiny = ["--tiny"] if args.tiny else []
+    for preset, name in TINY_STEPS if args.tiny else STEPS:
+        for result in report.results(f"{preset} {name}", ["tests/gpu_check.py", "--measure", preset, name, *tiny]):
+            (show_step if result["what"] == "step" else show_profile)(result)
+    train(report, args.tiny)
+
+
+if __name__ == "__main__":
+    main()
