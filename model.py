@@ -29,7 +29,6 @@ model carries only for that sake is this. Replaced there:
     Attention.gather_context   the identity here, latents of the whole sequence there, where ranks hold parts of one
     Part.memory             keeps all that backward needs; there some is computed again, or waits in the host's memory
     Linear.store, Experts.store   a WeightGradStore that delays weight gradients, so that they can hide an exchange
-    Experts.with_copies     the identity here; there it adds copies of experts that live on other ranks
     Experts.first_expert    the number of the first expert held here, so that seeding does not depend on the cut
     Model.embed, cross_entropy   there of a part of the vocabulary (class Vocabulary)
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
@@ -56,7 +55,7 @@ attention, router bias, group-limited choice, multi-token prediction).
 import hashlib
 import math
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Callable, NamedTuple
 
@@ -86,14 +85,49 @@ class Weights(NamedTuple):
     used: int = 1
 
 
-def one_of(default, *others):
-    """A setting that is one of these words."""
-    return field(default=default, metadata=dict(words=(default, *others)))
+def setting(default=MISSING, *others, text="", **allowed):
+    """A field of a dataclass of settings, with what check_setting allows in it beside its type: least, most, choices
+    (which are the default and others, if there are others). A number that declares nothing is above 0. text: for help.
+    """
+    if others:
+        allowed["choices"] = default, *others
+    return field(default=default, metadata=dict(text=text, allowed=allowed))
 
 
-def or_zero(default):
-    """A number of at least 0; numbers that do not say so are above 0."""
-    return field(default=default, metadata=dict(may_be_zero=True))
+def check_settings(values):
+    """ValueError for a field of a dataclass that holds another kind of value than declared, or one outside its range.
+
+    None, and what a dict holds, are the matter of the class itself.
+    """
+    for each in fields(values):
+        if each.type in (bool, int, float, str, tuple):
+            check_setting(each.name, getattr(values, each.name), each.type, **each.metadata.get("allowed", {}))
+
+
+def check_setting(name, value, kind, **allowed):
+    """kind tuple: a list of words, any of the choices, or if there are none of whole numbers."""
+    if kind is tuple and "choices" in allowed:
+        unknown = [str(item) for item in value if item not in allowed["choices"]]
+        require(not unknown, f"{name}={'+'.join(unknown)}: use any of {', '.join(allowed['choices'])}")
+        return
+    if kind is tuple:
+        for item in value:
+            check_setting(name, item, int, **allowed)
+        return
+    right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if "choices" in allowed:
+        right = right and value in allowed["choices"]
+        words = f"one of {', '.join(map(str, allowed['choices']))}"
+    elif kind in (int, float):
+        # neither infinite nor NaN, for which no comparison holds
+        least, most = allowed.get("least", 0), allowed.get("most", math.inf)
+        right = right and least <= value <= most and value < math.inf and ("least" in allowed or value > 0)
+        words = "a whole number" if kind is int else "a number"
+        words += f" of at least {least:g}" if "least" in allowed else " above 0"
+        words += f" and at most {most:g}" if most < math.inf else ""
+    else:
+        words = "true or false" if kind is bool else "text"
+    require(right, f"{name}={value!r}: use {words}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +136,7 @@ class Config:
     vocab_size: int = 2048
     hidden_size: int = 192
     num_hidden_layers: int = 3
-    first_k_dense_replace: int = or_zero(1)   # leading layers with a dense MLP in place of experts
+    first_k_dense_replace: int = setting(1, least=0)# leading layers with a dense MLP in place of experts
     intermediate_size: int = 512              # width of the dense MLP
     # multi-head latent attention
     num_attention_heads: int = 4
@@ -116,34 +150,34 @@ class Config:
     max_position_embeddings: int = 1024
     # experts
     n_routed_experts: int = 8
-    n_shared_experts: int = or_zero(1)
+    n_shared_experts: int = setting(1, least=0)
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 128
-    scoring_func: str = one_of("sigmoid", "softmax")
+    scoring_func: str = setting("sigmoid", "softmax")
     norm_topk_prob: bool = True               # chosen scores are divided by their sum ...
     routed_scaling_factor: float = 2.5        # ... and multiplied by this
     n_group: int = 1                          # groups of experts
     topk_group: int = 1                       # groups a token may choose from (group_choice=limited)
-    group_choice: str = one_of("limited", "equal")                # of topk_group groups (DS) | K/n_group of each (PP)
+    group_choice: str = setting("limited", "equal")# of topk_group groups (DS) | K/n_group of each (PP)
     router_bias: bool = False                 # added to scores for the choice alone; moved by load, not by a loss (DS)
-    bias_update_speed: float = or_zero(0.001)
-    capacity_factor: float = or_zero(0.0)     # 0: dropless; else an expert takes capacity_factor * N * K / E rows
-    expert_weight: str = one_of("before_down", "after_down")      # where it multiplies: expert-wide | model-wide
+    bias_update_speed: float = setting(0.001, least=0)
+    capacity_factor: float = setting(0.0, least=0)# 0: dropless; else an expert takes capacity_factor * N * K / E rows
+    expert_weight: str = setting("before_down", "after_down")# where it multiplies: expert-wide | model-wide
     # balance loss
-    balance: str = one_of("ep_group", "dp_group", "micro_batch", "sequence", "none")           # the group it looks at
-    balance_group: int = or_zero(0)           # sequences in a group; 0: made definite when a run starts, from its Plan
-    aux_loss_alpha: float = or_zero(0.01)     # the paper's best of those it tried, for ep_group
-    aux_scores: str = one_of("normalized", "softmax", "raw")      # s / sum s | of the logits (PP) | s; not published
+    balance: str = setting("ep_group", "dp_group", "micro_batch", "sequence", "none")# the group it looks at
+    balance_group: int = setting(0, least=0)  # sequences in a group; 0: made definite when a run starts, from its Plan
+    aux_loss_alpha: float = setting(0.01, least=0)# the paper's best of those it tried, for ep_group
+    aux_scores: str = setting("normalized", "softmax", "raw")# s / sum s | of the logits (PP) | s; not published
     # multi-token prediction
-    num_nextn_predict_layers: int = or_zero(1)
-    mtp_loss_weight: float = or_zero(0.3)     # not published for this model; DS starts with 0.3
-    mtp_hidden: str = one_of("pre_norm", "post_norm")             # h entering hnorm; pre_norm: the raw residual stream
-    mtp_concat: str = one_of("embed_first", "hidden_first")       # halves of eh_proj's input
+    num_nextn_predict_layers: int = setting(1, least=0)
+    mtp_loss_weight: float = setting(0.3, least=0)# not published for this model; DS starts with 0.3
+    mtp_hidden: str = setting("pre_norm", "post_norm")# h entering hnorm; pre_norm: the raw residual stream
+    mtp_concat: str = setting("embed_first", "hidden_first")# halves of eh_proj's input
     # norms and initialisation
-    norm: str = one_of("dssn", "sandwich", "pre")                 # dssn: depth-scaled sandwich
+    norm: str = setting("dssn", "sandwich", "pre")# dssn: depth-scaled sandwich
     dssn_c_attn: float = 0.283                # PU's, for its 135B model; those of the 718B model are not published
     dssn_c_mlp: float = 0.432
-    init: str = one_of("tiny", "small")       # tiny: TinyInit
+    init: str = setting("tiny", "small")      # tiny: TinyInit
     rms_norm_eps: float = 1e-5
     latent_norm_eps: float = 1e-6             # q_a and kv_a norms: released codes disagree, 1e-6 or 1e-5
     tie_word_embeddings: bool = False
@@ -204,8 +238,7 @@ class Config:
 
 def check_config(c):
     """ValueError, in one line with the numbers and what would fit, for a shape that cannot be built."""
-    for setting in fields(c):
-        check_setting(setting, getattr(c, setting.name))
+    check_settings(c)
     check_experts(c)
     check_rope_scaling(c.rope_scaling)
     require(c.first_k_dense_replace <= c.num_hidden_layers,
@@ -214,26 +247,6 @@ def check_config(c):
             f"qk_rope_head_dim={c.qk_rope_head_dim} is odd, rotary position turns pairs: use {c.qk_rope_head_dim + 1}")
     require(c.v_head_dim <= c.qk_head_dim,
             f"v_head_dim={c.v_head_dim} above the query's width, fused attention refuses that: up to {c.qk_head_dim}")
-
-
-def check_setting(setting, value):
-    """The kind and range of one field, as declared in Config."""
-    shown = f"{setting.name}={value!r}"
-    if "words" in setting.metadata:
-        words = setting.metadata["words"]
-        require(value in words, f"{shown}: use one of {', '.join(words)}")
-    elif setting.type is bool:
-        require(isinstance(value, bool), f"{shown}: use true or false")
-    elif setting.type in (int, float):
-        may_be_zero = "may_be_zero" in setting.metadata
-        kind = "whole number" if setting.type is int else "number"
-        fits = is_number(value, setting.type) and (value > 0 or may_be_zero and value == 0)
-        require(fits, f"{shown}: use a {kind} {'of at least' if may_be_zero else 'above'} 0")
-
-
-def is_number(value, kind=float):
-    """Neither true nor false, nor infinite, nor NaN; a whole one is a number too."""
-    return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def check_experts(c):
@@ -260,13 +273,12 @@ YARN_DEFAULTS = dict(beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=0
 def check_rope_scaling(scaling):
     if scaling is None:
         return
-    numbers = dict(scaling) if isinstance(scaling, dict) else {}
-    fits = numbers.pop("type", None) == "yarn"
-    fits = fits and set(YARN_NEEDS) <= set(numbers) <= {*YARN_NEEDS, *YARN_DEFAULTS}
-    fits = fits and all(is_number(value) for value in numbers.values())
-    fits = fits and all(numbers[name] >= 1 for name in YARN_NEEDS)
-    require(fits, f"rope_scaling={scaling!r}: use null, or an object with type=yarn, {' and '.join(YARN_NEEDS)} of at "
-                  f"least 1, and no other keys but {', '.join(YARN_DEFAULTS)}")
+    known = {"type", *YARN_NEEDS, *YARN_DEFAULTS}
+    right = isinstance(scaling, dict) and scaling.get("type") == "yarn" and {*YARN_NEEDS} <= set(scaling) <= known
+    require(right, f"rope_scaling={scaling!r}: use null, or an object with type=yarn, {' and '.join(YARN_NEEDS)}, and "
+                   f"no other keys but {', '.join(YARN_DEFAULTS)}")
+    for name in scaling.keys() - {"type"}:
+        check_setting(f"rope_scaling {name}", scaling[name], float, least=1 if name in YARN_NEEDS else 0)
 
 
 _LARGE_HEADS = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)      # those of the published models
@@ -394,15 +406,19 @@ def at_least_float32(dtype):
 # Operators: what torch.compile makes of them
 
 
-def compile_operators():
+def compile_operators(wanted=True, device=None):
     """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process; float64 stays as it is.
+    Not wanted: they are what they were.
 
     Returns None, or why it does not work here (no C++ compiler, on a GPU no Triton): then nothing changes. Each kernel
     is made when it is first used, which takes some 10 s in all, less where torch's cache holds it.
     """
     global COMPILED
+    COMPILED = False
+    if not wanted:
+        return None
     try:
-        probe = torch.ones(2, 4, device=torch.accelerator.current_accelerator() or "cpu")
+        probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator() or "cpu")
         compiled(value)(plain_swiglu, probe)
     except torch._dynamo.exc.TorchDynamoException as error:
         return str(error).strip().splitlines()[0]
@@ -421,6 +437,8 @@ def compile_model(model):
     """Each layer's four calls by torch.compile, in place: layers of one kind share what is compiled for the first of
     them. What depends on the number of rows of each expert stays out of the trace, as do embedding, head and loss."""
     for block in model.layers.values():
+        if block.is_moe:
+            block.mlp.experts.grouped = torch.compiler.disable(block.mlp.experts.grouped)
         for name in ("attend", "dispatch", "compute", "combine"):
             setattr(block, name, torch.compile(getattr(block, name)))
 
@@ -559,7 +577,7 @@ def rope(x, cos, sin):
 
 
 def attention(q, k, v, scale, mask=None):
-    """Softmax attention: q, k (B,T,H,Dqk), v (B,T,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,T), True = attend.
+    """Softmax attention: q (B,T,H,Dqk), k (B,Tk,H,Dqk), v (B,Tk,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,Tk).
 
     Keys and values may be those of a longer sequence than the queries', with a mask that says what each may see.
     """
@@ -665,7 +683,6 @@ class WeightGradStore:
             weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
 
 
-@torch.compiler.disable
 def grouped_matmul(x, weight, counts, store=None):
     """Each expert's rows by its own matrix: x (M, in) sorted by expert, weight (E, out, in), counts (E,) -> (M, out).
 
@@ -1018,7 +1035,7 @@ class KeepAll:
         """make(*inputs), a tensor or several. There, under one of the names, made again in backward instead of kept."""
         return make(*inputs)
 
-    def forget(self, names, made, make, *inputs):
+    def remake(self, names, made, make, *inputs):
         """The same for what was made already, where make is another way to it."""
         return made
 
@@ -1258,7 +1275,6 @@ class Experts(Part):
         self.weight_before_down = c.expert_weight == "before_down"
         self.first_expert = 0                                             # global number of the first one held here
         self.store = None                                                 # a WeightGradStore: gradients are deferred
-        self.with_copies = lambda weight: weight                          # parallel.py: and copies from other ranks
 
     def forward(self, rows, counts, row_weights):
         """rows (M,C) sorted by expert, counts (E,), row_weights (M,) -> (M,C), weighted.
@@ -1267,10 +1283,9 @@ class Experts(Part):
         hidden, and with it what the weight's gradient needs, comes from gate_up. After the down-projection (MindSpeed's
         default) dweight = sum over C of out * dout: out is kept, or waits in the host's memory (swap=expert_out).
         """
-        weights = [self.with_copies(weight) for weight in (self.gate_up_proj, self.down_proj)]
-        gate_up = self.memory.again("expert", self.grouped, rows, weights[0], counts)              # (M,2I)
+        gate_up = self.memory.again("expert", self.grouped, rows, self.gate_up_proj, counts)       # (M,2I)
         hidden = self.memory.again("act expert", swiglu, gate_up, row_weights if self.weight_before_down else None)
-        out = self.grouped(hidden, weights[1], counts)                                             # (M,C)
+        out = self.grouped(hidden, self.down_proj, counts)                                         # (M,C)
         if self.weight_before_down:
             return out
         return self.memory.swap("expert_out", out) * row_weights.unsqueeze(-1)
@@ -1384,7 +1399,7 @@ class MoE(Part):
 
     def compute_routed(self, x, rows, row_weights, counts, ctx):
         rows, row_weights = self.dispatcher.wait(rows, row_weights, ctx)
-        rows = self.memory.forget("permute", rows, lambda x: self.dispatcher.resend(x.flatten(0, 1), ctx), x)
+        rows = self.memory.remake("permute", rows, lambda x: self.dispatcher.resend(x.flatten(0, 1), ctx), x)
         return self.experts(rows, counts, row_weights)
 
     def combine(self, done):

@@ -10,33 +10,31 @@ sim.py plans, parallel.py executes: the bytes counted there are the bytes sent h
         rank     0    1  |  2    3      ep=4, node_size=2: inner groups are (0,1) (2,3), outer (0,2) (1,3)
         experts 0-1  2-3 | 4-5  6-7     of 8
 
-In this order: device, world, traffic and groups, collectives with autograd, dispatchers, grid, parallelize, data
-parallelism, checkpoints.
+In this order: device; what torch does not publish; world; joining and leaving it; groups and their collectives;
+collectives with autograd; dispatchers; grid; cuts; parallelize; a sequence over ranks (tensor, context); data
+parallelism; memory; segments; pipeline; live load balance; checkpoints.
 
 A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written
 under the name `step_N.tmp`; when it is complete, a list of its files with sizes and checksums is added and the folder
 renamed. So a folder without `.tmp` is whole, or it was damaged later, which the list shows. It holds whole tensors by
 names that no plan changes, so any plan reads what any other wrote.
 """
-import itertools
 import json
 import os
-import re
+import pickle
 import resource
 import shutil
 import threading
 import time
 import weakref
 import zlib
-from collections import Counter, UserDict
+from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -45,6 +43,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -52,8 +51,8 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, LocalDispatcher, MTPLayer, Output, Part,
-                   Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, fill_inputs, permute,
+from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, KeepAll, LocalDispatcher, MTPLayer, Output,
+                   Part, Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, fill_inputs, permute,
                    rope_table, sorted_slots, unpermute)
 from sim import (STEP_BYTES, balance_ranks, check_plan, decide, first_placement, imbalance, items_in_force,
                  moved_experts, plan_placement, predict_load, schedule_table, stage_layers)
@@ -92,7 +91,7 @@ def fused_skips(device):
 
 def auto_precision(device):
     """A static rule: bf16 (float32 master weights), but float32 on a CPU that cannot multiply bf16."""
-    return "bf16" if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if device.type != "cpu" or cpu_multiplies_bf16() else "fp32"
 
 
 def peak_memory(device):
@@ -100,6 +99,87 @@ def peak_memory(device):
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return getattr(torch, device.type).max_memory_allocated()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What torch does not publish
+#
+# All that this file takes of it (torch 2.11 to 2.13), in small functions; tests fail where torch changes it:
+# torch.distributed.pipelining.schedules: _PipelineScheduleRuntime, its _prepare_schedule_with_comms, fwd_recv_ops and
+# bwd_recv_ops; _Action.from_str. PipelineStage: args_recv_info, grad_recv_info, fwd_cache, bwd_cache. FSDP2's state:
+# _lazy_init, _root_post_backward_final_callback. torch._foreach_norm, torch.cpu._is_avx512_bf16_supported.
+
+
+def cpu_multiplies_bf16():
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def norms_of(tensors):
+    """(n,) 2-norms, in few kernels for all."""
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+class TorchRuntime:
+    """torch's pipelining runtime, running a table of ours: it sends and receives, every action is done by perform.
+
+    A stage of torch's is no more than its buffers here: this rank's `stages` send and receive a tensor like `x`.
+    """
+
+    def __init__(self, stages, n_stages, table, n_micro, x, device, group, perform):
+        """table: list by rank of lists of sim.Action. perform: given an action's parts, as sim.Action.parts."""
+        self.buffers = {stage: PipelineStage(torch.nn.Identity(), stage, n_stages, device, x, x, group=group)
+                        for stage in stages}
+        # a loss tells that there is a backward; it is not called
+        self.runtime = schedules._PipelineScheduleRuntime(list(self.buffers.values()), n_micro, loss_fn=len,
+                                                          scale_grads=False)
+
+        def perform_action(action, context):
+            parts = action.sub_actions or (action,)                       # a pair has two
+            perform([(part.computation_type.value, part.stage_index, part.microbatch_index) for part in parts])
+
+        for kind in (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.OVERLAP_F_B):
+            self.runtime.register_custom_function(kind, perform_action)
+        in_torchs_words = {rank: [schedules._Action.from_str(str(action)) for action in actions]
+                           for rank, actions in enumerate(table)}
+        self.runtime._prepare_schedule_with_comms(in_torchs_words)
+
+    def step(self, train):
+        """Run the table once; without training, its backwards come to perform too, but bring no gradients."""
+        if train:
+            self.runtime.step(return_outputs=False)
+        else:
+            self.runtime.eval(return_outputs=False)
+            self.runtime.bwd_recv_ops.clear()                             # receives that had nothing to wait for
+
+    def received_input(self, stage, microbatch):
+        """What the stage before sent, in the buffer where it arrived."""
+        for work in self.runtime.fwd_recv_ops.pop((stage, microbatch)):
+            work.wait()
+        return self.buffers[stage].args_recv_info[microbatch][0].buffer
+
+    def received_gradient(self, stage, microbatch):
+        """What the stage behind sent."""
+        for work in self.runtime.bwd_recv_ops.pop((stage, microbatch)):
+            work.wait()
+        return self.buffers[stage].grad_recv_info[microbatch][0].buffer
+
+    def send_output(self, stage, microbatch, x):
+        """Lay x where the runtime takes it from to send it to the stage behind."""
+        self.buffers[stage].fwd_cache[microbatch] = (x,), []
+
+    def send_gradient(self, stage, microbatch, grad):
+        """The same for the stage before."""
+        self.buffers[stage].bwd_cache[microbatch] = (grad,)
+
+
+def prepare_sharding(model):
+    """FSDP2 makes itself ready in a hook of the root's first forward; segments call parts of layers, so none runs."""
+    fully_shard.state(model)._lazy_init()
+
+
+def end_sharded_backward(model):
+    """What FSDP2 does at the end of a backward: gradients are added up in float32, or after the last one reduced."""
+    fully_shard.state(model)._root_post_backward_final_callback()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,40 +205,6 @@ def is_restarted():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def open_store():
-    """torchrun's key-value store; keys of a run that was started again are not those of the run before."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-
-
-def beat():
-    """Says every second that this process runs; a thread does, so collectives do not keep it from it."""
-    store = open_store()
-    for count in itertools.count():
-        store.set(f"pulse of {rank()}", str(count))
-        if LEAVING.wait(1):
-            return
-
-
-PULSE, LEAVING = threading.Thread(target=beat, daemon=True), threading.Event()
-
-
-def join_world(device, timeout):
-    """Meet the other processes; a process alone meets nobody. timeout: how long a collective may wait for a rank."""
-    if world_size() > 1 and not dist.is_initialized():
-        accelerator = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        dist.init_process_group("gloo" if device.type == "cpu" else accelerator, timeout=timeout, store=open_store(),
-                                rank=rank(), world_size=world_size())
-        PULSE.start()
-
-
-def leave_world():
-    if dist.is_initialized():
-        LEAVING.set()
-        PULSE.join()
-        dist.destroy_process_group()
-
-
 def first_does(work):
     """What work() returns on rank 0, or its refusal, on all ranks; the others wait for it as long as it takes."""
     if not dist.is_initialized():
@@ -176,22 +222,6 @@ def first_does(work):
     return answer[0]
 
 
-def is_lost_contact(error):
-    """Whether an error says that another rank is gone or does not answer."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
-
-
-def missing_ranks(patience=4.0):
-    """Ranks that say nothing for so many seconds: gone, or standing still. Who asks first decides for all."""
-    store, names = open_store(), [f"pulse of {other}" for other in range(world_size())]
-    if not store.check(["missing"]):
-        before = store.multi_get(names)
-        time.sleep(patience)
-        silent = [name.split()[-1] for name, old, new in zip(names, before, store.multi_get(names)) if old == new]
-        store.compare_set("missing", "", ", ".join(silent))
-    return store.get("missing").decode()
-
-
 def all_sum(x):
     """x summed over all ranks, in place."""
     if dist.is_initialized():
@@ -200,61 +230,96 @@ def all_sum(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Grid: who shares what
+# Joining the world and leaving it; which rank died or stands still
+#
+# Each process has a pulse: a thread of its own writes a new number into torchrun's store every second, whatever the
+# process itself waits for. Who loses contact looks twice which numbers stay. torchrun names no rank when it starts a
+# run again, and dist.monitored_barrier none that died: it ends at the first closed connection (measured, torch 2.13).
 
-TIERS = ("inner", "outer")                 # within a node, between nodes
+
+def open_store():
+    """torchrun's key-value store; keys of a run that was started again are not those of the run before."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def beat():
+    store, count = open_store(), 0
+    while not LEAVING.is_set():
+        store.set(pulse_of(rank()), str(count))
+        count += 1
+        LEAVING.wait(1)
+
+
+def pulse_of(other):
+    return f"pulse of {other}"
+
+
+PULSE = threading.Thread(target=beat, daemon=True)
+LEAVING = threading.Event()
+
+
+def join_world(device, timeout):
+    """Meet the other processes; a process alone meets nobody. timeout: how long a collective may wait for a rank."""
+    if world_size() == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if device.type != "cpu":
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    dist.init_process_group(backend, timeout=timeout, store=open_store(), rank=rank(), world_size=world_size())
+    PULSE.start()
+
+
+def leave_world():
+    if dist.is_initialized():
+        LEAVING.set()
+        PULSE.join()
+        dist.destroy_process_group()
+
+
+def is_lost_contact(error):
+    """Whether an error says that another rank is gone or does not answer."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def missing_ranks(patience=4.0):
+    """Ranks without a pulse for so many seconds, as text. Who asks first decides for all: then these leave, too."""
+    store = open_store()
+    if not store.check(["missing"]):
+        pulses = [pulse_of(other) for other in range(world_size())]
+        before = store.multi_get(pulses)
+        time.sleep(patience)
+        after = store.multi_get(pulses)
+        silent = [str(other) for other in range(world_size()) if before[other] == after[other]]
+        store.compare_set("missing", "", ", ".join(silent))               # kept if somebody was faster
+    return store.get("missing").decode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups and their collectives
+
 gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)         # torch 2.13 renamed them
 scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-
-class Traffic:
-    """Bytes that this rank sent to others, by (forward | backward, tier): as in sim.exchange_bytes."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self):
-        self.bytes = {(way, tier): 0 for way in ("forward", "backward") for tier in TIERS}
-
-    def add(self, way, tiers, sizes):
-        """sizes[i]: bytes for member i of a group, tiers[i]: inner, outer, or None for this rank itself."""
-        for tier, size in zip(tiers, sizes):
-            if tier is not None:
-                self.bytes[way, tier] += size
-
-
-def tiers_of(group, node_size):
-    """For each member: inner, outer, or None for this rank."""
-    nodes = [member // node_size for member in dist.get_process_group_ranks(group)]
-    tiers = [TIERS[node != nodes[group.rank()]] for node in nodes]
-    tiers[group.rank()] = None
-    return tiers
 
 
 class Group:
     """Ranks that exchange with each other. Every collective is started, not awaited: it returns (out, work)."""
 
-    def __init__(self, group, node_size, traffic):
-        self.group, self.traffic = group, traffic
-        self.size, self.rank = group.size(), group.rank()
-        self.tiers = tiers_of(group, node_size)
+    def __init__(self, group):
+        self.group, self.size, self.rank = group, group.size(), group.rank()
 
-    def all_to_all(self, x, way, send=None, recv=None):
+    def all_to_all(self, x, send=None, recv=None):
         """x (sum(send), ...) -> (sum(recv), ...); send[i] rows go to member i. Without sizes: equal parts."""
         out = torch.empty_like(x) if recv is None else x.new_empty(sum(recv), *x.shape[1:])
-        rows = [len(x) // self.size] * self.size if send is None else send
-        self.count(x, way, rows)
         return out, dist.all_to_all_single(out, x.contiguous(), recv, send, group=self.group, async_op=True)
 
-    def all_gather(self, x, way):
+    def all_gather(self, x):
         """x (N, ...) -> (size * N, ...), in order of members."""
-        self.count(x, way, [len(x)] * self.size)
         out = x.new_empty(self.size * len(x), *x.shape[1:])
         return out, gather_single(out, x.contiguous(), group=self.group, async_op=True)
 
-    def reduce_scatter(self, x, way):
+    def reduce_scatter(self, x):
         """x (size * N, ...) -> (N, ...): sums over members, each gets its part."""
-        self.count(x, way, [len(x) // self.size] * self.size)
         out = x.new_empty(len(x) // self.size, *x.shape[1:])
         if dist.get_backend(self.group) == "gloo":
             return out, SummedParts(out, x.contiguous(), self.group)
@@ -262,12 +327,8 @@ class Group:
 
     def all_reduce(self, x, op=dist.ReduceOp.SUM):
         """In place, and awaited."""
-        self.traffic.add("forward", self.tiers, [2 * x.nbytes // self.size] * self.size)
         dist.all_reduce(x, op, group=self.group)
         return x
-
-    def count(self, x, way, rows):
-        self.traffic.add(way, self.tiers, [n * x[:1].nbytes for n in rows])
 
 
 class SummedParts:
@@ -295,7 +356,7 @@ class Flight:
     """
 
     def __init__(self, forward, backward):
-        self.forward, self.backward = forward, backward                   # (tensor, way) -> (out, work)
+        self.forward, self.backward = forward, backward                   # tensor -> (out, work), not awaited
 
     def start(self, x):
         """The result's tensor, not yet to be read."""
@@ -307,21 +368,12 @@ class Flight:
     def whole(self, x):
         return self.finish(self.start(x))
 
-    def mirrored(self):
-        """The way back of what came by this one."""
-        return Flight(self.backward, self.forward)
-
-
-def flight_of_rows(group, send, recv):
-    """send[i] rows go to member i of a group, recv[i] come from it."""
-    return Flight(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
-
 
 class Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, flight):
         ctx.flight = flight
-        out, flight.work = flight.forward(x, "forward")
+        out, flight.work = flight.forward(x)
         return out
 
     @staticmethod
@@ -340,8 +392,8 @@ class Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         flight = ctx.flight
-        flight.grad, flight.work = flight.backward(grad, "backward")
-        return grad, None                                                 # of the right shape; Start has the true one
+        flight.grad, flight.work = flight.backward(grad)
+        return grad, None                                                 # of out's shape; x's own comes from Start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,6 +403,17 @@ class Finish(torch.autograd.Function):
 # hierarchical   the paper's: every node gets every token, by an all-gather between ranks of equal place in their nodes;
 #                an all-to-all of copies inside the node; back by an all-to-all and a reduce-scatter of partial sums
 # dedup          as hierarchical, but a token goes to a node once if an expert there wants it, and not at all otherwise
+#
+# Order of calls, each with what the one before returned. A pair of micro-batches (see Segments) calls those in brackets
+# by itself, to have other work run between two hops; where nobody did, wait and combine do them first.
+#
+#     dispatch     choices become sizes, and the first hop starts
+#     [relay]      the hop between nodes has ended, the one to the experts' ranks starts   (flat: nothing to do)
+#     wait         the last hop has ended: rows sorted by expert
+#     experts      model.py's
+#     [send_back]  the hop from the experts' ranks starts
+#     [relay_back] it has ended, partial sums start between nodes                          (flat: nothing to do)
+#     combine      the last hop has ended: sums by token
 #
 # Weights travel with the tokens and are applied by the experts, so on the way back the slow hop carries sums alone.
 # Each dispatch makes the host wait once, in host_sizes. The shared expert runs while the first hop, the slow one, is
@@ -363,16 +426,57 @@ def host_sizes(*sizes):
     return [part.tolist() for part in parts]
 
 
-class Route:
-    """How the copies of one dispatch travel over the last hop: sizes by member, rows they start from and arrive at."""
+class Hop:
+    """One hop of a dispatch: rows and their weights go there, rows alone come back."""
 
-    def __init__(self, ids, arriving, send, recv):
-        """arriving (members, local experts): copies from each."""
-        self.ids = ids                                                    # of the tokens that start the last hop
-        self.send, self.recv = send, recv                                 # rows to and from each member
-        self.flights, self.back, self.outer_back = None, None, None       # what was done before wait and combine
-        local = torch.arange(arriving.size(1), device=arriving.device).repeat(len(arriving))
-        self.expert = local.repeat_interleave(arriving.flatten(), output_size=sum(recv))    # (M,) of each arriving row
+    def __init__(self, there, back):
+        """Two collectives: tensor -> (out, work)."""
+        self.rows, self.weights = Flight(there, back), Flight(there, back)
+        self.rows_back = Flight(back, there)
+
+    def start(self, rows, weights):
+        return self.rows.start(rows), self.weights.start(weights)
+
+    def finish(self, rows, weights):
+        return self.rows.finish(rows), self.weights.finish(weights)
+
+
+def hop_of_rows(group, send, recv):
+    """send[i] rows go to member i of a group, recv[i] come from it."""
+    return Hop(partial(group.all_to_all, send=send, recv=recv), partial(group.all_to_all, send=recv, recv=send))
+
+
+@dataclass
+class Route:
+    """How the copies of one dispatch travel: made by dispatch, handed from call to call, which note what they did."""
+
+    # by dispatch; the last hop is the one that ends at the experts' ranks. ids: of the tokens where it starts, numbers
+    # among the experts that it reaches; their count for a copy that does not take it
+    ids: torch.Tensor                      # (N,K)
+    send: list                             # copies to each member over the last hop
+    recv: list                             # copies from each member
+    expert: torch.Tensor                   # (M,) of each arriving copy, by sender: number among this rank's experts
+    # by dispatch of dedup alone
+    node_send: list = None                 # tokens to each node
+    node_recv: list = None                 # tokens from each node
+    node_slot: torch.Tensor = None         # (N,nodes) a token's row among those to a node; past the end: not sent there
+    # by the calls that start a hop
+    between_nodes: Hop = None
+    to_experts: Hop = None
+    slot: torch.Tensor = None              # (N,K) row of each copy that starts the last hop
+    # by wait
+    order: torch.Tensor = None             # (M,1) row, sorted by expert, of each copy that arrived
+    # which of the calls in brackets were made
+    relayed: bool = False
+    sent_back: bool = False
+    relayed_back: bool = False
+
+
+def experts_of_copies(arriving, n_copies):
+    """arriving (members, local experts): copies from each -> (n_copies,) local expert of each, in order of arrival."""
+    members, n_local = arriving.shape
+    experts = torch.arange(n_local, device=arriving.device).repeat(members)
+    return experts.repeat_interleave(arriving.flatten(), output_size=n_copies)
 
 
 class FlatDispatcher(LocalDispatcher):
@@ -380,17 +484,19 @@ class FlatDispatcher(LocalDispatcher):
 
     def __init__(self, config, group):
         super().__init__(config)
-        self.group = group                                                # of the hop that sorts by expert
+        self.group = group                                                # of the last hop
         self.n_reached = config.n_routed_experts                          # experts on its ranks
 
     def dispatch(self, x, ids, weights):
         ids = self.choices_here(self.within_capacity(ids, weights))
         leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
-        route = Route(ids, arriving, *host_sizes(leaving.sum(1), arriving.sum(1)))
-        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+        send, recv = host_sizes(leaving.sum(1), arriving.sum(1))
+        route = Route(ids, send, recv, experts_of_copies(arriving, sum(recv)))
+        rows, row_weights = self.start_first_hop(x, weights.to(x.dtype), route)
+        return rows, row_weights, arriving.sum(0), route
 
     def choices_here(self, ids):
-        """Experts (N,K) of this rank's tokens -> of the tokens that start the last hop here, as depart wants them."""
+        """Experts (N,K) of this rank's tokens -> Route.ids."""
         return ids
 
     def within_capacity(self, ids, weights):
@@ -404,52 +510,62 @@ class FlatDispatcher(LocalDispatcher):
     def exchange_counts(self, counts):
         """counts (experts reached,) of copies here -> leaving, arriving (members, local experts of the receiver)."""
         leaving = counts.view(self.group.size, -1)
-        arriving, work = self.group.all_to_all(leaving, "forward")
+        arriving, work = self.group.all_to_all(leaving)
         work.wait()
         return leaving, arriving
 
-    def depart(self, x, weights, route):
-        """Start the last hop. route.ids (N,K) count from the first expert reached; n_reached: no copy to send."""
+    def start_first_hop(self, x, weights, route):
+        return self.start_last_hop(x, weights, route)
+
+    def start_last_hop(self, x, weights, route):
+        """x (N,C) and weights (N,K) of route.ids -> rows and their weights, under way."""
         n_rows = sum(route.send)
+        some_stay = n_rows < route.ids.numel()
         route.slot = sorted_slots(route.ids).clamp(max=n_rows)
-        rows = GatherRows.apply(x, route.slot, n_rows, n_rows < route.ids.numel())
+        rows = GatherRows.apply(x, route.slot, n_rows, some_stay)
         row_weights = weights.new_zeros(n_rows + 1).scatter(0, route.slot.flatten(), weights.flatten())[:n_rows]
-        route.flights = [flight_of_rows(self.group, route.send, route.recv) for _ in range(2)]
-        return [flight.start(t) for flight, t in zip(route.flights, (rows, row_weights))]
+        route.to_experts = hop_of_rows(self.group, route.send, route.recv)
+        return route.to_experts.start(rows, row_weights)
+
+    def relay(self, rows, row_weights, route):
+        route.relayed = True
+        return rows, row_weights
 
     def wait(self, rows, row_weights, route):
         """Rows arrive sorted by (sender, expert) and leave here sorted by expert."""
-        rows, row_weights = [flight.finish(t) for flight, t in zip(route.flights, (rows, row_weights))]
+        if not route.relayed:
+            rows, row_weights = self.relay(rows, row_weights, route)
+        rows, row_weights = route.to_experts.finish(rows, row_weights)
         rows, route.order = permute(rows, route.expert.unsqueeze(1))
         return rows, torch.zeros_like(row_weights).scatter(0, route.order.flatten().long(), row_weights)
 
     def resend(self, x, route):
-        again = copy(route)
-        again.flights = None
-        return self.wait(*self.send(x, x.new_zeros(len(x), route.ids.size(1)), again), again)[0]
-
-    def send(self, x, weights, route):
-        """Start the first hop."""
-        return self.depart(x, weights, route)
-
-    # a pair of micro-batches calls the hops one by one; else wait and combine do what was not done before
-
-    def relay(self, rows, row_weights, route):
-        """Between the hops of a dispatch."""
-        return rows, row_weights
+        again = replace(route, relayed=False)                             # its hops are on their way back by now
+        no_weights = x.new_zeros(len(x), route.ids.size(1))
+        rows, _ = self.wait(*self.start_first_hop(x, no_weights, again), again)
+        return rows
 
     def send_back(self, rows, route):
-        route.back = route.flights[0].mirrored()
-        return route.back.start(unpermute(rows, route.order))
+        route.sent_back = True
+        return route.to_experts.rows_back.start(unpermute(rows, route.order))
 
     def relay_back(self, rows, route):
-        """Between the hops of a combine."""
+        route.relayed_back = True
         return rows
 
     def combine(self, rows, route):
-        if route.back is None:
+        if not route.sent_back:
             rows = self.send_back(rows, route)
-        rows = route.back.finish(rows)
+        if not route.relayed_back:
+            rows = self.relay_back(rows, route)
+        return self.finish_way_back(rows, route)
+
+    def finish_way_back(self, rows, route):
+        return self.sum_copies(rows, route)
+
+    def sum_copies(self, rows, route):
+        """The end of the way back from the experts: a sum for each token of route.ids."""
+        rows = route.to_experts.rows_back.finish(rows)
         return unpermute(rows, route.slot, padded=len(rows) < route.slot.numel())
 
 
@@ -463,7 +579,7 @@ class HierarchicalDispatcher(FlatDispatcher):
         self.first_reached = outer.rank * self.n_reached
 
     def choices_here(self, ids):
-        ids, work = self.outer.all_gather(ids, "forward")                 # (nodes * N, K)
+        ids, work = self.outer.all_gather(ids)                            # (nodes * N, K)
         work.wait()
         return self.experts_here(ids)
 
@@ -472,31 +588,29 @@ class HierarchicalDispatcher(FlatDispatcher):
         here = ids - self.first_reached
         return torch.where((here >= 0) & (here < self.n_reached), here, self.n_reached)
 
-    def send(self, x, weights, route):
-        route.outer_flights = [self.outer_flight(route) for _ in range(2)]
-        return [flight.start(t) for flight, t in zip(route.outer_flights, (x, weights))]
-
-    def outer_flight(self, route):
-        return Flight(self.outer.all_gather, self.outer.reduce_scatter)
+    def start_first_hop(self, x, weights, route):
+        route.between_nodes = Hop(self.outer.all_gather, self.outer.reduce_scatter)
+        return route.between_nodes.start(x, weights)
 
     def relay(self, tokens, weights, route):
-        tokens, weights = [flight.finish(t) for flight, t in zip(route.outer_flights, (tokens, weights))]
-        return self.depart(tokens, weights, route)
-
-    def wait(self, rows, weights, route):
-        if route.flights is None:
-            rows, weights = self.relay(rows, weights, route)
-        return super().wait(rows, weights, route)
+        route.relayed = True
+        tokens, weights = route.between_nodes.finish(tokens, weights)
+        return self.start_last_hop(tokens, weights, route)
 
     def relay_back(self, rows, route):
-        partial_sums = super().combine(rows, route)                       # (tokens of all nodes, C)
-        route.outer_back = route.outer_flights[0].mirrored()
-        return route.outer_back.start(partial_sums)
+        route.relayed_back = True
+        partial_sums = self.sum_copies(rows, route)                       # (tokens of all nodes, C)
+        return route.between_nodes.rows_back.start(partial_sums)
 
-    def combine(self, rows, route):
-        if route.outer_back is None:
-            rows = self.relay_back(rows, route)
-        return route.outer_back.finish(rows)
+    def finish_way_back(self, rows, route):
+        return route.between_nodes.rows_back.finish(rows)
+
+
+def slots_by_node(wanted, n_sent):
+    """wanted (N,nodes), 1 where a token goes -> its row among the tokens that leave, by node; n_sent: it does not."""
+    nodes = wanted.size(1)
+    numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
+    return sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=n_sent)
 
 
 class DedupDispatcher(HierarchicalDispatcher):
@@ -505,38 +619,36 @@ class DedupDispatcher(HierarchicalDispatcher):
     def dispatch(self, x, ids, weights):
         nodes = self.outer.size
         ids = self.within_capacity(ids, weights)
-        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N, nodes)
-        # one message a node: tokens that will come, and how many copies they hold for each of its experts
+        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N,nodes) 0, 1
+        # 1. one message to each node: tokens that will come, and how many copies they hold for each of its experts
         copies = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
-        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1), "forward")
+        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1))
         work.wait()
-        leaving, arriving = self.exchange_counts(message[:, 1:].sum(0))
-        *outer_sizes, send, recv = host_sizes(wanted.sum(0), message[:, 0], leaving.sum(1), arriving.sum(1))
-        route = Route(ids, arriving, send, recv)
-        self.choose_tokens(wanted, outer_sizes, route)
-        token_ids, work = self.outer.all_to_all(self.chosen_tokens(ids, route), "forward", *outer_sizes)
+        from_nodes, copies_here = message[:, 0], message[:, 1:].sum(0)
+        # 2. the sizes of both hops
+        leaving, arriving = self.exchange_counts(copies_here)
+        node_send, node_recv, send, recv = host_sizes(wanted.sum(0), from_nodes, leaving.sum(1), arriving.sum(1))
+        node_slot = slots_by_node(wanted, sum(node_send))
+        # 3. the tokens' choices, then the tokens
+        chosen = GatherRows.apply(ids, node_slot, sum(node_send), True)
+        token_ids, work = self.outer.all_to_all(chosen, node_send, node_recv)
         work.wait()
-        route.ids = self.experts_here(token_ids)
-        return *self.send(x, weights.to(x.dtype), route), arriving.sum(0), route
+        route = Route(self.experts_here(token_ids), send, recv, experts_of_copies(arriving, sum(recv)),
+                      node_send, node_recv, node_slot)
+        rows, row_weights = self.start_first_hop(x, weights.to(x.dtype), route)
+        return rows, row_weights, arriving.sum(0), route
 
-    def send(self, x, weights, route):
-        return super().send(self.chosen_tokens(x, route), self.chosen_tokens(weights, route), route)
+    def start_first_hop(self, x, weights, route):
+        tokens, weights = [GatherRows.apply(t, route.node_slot, sum(route.node_send), True) for t in (x, weights)]
+        route.between_nodes = hop_of_rows(self.outer, route.node_send, route.node_recv)
+        return route.between_nodes.start(tokens, weights)
 
-    def chosen_tokens(self, x, route):
-        return GatherRows.apply(x, route.outer_slot, sum(route.outer_sizes[0]), True)
+    def finish_way_back(self, rows, route):
+        return unpermute(super().finish_way_back(rows, route), route.node_slot, padded=True)
 
-    def choose_tokens(self, wanted, outer_sizes, route):
-        """outer_slot (N, nodes): row of a token among those sent to a node; past the end if it does not go there."""
-        nodes = wanted.size(1)
-        numbers = torch.arange(nodes, device=wanted.device).expand_as(wanted)
-        route.outer_slot = sorted_slots(torch.where(wanted > 0, numbers, nodes)).clamp(max=sum(outer_sizes[0]))
-        route.outer_sizes = outer_sizes
 
-    def outer_flight(self, route):
-        return flight_of_rows(self.outer, *route.outer_sizes)
-
-    def combine(self, rows, route):
-        return unpermute(super().combine(rows, route), route.outer_slot, padded=True)
+# ---------------------------------------------------------------------------------------------------------------------
+# Grid: who shares what
 
 
 class Grid:
@@ -553,28 +665,32 @@ class Grid:
     """
 
     def __init__(self, plan, n_balance=1, device_type="cpu", timeout=None):
-        self.plan, self.timeout = plan, timeout
-        self.traffic = Traffic()
+        self.plan, self.device_type, self.timeout = plan, device_type, timeout
         self.groups = {}                                                  # members -> process group
-        ranks = torch.arange(plan.world_size)
+        ranks, pp = torch.arange(plan.world_size), plan.pp
 
-        def mesh(names, of):
-            groups = [self.process_group(of, dim) for dim in range(of.ndim)]
-            return DeviceMesh.from_group(groups, device_type, of, mesh_dim_names=names)
+        dense = ranks.view(pp, *self.replicate_and_shard(plan.dp * plan.cp * plan.tp))
+        self.dense = self.mesh("pp replicate shard", dense)
+        tensor = ranks.view(pp, *self.replicate_and_shard(plan.dp * plan.cp), plan.tp)
+        self.tensor = self.mesh("pp replicate tp shard", tensor.transpose(2, 3))
+        self.sequence = self.mesh("pp dp cp tp", ranks.view(pp, plan.dp, plan.cp, plan.tp))
+        expert = ranks.view(pp, *self.replicate_and_shard(plan.edp), plan.ep)
+        self.expert = self.mesh("pp replicate ep shard", expert.transpose(2, 3))
+        self.balance = self.mesh("groups balance", ranks.view(-1, n_balance))
+        self.exchange = self.mesh("groups outer inner", ranks.view(-1, plan.ep // plan.inner, plan.inner))
 
-        def cut(n):
-            return (n, 1) if plan.zero == 0 else (1, n)                   # (replicate, shard)
+        self.pp_rank = rank() * pp // plan.world_size
+        self.embedding_twice = False       # on the first pipeline rank and on the last; keep_own_stages says
+        self.live = None                   # a LiveBalance; parallelize makes it
 
-        self.dense = mesh(("pp", "replicate", "shard"), ranks.view(plan.pp, *cut(plan.dp * plan.cp * plan.tp)))
-        by_tp = ranks.view(plan.pp, *cut(plan.dp * plan.cp), plan.tp)
-        self.tensor = mesh(("pp", "replicate", "tp", "shard"), by_tp.transpose(2, 3).contiguous())
-        self.sequence = mesh(("pp", "dp", "cp", "tp"), ranks.view(plan.pp, plan.dp, plan.cp, plan.tp))
-        by_ep = ranks.view(plan.pp, *cut(plan.edp), plan.ep)
-        self.expert = mesh(("pp", "replicate", "ep", "shard"), by_ep.transpose(2, 3).contiguous())
-        self.balance = mesh(("groups", "balance"), ranks.view(-1, n_balance))
-        self.exchange = mesh(("groups", "outer", "inner"), ranks.view(-1, plan.ep // plan.inner, plan.inner))
-        self.pp_rank = rank() * plan.pp // plan.world_size
-        self.embedding_twice = False                                      # on the first pipeline rank and on the last
+    def replicate_and_shard(self, n):
+        """Sizes of these two dimensions for n ranks that hold the same weights."""
+        return (n, 1) if self.plan.zero == 0 else (1, n)
+
+    def mesh(self, names, ranks):
+        ranks = ranks.contiguous()
+        groups = [self.process_group(ranks, dim) for dim in range(ranks.ndim)]
+        return DeviceMesh.from_group(groups, self.device_type, ranks, mesh_dim_names=tuple(names.split()))
 
     def process_group(self, ranks, dim):
         """This rank's group along a dimension of a grid of ranks; one for each set of members, as buffers are large."""
@@ -584,8 +700,13 @@ class Grid:
             self.groups[members] = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
         return self.groups[members]
 
+    def parts_mesh(self, axis):
+        """(replicate, axis, shard) of the ranks that hold a tensor cut by ep or by tp."""
+        mesh = self.expert if axis == "ep" else self.tensor
+        return mesh["replicate", axis, "shard"]
+
     def group(self, mesh, name):
-        return Group(mesh[name].get_group(), self.plan.node_size, self.traffic)
+        return Group(mesh[name].get_group())
 
     def dispatcher(self, config):
         """What the plan says; the local one with no rank to exchange with; flat where the group lies in one node."""
@@ -596,6 +717,84 @@ class Grid:
             return FlatDispatcher(config, self.group(self.expert, "ep"))
         kind = HierarchicalDispatcher if plan.dispatch == "hierarchical" else DedupDispatcher
         return kind(config, self.group(self.exchange, "inner"), self.group(self.exchange, "outer"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cuts: which dimension of a tensor is cut, and by whom
+#
+# Experts are cut by ep, matrices by tp; each rank holds one of the parts, and zero may cut what it holds once more.
+# All else is whole on every rank of a pipeline stage, but for zero.
+
+
+class Cut(NamedTuple):
+    dim: int | None                        # the tensor's
+    axis: str | None                       # ep | tp: the ranks that hold the parts; None: whole
+
+
+TENSOR_CUTS = dict(q_b_proj=0, kv_b_proj=0, o_proj=1, gate_proj=0, up_proj=0, down_proj=1, embed_tokens=0, lm_head=0)
+
+
+def cut_of(name):
+    """Cut of a weight, or of an optimizer's state of its shape, by its name."""
+    if ".experts." in name:
+        return Cut(0, "ep")
+    for part in name.split("."):
+        if part in TENSOR_CUTS:
+            return Cut(TENSOR_CUTS[part], "tp")
+    return Cut(None, None)
+
+
+def keep_own_experts(experts, plan):
+    """Drop all but this rank's experts: rank i of an expert group holds the i-th of ep equal parts."""
+    n_own = len(experts.gate_up_proj) // plan.ep
+    experts.first_expert = rank() % plan.ep * n_own
+    for name, weight in list(experts.named_parameters()):
+        own = weight.detach()[experts.first_expert:experts.first_expert + n_own].clone()
+        setattr(experts, name, torch.nn.Parameter(own))
+
+
+class Slice(NamedTuple):
+    """Of a matrix cut by tensor, at its module as `slice`: which of how many parts of a dimension is held."""
+    dim: int
+    place: int
+    parts: int
+
+
+def keep_own_slice(module, dim, group):
+    module.slice = Slice(dim, group.rank, group.size)
+    module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
+
+
+def own_slice(module, whole):
+    """What this rank holds of a tensor of a module; all of it, if it is not cut."""
+    if not hasattr(module, "slice"):
+        return whole
+    dim, place, parts = module.slice
+    return whole.chunk(parts, dim)[place]
+
+
+def whole_shape(module, tensor):
+    shape = list(tensor.shape)
+    if hasattr(module, "slice"):
+        shape[module.slice.dim] *= module.slice.parts
+    return shape
+
+
+def local(tensor):
+    """This rank's part of a tensor that may be cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def count_holders(name, tensor, grid):
+    """How many ranks hold the same part of a tensor."""
+    plan = grid.plan
+    parts = {"ep": plan.ep, "tp": plan.tp, None: 1}[cut_of(name).axis]
+    if isinstance(tensor, DTensor):
+        parts *= tensor.device_mesh["shard"].size()
+    ranks = plan.dp * plan.cp * plan.tp
+    if grid.embedding_twice and name.startswith("embed_tokens"):
+        ranks *= 2
+    return ranks // parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -638,22 +837,8 @@ def refuse_what_is_not_run(plan):
         raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
     if plan.balance_live and "optimizer" in plan.swap:
         raise ValueError("swap=optimizer keeps moments where balance_live cannot move them: use one of both")
-    for name, only in (("hide", ()), ("etp", 1)):
-        if getattr(plan, name) != only:
-            raise ValueError(f"{name} is simulated, not run: leave it out")
-    if plan.dispatch == "pipelined" or "core_attention" in plan.recompute:
-        raise ValueError("dispatch=pipelined and recompute=core_attention are simulated, not run: use dedup, attention")
     if plan.precision not in ("fp32", "bf16", "fp64"):
         raise ValueError(f"precision={plan.precision} is not run: use fp32 or bf16")
-
-
-def keep_own_experts(experts, plan):
-    """Drop all but this rank's experts: rank i of an expert group holds the i-th of ep equal parts."""
-    n_own = len(experts.gate_up_proj) // plan.ep
-    experts.first_expert = rank() % plan.ep * n_own
-    for name, weight in list(experts.named_parameters()):
-        own = weight.detach()[experts.first_expert:experts.first_expert + n_own].clone()
-        setattr(experts, name, torch.nn.Parameter(own))
 
 
 def keep_own_stages(model, grid):
@@ -687,38 +872,33 @@ def mean_over(group, counts):
 # context: queries of own tokens against latents and rope keys of the whole sequence; slices i and 2*cp-1-i to rank i,
 # for then each has as much of the causal triangle.
 
-CUT = dict(q_b_proj=0, kv_b_proj=0, o_proj=1, gate_proj=0, up_proj=0, down_proj=1,     # the dimension tensor cuts
-           embed_tokens=0, lm_head=0)
-
-
-def cut_dim(name):
-    """The dimension that tensor cuts, or None: name of a weight, or of a part of an optimizer's state."""
-    return None if is_expert(name) else next((CUT[part] for part in name.split(".") if part in CUT), None)
-
 
 def cut_matrices(model, grid):
     group = grid.group(grid.sequence, "tp")
     for name, module in model.named_modules():
-        dim = cut_dim(name.rpartition(".")[2])
-        if dim is not None:
-            module.cut = dim, group.rank, group.size
-            module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
+        matrix = name.rpartition(".")[2]
+        if matrix in TENSOR_CUTS:
+            keep_own_slice(module, TENSOR_CUTS[matrix], group)
         if isinstance(module, Attention):
             module.gather_tokens = partial(gather_together, group)
         if isinstance(module, MLP):
-            module.register_forward_pre_hook(lambda _, args: (gather_sequence(group, args[0]),))
+            module.register_forward_pre_hook(partial(gather_input, group))
         if isinstance(module, (Attention, MLP)):
-            module.register_forward_hook(lambda _, args, partial_sums: scatter_sequence(group, partial_sums))
+            module.register_forward_hook(partial(scatter_output, group))
     n_own = model.config.vocab_size // group.size
     model.embed = partial(embed_part, group, model.embed, n_own)
     model.cross_entropy = partial(cross_entropy_part, group, n_own)
 
 
-def own_slice(module, whole):
-    if not hasattr(module, "cut"):
-        return whole
-    dim, place, parts = module.cut
-    return whole.chunk(parts, dim)[place]
+def gather_input(group, module, args):
+    """A hook before a module: it gets the tokens of the whole group."""
+    x, = args
+    return (gather_sequence(group, x),)
+
+
+def scatter_output(group, module, args, partial_sums):
+    """A hook behind a module: this rank's tokens of what it made, summed over the group."""
+    return scatter_sequence(group, partial_sums)
 
 
 def gather_sequence(group, x):
@@ -749,9 +929,10 @@ def embed_part(group, embed, n_own, ids):
 
 def cross_entropy_part(group, n_own, h, weight, targets):
     """model.cross_entropy with n_own rows of the head, for the tokens of the group: this rank's share of their loss."""
-    h, targets = [Flight(group.all_gather, group.reduce_scatter).whole(t) for t in (h, targets)]
-    vocabulary = Vocabulary(group.rank * n_own, group.size, partial(group.all_reduce, op=dist.ReduceOp.MAX),
-                            group.all_reduce)
+    h = Flight(group.all_gather, group.reduce_scatter).whole(h)
+    targets = Flight(group.all_gather, group.reduce_scatter).whole(targets)
+    all_max = partial(group.all_reduce, op=dist.ReduceOp.MAX)
+    vocabulary = Vocabulary(group.rank * n_own, group.size, all_max, group.all_reduce)
     return HeadCrossEntropy.apply(h, weight, targets, vocabulary)
 
 
@@ -761,19 +942,29 @@ def gather_contexts(model, grid):
         block.self_attn.gather_context = partial(gather_together, group)
 
 
+def context_parts(n_tokens, cp, device):
+    """Numbers of the tokens that each context rank has; gather_context brings keys together in this order."""
+    slices = torch.arange(n_tokens, device=device).chunk(2 * cp)
+    return [torch.cat((slices[i], slices[-1 - i])) for i in range(cp)]
+
+
 def own_tokens(plan, depths, ids, targets, positions=None, doc_ids=None, next_ids=None, routing=None):
     """Model.forward's arguments for whole sequences -> for this rank's part of them. depths: of MTP."""
-    T, place = ids.size(1), rank() % (plan.cp * plan.tp)
-    slices = torch.arange(T, device=ids.device).chunk(2 * plan.cp)
-    contexts = [torch.cat((slices[i], slices[-1 - i])) for i in range(plan.cp)]
+    positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
+    contexts, place = context_parts(ids.size(1), plan.cp, ids.device), rank() % (plan.cp * plan.tp)
     context = contexts[place // plan.tp]                                  # tokens of the tensor group
     own = context.chunk(plan.tp)[place % plan.tp]
-    positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
     if plan.cp > 1:
-        doc_ids = torch.zeros_like(ids[:1]) if doc_ids is None else doc_ids
-        doc_ids = document_mask(doc_ids)[:, :, context][..., torch.cat(contexts)]
+        if doc_ids is None:
+            doc_ids = torch.zeros_like(ids[:1])
+        mask = document_mask(doc_ids)                                     # (B,1,T,T)
+        doc_ids = mask[:, :, context][..., torch.cat(contexts)]
+    if next_ids is not None:
+        next_ids = next_ids[..., own]
+    if routing:
+        routing = {layer: chosen[:, own] for layer, chosen in routing.items()}
     return dict(ids=ids[:, own], targets=targets[..., own], positions=positions[:, context], doc_ids=doc_ids,
-                next_ids=next_ids if next_ids is None else next_ids[..., own], routing=routing and {i: chosen[:, own] for i, chosen in routing.items()})
+                next_ids=next_ids, routing=routing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -790,29 +981,34 @@ def shard(model, grid):
     """
     plan = grid.plan
     dense, tensor, expert = [mesh["replicate", "shard"] for mesh in (grid.dense, grid.tensor, grid.expert)]
-    low = torch.bfloat16 if plan.precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
+    as_stored = MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = as_stored
+    if plan.precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     alone = set()                                                         # what no other rank holds
 
     def wrap(part, mesh=dense, mp_policy=policy, free=plan.zero == 3, **placement):
         fully_shard(part, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=free, ignored_params=alone, **placement)
 
+    # 1. matrices cut by tensor; embedding and head are children of the root, which takes them
     for part in model.modules():
-        matrices = [child for child in part.children() if hasattr(child, "cut")]
+        matrices = [child for child in part.children() if hasattr(child, "slice")]
         if matrices and tensor.size() == 1:
             alone.update(child.weight for child in matrices)
         elif matrices and part is not model:
             wrap(matrices, tensor)
+    # 2. layers
     for block in model.layers.values():
+        if block.is_moe and expert.size() == 1:
+            alone.update(block.mlp.experts.parameters())
+        elif block.is_moe:
+            wrap(block.mlp.experts, expert, shard_placement_fn=partial(cut_inside_experts, plan))
         if block.is_moe:
-            if expert.size() == 1:
-                alone.update(block.mlp.experts.parameters())
-            else:
-                wrap(block.mlp.experts, expert, shard_placement_fn=partial(cut_inside_experts, plan))
-            wrap(block.mlp.gate, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+            wrap(block.mlp.gate, mp_policy=as_stored)
         if isinstance(block, MTPLayer):
             wrap([block.enorm, block.hnorm, block.eh_proj, block.shared_head["norm"]])
         wrap(block)
+    # 3. the last norm, and the root
     if model.norm is not None:
         wrap(model.norm)
     wrap(model, tensor, free=False)
@@ -838,7 +1034,10 @@ def hand_on_routing(model, args, kwargs):
 
 def cut_inside_experts(plan, weight):
     """The dimension that zero cuts: inside the matrices, for ranks may outnumber experts; FSDP wants it cut evenly."""
-    return Shard(next((dim for dim in (1, 2) if weight.size(dim) % plan.edp == 0), 0))
+    for dim in (1, 2):
+        if weight.size(dim) % plan.edp == 0:
+            return Shard(dim)
+    return Shard(0)
 
 
 def reduce_gradients(model, plan, last):
@@ -850,38 +1049,19 @@ def reduce_gradients(model, plan, last):
         model.set_requires_gradient_sync(last or plan.zero == 3)
 
 
-def local(tensor):
-    """This rank's part of a tensor that may be cut."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def is_expert(name):
-    return ".experts." in name
-
-
 @torch.no_grad()
 def init_weights(model, seed=0):
     """model.init_weights for a model that may be cut: the same numbers under every plan, one whole tensor at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         module = model.get_submodule(name.rpartition(".")[0])
-        dim, _, parts = getattr(module, "cut", (0, 0, 1))
-        whole = torch.empty([n * parts if i == dim else n for i, n in enumerate(tensor.shape)], dtype=tensor.dtype)
-        fill_initial(whole, model.config, name, seed, module.first_expert if is_expert(name) else 0)
-        whole = own_slice(module, whole)
+        first_expert = module.first_expert if cut_of(name).axis == "ep" else 0
+        whole = torch.empty(whole_shape(module, tensor), dtype=tensor.dtype)
+        fill_initial(whole, model.config, name, seed, first_expert)
+        part = own_slice(module, whole)
         if isinstance(tensor, DTensor):
-            whole = whole.to(tensor.device)
-            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.copy_(whole)
-
-
-def copies(name, tensor, grid):
-    """How many ranks hold the same part of a tensor."""
-    plan = grid.plan
-    parts = plan.ep if is_expert(name) else plan.tp if cut_dim(name) is not None else 1
-    if isinstance(tensor, DTensor):
-        parts *= tensor.device_mesh["shard"].size()
-    stages = 2 if grid.embedding_twice and name.startswith("embed_tokens") else 1
-    return stages * plan.dp * plan.cp * plan.tp // parts
+            part = part.to(tensor.device)
+            part = distribute_tensor(part, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(part)
 
 
 def sum_loads(model, loads):
@@ -897,125 +1077,170 @@ def sum_loads(model, loads):
 def grad_norm(model, grid=None):
     """Global norm of all gradients: each part counts once, however many ranks hold it. One all-reduce of all ranks."""
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([local(p.grad) for _, p in named]))
+    norms = norms_of([local(p.grad) for _, p in named])
     if grid is None:
         return norms.norm()
-    shares = norms.new_tensor([1 / copies(name, p, grid) for name, p in named])
+    shares = norms.new_tensor([1 / count_holders(name, p, grid) for name, p in named])
     return all_sum((norms.square() * shares).sum()).sqrt()
 
 
 def param_groups(model):
     """Parameters for an optimizer by mesh, since fused and foreach steps refuse tensors of different ones."""
-    kinds = {(False, False): [], (False, True): [], (True, False): []}    # expert, cut by tensor
+    by_axis = {None: [], "tp": [], "ep": []}
     for name, parameter in model.named_parameters():
-        kinds[is_expert(name), cut_dim(name) is not None].append(parameter)
-    return [dict(params=parameters) for parameters in kinds.values()]
+        by_axis[cut_of(name).axis].append(parameter)
+    return [dict(params=parameters) for parameters in by_axis.values()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory: what a plan recomputes and swaps; model.KeepAll says where
+#
+# Autograd gives every tensor that backward will need to Memory.pack and stores what pack returns; in backward it gives
+# that to unpack and takes back a tensor. pack returns a note, which says where backward finds the tensor's memory:
+#
+#     Kept       on the device, where it stays
+#     Remade     nowhere: a recipe, that is an operator and what it was given, makes it again
+#     OnHost     in the host's memory, where it waits
+#
+# Example: recompute=act in an MLP, whose forward is  hidden = again("act", swiglu, gate_up); y = down_proj(hidden)
+#
+#     forward    swiglu saves gate_up           pack returns Kept, which holds gate_up
+#                again leaves a note at hidden  Remade by the recipe swiglu(gate_up)
+#                down_proj saves hidden         pack finds this note and returns it; the recipe packs gate_up: same Kept
+#                down_proj returns              nothing holds hidden any more, so its memory is free
+#     backward   down_proj asks for hidden      the recipe takes gate_up from its Kept and runs swiglu, nothing else
+#                swiglu asks for gate_up        its Kept has it
+#
+# Who holds what: autograd's graph holds the notes, so they live until backward has passed. A note is found from the
+# memory it is of, a storage, which is one for a tensor and its views: what is saved twice has one note, and what is
+# swapped after an operator saved it finds that note and moves the memory. The storage holds a Remade and an OnHost
+# itself, as nobody else does before the first save. It knows its Kept by a weak reference: that one holds the storage,
+# and the two would keep each other alive.
 
 
-class Memory:
-    """Decides what autograd keeps for backward: all of it passes through pack and unpack.
+class Memory(KeepAll):
+    """KeepAll with the names that a plan recomputes and swaps in force.
 
-    A tensor is known by its storage, which its views and the segments of a layer share.
-
-    again     keeps a recipe: an operator and what it was given. Backward runs this operator once and nothing else;
-              torch's checkpoint would run our matmul functions too, which save their inputs after they ran
-    region    torch's checkpoint, which stops at the last thing that is saved inside
-    swap      sends a tensor to the host's memory; on a CPU that is a plain copy, so that tests run the same code
-
-    Routing is in no region but a whole layer's; there the choice is noted, and forced when the layer runs again.
-    kept, a weak set, and part tell a report what was kept where.
+    observer: None, or a function that is given each Kept and OnHost when it is made; its nbytes are what it holds now.
     """
 
     def __init__(self, plan, device):
         self.names = items_in_force(plan)
-        self.kept, self.part = None, ""
+        self.observer = None
         self.streams = torch.get_device_module(device)                    # torch.cpu's streams do nothing
-        self.stream, self.leaving, self.before = self.streams.Stream(), [], []
+        self.side_stream = self.streams.Stream()                          # where copies to the host and back run
+        self.swapped_now = []                                             # weak references to this layer's OnHost ...
+        self.swapped_before = []                                          # ... and to those of the layer before
 
     def attach(self, model):
         for module in model.modules():
             if isinstance(module, Part):
                 module.memory = self
             if isinstance(module, Block) and "layer" in self.names:
-                module.forward = partial(layer_again, module)
-
-    def watch(self, model):
-        """From now on tell what is kept where, by the part of the model that was entered last."""
-        self.kept = weakref.WeakSet()
-        for name, module in model.named_modules():
-            part = next((part for part, pattern in PARTS.items() if re.search(pattern, name)), None)
-            if part and not (part == "MLP" and hasattr(module, "experts")):
-                module.register_forward_pre_hook(lambda *_, part=part: setattr(self, "part", part))
-
-    def held(self):
-        """Bytes on the device by part, and in the host's memory."""
-        held = Counter()
-        for kept in self.kept or ():
-            held[kept.part] += kept.nbytes
-        return held
+                module.forward = partial(run_layer_twice, module)
 
     def hooks(self):
         """A context for forward."""
-        wanted = self.names - {"optimizer"} or self.kept is not None
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, unpack) if wanted else nullcontext()
+        if self.observer is None and self.names <= {"optimizer"}:
+            return nullcontext()                                          # autograd keeps all by itself
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
 
     def pack(self, x):
         if not torch.is_tensor(x) or is_weight(x):
             return x
-        kept = kept_of(x)
-        if kept is None:
-            kept = Kept(self.part, flat(x))
-            x.untyped_storage().kept = weakref.ref(kept)                  # as it holds the storage
-            self.report(kept)
-        kept.add_use(self)
-        return kept, x.size(), x.stride(), x.storage_offset()
+        note = note_of(x)
+        if note is None:
+            note = Kept(x)
+            leave_note(x, note)
+            self.observe(note)
+        note.count_use()
+        return Packed(note, x.size(), x.stride(), x.storage_offset())
+
+    def observe(self, note):
+        if self.observer is not None:
+            self.observer(note)
+
+    # what model.py calls
 
     def again(self, names, make, *inputs):
-        return self.forget(names, make(*inputs), make, *inputs)
+        # not by torch's checkpoint: our matmul functions save their inputs after they ran, so it would run them too
+        return self.remake(names, make(*inputs), make, *inputs)
 
-    def forget(self, names, made, make, *inputs):
+    def remake(self, names, made, make, *inputs):
         if self.names.isdisjoint(names.split()) or not torch.is_grad_enabled():
             return made
-        recipe = Recipe(make, inputs)
+        recipe = Recipe(self, make, inputs)
         given = {id(x.untyped_storage()) for x in inputs if torch.is_tensor(x)}
         for index, x in enumerate(as_tuple(made)):
-            if id(x.untyped_storage()) not in given:                      # else only a view of what is kept anyway
-                x.untyped_storage().kept = Remade(recipe, index)
+            if id(x.untyped_storage()) not in given:                      # else a view of what is kept anyway
+                leave_note(x, Remade(recipe, index))
         return made
 
     def region(self, name, run, x):
-        self.begin_layer()
+        """By torch's checkpoint, which stops at the last thing that is saved inside. No router is in a region, so what
+        runs again chooses no experts."""
+        self.begin_layer()                                                # attention, the only region, comes first
         return checkpoint(run, x, **ONCE_MORE) if name in self.names else run(x)
 
     def swap(self, name, x):
-        if name in self.names and torch.is_grad_enabled() and not isinstance(kept_of(x), Swapped):
-            swapped = Swapped(flat(x), self, kept_of(x))
-            x.untyped_storage().kept = swapped
-            self.leaving.append(weakref.ref(swapped))
-            self.report(swapped)
+        if name not in self.names or not torch.is_grad_enabled():
+            return x
+        note = note_of(x)
+        if isinstance(note, OnHost):                                      # x is a view of what was swapped
+            return x
+        on_host = OnHost(self, x)
+        if note is not None:                                              # the operator that made x has saved it
+            note.move_to(on_host)
+        leave_note(x, on_host)
+        self.swapped_now.append(weakref.ref(on_host))
+        self.observe(on_host)
         return x
 
-    def report(self, kept):
-        if self.kept is not None:
-            self.kept.add(kept)
-
     def begin_layer(self):
-        """Only a layer's tensors are on their way out at a time, and in backward those of one layer before it back."""
-        self.part = "norms"                                               # which keep a layer's input
-        for swapped in filter(None, (ref() for ref in self.leaving)):
-            swapped.leave()
-        self.before, self.leaving = self.leaving, []
+        """So tensors of one layer at a time are on their way out, and in backward those of one layer on the way in."""
+        for reference in self.swapped_now:
+            if on_host := reference():
+                on_host.leave_device()
+        self.swapped_before, self.swapped_now = self.swapped_now, []
+
+    def copy_aside(self, to, source):
+        """A copy on the side stream, behind all that was queued so far -> event of its end."""
+        self.side_stream.wait_stream(self.streams.current_stream())
+        with self.streams.stream(self.side_stream):
+            to.copy_(source, non_blocking=True)
+            return self.side_stream.record_event()
 
 
-# the parts of sim.KEPT_IN, and the modules that begin them
-PARTS = {"embedding": "^embed_tokens$", "norms": r"(input|attention|mlp)_layernorm$", "attention": "self_attn$",
-         "routing": "gate$", "experts": r"mlp\.experts$", "MLP": r"(mlp|shared_experts)$", "MTP": "[eh]norm$|eh_proj$",
-         "head": r"^norm$|shared_head\.norm$"}
-ONCE_MORE = dict(use_reentrant=False, preserve_rng_state=False)           # nothing here is random
+class Packed(NamedTuple):
+    """What autograd stores in place of a tensor: the note of its storage, and where in the storage it lies."""
+    note: object
+    size: tuple
+    stride: tuple
+    offset: int
+
+
+def unpack(packed):
+    if not isinstance(packed, Packed):
+        return packed
+    return packed.note.get().as_strided(packed.size, packed.stride, packed.offset)
+
+
+def leave_note(x, note):
+    x.untyped_storage().note = weakref.ref(note) if isinstance(note, Kept) else note
+
+
+def note_of(x):
+    note = getattr(x.untyped_storage(), "note", None)
+    return note() if isinstance(note, weakref.ref) else note
+
+
+def whole_storage(x):
+    """The storage of x as a vector."""
+    return x.new_empty(0).set_(x.untyped_storage())
+
+
+def as_tuple(x):
+    return (x,) if torch.is_tensor(x) else x
 
 
 def is_weight(x):
@@ -1026,142 +1251,142 @@ def is_weight(x):
     return isinstance(x, torch.nn.Parameter) or hasattr(node, "variable")
 
 
-def kept_of(x):
-    kept = getattr(x.untyped_storage(), "kept", None)
-    return kept() if isinstance(kept, weakref.ref) else kept
-
-
-def flat(x):
-    """The whole storage of x, as a vector."""
-    return x.new_empty(0).set_(x.untyped_storage())
-
-
-def as_tuple(x):
-    return (x,) if torch.is_tensor(x) else x
-
-
-def unpack(packed):
-    if not isinstance(packed, tuple):
-        return packed
-    kept, *view = packed
-    return kept.get().as_strided(*view)
+# Notes. count_use: autograd has stored the note once more. get: backward asks, once for each use -> the whole storage.
 
 
 class Kept:
-    def __init__(self, part, whole):
-        self.part, self.whole, self.nbytes = part, whole, whole.nbytes
+    """Memory that stays on the device, or that a swap took from there after it had been saved."""
 
-    def add_use(self, memory):
-        pass
+    def __init__(self, x):
+        self.whole, self.on_host = whole_storage(x), None                 # one of both
+        self.uses = 0
+
+    @property
+    def nbytes(self):
+        return 0 if self.whole is None else self.whole.nbytes
+
+    def count_use(self):
+        self.uses += 1
+
+    def move_to(self, on_host):
+        self.whole, self.on_host = None, on_host
+        on_host.uses += self.uses
 
     def get(self):
-        return self.whole.get() if isinstance(self.whole, Swapped) else self.whole
+        return self.on_host.get() if self.whole is None else self.whole
 
 
 class Recipe:
-    """Tensors that backward makes again, once for all that need them, be it to make others."""
+    """make(*inputs), which backward runs once for all that ask for what it makes, other recipes among them."""
 
-    def __init__(self, make, inputs):
-        self.make, self.inputs, self.packed = make, inputs, None
-        self.uses, self.made = 0, None
+    def __init__(self, memory, make, inputs):
+        self.memory, self.make, self.inputs = memory, make, inputs
+        self.packed = None                                                # the inputs, once anything made was saved
+        self.uses = 0                                                     # how often backward will ask
+        self.made = None                                                  # from the first time to the last
 
-    def add_use(self, memory):
+    def count_use(self):
         if self.packed is None:
-            self.packed, self.inputs = [memory.pack(x) for x in self.inputs], None
+            self.packed = [self.memory.pack(x) for x in self.inputs]
+            self.inputs = None
         self.uses += 1
 
     @torch.no_grad()
     def get(self, index):
         if self.made is None:
-            self.made = as_tuple(self.make(*map(unpack, self.packed)))
-        made = self.made[index]
+            self.made = as_tuple(self.make(*[unpack(x) for x in self.packed]))
+        whole = whole_storage(self.made[index])
         self.uses -= 1
         if self.uses <= 0:
             self.made = None
-        return flat(made)
+        return whole
 
 
 class Remade(NamedTuple):
-    """One of a recipe's tensors."""
+    """One of the tensors that a recipe makes."""
     recipe: Recipe
     index: int
 
-    def add_use(self, memory):
-        self.recipe.add_use(memory)
+    def count_use(self):
+        self.recipe.count_use()
 
     def get(self):
         return self.recipe.get(self.index)
 
 
-class Swapped:
-    """A tensor that waits in the host's memory. Fetching it begins the way back of those of the layer before."""
+class OnHost:
+    """Memory that waits in the host's, in four steps. On a CPU it is copied too, so that tests run the same code.
 
-    def __init__(self, whole, memory, kept):
-        self.memory, self.before, self.uses, self.back = memory, memory.before, 0, None
+    1. made: a copy sets out. 2. leave_device: it has arrived, the device's memory is free. 3. fetch: a copy sets out
+    back, when backward comes to the layer behind. 4. get: backward waits for it.
+    """
+
+    def __init__(self, memory, x):
+        whole = whole_storage(x)
+        self.memory, self.device = memory, whole.device
         self.host = torch.empty_like(whole, device="cpu", pin_memory=whole.device.type != "cpu")
-        self.part, self.nbytes = "host", self.host.nbytes
-        self.left = self.on_side_stream(self.host, whole)
-        self.whole = whole                                                # until it has left
-        if kept is not None:                                              # by the operator that made it
-            kept.whole, kept.nbytes = self, 0
-            self.uses += 1
+        self.nbytes = self.host.nbytes
+        self.layer_before = memory.swapped_before                         # backward comes to it next
+        self.uses = 0
+        self.leaving = whole                                              # held until its copy has arrived
+        self.has_left = memory.copy_aside(self.host, whole)
+        self.back = None
         if whole.device.type == "cpu":
-            self.leave()
+            self.leave_device()
 
-    def on_side_stream(self, to, source):
-        """Copy behind all that was queued so far -> event of its end."""
-        memory = self.memory
-        memory.stream.wait_stream(memory.streams.current_stream())
-        with memory.streams.stream(memory.stream):
-            to.copy_(source, non_blocking=True)
-            return memory.stream.record_event()
-
-    def leave(self):
-        if self.whole is not None:
-            self.memory.streams.current_stream().wait_event(self.left)
-            self.device, self.whole = self.whole.device, None
-
-    def add_use(self, memory):
+    def count_use(self):
         self.uses += 1
 
+    def leave_device(self):
+        if self.leaving is not None:
+            self.memory.streams.current_stream().wait_event(self.has_left)
+            self.leaving = None
+
     def fetch(self):
-        self.leave()
-        if self.back is None and self.uses:
+        self.leave_device()
+        if self.back is None and self.uses > 0:
             self.back = torch.empty_like(self.host, device=self.device)
-            self.came = self.on_side_stream(self.back, self.host)
+            self.is_back = self.memory.copy_aside(self.back, self.host)
 
     def get(self):
-        for swapped in filter(None, (self, *(ref() for ref in self.before))):
-            swapped.fetch()
-        self.memory.streams.current_stream().wait_event(self.came)
-        back, self.uses = self.back, self.uses - 1
+        self.fetch()
+        for reference in self.layer_before:
+            if other := reference():
+                other.fetch()
+        self.memory.streams.current_stream().wait_event(self.is_back)
+        back = self.back
+        self.uses -= 1
         if self.uses == 0:
             self.back = None
         return back
 
 
-def layer_again(block, x, angles, mask=None, routing=None):
+# a layer that runs again as a whole
+
+ONCE_MORE = dict(use_reentrant=False, preserve_rng_state=False)           # of checkpoint; nothing here is random
+
+
+def run_layer_twice(block, x, angles, mask=None, routing=None):
     """Block.forward that keeps its input and the chosen experts alone."""
     chosen = {} if routing is None else routing                           # noted in the first run, forced in the second
-    block.memory.begin_layer()
-    runs = iter((nullcontext(), uncounted(block)))
 
     def run(x):
-        with next(runs):
-            return Block.forward(block, x, angles, mask, chosen)
+        return Block.forward(block, x, angles, mask, chosen)
 
-    return checkpoint(run, x, **ONCE_MORE)
+    return checkpoint(run, x, context_fn=lambda: (nullcontext(), uncounted(block)), **ONCE_MORE)
 
 
 @contextmanager
 def uncounted(block):
     """A layer that runs again counts no loads."""
-    counts = (block.mlp.gate.load, block.mlp.dropped) if block.is_moe else ()
+    if not block.is_moe:
+        yield
+        return
+    load, dropped = block.mlp.gate.load, block.mlp.dropped
     try:
         yield
     finally:
-        if counts:
-            block.mlp.gate.load, block.mlp.dropped = counts
+        block.mlp.gate.load, block.mlp.dropped = load, dropped
 
 
 class HostAdamW(torch.optim.AdamW):
@@ -1170,29 +1395,32 @@ class HostAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         groups = self.param_groups
         for group in groups:
-            for part in slices(group["params"]):
-                self.param_groups = [group | dict(params=part)]
-                self.move_moments(part, local(part[0]).device)
+            for parameters in in_slices(group["params"]):
+                self.param_groups = [group | dict(params=parameters)]
+                self.move_moments(parameters, local(parameters[0]).device)
                 super().step()
-                self.move_moments(part, "cpu")
+                self.move_moments(parameters, "cpu")
         self.param_groups = groups
 
     def move_moments(self, parameters, device):
-        for state in map(self.state.__getitem__, parameters):
-            state.update({name: state[name].to(device, copy=True) for name in state if name != "step"})
+        for parameter in parameters:
+            state = self.state[parameter]
+            for name in state.keys() - {"step"}:
+                state[name] = state[name].to(device, copy=True)
 
 
-def slices(parameters):
+def in_slices(parameters):
     """Consecutive parameters whose two moments have at most STEP_BYTES, or one parameter that has more."""
-    part, size = [], 0
+    piece, size = [], 0
     for parameter in parameters:
-        size += 2 * local(parameter).nbytes
-        if part and size > STEP_BYTES:
-            yield part
-            part, size = [], 2 * local(parameter).nbytes
-        part.append(parameter)
-    if part:
-        yield part
+        both_moments = 2 * local(parameter).nbytes
+        if piece and size + both_moments > STEP_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append(parameter)
+        size += both_moments
+    if piece:
+        yield piece
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1209,87 +1437,146 @@ class Segment(NamedTuple):
     gives: tuple
 
 
-LAYER = 6                                  # segments of a layer: attend, relay, experts, relay back, shared, combine
+class Outside(NamedTuple):
+    """Segments of what stands before, between and behind a stage's layers: embedding, MTP's joining, losses."""
+    segments: list
+    is_layer: bool = False
 
 
-def layer_segments(block, angles, mask, routing, add_aux_loss):
-    """h: the MLP's input. rows, weights: under way to the experts. out: under way back. A dense MLP is a shared one."""
-    mlp, sent = block.mlp, {}
-    chosen = {} if routing is None else routing                            # noted; forced if the layer runs again
+class LayerSegments:
+    """A layer on one micro-batch, in six segments; pair_layer says what runs beside what.
 
-    def attend(x):
-        x = block.attend(x, angles, mask)
-        if not block.is_moe:
-            return x, block.dispatch(x)
-        first = not sent
-        with nullcontext() if first else uncounted(block):
-            sent["h"], _, rows, weights, sent["counts"], sent["route"] = block.dispatch(x, chosen)
-        if first:
-            add_aux_loss(mlp.gate.aux_loss)
-        return x, sent["h"], rows, weights
+        attend       x               ->  x, h, rows, weights     h: the MLP's input; rows and weights set out to experts
+        relay        rows, weights   ->  rows, weights           between the two hops of an exchange
+        experts      rows, weights   ->  out                     sets out back
+        relay_back   out             ->  out
+        shared       h               ->  shared                  by the shared expert, or a dense layer's MLP
+        combine      x, shared, out  ->  x
 
-    def relay(rows, weights):
-        return mlp.dispatcher.relay(rows, weights, sent["route"])
+    A dense layer has no rows, weights and out, and its relay, experts and relay_back do nothing.
+    """
+    is_layer = True
 
-    def experts(rows, weights):
-        out = mlp.compute_routed(sent.pop("h"), rows, weights, sent["counts"], sent["route"])
-        return (mlp.dispatcher.send_back(out, sent["route"]) if away else out,)
+    def __init__(self, block, angles, mask, routing, add_aux_loss):
+        self.block, self.mlp, self.angles, self.mask = block, block.mlp, angles, mask
+        self.chosen = {} if routing is None else routing                  # noted; forced if the layer runs again
+        self.add_aux_loss = add_aux_loss
+        self.has_run = False
+        self.segments = self.moe_segments() if block.is_moe else self.dense_segments()
 
-    def shared(h):
-        expert = mlp.shared_experts if block.is_moe else mlp
-        return (expert and expert(h),)
+    def moe_segments(self):
+        sent = ("rows", "weights")
+        travels = hasattr(self.mlp.dispatcher, "relay")                   # else experts are here, nothing is under way
+        return [Segment(self.attend, ("x",), ("x", "h", *sent)),
+                Segment(self.relay if travels else pass_on, sent, sent),
+                Segment(self.experts_and_send_back if travels else self.experts, sent, ("out",)),
+                Segment(self.relay_back if travels else pass_on, ("out",), ("out",)),
+                Segment(self.shared, ("h",), ("shared",)),
+                Segment(self.combine, ("x", "shared", "out"), ("x",))]
 
-    def relay_back(out):
-        return (mlp.dispatcher.relay_back(out, sent["route"]),)
+    def dense_segments(self):
+        nothing = Segment(pass_on, (), ())
+        return [Segment(self.attend_dense, ("x",), ("x", "h")),
+                nothing,
+                nothing,
+                nothing,
+                Segment(self.shared_dense, ("h",), ("shared",)),
+                Segment(self.combine_dense, ("x", "shared"), ("x",))]
 
-    def combine(x, shared, out=None):
-        return (block.combine(x, (out, shared, x.shape, sent["route"]) if block.is_moe else shared),)
+    def attend(self, x):
+        x = self.block.attend(x, self.angles, self.mask)
+        with uncounted(self.block) if self.has_run else nullcontext():
+            h, _, rows, weights, self.counts, self.route = self.block.dispatch(x, self.chosen)
+        if not self.has_run:
+            self.add_aux_loss(self.mlp.gate.aux_loss)
+        self.has_run = True
+        self.h = h                                                        # rows may be made from it again
+        return x, h, rows, weights
 
-    def nothing(*tensors):
-        return tensors
+    def relay(self, rows, weights):
+        return self.mlp.dispatcher.relay(rows, weights, self.route)
 
-    rows, out = (("rows", "weights"), ("out",)) if block.is_moe else ((), ())
-    away = block.is_moe and hasattr(mlp.dispatcher, "relay")               # else nothing travels
-    return [Segment(attend, ("x",), ("x", "h", *rows)),
-            Segment(relay if away else nothing, rows, rows),
-            Segment(experts if block.is_moe else nothing, rows, out),
-            Segment(relay_back if away else nothing, out, out),
-            Segment(shared, ("h",), ("shared",)),
-            Segment(combine, ("x", "shared", *out), ("x",))]
+    def experts(self, rows, weights):
+        h, self.h = self.h, None
+        return (self.mlp.compute_routed(h, rows, weights, self.counts, self.route),)
+
+    def experts_and_send_back(self, rows, weights):
+        out, = self.experts(rows, weights)
+        return (self.mlp.dispatcher.send_back(out, self.route),)
+
+    def relay_back(self, out):
+        return (self.mlp.dispatcher.relay_back(out, self.route),)
+
+    def shared(self, h):
+        expert = self.mlp.shared_experts
+        return (None if expert is None else expert(h),)
+
+    def combine(self, x, shared, out):
+        return (self.block.combine(x, (out, shared, x.shape, self.route)),)
+
+    def attend_dense(self, x):
+        x = self.block.attend(x, self.angles, self.mask)
+        return x, self.block.dispatch(x)
+
+    def shared_dense(self, h):
+        return (self.mlp(h),)
+
+    def combine_dense(self, x, shared):
+        return (self.block.combine(x, shared),)
+
+
+def pass_on(*tensors):
+    return tensors
 
 
 class Chunk:
-    """One micro-batch on one stage: segments part by part, the tensors between them, and what backward needs: the graph
-    of each segment, or, of a layer that is recomputed as a whole, its input."""
+    """One micro-batch on one stage: its segments, the tensors between them, and what backward needs of each.
 
-    def __init__(self, parts, x, memory):
-        self.segments = [segment for part in parts for segment in part]
-        self.sizes = [len(part) for part in parts]
-        self.values, self.grads, self.tape = {"x": x}, {}, []
-        self.memory, self.inputs = memory, []                             # of layers that will run again
-        # of each segment, whether it is in such a layer
-        self.again = ["layer" in memory.names and size == LAYER for size in self.sizes for _ in range(size)]
+    Example, two segments: `attend` takes x and gives x and h, `shared` takes h and gives shared.
+
+        forward    values x            attend runs on x, cut off; tape: [edges of x and h]
+                   values x, h         shared runs on h, cut off; tape: [edges of x and h, edge of shared]
+        backward   grads of x, shared  from the edge of shared to where h was cut off, which leaves its gradient
+                   grads of x, h       from the edges of x and h to where x was cut off
+    """
+
+    def __init__(self, pieces, x, memory):
+        """pieces: LayerSegments and Outside, in the order of forward."""
+        self.pieces, self.memory = pieces, memory
+        self.segments = [segment for piece in pieces for segment in piece.segments]
+        self.piece_of = [piece for piece in pieces for _ in piece.segments]            # of each segment
+        self.values, self.grads = {"x": x}, {}
+        self.tape = []                     # of each segment that ran, where in its graph what it gave was made: edges
+        self.layer_inputs = []             # packed, of layers that will run again
 
     def forward(self, times=1):
         """Run the next segments."""
         for _ in range(times):
-            self.run_next(self.again[len(self.tape)])
+            piece = self.piece_of[len(self.tape)]
+            if piece.is_layer and "layer" in self.memory.names and torch.is_grad_enabled():
+                self.run_without_graph(piece)
+            else:
+                self.run_next()
 
-    def run_next(self, again):
-        """again: the segment will run a second time, so it leaves no graph now."""
-        run, takes, gives = self.segments[len(self.tape)]
-        if again and run.__name__ == "attend":
-            self.inputs.append(self.memory.pack(self.values["x"].detach()))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not again), self.memory.hooks():
-            outputs = run(*(self.enter(name) for name in takes))
-        self.tape.append(None if again else [out is not None and out.requires_grad and get_gradient_edge(out)
-                                             for out in outputs])
-        self.values.update(zip(gives, outputs))
+    def run_next(self):
+        segment = self.segments[len(self.tape)]
+        with self.memory.hooks():
+            outputs = segment.run(*[self.enter(name) for name in segment.takes])
+        self.tape.append([edge_of(x) for x in outputs])
+        self.values.update(zip(segment.gives, outputs))
+
+    def run_without_graph(self, layer):
+        """The next segment of a layer that will run again: it keeps the layer's input alone."""
+        if self.segments[len(self.tape)] is layer.segments[0]:
+            self.layer_inputs.append(self.memory.pack(self.values["x"].detach()))
+        with torch.no_grad():
+            self.run_next()
+        self.tape[-1] = None
 
     def enter(self, name):
         """A value, cut off from what made it."""
         x = self.values.pop(name)
-        if x is None or not (x.is_floating_point() and torch.is_grad_enabled()):
+        if x is None or not x.is_floating_point() or not torch.is_grad_enabled():
             return x
         return Enter.apply(torch.empty(0, requires_grad=True), x.detach(), self.grads, name)
 
@@ -1297,21 +1584,31 @@ class Chunk:
         """Run the last segments backward; the gradient of what the last one gave stands in grads."""
         for _ in range(times):
             if self.tape[-1] is None:
-                self.run_again()
+                self.run_layer_again()
             edges = self.tape.pop()
-            grads = [self.grads.pop(name, None) for name in self.segments[len(self.tape)].gives]
-            pairs = [(edge, grad) for edge, grad in zip(edges, grads) if edge and grad is not None]
-            if pairs:
-                torch.autograd.backward(*zip(*pairs))
+            segment = self.segments[len(self.tape)]
+            reached, grads = [], []
+            for edge, name in zip(edges, segment.gives):
+                grad = self.grads.pop(name, None)
+                if edge is not None and grad is not None:
+                    reached.append(edge)
+                    grads.append(grad)
+            if reached:
+                torch.autograd.backward(reached, grads)
 
     @torch.enable_grad()
-    def run_again(self):
-        """The last layer's segments, now with a graph."""
-        del self.tape[-LAYER:]
-        values, self.values = self.values, dict(x=unpack(self.inputs.pop()))
-        for _ in range(LAYER):
-            self.run_next(again=False)
+    def run_layer_again(self):
+        """The segments of the last layer that ran, now with a graph."""
+        layer = self.piece_of[len(self.tape) - 1]
+        del self.tape[-len(layer.segments):]
+        values, self.values = self.values, {"x": unpack(self.layer_inputs.pop())}
+        for _ in layer.segments:
+            self.run_next()
         self.values = values
+
+
+def edge_of(x):
+    return get_gradient_edge(x) if x is not None and x.requires_grad else None
 
 
 class Enter(torch.autograd.Function):
@@ -1319,42 +1616,43 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor, x, grads, name):
-        ctx.to = grads, name
+        ctx.grads, ctx.name = grads, name
         return x.new_empty(0).set_(x)                                     # no view: an exchange may still fill x
 
     @staticmethod
     def backward(ctx, grad):
-        grads, name = ctx.to
-        grads[name] = grad
+        ctx.grads[ctx.name] = grad
         return None, None, None, None
 
 
-def run_backward(chunk, store, defer=False):
-    for size in reversed(chunk.sizes):
-        backward_part(chunk, size, store, defer)
-    if not defer:
-        store.pop()
+def run_backward(chunk, store):
+    for piece in reversed(chunk.pieces):
+        backward_piece(chunk, piece, store)
+    store.pop()
 
 
-def backward_part(chunk, size, store, defer=False):
-    """Weight gradients of the experts hide the way back of the gradients, unless all are deferred."""
-    chunk.backward(size - 1)
-    if not defer:
-        store.pop()
+def backward_piece(chunk, piece, store):
+    """Weight gradients of the experts hide the way back of the gradients, which the last segment left waits for."""
+    chunk.backward(len(piece.segments) - 1)
+    store.pop()
     chunk.backward()
 
 
 def run_pair(forward, backward, store):
     """A forward of one micro-batch among a backward of another, layer by layer: each hides the other's exchanges."""
-    f_sizes, b_sizes = list(forward.sizes), backward.sizes[::-1]
-    while f_sizes or b_sizes:
-        if f_sizes[:1] == b_sizes[:1] == [LAYER]:
-            pair_layer(forward, backward, store)
-            f_sizes, b_sizes = f_sizes[1:], b_sizes[1:]
-        elif not f_sizes or (b_sizes and b_sizes[0] != LAYER):
-            backward_part(backward, b_sizes.pop(0), store)
+    to_forward, to_backward = list(forward.pieces), backward.pieces[::-1]
+    while to_forward or to_backward:
+        if not to_forward:
+            backward_piece(backward, to_backward.pop(0), store)
+        elif not to_backward:
+            forward.forward(len(to_forward.pop(0).segments))
+        elif not to_backward[0].is_layer:
+            backward_piece(backward, to_backward.pop(0), store)
+        elif not to_forward[0].is_layer:
+            forward.forward(len(to_forward.pop(0).segments))
         else:
-            forward.forward(f_sizes.pop(0))
+            pair_layer(forward, backward, store)
+            del to_forward[0], to_backward[0]
     store.pop()
 
 
@@ -1367,10 +1665,10 @@ def pair_layer(forward, backward, store):
     backward.backward()                    # experts' input gradients hide the tokens' slow hop; then the fast one ...
     forward.forward()                      # ... and the tokens over theirs ...
     store.pop(1)                           # ... which a part of the experts' weight gradients hides
-    backward.backward()                    # relay: gradients back over the slow hop ...
+    backward.backward()                    # relay_back: gradients back over the slow hop ...
     forward.forward()                      # ... which the experts hide; rows back over the fast hop ...
     backward.backward()                    # ... which attention hides
-    forward.forward(2)                     # relay: rows back over the slow hop, which the shared expert hides ...
+    forward.forward(2)                     # relay_back: rows back over the slow hop, which the shared expert hides ...
     store.pop()                            # ... with the other weight gradients of experts and of attention
     forward.forward()                      # combine
 
@@ -1388,22 +1686,27 @@ class Pipeline:
         self.model, self.plan, self.grid = model, plan, grid
         self.layers = stage_layers(model.config, plan)
         self.stages = plan.stages_of(grid.pp_rank if grid else 0)
+        self.last_stage = plan.n_stages - 1
         self.store = None if plan.is_plain else WeightGradStore()
         for module in model.modules():
             if hasattr(module, "store"):
                 module.store = self.store
         self.memory = Memory(plan, next(model.parameters()).device)
         self.memory.attach(model)
-        self.measured = {}                                                # if asked: what the first forward keeps
-        self.runtimes = {}                                                # micro-batches of a step -> runtime
-        self.line = grid and grid.group(grid.dense, "pp")
+        self.runtimes = {}                 # number of micro-batches -> TorchRuntime, or OneRank
 
     def step(self, batches, loss_tokens, train=True):
-        """batches: for each micro-batch of whole sequences Model.forward's arguments, as a dict; the same on ranks that
-        share them. -> Output, without graph: this rank's shares, whose sums over all ranks are the losses."""
+        """Forward and backward of a global batch, or its forward alone; weights stay as they are.
+
+        batches: for each micro-batch Model.forward's arguments, as a dict, of whole sequences; the same on ranks that
+        share them. loss_tokens (1+MTP,): target tokens of the global batch. -> Output, without graph: this rank's
+        shares, whose sums over all ranks are the losses.
+        """
+        # an evaluation may have another number of micro-batches than the plan
         plan = replace(self.plan, global_batch=len(batches) * self.plan.dp * self.plan.micro_batch)
         if plan.cp * plan.tp > 1:
-            batches = [own_tokens(plan, self.model.config.num_nextn_predict_layers, **batch) for batch in batches]
+            depths = self.model.config.num_nextn_predict_layers
+            batches = [own_tokens(plan, depths, **batch) for batch in batches]
         self.batches, self.loss_tokens, self.train = batches, loss_tokens, train
         self.sums = dict.fromkeys(("loss", "mtp_loss", "aux_loss"), loss_tokens.new_zeros(()))
         with torch.set_grad_enabled(train):
@@ -1411,94 +1714,103 @@ class Pipeline:
                 self.run_plain()
             else:
                 self.run_table(plan)
-        total = self.sums["loss"] + self.model.config.mtp_loss_weight * self.sums["mtp_loss"] + self.sums["aux_loss"]
-        return Output(**self.sums, total_loss=total)
+        loss, mtp_loss, aux_loss = self.sums["loss"], self.sums["mtp_loss"], self.sums["aux_loss"]
+        total_loss = loss + self.model.config.mtp_loss_weight * mtp_loss + aux_loss
+        return Output(loss=loss, mtp_loss=mtp_loss, aux_loss=aux_loss, total_loss=total_loss)
 
     def run_plain(self):
         for number, batch in enumerate(self.batches, 1):
             reduce_gradients(self.model, self.plan, last=number == len(self.batches))
             with self.memory.hooks():
                 out = self.model(**batch, loss_tokens=self.loss_tokens)
-            self.measured = self.measured or self.memory.held()
             if self.train:
                 out.total_loss.backward()
-            for name in self.sums:
-                self.add(name, getattr(out, name))
+            self.add("loss", out.loss)
+            self.add("mtp_loss", out.mtp_loss)
+            self.add("aux_loss", out.aux_loss)
             del out                                                       # and its graph, before the next one is made
 
     def run_table(self, plan):
-        self.chunks, self.local, self.owed = {}, {}, {}                   # by (stage, micro-batch)
+        self.chunks = {}                   # (stage, micro-batch) -> Chunk, from its forward to its backward
+        if plan.n_micro not in self.runtimes:
+            self.runtimes[plan.n_micro] = self.make_runtime(plan)
+        self.runtime = self.runtimes[plan.n_micro]
         self.gather_weights()
-        if plan.pp == 1:
-            for action in schedule_table(plan)[0]:
-                self.perform(action.parts())
-        else:
-            if plan.n_micro not in self.runtimes:
-                self.runtimes[plan.n_micro] = make_runtime(self, plan)
-            self.runtime = self.runtimes[plan.n_micro]
-            (self.runtime.step if self.train else self.runtime.eval)(return_outputs=False)
-            self.runtime.bwd_recv_ops.clear()                             # without backward nothing came
+        self.runtime.step(self.train)
         self.release_weights()
 
-    # one action
+    def make_runtime(self, plan):
+        if plan.pp == 1:
+            return OneRank(schedule_table(plan)[0], self.perform)
+        shape = plan.micro_batch, plan.tokens // plan.micro_batch, self.model.config.hidden_size
+        x = torch.empty(shape, dtype=model_dtype(self.model), device="meta", requires_grad=True)
+        device, group = next(self.model.parameters()).device, self.grid.dense["pp"].get_group()
+        return TorchRuntime(self.stages, plan.n_stages, schedule_table(plan), plan.n_micro, x, device, group,
+                            self.perform)
+
+    # one action: a chunk begins with what its neighbour sent, and ends with what its neighbour waits for
 
     def perform(self, parts):
-        """parts: one or two of (kind, stage, microbatch); kind F, B, or its halves I (of inputs) and W (of weights)."""
+        """parts: one or two of (kind, stage, microbatch), kind F or B; two are a pair, its forward first."""
         if len(parts) == 2 and self.plan.overlap == "adaptive" and self.train:
-            (_, *f), (_, *b) = parts
-            forward, backward = self.begin_forward(*f), self.begin_backward(*b)
-            run_pair(forward, backward, self.store)
-            self.end_forward(forward, *f)
-            self.end_backward(backward, *b)
+            self.perform_pair(*parts)
             return
         for kind, stage, microbatch in parts:
-            self.perform_one(kind, stage, microbatch)
+            if kind == "F":
+                self.perform_forward(stage, microbatch)
+            elif self.train:
+                self.perform_backward(stage, microbatch)
 
-    def perform_one(self, kind, stage, microbatch):
-        if kind == "F":
-            chunk = self.begin_forward(stage, microbatch)
-            chunk.forward(len(chunk.segments))
-            self.end_forward(chunk, stage, microbatch)
-        elif kind == "W":
-            self.store.pending = self.owed.pop((stage, microbatch), [])
-            self.store.pop()
-        elif self.train:
-            chunk = self.begin_backward(stage, microbatch)
-            run_backward(chunk, self.store, defer=kind == "I")
-            self.owed[stage, microbatch], self.store.pending = self.store.pending, []
-            self.end_backward(chunk, stage, microbatch)
+    def perform_forward(self, stage, microbatch):
+        chunk = self.begin_forward(stage, microbatch)
+        chunk.forward(len(chunk.segments))
+        self.end_forward(chunk, stage, microbatch)
+
+    def perform_backward(self, stage, microbatch):
+        chunk = self.begin_backward(stage, microbatch)
+        run_backward(chunk, self.store)
+        self.end_backward(chunk, stage, microbatch)
+
+    def perform_pair(self, forward_part, backward_part):
+        _, *forward_of = forward_part                                     # stage, microbatch
+        _, *backward_of = backward_part
+        forward, backward = self.begin_forward(*forward_of), self.begin_backward(*backward_of)
+        run_pair(forward, backward, self.store)
+        self.end_forward(forward, *forward_of)
+        self.end_backward(backward, *backward_of)
 
     def begin_forward(self, stage, microbatch):
         batch = self.batches[microbatch]
-        x = batch["ids"] if stage == 0 else self.receive("F", stage, microbatch).detach().requires_grad_(self.train)
-        return Chunk(self.parts(stage, **batch), x, self.memory)
+        if stage == 0:
+            x = batch["ids"]
+        else:
+            x = self.runtime.received_input(stage, microbatch).detach().requires_grad_(self.train)
+        return Chunk(self.pieces(stage, **batch), x, self.memory)
 
     def end_forward(self, chunk, stage, microbatch):
-        self.measured = self.measured or self.memory.held()
         if self.train:
             self.chunks[stage, microbatch] = chunk
-        if stage < self.plan.n_stages - 1:
-            self.send("F", stage, microbatch, chunk.values.pop("x"))
+        if stage < self.last_stage:
+            self.runtime.send_output(stage, microbatch, chunk.values.pop("x").detach().contiguous())
 
     def begin_backward(self, stage, microbatch):
         chunk = self.chunks.pop((stage, microbatch))
-        if stage == self.plan.n_stages - 1:
+        if stage == self.last_stage:                                      # where nothing comes from behind
             chunk.grads["loss"] = torch.ones_like(chunk.values["loss"])
         else:
-            chunk.grads["x"] = self.receive("B", stage, microbatch)
+            chunk.grads["x"] = self.runtime.received_gradient(stage, microbatch)
         return chunk
 
     def end_backward(self, chunk, stage, microbatch):
-        self.reduce_gradients()
+        self.end_fsdp_backward()
         if stage > 0:
-            self.send("B", stage, microbatch, chunk.grads.pop("x"))
+            self.runtime.send_gradient(stage, microbatch, chunk.grads.pop("x").detach().contiguous())
 
     # a stage's segments
 
-    def parts(self, stage, ids, targets=None, positions=None, doc_ids=None, next_ids=None, routing=None):
-        """Lists of segments: embedding, layers, what joins MTP layers to those before, last norm and losses."""
-        model = self.model
-        depths = model.config.num_nextn_predict_layers
+    def pieces(self, stage, ids, targets=None, positions=None, doc_ids=None, next_ids=None, routing=None):
+        """What Model.forward does, as pieces of a Chunk: embedding, layers, what joins MTP layers to them, losses."""
+        model, depths = self.model, self.model.config.num_nextn_predict_layers
         positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
         angles, mask = rope_table(model.config, positions, model_dtype(model)), document_mask(doc_ids)
 
@@ -1512,48 +1824,28 @@ class Pipeline:
             self.add("mtp_loss", out.mtp_loss)
             return (out.loss + model.config.mtp_loss_weight * out.mtp_loss,)
 
-        parts, hiddens = [[Segment(embed, ("x",), ("x",))]] if stage == 0 else [], []
-        for block in [model.layers[str(index)] for index in self.layers[stage]]:
+        pieces, hiddens = [], []                                          # hiddens: names of what the head will read
+        if stage == 0:
+            pieces.append(Outside([Segment(embed, ("x",), ("x",))]))
+        for index in self.layers[stage]:
+            block = model.layers[str(index)]
             if isinstance(block, MTPLayer):
                 join = partial(model.join, len(hiddens), next_ids=next_ids)
                 hiddens.append(f"hidden {len(hiddens)}")
-                parts.append([Segment(join, ("x",), (hiddens[-1], "x"))])
-            parts.append(layer_segments(block, angles, mask, routing, partial(self.add, "aux_loss")))
-        last = [[Segment(losses, ("x", *hiddens), ("loss",))]] if stage == self.plan.n_stages - 1 else []
-        return parts + last
+                pieces.append(Outside([Segment(join, ("x",), (hiddens[-1], "x"))]))
+            pieces.append(LayerSegments(block, angles, mask, routing, partial(self.add, "aux_loss")))
+        if stage == self.last_stage:
+            pieces.append(Outside([Segment(losses, ("x", *hiddens), ("loss",))]))
+        return pieces
 
     def add(self, name, value):
         self.sums[name] = self.sums[name] + value.detach()
-
-    # between stages: over the runtime's buffers, or by hand where the neighbour is on this rank
-
-    def receive(self, kind, stage, microbatch):
-        neighbour = stage + (-1 if kind == "F" else 1)
-        if neighbour in self.stages or neighbour == self.plan.n_stages:
-            return self.local.pop((kind, neighbour, microbatch), None)
-        works = self.runtime.fwd_recv_ops if kind == "F" else self.runtime.bwd_recv_ops
-        for work in works.pop((stage, microbatch)):
-            work.wait()
-        place = self.runtime.place[stage]
-        return (place.args_recv_info if kind == "F" else place.grad_recv_info)[microbatch][0].buffer
-
-    def send(self, kind, stage, microbatch, x):
-        x, neighbour = x.detach().contiguous(), stage + (1 if kind == "F" else -1)
-        if neighbour in self.stages:
-            self.local[kind, stage, microbatch] = x
-            return
-        to = self.plan.homes()[neighbour]
-        self.line.traffic.add("forward" if kind == "F" else "backward", self.line.tiers[to:to + 1], [x.nbytes])
-        if kind == "F":
-            self.runtime.place[stage].fwd_cache[microbatch] = (x,), []
-        else:
-            self.runtime.place[stage].bwd_cache[microbatch] = (x,)
 
     # FSDP: its hooks on layers do not run, since segments call a layer's parts
 
     def gather_weights(self):
         if isinstance(self.model, FSDPModule):
-            fully_shard.state(self.model)._lazy_init()
+            prepare_sharding(self.model)
             self.set_last_backward(False)
         for part in fsdp_parts(self.model):
             part.unshard()
@@ -1565,11 +1857,12 @@ class Pipeline:
                 part.reshard()
             return
         self.set_last_backward(True)
-        self.reduce_gradients()
+        self.end_fsdp_backward()
         if self.grid and self.grid.embedding_twice and self.model.embed_tokens is not None:
             self.add_other_embedding(local(self.model.embed_tokens.weight.grad))
 
     def add_other_embedding(self, grad):
+        """First and last pipeline rank hold a copy each, which must stay equal: both take the sum."""
         other, peer = torch.empty_like(grad), self.plan.pp - 1 - self.grid.pp_rank
         both = dict(group=self.grid.dense["pp"].get_group(), group_peer=peer)
         operations = [dist.P2POp(dist.isend, grad, **both), dist.P2POp(dist.irecv, other, **both)]
@@ -1578,15 +1871,39 @@ class Pipeline:
         grad += other
 
     def set_last_backward(self, last):
+        """Whether the next end of a backward reduces gradients over ranks and lets go of whole weights."""
         if isinstance(self.model, FSDPModule):
             self.model.set_is_last_backward(last)
             self.model.set_reshard_after_backward(last)
             self.model.set_requires_gradient_sync(last)
 
-    def reduce_gradients(self):
-        """What FSDP does at the end of a backward: gradients are added up in float32, or at last reduced."""
+    def end_fsdp_backward(self):
         if isinstance(self.model, FSDPModule):
-            fully_shard.state(self.model)._root_post_backward_final_callback()
+            end_sharded_backward(self.model)
+
+
+class OneRank:
+    """What TorchRuntime is on several pipeline ranks: the actions one by one, stages hand their tensors over."""
+
+    def __init__(self, actions, perform):
+        self.actions, self.perform = actions, perform
+        self.outputs, self.gradients = {}, {}                             # (receiving stage, micro-batch) -> tensor
+
+    def step(self, train):
+        for action in self.actions:
+            self.perform(action.parts())
+
+    def send_output(self, stage, microbatch, x):
+        self.outputs[stage + 1, microbatch] = x
+
+    def received_input(self, stage, microbatch):
+        return self.outputs.pop((stage, microbatch))
+
+    def send_gradient(self, stage, microbatch, grad):
+        self.gradients[stage - 1, microbatch] = grad
+
+    def received_gradient(self, stage, microbatch):
+        return self.gradients.pop((stage, microbatch))
 
 
 def model_dtype(model):
@@ -1594,102 +1911,65 @@ def model_dtype(model):
     return model.compute_dtype or next(local(p) for p in model.parameters()).dtype
 
 
-def make_runtime(pipeline, plan):
-    """torch's runtime with sim.py's table; every action is the pipeline's, the runtime sends and receives.
-
-    The one place for what torch does not publish: _PipelineScheduleRuntime, _prepare_schedule_with_comms, _Action.
-    """
-    group = pipeline.grid.dense["pp"].get_group()
-    width = pipeline.model.config.hidden_size
-    device = next(pipeline.model.parameters()).device
-    shape = plan.micro_batch, plan.tokens // plan.micro_batch, width
-    x = torch.empty(shape, dtype=model_dtype(pipeline.model), device="meta", requires_grad=True)
-    stages = [PipelineStage(torch.nn.Identity(), stage, plan.n_stages, device, x, x, group=group)
-              for stage in pipeline.stages]
-    # a loss tells that there is a backward; it is not called
-    runtime = schedules._PipelineScheduleRuntime(stages, plan.n_micro, loss_fn=len, scale_grads=False)
-
-    def perform(action, context):
-        actions = action.sub_actions or (action,)
-        pipeline.perform([(a.computation_type.value, a.stage_index, a.microbatch_index) for a in actions])
-
-    for kind in (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.BACKWARD_INPUT, schedules.BACKWARD_WEIGHT,
-                 schedules.OVERLAP_F_B):
-        runtime.register_custom_function(kind, perform)
-    if plan.schedule == "dualpipev" and plan.n_micro < 2 * plan.pp:       # too few, of an evaluation: the same V
-        plan = replace(plan, schedule="zbv")
-    runtime._prepare_schedule_with_comms({rank: [schedules._Action.from_str(str(action)) for action in actions]
-                                          for rank, actions in enumerate(schedule_table(plan))})
-    runtime.place = {stage.stage_index: stage for stage in stages}
-    return runtime
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Live load balance: experts move to where the load is
 #
-# sim.py predicts loads and plans placements, the same on every rank; here they are carried out. Router, its optimizer
-# state and bias, loads and the balance loss know experts by their own numbers, so nothing of them moves: only dispatch
-# looks up in which slot an expert is now. Checkpoints hold experts in order of their numbers, for any plan and reader.
+# sim.py predicts loads and plans placements, the same on every rank; here they are carried out. A placement is an array
+# (ep, slots) of expert numbers: which expert is in which slot of which rank. Slots of all ranks are numbered in a row.
+#
+# Router, its optimizer state and bias, loads and the balance loss know experts by their own numbers, so nothing of them
+# moves: only dispatch looks up in which slot an expert is now. Checkpoints hold experts in order of their numbers, for
+# any plan and reader.
 
 
 class PlacedDispatcher:
     """Sends rows to the slot where their expert is now, through one of the exchanges above, to which slots are experts.
 
-    Tokens take turns between the copies of a hot expert.
+    All else of a dispatcher is the exchange's.
     """
 
     def __init__(self, exchange):
         self.exchange = exchange
+        self.slot_of = None                                               # (E,) slot of each expert
 
     def __getattr__(self, name):
         return getattr(self.exchange, name)
 
-    def place(self, placement, device):
-        """placement: (ep, slots) of expert numbers."""
-        flat = placement.flatten()
-        slots = [np.flatnonzero(flat == expert) for expert in range(flat.max() + 1)]
-        most = max(map(len, slots))
-        self.slots = torch.tensor(np.stack([np.resize(each, most) for each in slots]), device=device)      # (E, most)
-        self.copies = torch.tensor([len(each) for each in slots], device=device)                            # (E,)
-
     def dispatch(self, x, ids, weights):
-        turn = torch.arange(len(ids), device=ids.device).unsqueeze(1) % self.copies[ids]
-        return self.exchange.dispatch(x, self.slots[ids, turn], weights)
+        return self.exchange.dispatch(x, self.slot_of[ids], weights)
 
 
 def leaving_and_arriving(old, new, me):
-    """Slots that rank `me` sends from, and to, for each member of its group, both in the order of the receiver's slots.
+    """What rank `me` sends to and gets from each rank, between two placements (ep, slots): two lists of its slots.
 
-    old, new: (ep, slots) of expert numbers. What stays in its slot is left out.
+    leaving[r] are the slots whose experts go to rank r, arriving[r] those where experts of rank r come, both in the
+    order of the receiver's slots. What stays in its slot is left out.
     """
-    leaving = [[i for j, expert in enumerate(row) for i in np.flatnonzero(old[me] == expert) if (member, j) != (me, i)]
-               for member, row in enumerate(new)]
-    arriving = [[j for j, expert in enumerate(new[me]) if expert in row and (member != me or row[j] != expert)]
-                for member, row in enumerate(old)]
+    ep, n_slots = old.shape
+    came_from = np.argsort(old.flatten())[new]                            # (ep, slots) slot where each expert was
+    sender, sender_slot = came_from // n_slots, came_from % n_slots
+    changed = old != new
+    leaving = [sender_slot[rank][changed[rank] & (sender[rank] == me)] for rank in range(ep)]
+    arriving = [np.flatnonzero(changed[me] & (sender[me] == rank)) for rank in range(ep)]
     return leaving, arriving
 
 
-def move_homes(tensors, old, new, group):
-    """Experts of one layer to their new homes, by one all-to-all of slices. old, new: (ep, homes).
+def move_experts(tensors, old, new, group):
+    """Experts of one layer from an old placement to a new one, by one all-to-all.
 
-    tensors: (homes, ...) on this rank, weights and optimizer states, cut alike on all ranks of the group.
+    tensors: (slots, ...) on this rank, weights and optimizer states, cut alike on all ranks of the group.
     """
     leaving, arriving = leaving_and_arriving(old, new, group.rank)
-    rows = torch.cat([t[sum(leaving, [])].flatten(1) for t in tensors], 1)
-    rows, work = group.all_to_all(rows, "forward", list(map(len, leaving)), list(map(len, arriving)))
+    send, recv = [len(slots) for slots in leaving], [len(slots) for slots in arriving]
+    device = tensors[0].device
+    leaving = torch.tensor(np.concatenate(leaving), device=device)
+    arriving = torch.tensor(np.concatenate(arriving), device=device)
+    rows = torch.cat([tensor[leaving].flatten(1) for tensor in tensors], 1)       # (experts that go, values of each)
+    rows, work = group.all_to_all(rows, send, recv)
     work.wait()
-    for tensor, part in zip(tensors, rows.split([t[0].numel() for t in tensors], 1)):
-        tensor[sum(arriving, [])] = part.view(-1, *tensor.shape[1:])
-
-
-def with_copies(group, leaving, arriving, weight):
-    """weight (homes, ...) of this rank -> (slots, ...): copies of hot experts come from their homes before each use.
-
-    In backward their gradients return and are summed there, so copies need no optimizer.
-    """
-    flight = flight_of_rows(group, list(map(len, leaving)), list(map(len, arriving)))
-    came = flight.whole(weight[sum(leaving, [])])                         # by rank they came from
-    return torch.cat((weight, came[np.argsort(sum(arriving, []))]))
+    sizes = [tensor[0].numel() for tensor in tensors]
+    for tensor, part in zip(tensors, rows.split(sizes, 1)):
+        tensor[arriving] = part.view(-1, *tensor.shape[1:])
 
 
 class LiveBalance:
@@ -1702,79 +1982,78 @@ class LiveBalance:
     """
 
     def __init__(self, model, grid):
-        plan, n_experts = grid.plan, model.config.n_routed_experts
-        self.plan, first_moe = plan, model.config.first_k_dense_replace
-        self.moes = {block.index - first_moe: block.mlp for block in model.moe_blocks()}
-        n_layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers - first_moe
-        self.n_homes, self.first = n_experts // plan.ep, first_placement(n_experts, plan)
-        self.group = Group(grid.expert["ep"].get_group(), plan.node_size, Traffic())
-        self.device = torch.device(grid.dense.device_type)
-        slots = SimpleNamespace(n_routed_experts=self.first.size, capacity_factor=model.config.capacity_factor)
-        exchange = grid.dispatcher(slots)
+        config, self.plan = model.config, grid.plan
+        n_layers = config.num_hidden_layers + config.num_nextn_predict_layers - config.first_k_dense_replace
+        self.group = Group(grid.expert["ep"].get_group())
+        self.moes = {block.index - config.first_k_dense_replace: block.mlp for block in model.moe_blocks()}
         for moe in self.moes.values():
-            moe.dispatcher = PlacedDispatcher(exchange)
-        self.expected = torch.zeros(n_layers, n_experts, device=self.device)
-        self.share = self.expected.new_zeros(n_layers, n_experts, plan.ep)           # of an expert's load on a rank
-        self.placements = [None] * n_layers
+            moe.dispatcher = PlacedDispatcher(moe.dispatcher)
+        self.expected = torch.zeros(n_layers, config.n_routed_experts, device=grid.dense.device_type)
+        self.first = first_placement(config.n_routed_experts, self.plan.ep)
+        self.placements = [self.first] * n_layers
+        self.expert_in = torch.zeros_like(self.expected, dtype=torch.int64)      # (layers, E) the placements, by slot
         for layer in range(n_layers):
             self.place(layer, self.first)
 
     def place(self, layer, placement):
-        moe, self.placements[layer] = self.moes.get(layer), placement
-        holds = (placement[:, :, None] == np.arange(self.first.max() + 1)).any(1)            # (ep, E)
-        self.share[layer] = torch.tensor(holds / holds.sum(0)).T
-        if moe is None:                                                   # on another pipeline rank
-            return
-        moe.dispatcher.place(placement, self.device)
-        if self.plan.balance_replicas:
-            homes, copied = placement[:, :self.n_homes], placement[:, self.n_homes:]
-            slots = leaving_and_arriving(homes, copied, self.group.rank)
-            moe.experts.with_copies = partial(with_copies, self.group, *slots)
+        """From now on a layer's experts are there: dispatch and observe know."""
+        self.placements[layer] = placement
+        self.expert_in[layer] = torch.tensor(placement.flatten())
+        if layer in self.moes:                                            # else it is on another pipeline rank
+            self.moes[layer].dispatcher.slot_of = self.expert_in[layer].argsort()
 
     def after_step(self, step, loads, optimizer):
         """What metrics.jsonl tells of the step; see observe and rebalance."""
         line = dict(device_vio=self.observe(loads).item())
-        return line | self.rebalance(optimizer) if step % self.plan.balance_live == 0 else line
+        if step % self.plan.balance_live == 0:
+            line |= self.rebalance(optimizer)
+        return line
 
     def observe(self, loads):
         """loads (MoE layers, E) of a step, summed over all ranks -> imbalance of the ranks, a mean over layers."""
         loads = loads.to(self.expected)
         self.expected = predict_load(self.expected, loads)
-        on_rank = torch.einsum("le,led->ld", loads, self.share)
-        return (on_rank.amax(1) / on_rank.mean(1) - 1).mean()
-
-    def imbalance(self, loads):
-        return float(np.mean([imbalance(*layer) for layer in zip(loads, self.placements)]))
+        of_ranks = loads.gather(1, self.expert_in).unflatten(1, self.first.shape).sum(2)      # (layers, ep)
+        return (of_ranks.amax(1) / of_ranks.mean(1) - 1).mean()
 
     def rebalance(self, optimizer):
         """Plan by the expected loads, and move: what metrics.jsonl tells of it."""
-        began, old, expected = time.perf_counter(), self.placements, self.expected.double().cpu().numpy()
-        before = self.imbalance(expected)
-        self.move_to([decide(*layer, self.plan) for layer in zip(expected, old)], optimizer)
-        moved = sum(moved_experts(*pair, expected.shape[1]) for pair in zip(old, self.placements))
-        return dict(balance_before=before, balance_after=self.imbalance(expected), balance_moved=moved,
-                    balance_s=time.perf_counter() - began)
+        began = time.perf_counter()
+        expected, old = self.expected.double().cpu().numpy(), list(self.placements)
+        new = [decide(load, placement, self.plan.balance_threshold) for load, placement in zip(expected, old)]
+        self.move_to(new, optimizer)
+        return dict(balance_before=mean_imbalance(expected, old), balance_after=mean_imbalance(expected, new),
+                    balance_moved=sum(map(moved_experts, old, new)), balance_s=time.perf_counter() - began)
 
     @torch.no_grad()
     def move_to(self, placements, optimizer):
         """Weights and what the optimizer keeps of them: every state of a weight's own shape."""
-        old, self.placements = self.placements, list(self.placements)
-        for layer, (here, there) in enumerate(zip(old, placements)):
-            weights = self.moes[layer].experts.parameters() if layer in self.moes else ()
-            state = [local(tensor) for weight in weights
-                     for tensor in (weight, *optimizer.state[weight].values()) if tensor.shape == weight.shape]
-            if (here != there).any():
-                if state:
-                    move_homes(state, here[:, :self.n_homes], there[:, :self.n_homes], self.group)
-                self.place(layer, there)
+        old = list(self.placements)
+        for layer, placement in enumerate(placements):
+            if (placement == old[layer]).all():
+                continue
+            if layer in self.moes:
+                tensors = self.tensors_of_experts(layer, optimizer)
+                move_experts(tensors, old[layer], placement, self.group)
+            self.place(layer, placement)
+
+    def tensors_of_experts(self, layer, optimizer):
+        """(slots, ...) each: weights of a layer's experts on this rank, and the optimizer's states of their shape."""
+        tensors = []
+        for weight in self.moes[layer].experts.parameters():
+            tensors.append(local(weight))
+            tensors += [local(state) for state in optimizer.state[weight].values() if state.shape == weight.shape]
+        return tensors
 
     @contextmanager
     def at_home(self, optimizer):
         """Experts stand in order of their numbers, as checkpoints hold them."""
-        placements = self.placements
-        self.move_to([self.first] * len(self.placements), optimizer)
-        yield
-        self.move_to(placements, optimizer)
+        placements = list(self.placements)
+        self.move_to([self.first] * len(placements), optimizer)
+        try:
+            yield
+        finally:
+            self.move_to(placements, optimizer)
 
     def state(self):
         """For a checkpoint: lists of plain numbers, the same on every rank."""
@@ -1786,15 +2065,30 @@ class LiveBalance:
             return
         self.expected.copy_(torch.tensor(state["expert_load"]))
         placements = [np.array(placement) for placement in state["placement"]]
+        whole = all(np.array_equal(np.sort(placement, None), np.arange(self.first.size)) for placement in placements)
+        if not whole or len(placements) != len(self.placements):
+            raise CheckpointError("the checkpoint places other experts than the model has: it is damaged")
         if placements[0].shape != self.first.shape:
             placements = [plan_placement(load, self.first) for load in self.expected.double().cpu().numpy()]
         self.move_to(placements, optimizer)
 
 
+def mean_imbalance(loads, placements):
+    """Of the ranks, a mean over layers: loads (layers, E), a placement for each layer."""
+    return float(np.mean([imbalance(load, placement) for load, placement in zip(loads, placements)]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+#
+# A folder step_N:   *.distcp        tensors, whole by name, each rank's part of them in a file of its own
+#                    .metadata       DCP's list of the parts: which tensor, which slice, in which file
+#                    progress.json   plain numbers: steps, tokens, where experts live
+#                    files.json      sizes and checksums of the others; written last
+#
+# It may come from anywhere, so nothing in it can name code to run: JSON, tensors, and DCP's list of known types.
 
-MANIFEST = "files.json"                    # of a complete checkpoint: {file: [bytes, crc32]}
+MANIFEST, PROGRESS, DCP_LIST = "files.json", "progress.json", ".metadata"
 
 
 class CheckpointError(ValueError):
@@ -1802,37 +2096,48 @@ class CheckpointError(ValueError):
 
 
 class SaveFailed(OSError):
-    pass
+    """A checkpoint that could not be written."""
 
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)             # of ranks with other parts of the model too
 
 
-def train_state(model, optimizer, progress):
-    """What a checkpoint holds, by names that do not depend on the plan. progress: dict of plain numbers."""
-    weights, moments = get_state_dict(model, optimizer, options=BY_NAME)
-    return dict(model=weights, optimizer=moments, progress=dict(progress), random=torch.get_rng_state())
+def train_state(model, optimizer):
+    """The tensors of a checkpoint: model, optimizer: {name: tensor}, by names that do not depend on the plan; random.
+
+    Without the optimizer's settings, such as its betas: a run that goes on gives them.
+    """
+    return tensors_of(*get_state_dict(model, optimizer, options=BY_NAME))
+
+
+def tensors_of(weights, optimizer_state):
+    moments = {name: value for name, value in optimizer_state.items() if torch.is_tensor(value)}
+    return dict(model=weights, optimizer=moments, random=torch.get_rng_state())
 
 
 def whole_tensors(state, grid):
-    """The state with expert tensors (local experts, ...) as this rank's part of all experts (E, ...), and those cut by
-    tensor as its part of the whole, in the same memory: a file knows whole tensors, and any plan can read it."""
+    """The state with each tensor that experts or tensor parallelism cut declared as this rank's part of the whole, in
+    the same memory: files know whole tensors, and any plan can read them. E.g. local experts (E / ep, ...) as a slice
+    of (E, ...)."""
     if grid is None:
         return state
-    return state | {key: part_of_whole(state[key], grid, key) for key in ("model", "optimizer") if key in state}
+    whole = dict(state)
+    for kind in {"model", "optimizer"} & state.keys():
+        whole[kind] = {name: part_of_whole(name, tensor, grid) for name, tensor in state[kind].items()}
+    return whole
 
 
-def part_of_whole(tree, grid, name):
-    if isinstance(tree, dict):
-        return {key: part_of_whole(value, grid, f"{name}.{key}") for key, value in tree.items()}
-    dim = 0 if is_expert(name) else cut_dim(name)
-    if dim is None or not torch.is_tensor(tree) or tree.dim() < 2:
-        return tree
-    mesh = grid.expert["replicate", "ep", "shard"] if is_expert(name) else grid.tensor["replicate", "tp", "shard"]
-    shape = [n * mesh.size(1) if i == dim else n for i, n in enumerate(tree.shape)]
-    cut = tree.placements[-1] if isinstance(tree, DTensor) else Shard(0)
-    return DTensor.from_local(local(tree), mesh, (Replicate(), Shard(dim), cut), run_check=False,
-                              shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride())
+def part_of_whole(name, tensor, grid):
+    dim, axis = cut_of(name)
+    if axis is None or tensor.dim() < 2:                                  # vectors are not cut, nor counts of steps
+        return tensor
+    mesh = grid.parts_mesh(axis)
+    shape = list(tensor.shape)
+    shape[dim] *= mesh.size(1)
+    stride = torch.empty(shape, device="meta").stride()
+    by_zero = tensor.placements[-1] if isinstance(tensor, DTensor) else Shard(0)        # of a mesh of one rank, any
+    return DTensor.from_local(local(tensor), mesh, (Replicate(), Shard(dim), by_zero), run_check=False,
+                              shape=torch.Size(shape), stride=stride)
 
 
 def steps_in(folder):
@@ -1841,10 +2146,20 @@ def steps_in(folder):
     return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
 
+# writing
+
+
 class Saver:
     """Writes checkpoints into folder while training goes on, at most one at a time, and keeps the last few.
 
-    SaveFailed tells of the disk's refusal at the next call of any method; what was complete stays complete.
+        1. save copies the state and returns; the rest happens in threads
+        2. every rank writes its parts into step_N.tmp
+        3. rank 0 adds progress.json, then the list of all files
+        4. all ranks tell whether they failed; if one did, the folder goes, and all have failed
+        5. rank 0 renames the folder to step_N and deletes the oldest
+        6. all wait for that, so nobody looks for it before it has its name
+
+    So a folder without .tmp was whole. SaveFailed tells of the disk's refusal at the next call of any method.
     """
 
     def __init__(self, folder, keep):
@@ -1858,29 +2173,37 @@ class Saver:
         self.pool = ThreadPoolExecutor(1)
         self.pending = None
 
-    def save(self, step, state, grid=None):
-        """Copies the state, then returns; the file is written behind."""
+    def save(self, state, progress, grid=None):
+        """state: of train_state. progress: dict of plain numbers, or lists of them, among them the step."""
         self.wait()
-        unfinished = self.folder / f"step_{step}.tmp"
-        future = dcp.async_save(whole_tensors(state, grid), checkpoint_id=unfinished, process_group=self.group,
-                                no_dist=self.group is None)
-        self.pending = self.pool.submit(self.complete, future, unfinished)
+        unfinished = self.folder / f"step_{progress['step']}.tmp"
+        written = dcp.async_save(whole_tensors(state, grid), checkpoint_id=str(unfinished), process_group=self.group,
+                                 no_dist=self.group is None)
+        self.pending = self.pool.submit(self.complete, written, unfinished, json.dumps(progress))
 
-    def complete(self, future, unfinished):
+    def complete(self, written, unfinished, progress):
         error = None
         try:
-            future.result()
+            written.result()
             if rank() == 0:
+                write_synced(unfinished / PROGRESS, progress)
                 write_manifest(unfinished)
         except (OSError, CheckpointException, RuntimeError) as caught:
             error = caught
+        self.agree(unfinished, error)
+        try:
+            if rank() == 0:
+                self.publish(unfinished)
+        except OSError as caught:
+            error = caught
+        self.agree(unfinished, error)
+
+    def agree(self, unfinished, error):
+        """SaveFailed on all ranks, where one has an error."""
         if self.of_all_ranks(error is not None):
-            shutil.rmtree(unfinished, ignore_errors=True)                # gives its space back
-            cause = first_cause(error) if error else "on another rank"
+            shutil.rmtree(unfinished, ignore_errors=True)                 # gives its space back
+            cause = in_one_line(cause_of(error)) if error else "on another rank"
             raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({cause})") from error
-        if rank() == 0:
-            self.publish(unfinished)
-        self.of_all_ranks(False)                                         # nobody reads it before it has its name
 
     def of_all_ranks(self, failed):
         """Whether any rank failed; nobody goes on before all have said so."""
@@ -1908,13 +2231,10 @@ class Saver:
             pending.result()
 
 
-def first_cause(error):
-    """The operating system's words inside an error of DCP, which wraps those of each rank."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+def write_manifest(folder):
+    files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir())}
+    write_synced(folder / MANIFEST, json.dumps(files))
+    sync_folder(folder)
 
 
 def checksum(path):
@@ -1925,30 +2245,54 @@ def checksum(path):
     return crc
 
 
-def write_manifest(folder):
-    files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir())}
-    with open(folder / MANIFEST, "w") as file:
-        json.dump(files, file)
+def write_synced(path, text):
+    with open(path, "w") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 def sync_folder(folder):
-    """Makes a rename last through a power cut."""
+    """Makes a new name last through a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
+def cause_of(error):
+    """The error at the bottom of one of DCP's, which wraps those of each rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, CheckpointError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def in_one_line(error):
+    """The operating system's words, or else the error's first line."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+
+
+# reading
+
+
+def read_json(folder, name):
+    """What a JSON file of a checkpoint holds: an object, or the checkpoint is damaged."""
+    try:
+        content = json.loads((folder / name).read_text())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder} is damaged: {name} is missing or cannot be read")
+    return content
+
+
 def check_files(folder):
     """CheckpointError with the file's name, if one is missing or not as written."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is damaged: its list {MANIFEST} is missing or cannot be read") from None
-    for name, (size, crc) in files.items():
-        path = folder / name
+    for name, written in read_json(folder, MANIFEST).items():
+        if Path(name).name != name or not name.isprintable() or not is_numbers(written) or len(written) != 2:
+            raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not a list of files with sizes and checksums")
+        path, (size, crc) = folder / name, written
         if not path.exists():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
         if path.stat().st_size != size:
@@ -1957,16 +2301,87 @@ def check_files(folder):
             raise CheckpointError(f"{folder} is damaged: the content of {name} is not what was written")
 
 
+def is_numbers(x):
+    """A list of numbers, or of lists of numbers, and so on."""
+    return isinstance(x, list) and all(type(item) in (int, float) or is_numbers(item) for item in x)
+
+
+def load_progress(folder, progress):
+    """Fills a dict in place: its names and the type of each value stay; a list is one of numbers."""
+    found = read_json(folder, PROGRESS)
+    for name, value in progress.items():
+        right = is_numbers(found.get(name)) if isinstance(value, list) else type(found.get(name)) is type(value)
+        if not right:
+            raise CheckpointError(f"{folder} is damaged: {PROGRESS} has no {name} of the right kind")
+        progress[name] = found[name]
+
+
+class DCPList(pickle.Unpickler):
+    """Reads .metadata, a pickle, which could call anything: here no more than what DCP writes into it."""
+    known = {"torch": "Size float64 float32 bfloat16 float16 int64 uint8",
+             "torch.serialization": "_get_layout",
+             "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata TensorProperties "
+                                                      "ChunkStorageMetadata StorageMeta _MEM_FORMAT_ENCODING",
+             "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+             "pathlib": "PosixPath"}
+
+    def find_class(self, module, name):
+        if name not in self.known.get(module, "").split():
+            raise CheckpointError(f"{DCP_LIST} names {module + '.' + name!r}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def read_parts(folder):
+    """DCP's Metadata of a checkpoint, whose files all lie in it."""
+    try:
+        with open(folder / DCP_LIST, "rb") as file:
+            metadata = DCPList(file).load()
+        files = {part.relative_path for part in metadata.storage_data.values()}
+        outside = [name for name in files if Path(name).name != name]
+        metadata.storage_meta = StorageMeta()
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+    except Exception as error:                                            # a pickle that is none fails in any way
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} cannot be read ({in_one_line(error)})") from error
+    if outside:
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {outside[0]!r}, which is not in the folder")
+    return metadata
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's, but for the list of parts. Tensors it reads by torch.load with weights_only."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.parts = read_parts(folder)
+
+    def read_metadata(self, *args, **kwargs):
+        return self.parts
+
+
+class TensorsOnly(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item, value):
+        """Called for what the list says is no tensor; DCP would unpickle it."""
+        raise CheckpointError(f"{DCP_LIST} says that {read_item.dest_index.fqn} is no tensor")
+
+
 def load_state(folder, state, grid=None):
     """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it.
 
     Without a grid a rank reads alone. ValueError if it is damaged or of another shape.
     """
+    reader = SafeReader(folder)
     try:
-        dcp.load(whole_tensors(state, grid), checkpoint_id=folder, no_dist=grid is None)
+        dcp.load(whole_tensors(state, grid), storage_reader=reader, planner=TensorsOnly(), no_dist=grid is None)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({first_cause(error)}): "
+        cause = cause_of(error)
+        if isinstance(cause, (CheckpointError, pickle.UnpicklingError)):
+            raise CheckpointError(f"{folder} is damaged: {in_one_line(cause)}") from error
+        raise CheckpointError(f"{folder} holds a model of another shape than its config.json ({in_one_line(cause)}): "
                               f"give back the config.json it was written with") from error
+
+
+# both, for a trainer
 
 
 def save(saver, model, optimizer, progress, grid=None):
@@ -1975,16 +2390,16 @@ def save(saver, model, optimizer, progress, grid=None):
     if live:
         progress.update(live.state())
     with live.at_home(optimizer) if live else nullcontext():
-        saver.save(progress["step"], train_state(model, optimizer, progress), grid)
+        saver.save(train_state(model, optimizer), progress, grid)
 
 
 def restore(folder, model, optimizer, progress, grid=None):
     """Model, optimizer, random state and progress as saved, all filled in place."""
-    state = train_state(model, optimizer, progress)
+    weights, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
+    state = tensors_of(weights, optimizer_state)
     load_state(folder, state, grid)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                   options=BY_NAME)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state, options=BY_NAME)
     torch.set_rng_state(state["random"])
-    progress.update(state["progress"])
+    load_progress(folder, progress)
     if grid is not None and grid.live:
         grid.live.restore(progress, optimizer)

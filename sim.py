@@ -5,59 +5,61 @@ Plans, counts, schedules and the clock: what a training step will do, computed w
     python sim.py predict --model M --hardware H --devices N --plan tp=8,pp=16,... [--json]
     python sim.py plans --model M --hardware H --devices N --global-batch B
     python sim.py shapes --hardware H --devices N --budget active=39e9,total=718e9
-    python sim.py calibrate --out HW.json        # measures this device; --hardware HW.json reads it
-    python sim.py validate [ROWS.csv] [--out F.csv] [--fit]    # published runs beside their prediction; the errors
     python sim.py trace --out trace.json         # a timeline for Perfetto or chrome://tracing; --png draws the pipeline
 
 sim.py plans, parallel.py executes: it runs the schedules timed here, sends the bytes and saves the tensors counted
 here; tests compare. Nothing here builds a tensor, and nothing here was compared with a run on an NPU.
+
+Sections, in this order: the plan; its check; bytes of the expert exchange; live load balance; hardware; what operators
+and collectives cost; what a layer does; stages; what is saved for backward; the time of a layer; inside an action;
+schedules and the clock; one step; what to recompute and swap; search; shapes; the published runs; the step as a
+picture; the command.
 
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
 Modelled: matmuls by local shape and cores, other operators as bytes or arithmetic, a start-up cost of each, collectives
 by tier and topology, four streams of a device (compute, links inside the node, between nodes, to the host) with a tax
 on what runs side by side, unequal stages, an allocator's loss; replicas are alike. Not modelled: contention between
-replicas, the host's own pace, power. The constants are fitted on published runs, by tests/published.py: `validate` says
+replicas, the host's own pace, heat. The constants are fitted on published runs by tests/published.py, which also says
 how far off they are.
 """
 import argparse
 import contextlib
-import importlib
 import json
 import math
 import multiprocessing
 import re
+import signal
 import sys
 import time
-from array import array
-from collections import Counter, defaultdict, deque, namedtuple
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
-from operator import itemgetter, le, mul
-from pathlib import Path
-from types import SimpleNamespace
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
-from model import (PRESETS, Config, Weights, count_params, divisors, flops_per_token, layer_flops, layer_kinds,
-                   require, sequences_of_group)
+from model import (PRESETS, Config, Weights, check_setting, check_settings, count_params, divisors, flops_per_token,
+                   layer_flops, layer_kinds, require, sequences_of_group, setting)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: how a model is cut, what is saved, how it is run
 
-RECOMPUTE = ("norm", "mla_up", "act", "permute", "expert", "core_attention", "attention", "layer")
-SWAP = ("expert_out", "attn_out", "optimizer")
-BYTES_OF = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "mxfp8": 2}    # activations; fp8 is for matmuls alone
-NARROW = ("fp8", "mxfp8")          # of matmuls alone
-V_SHAPED = ("zbv", "dualpipev")        # schedules in which the first rank holds the last stage too
-WITH_PAIRS = ("paired", "dualpipev")   # schedules with pairs: a forward and a backward as one step
 GIB = 2**30
-PLAN_CHOICES = dict(
-    sp=(0, 1), zero=(0, 1, 3), schedule=("1f1b", "interleaved", "paired", "zbv", "dualpipev"),
-    overlap=("none", "adaptive"), dispatch=("flat", "hierarchical", "dedup", "pipelined"), precision=tuple(BYTES_OF),
-    recompute=RECOMPUTE, swap=SWAP, hide=("tp", "dp", "pp"))
+# bytes of an activation; with fp8 and mxfp8 only matmuls read 8 bits, what they read is kept in 16
+BYTES_OF = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "mxfp8": 2}
+NARROW = ("fp8", "mxfp8")
+RECOMPUTE = (
+    "norm",            # outputs of norms
+    "mla_up",          # queries, keys and values, from their latents, or from what else they are made of
+    "act",             # hidden activations of MLPs and experts, from gate and up
+    "permute",         # rows of experts, which travel once more
+    "expert",          # all between the rows and the output of experts
+    "attention",       # all between a layer's input and the output projection
+    "layer")           # all but the layer's input
+SWAP = ("expert_out", "attn_out", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -67,78 +69,149 @@ class Plan:
     Dense mesh (pp, dp, cp, tp), tp innermost; expert mesh (pp, edp, ep) over the same ranks, ep contiguous: the experts
     of a layer are spread over the tensor group too, never split by it.
     """
-    pp: int = 1                    # pipeline ranks
-    dp: int = 1                    # data parallel
-    cp: int = 1                    # context: a sequence cut over ranks
-    tp: int = 1                    # tensor
-    sp: int = 0                    # 1: the residual stream is cut along the sequence over the tensor group
-    ep: int = 1                    # ranks that share one set of experts
-    etp: int = 1                   # ranks that share one expert's matrices; more than 1 is simulated, not run
-    vpp: int = 1                   # model chunks per pipeline rank
-    node_size: int = 8             # devices of a node: the reach of the fast links
-    micro_batch: int = 1           # sequences
-    global_batch: int = 1          # sequences of one optimizer step
-    seq_len: int = 1024            # tokens
-    zero: int = 1                  # 0 replicated | 1 masters and optimizer states cut over data ranks | 3 everything
-    schedule: str = ""             # 1f1b | interleaved | paired | zbv | dualpipev; "": paired if overlap, else by vpp
-    overlap: str = "none"          # a pair of forward and backward runs: none (one by one) | adaptive (interleaved)
-    hide: tuple = ()               # collectives beside computation: any of tp, dp, pp; simulated, not run
-    # the experts' exchange: flat | hierarchical | dedup | pipelined, which is dedup with both hops at once (DeepEP;
-    # simulated, not run)
-    dispatch: str = "flat"
-    recompute: tuple = ()          # any of RECOMPUTE: what the backward computes again
-    swap: tuple = ()               # any of SWAP: what waits in the host's memory
-    layer_split: tuple = ()        # hidden layers of each of the pp*vpp stages; (): evenly by FLOPs
-    precision: str = "bf16"
-    balance_live: int = 0          # steps between decisions on expert placement; 0: fixed experts
-    balance_threshold: float = 0.08   # migrate if the deviation of device loads falls by this share of their mean
-    balance_replicas: int = 0      # extra copies of hot experts per rank
+    pp: int = setting(1, text="pipeline ranks")
+    dp: int = setting(1, text="data parallel replicas")
+    cp: int = setting(1, text="context parallel: ranks that share a sequence")
+    tp: int = setting(1, text="tensor parallel ranks")
+    sp: int = setting(0, 1, text="1: tensor ranks cut the residual stream along the sequence")
+    ep: int = setting(1, text="ranks that share one set of experts")
+    vpp: int = setting(1, text="model chunks of a pipeline rank")
+    node_size: int = setting(8, text="devices of a node: the reach of the fast links")
+    micro_batch: int = setting(1, text="sequences of a forward on each replica")
+    global_batch: int = setting(1, text="sequences of one optimizer step")
+    seq_len: int = setting(1024, text="tokens of a sequence")
+    zero: int = setting(1, choices=(0, 1, 3), text="0: replicated | 1: optimizer states cut over data ranks | "
+                                                   "3: weights and gradients too")
+    schedule: str = setting("", choices=("1f1b", "interleaved", "paired"),
+                            text="order of micro-batches; default: paired with overlap, else by vpp")
+    overlap: str = setting("none", "adaptive", text="how a pair of forward and backward runs: one after the other | "
+                                                    "interleaved, which hides the exchange")
+    dispatch: str = setting("flat", "hierarchical", "dedup", text="exchange of the experts' rows")
+    recompute: tuple = setting((), choices=RECOMPUTE, text="what backward computes again, joined by , or +")
+    swap: tuple = setting((), choices=SWAP, text="what waits in the host's memory, joined by , or +")
+    layer_split: tuple = setting((), least=0, text="hidden layers of each stage, joined by , or +; default: by FLOPs")
+    precision: str = setting("bf16", choices=tuple(BYTES_OF), text="of activations and matmuls")
+    balance_live: int = setting(0, least=0, text="steps between decisions where experts live; 0: they stay")
+    balance_threshold: float = setting(0.08, least=0, text="experts move if the deviation of the devices' loads falls "
+                                                           "by this share of their mean")
 
     def __post_init__(self):
-        for name in ("recompute", "swap", "layer_split", "hide"):
+        for name in ("recompute", "swap", "layer_split"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.schedule:
-            plain = "1f1b" if self.vpp == 1 else "interleaved"
-            object.__setattr__(self, "schedule", "paired" if self.overlap == "adaptive" else plain)
+            object.__setattr__(self, "schedule", self._usual_schedule())
 
-    world_size = property(lambda self: self.pp * self.dp * self.cp * self.tp)
-    n_stages = property(lambda self: self.pp * self.vpp)
-    # micro-batches of one step on each replica
-    n_micro = property(lambda self: self.global_batch // (self.dp * self.micro_batch))
-    # micro-batches after which interleaved chunks take turns
-    turn = property(lambda self: self.n_micro // max(1, self.n_micro // self.pp))
-    # ranks of an expert group inside one node; ep // inner nodes form the outer group
-    inner = property(lambda self: min(self.ep, max(1, self.node_size // self.etp)))
-    # micro-batches one after the other, without stages, pairs or deferred weight gradients
-    is_plain = property(lambda self: self.pp == self.vpp == 1 and self.schedule == "1f1b")
-    # ranks that hold the same experts
-    edp = property(lambda self: max(1, self.dp * self.cp * self.tp // (self.ep * self.etp)))
-    # axis -> ranks that hold the same weights: dp those of dense parts, edp those of experts
-    holders = property(lambda self: dict(dp=self.dp * self.cp, edp=self.edp))
-    # tokens of one micro-batch in the matmuls that the tensor group cuts
-    gathered_tokens = property(lambda self: self.micro_batch * self.seq_len // self.cp)
-    # those on a rank's residual stream, which it sends to experts
-    tokens = property(lambda self: self.gathered_tokens // (self.tp if self.sp else 1))
+    def _usual_schedule(self):
+        if self.overlap == "adaptive":
+            return "paired"
+        return "1f1b" if self.vpp == 1 else "interleaved"
 
-    # first and last stage are on different ranks, and where both read the embedding, both hold it
-    embedding_twice = property(lambda self: self.homes()[self.n_stages - 1] != 0)
+    # -- sizes of the step
+
+    @property
+    def world_size(self):
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def n_micro(self):
+        """Micro-batches of one step on each replica."""
+        return self.global_batch // (self.dp * self.micro_batch)
+
+    @property
+    def gathered_tokens(self):
+        """Tokens of one micro-batch in the matmuls that the tensor group cuts."""
+        return self.micro_batch * self.seq_len // self.cp
+
+    @property
+    def tokens(self):
+        """Tokens of one micro-batch on a rank's residual stream, which are those that it sends to experts."""
+        return self.gathered_tokens // (self.tp if self.sp else 1)
+
+    # -- the pipeline: stage s is on rank s % pp, so the chunks of a rank are pp stages apart
+
+    @property
+    def n_stages(self):
+        return self.pp * self.vpp
 
     def stages_of(self, rank):
-        """Stages that a pipeline rank holds: V-shaped for zbv and dualpipev, else round robin."""
-        if self.schedule in V_SHAPED:
-            return [rank, 2 * self.pp - 1 - rank]
-        return [chunk * self.pp + rank for chunk in range(self.vpp)]
+        return list(range(rank, self.n_stages, self.pp))
 
     def homes(self):
         """Stage -> the pipeline rank that holds it."""
-        return {stage: rank for rank in range(self.pp) for stage in self.stages_of(rank)}
+        return {stage: stage % self.pp for stage in range(self.n_stages)}
+
+    @property
+    def turn(self):
+        """Micro-batches that a rank runs of one chunk before the next chunk has its turn: pp, or what divides n_micro.
+
+        With pp=4, 8 micro-batches run in two turns of 4, and 10 in two turns of 5.
+        """
+        turns = max(1, self.n_micro // self.pp)
+        return self.n_micro // turns
+
+    @property
+    def is_plain(self):
+        """Micro-batches run one after the other, without stages, pairs or deferred weight gradients."""
+        return self.n_stages == 1 and self.schedule == "1f1b"
+
+    @property
+    def embedding_twice(self):
+        """The first and the last stage are on different ranks: where both read the embedding, both hold it."""
+        return self.pp > 1
+
+    # -- groups of ranks
+
+    @property
+    def inner(self):
+        """Ranks of an expert group inside one node; ep // inner nodes form the outer group."""
+        return min(self.ep, self.node_size)
+
+    @property
+    def edp(self):
+        """Ranks that hold the same experts."""
+        return max(1, self.dp * self.cp * self.tp // self.ep)
+
+    @property
+    def holders(self):
+        """Axis -> ranks that hold the same weights: dp those of dense parts, edp those of experts."""
+        return dict(dp=self.dp * self.cp, edp=self.edp)
+
+    def ranks_along(self, axis):
+        """Ranks of a group: for dp and edp those that hold the same weights, for pp a stage and the next."""
+        if axis == "pp":
+            return 2
+        return self.holders[axis] if axis in self.holders else getattr(self, axis)
+
+    def stride(self, axis):
+        """From a rank of a group to the group's next, in ranks; those of a node are consecutive."""
+        strides = dict(tp=1, cp=self.tp, dp=self.tp, edp=self.ep, pp=self.dp * self.cp * self.tp)
+        return strides[axis]
+
+    # -- what a clock asks
+
+    @property
+    def hops_together(self):
+        """The exchange uses the links inside the node and between nodes at once, not one after the other."""
+        return self.dispatch == "flat"
+
+    def hidden_share(self, axis, hardware):
+        """Share of the time of an axis' collectives (tp, dp or pp) that runs beside computation: none, as run here."""
+        return 0.0
+
+    @property
+    def layer_key(self):
+        """All that the counts and the time of a layer depend on: plans that agree in it share them."""
+        gathered_from = (self.dp, self.edp) if self.zero == 3 else ()      # ranks that hold a part of each weight
+        return (self.cp, self.tp, self.sp, self.ep, self.node_size, self.micro_batch, self.seq_len, self.dispatch,
+                self.recompute, self.swap, self.precision, self.is_plain, self.embedding_twice, gathered_from)
 
 
 def plan_value(name, text):
     """Text of the command line -> a value for this field of Plan; items of a list are joined by , or +."""
     kind = {field.name: field.type for field in fields(Plan)}[name]
     if kind is tuple:
-        return tuple(int(item) if item.isdigit() else item for item in re.split("[,+]", text) if item)
+        items = [item for item in re.split("[,+]", text) if item]
+        return tuple(int(item) if item.isdigit() else item for item in items)
     try:
         return kind(text)
     except ValueError:
@@ -147,7 +220,8 @@ def plan_value(name, text):
 
 def parse_plan(text, **defaults):
     """Plan from `tp=8,pp=16,recompute=act,permute,layer_split=2+2+1`; ValueError for what it cannot read."""
-    names, texts, name = [field.name for field in fields(Plan)], {}, ""
+    names = [field.name for field in fields(Plan)]
+    texts, name = {}, ""
     for item in text.split(",") if text else ():
         if "=" in item:
             name, _, texts[name] = item.partition("=")
@@ -155,97 +229,26 @@ def parse_plan(text, **defaults):
             require(name, f"plan {text!r}: write key=value,...")
             texts[name] += "," + item
     unknown = set(texts) - set(names)
-    require(not unknown, f"unknown plan key {min(unknown)!r}: use one of {', '.join(names)}")
-    return Plan(**dict(defaults) | {name: plan_value(name, value) for name, value in texts.items()})
+    require(not unknown, f"unknown plan key {min(unknown, default='')!r}: use one of {', '.join(names)}")
+    values = {name: plan_value(name, value) for name, value in texts.items()}
+    plan = Plan(**defaults | values)
+    check_settings(plan)
+    return plan
+
+
+def items_in_force(plan):
+    """The names in Plan.recompute and Plan.swap that have an effect beside the others: a layer, or an attention, that
+    runs again as a whole needs nothing inside it saved or made another way."""
+    names = {*plan.recompute, *plan.swap}
+    if "layer" in names:
+        names &= {"layer", "optimizer"}
+    if "attention" in names:
+        names -= {"attn_out", "mla_up"}
+    return names
 
 
 def has_experts(config):
     return set(layer_kinds(config)) != {"dense"}
-
-
-def check_plan(config, plan, hardware=None, devices=None):
-    """ValueError, in one line with the numbers and what would fit, for a plan that cannot run this shape here."""
-    for name, allowed in PLAN_CHOICES.items():
-        value, use = getattr(plan, name), "use one of " + ", ".join(map(str, allowed))
-        if isinstance(value, tuple):
-            unknown = set(value) - set(allowed)
-            require(not unknown, f"{name}={'+'.join(map(str, unknown))}: {use.replace('one', 'any', 1)}")
-        else:
-            require(value in allowed, f"{name}={value!r}: {use}")
-    for name in ("pp", "dp", "cp", "tp", "ep", "etp", "vpp", "node_size", "micro_batch", "global_batch", "seq_len"):
-        require(getattr(plan, name) >= 1, f"{name}={getattr(plan, name)}: must be at least 1")
-    check_cuts(config, plan)
-    check_layers(config, plan)
-    check_grid(plan, hardware, devices)
-    check_schedule(plan)
-    check_live(config, plan)
-
-
-def check_cuts(config, plan):
-    """What is cut must be whole on every rank: heads, widths, experts, the sequence, the batch, groups of balance."""
-    c, moe, replica = config, has_experts(config), plan.dp * plan.micro_batch
-    shared = c.n_shared_experts * c.moe_intermediate_size if moe else plan.tp
-    for name, what, total in (
-            ("tp", "num_attention_heads", c.num_attention_heads), ("tp", "intermediate_size", c.intermediate_size),
-            ("tp", "vocab_size", c.vocab_size), ("tp", "width of the shared experts", shared),
-            ("ep", "n_routed_experts" if moe else "experts of a dense model", c.n_routed_experts if moe else 1),
-            ("ep", "dp*cp*tp", plan.dp * plan.cp * plan.tp // plan.etp)):
-        value = getattr(plan, name)
-        if total % value:
-            raise ValueError(f"{name}={value} does not divide {what}={total}: use one of {divisors(total)[:16]}")
-    require(not moe or plan.tp == 1 or plan.sp,
-            f"tp={plan.tp} with sp=0 would send each token to its experts {plan.tp} times: use sp=1")
-    require(plan.seq_len <= c.max_position_embeddings,
-            f"seq_len={plan.seq_len} above max_position_embeddings={c.max_position_embeddings}: use at most that")
-    # two slices for each rank of a context group, so that causal work is even
-    slices = math.lcm(2 * plan.cp if plan.cp > 1 else 1, plan.cp * plan.tp if plan.sp else 1)
-    for name, unit, what in (("seq_len", slices, f"{slices}, which cp={plan.cp} tp={plan.tp} sp={plan.sp} need"),
-                             ("global_batch", replica, f"dp*micro_batch={replica}")):
-        value = getattr(plan, name)
-        require(value % unit == 0, f"{name}={value} is not a multiple of {what}: use {max(1, value // unit) * unit}")
-    size, own = balance_group(c, plan), plan.micro_batch
-    fitting = sorted({*divisors(own), *(own * d for d in divisors(plan.dp))})
-    require(size in fitting, f"balance_group={size} sequences does not divide micro_batch*dp={own}*{plan.dp} into "
-                             f"whole micro-batches: use one of {fitting[:16]}")
-
-
-def check_layers(config, plan):
-    layers, stages, split = config.num_hidden_layers, plan.n_stages, plan.layer_split
-    require(stages <= layers + 1, f"pp*vpp={stages} stages for {layers} layers and the head: use at most {layers + 1}")
-    require(not split or (len(split) == stages and sum(split) == layers),
-            f"layer_split has {len(split)} stages with {sum(split)} layers: needs pp*vpp={stages} with {layers}")
-    require(min(split[1:-1], default=1) > 0, f"layer_split={'+'.join(map(str, split))}: a stage between the first and "
-                                             f"the last needs at least one layer")
-
-
-def check_grid(plan, hardware, devices):
-    ep, node, rest = plan.ep, plan.node_size, plan.pp * plan.cp * plan.tp
-    require(ep % node == 0 or node % ep == 0, f"node_size={node} and ep={ep}: one must divide the other, use ep of "
-                                              f"{divisors(node)} or a multiple of {node}")
-    if devices is not None:
-        fit = f"use dp={devices // rest}" if devices % rest == 0 else f"use pp*cp*tp among {divisors(devices)}"
-        require(plan.world_size == devices, f"pp*dp*cp*tp={plan.pp}*{plan.dp}*{plan.cp}*{plan.tp}={plan.world_size} "
-                                            f"for {devices} devices: {fit}")
-    if hardware is not None:
-        require(node <= hardware.node_size,
-                f"node_size={node}: {hardware.name} has nodes of {hardware.node_size}, use at most that")
-        require(plan.precision in hardware.peak, f"precision={plan.precision}: {hardware.name} has no peak for it, "
-                                                 f"use one of {', '.join(hardware.peak)}")
-
-
-def check_live(config, plan):
-    live, replicas, own = plan.balance_live, plan.balance_replicas, config.n_routed_experts // plan.ep
-    require(live == 0 or plan.ep > 1, f"balance_live={live} moves experts between ranks, ep={plan.ep}: use ep above 1")
-    require(live or not replicas, f"balance_replicas={replicas} are placed by live balance: use balance_live above 0")
-    require(0 <= replicas <= own, f"balance_replicas={replicas} beside {own} experts of a rank: use 0 to {own}")
-    cuts_inside = plan.zero == 0 or config.hidden_size % plan.edp == 0 or config.moe_intermediate_size % plan.edp == 0
-    require(live == 0 or cuts_inside,
-            f"zero={plan.zero} over {plan.edp} ranks would cut between experts, which then cannot move: use zero=0")
-    require(not replicas or (plan.pp == 1 and plan.schedule == "1f1b"),
-            f"balance_replicas={replicas} with pp={plan.pp} schedule={plan.schedule}, which defer weight gradients: "
-            "use pp=1 and schedule=1f1b")
-    require(not replicas or config.capacity_factor == 0,
-            f"capacity_factor={config.capacity_factor} drops by expert, not by copy: use balance_replicas=0")
 
 
 def balance_group(config, plan):
@@ -262,18 +265,122 @@ def balance_ranks(config, plan):
     return max(1, balance_group(config, plan) // plan.micro_batch) * plan.cp * plan.tp
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The check of a plan: every refusal is one line with the numbers and what would fit
+
+
+def check_plan(config, plan, hardware=None, devices=None):
+    """ValueError for a plan that cannot run this shape on this hardware, or on so many devices."""
+    check_settings(plan)
+    check_cuts(config, plan)
+    check_layers(config, plan)
+    check_batch(config, plan)
+    check_schedule(plan)
+    check_live(config, plan)
+    if devices is not None:
+        check_devices(plan, devices)
+    if hardware is not None:
+        check_hardware(plan, hardware)
+
+
+def check_cuts(config, plan):
+    """What is cut must be whole on every rank: heads, widths, experts, and ranks of the expert mesh."""
+    c, moe = config, has_experts(config)
+    check_divides("tp", plan.tp, "num_attention_heads", c.num_attention_heads)
+    if isinstance(c, Shape) and c.attn_type == "gqa":
+        check_divides("tp", plan.tp, "num_key_value_heads", c.num_key_value_heads)
+    check_divides("tp", plan.tp, "intermediate_size", c.intermediate_size)
+    check_divides("tp", plan.tp, "vocab_size", c.vocab_size)
+    if moe:
+        check_divides("tp", plan.tp, "width of the shared experts", c.n_shared_experts * c.moe_intermediate_size)
+        check_divides("ep", plan.ep, "n_routed_experts", c.n_routed_experts)
+    else:
+        check_divides("ep", plan.ep, "experts of a dense model", 1)
+    check_divides("ep", plan.ep, "dp*cp*tp", plan.dp * plan.cp * plan.tp)
+    require(not moe or plan.tp == 1 or plan.sp,
+            f"tp={plan.tp} with sp=0 would send each token to its experts {plan.tp} times: use sp=1")
+    ep, node = plan.ep, plan.node_size
+    require(ep % node == 0 or node % ep == 0, f"node_size={node} and ep={ep}: one must divide the other, use ep of "
+                                              f"{divisors(node)} or a multiple of {node}")
+
+
+def check_divides(name, value, what, total):
+    if total % value:
+        raise ValueError(f"{name}={value} does not divide {what}={total}: use one of {divisors(total)[:16]}")
+
+
+def check_layers(config, plan):
+    layers, stages, split = config.num_hidden_layers, plan.n_stages, plan.layer_split
+    require(stages <= layers + 1, f"pp*vpp={stages} stages for {layers} layers and the head: use at most {layers + 1}")
+    require(not split or (len(split) == stages and sum(split) == layers),
+            f"layer_split has {len(split)} stages with {sum(split)} layers: needs pp*vpp={stages} with {layers}")
+    require(min(split[1:-1], default=1) > 0, f"layer_split={'+'.join(map(str, split))}: a stage between the first and "
+                                             f"the last needs at least one layer")
+
+
+def check_batch(config, plan):
+    """The sequence, the batch and the groups of the balance loss must be whole on every rank."""
+    require(plan.seq_len <= config.max_position_embeddings,
+            f"seq_len={plan.seq_len} above max_position_embeddings={config.max_position_embeddings}: use at most that")
+    # two slices for each rank of a context group, so that causal work is even
+    slices = 2 * plan.cp if plan.cp > 1 else 1
+    if plan.sp:
+        slices = math.lcm(slices, plan.cp * plan.tp)
+    check_multiple("seq_len", plan.seq_len, slices, f"{slices}, which cp={plan.cp} tp={plan.tp} sp={plan.sp} need")
+    at_once = plan.dp * plan.micro_batch                   # sequences in one micro-batch of all replicas
+    check_multiple("global_batch", plan.global_batch, at_once, f"dp*micro_batch={at_once}")
+    size, own = balance_group(config, plan), plan.micro_batch
+    fitting = divisors(own) + [own * ranks for ranks in divisors(plan.dp)[1:]]
+    require(size in fitting, f"balance_group={size} sequences does not divide micro_batch*dp={own}*{plan.dp} into "
+                             f"whole micro-batches: use one of {fitting[:16]}")
+
+
+def check_multiple(name, value, unit, what):
+    require(value % unit == 0, f"{name}={value} is not a multiple of {what}: use {max(1, value // unit) * unit}")
+
+
 def check_schedule(plan):
-    n, pp, name, once = plan.n_micro, plan.pp, plan.schedule, plan.dp * plan.micro_batch
-    need = {"1f1b": 1, "zbv": 2, "dualpipev": 2}.get(name, plan.vpp)
-    require(plan.vpp == need, f"schedule={name} needs vpp={need}, not vpp={plan.vpp}: use vpp={need} or interleaved")
-    require(plan.overlap == "none" or name in WITH_PAIRS,
-            f"overlap=adaptive needs pairs of forward and backward, schedule={name} has none: use paired or dualpipev")
-    least = {"1f1b": pp, "dualpipev": 2 * pp}.get(name, 1)
-    require(n >= least, f"schedule={name} with pp={pp} needs {least} micro-batches, the plan has {n}: use global_batch="
-                        f"{least * once}")
-    rounds = max(1, n // pp) if name in ("interleaved", "paired") else 1
-    require(n % rounds == 0, f"schedule={name} cannot run {n} micro-batches in {rounds} equal rounds of at least "
-                             f"pp={pp}: use global_batch={n // pp * pp * once}")
+    n, pp, name = plan.n_micro, plan.pp, plan.schedule
+    at_once = plan.dp * plan.micro_batch
+    require(name != "1f1b" or plan.vpp == 1,
+            f"schedule=1f1b needs vpp=1, not vpp={plan.vpp}: use vpp=1 or interleaved")
+    require(plan.overlap == "none" or name == "paired",
+            f"overlap=adaptive needs pairs of forward and backward, schedule={name} has none: use paired")
+    if name == "1f1b":
+        require(n >= pp, f"schedule=1f1b with pp={pp} needs {pp} micro-batches, the plan has {n}: use global_batch="
+                         f"{pp * at_once}")
+        return
+    turns = max(1, n // pp)
+    require(n % turns == 0, f"schedule={name} cannot run {n} micro-batches in {turns} equal turns of at least pp={pp}: "
+                            f"use global_batch={turns * pp * at_once}")
+
+
+def check_live(config, plan):
+    """Live balance moves whole experts between ranks, each rank its part of them: zero must cut inside every expert."""
+    if plan.balance_live == 0:
+        return
+    require(plan.ep > 1,
+            f"balance_live={plan.balance_live} moves experts between ranks, ep={plan.ep}: use ep above 1")
+    cut_inside_experts = config.hidden_size % plan.edp == 0 or config.moe_intermediate_size % plan.edp == 0
+    require(plan.zero == 0 or cut_inside_experts,
+            f"zero={plan.zero} over {plan.edp} ranks would cut between experts, which then cannot move: use zero=0")
+
+
+def check_devices(plan, devices):
+    rest = plan.pp * plan.cp * plan.tp
+    fit = f"use dp={devices // rest}" if devices % rest == 0 else f"use pp*cp*tp among {divisors(devices)}"
+    require(plan.world_size == devices, f"pp*dp*cp*tp={plan.pp}*{plan.dp}*{plan.cp}*{plan.tp}={plan.world_size} "
+                                        f"for {devices} devices: {fit}")
+
+
+def check_hardware(plan, hardware):
+    node = plan.node_size
+    require(node <= hardware.node_size,
+            f"node_size={node}: {hardware.name} has nodes of {hardware.node_size}, use at most that")
+    require(plan.precision in hardware.peak, f"precision={plan.precision}: {hardware.name} has no peak for it, "
+                                             f"use one of {', '.join(hardware.peak)}")
+    require(plan.world_size == 1 or min(hardware.inner_bandwidth, hardware.outer_bandwidth) > 0,
+            f"{hardware.name} has no inner_bandwidth or outer_bandwidth: give both for more than one device")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,84 +407,112 @@ def exchange_bytes(config, plan, ids=None):
                       backward  outer: rows out; rows and K weight gradients back
                       inner: as flat, with the copies for experts of this node
     """
-    e, k = BYTES_OF[plan.precision], config.num_experts_per_tok
-    row, counts = e * config.hidden_size, INDEX_BYTES * config.n_routed_experts // plan.ep
-    node_counts = INDEX_BYTES + counts * plan.inner if plan.dispatch in ("dedup", "pipelined") else 0
-    rows = _expected_rows(config, plan) if ids is None else _routed_rows(config, plan, ids)
-    sent = {way: {tier: [0] * plan.ep for tier in ("inner", "outer")} for way in ("forward", "backward")}
-    pairs = [(*pair, 1) for pair in product(range(plan.ep), repeat=2)] if ids is not None else _pairs_of_first(plan)
-    for source, peer, times in pairs:
-        inside, same_place = source // plan.inner == peer // plan.inner, source % plan.inner == peer % plan.inner
-        by_expert = inside or plan.dispatch == "flat"      # else a token crosses once, with all of its choices
-        if source == peer or not (by_expert or same_place):
-            continue
-        tier, there, back = "inner" if inside else "outer", rows[source, peer], rows[peer, source]
-        weights = e if by_expert else k * e
-        first = counts if by_expert else node_counts + there * k * INDEX_BYTES
-        sent["forward"][tier][source] += times * (first + there * (row + weights) + back * row)
-        sent["backward"][tier][source] += times * (there * row + back * (row + weights))
     if ids is None:
-        sent = {way: {tier: each[:1] * plan.ep for tier, each in tiers.items()} for way, tiers in sent.items()}
+        one = uniform_exchange(config, plan)
+        return {way: {tier: [sent] * plan.ep for tier, sent in tiers.items()} for way, tiers in one.items()}
+    return routed_exchange(config, plan, ids)
+
+
+def uniform_exchange(config, plan):
+    """{way: {tier: bytes}} of any rank: under uniform routing all ranks, and all peers of a tier, are alike."""
+    nodes, choices = plan.ep // plan.inner, plan.tokens * config.num_experts_per_tok
+    if plan.dispatch == "flat":
+        inner_peers, outer_peers = plan.inner - 1, plan.ep - plan.inner
+        inner_rows = outer_rows = choices / plan.ep        # a rank's choices are spread over all ranks
+    else:
+        inner_peers, outer_peers = plan.inner - 1, nodes - 1       # between nodes to the rank of the same place alone
+        inner_rows = choices / plan.inner                  # choices of a node's ranks for this node's experts
+        outer_rows = plan.tokens * share_that_crosses(config, plan)
+    inner = bytes_to_peer(config, plan, True, inner_rows, inner_rows)
+    outer = bytes_to_peer(config, plan, False, outer_rows, outer_rows)
+    return dict(forward=dict(inner=inner_peers * inner.forward, outer=outer_peers * outer.forward),
+                backward=dict(inner=inner_peers * inner.backward, outer=outer_peers * outer.backward))
+
+
+def share_that_crosses(config, plan):
+    """Share of tokens that go to one given other node, under uniform routing."""
+    experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
+    missed = 0.0                                           # share that has no expert there; hierarchical sends it too
+    if plan.dispatch == "dedup":
+        elsewhere = experts - experts // nodes
+        missed = math.comb(elsewhere, k) / math.comb(experts, k)
+    if config.n_group == nodes and config.group_choice == "limited":       # a token goes to topk_group nodes at most
+        missed = max(missed, 1 - config.topk_group / nodes)
+    return 1 - missed
+
+
+class Sent(NamedTuple):
+    """Bytes of dispatch and combine together."""
+    forward: float
+    backward: float
+
+
+def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
+    """Sent by a rank to one peer. inside: of its own node; rows: that it dispatches to the peer and gets back;
+    rows_of_peer: that the peer dispatches to it and it sends back."""
+    element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
+    row = element * config.hidden_size
+    counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
+    if inside or plan.dispatch == "flat":                  # a row for each choice, with its weight
+        header, weights, numbers = counts, element, 0
+    else:                                                  # a row for each token, with all of its choices
+        header, weights, numbers = 0, k * element, k * INDEX_BYTES
+        if plan.dispatch == "dedup":                       # tokens that come, rows for each expert of the peer's node
+            header = INDEX_BYTES + counts * plan.inner
+    return Sent(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
+                backward=rows * row + rows_of_peer * (row + weights))
+
+
+def routed_exchange(config, plan, ids):
+    """exchange_bytes for given ids, pair by pair."""
+    sent = {way: dict(inner=[0] * plan.ep, outer=[0] * plan.ep) for way in ("forward", "backward")}
+    rows = routed_rows(config, plan, ids)
+    for source, peer in product(range(plan.ep), repeat=2):
+        inside = source // plan.inner == peer // plan.inner
+        same_place = source % plan.inner == peer % plan.inner
+        talk = inside or same_place or plan.dispatch == "flat"
+        if source == peer or not talk:
+            continue
+        tier = "inner" if inside else "outer"
+        pair = bytes_to_peer(config, plan, inside, rows[source, peer], rows[peer, source])
+        sent["forward"][tier][source] += pair.forward
+        sent["backward"][tier][source] += pair.backward
     return sent
 
 
-def copied_bytes(config, plan):
-    """Bytes by tier that a rank sends of hot experts' weights to their copies, in a layer's forward or backward."""
-    expert = 3 * config.hidden_size * config.moe_intermediate_size * BYTES_OF[plan.precision]
-    whole = plan.ep == plan.inner                          # else all are taken to cross between nodes
-    return dict(inner=plan.balance_replicas * expert * whole, outer=plan.balance_replicas * expert * (not whole))
+def routed_rows(config, plan, ids):
+    """{(source, peer): rows dispatched}.
 
-
-def _expected_rows(config, plan):
-    """{(source, peer): rows that go from one to the other}, as _routed_rows, under uniform routing, for the first."""
-    experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
-    copies = plan.tokens * k / (plan.ep if plan.dispatch == "flat" else plan.inner)
-    missed = 0.0
-    if plan.dispatch in ("dedup", "pipelined"):
-        missed = math.comb(experts - experts // nodes, k) / math.comb(experts, k)
-    if config.n_group == nodes and config.group_choice == "limited":       # a token goes to topk_group nodes at most
-        missed = max(missed, 1 - config.topk_group / nodes)
-    crossing = copies if plan.dispatch == "flat" else plan.tokens * (1 - missed)
-    pairs = [pair for source, peer, _ in _pairs_of_first(plan) for pair in ((source, peer), (peer, source))]
-    return {pair: copies if max(pair) < plan.inner else crossing for pair in pairs}
-
-
-def _pairs_of_first(plan):
-    """(0, peer, peers like it): ranks of a uniform group are alike, so the first speaks for all.
-
-    Peers: in its node, at its place of another node, elsewhere in another node.
+    flat: a row for each choice, from the token's rank to the expert's. hierarchical: a row for each token to the rank
+    of the same place in every other node, and from there a row for each choice inside that node. dedup: the same, but
+    only to nodes that the token needs.
     """
-    beside, nodes = plan.inner - 1, plan.ep // plan.inner - 1
-    pairs = (0, 1, beside), (0, plan.inner, nodes), (0, plan.inner + 1, beside * nodes)
-    return [pair for pair in pairs if pair[2]]
-
-
-def _routed_rows(config, plan, ids):
-    """Flat: a row for each choice, to its expert. Else a row for each token to its place on the other nodes, with dedup
-    on those that it needs, and from there, a rank that then forwards, a row for each choice."""
     rows, nodes = Counter(), range(plan.ep // plan.inner)
-    for source, token in ((source, token) for source, tokens in enumerate(ids) for token in tokens):
-        owners = [int(expert) * plan.ep // config.n_routed_experts for expert in token]
-        forwarders = [node * plan.inner + source % plan.inner for node in nodes]
-        if plan.dispatch == "flat":
-            rows.update((source, owner) for owner in owners)
-            continue
-        needed = {owner // plan.inner for owner in owners} if plan.dispatch == "dedup" else nodes
-        rows.update((source, forwarders[node]) for node in needed if forwarders[node] != source)
-        rows.update((forwarders[owner // plan.inner], owner) for owner in owners)
+    for source, tokens in enumerate(ids):
+        place = source % plan.inner
+        for experts in tokens:
+            owners = [int(expert) * plan.ep // config.n_routed_experts for expert in experts]
+            if plan.dispatch == "flat":
+                rows.update((source, owner) for owner in owners)
+                continue
+            needed = {owner // plan.inner for owner in owners} if plan.dispatch == "dedup" else nodes
+            for node in needed:
+                rows[source, node * plan.inner + place] += 1
+            for owner in owners:
+                forwarder = owner // plan.inner * plan.inner + place
+                rows[forwarder, owner] += 1
     return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Live load balance: which device holds which expert
 #
-# A placement is an array (devices, slots) of expert numbers. The first E / devices slots of a device are homes: an
-# expert has one, its weights and optimizer state live there. Further slots hold copies of hot experts, which share
-# their load.
+# Load of an expert: how many tokens were sent to it. The load of a step is predicted from the steps before; if another
+# placement of experts would even out the devices' loads enough, experts move there. parallel.py carries it out.
+#
+# A placement is an array (devices, slots) of expert numbers, each expert once: slots = E / devices.
 
 PREDICTOR_DECAY = 0.9      # a step, of the moving average of loads (recipe of MindSpeed; the paper's is not published)
-NEAR_ENOUGH = 1e-3         # busiest device over the mean, minus one, below which no better placement is looked for
-TRIES = 32                 # starts of the planner's search
 
 
 def predict_load(past, load):
@@ -385,20 +520,14 @@ def predict_load(past, load):
     return PREDICTOR_DECAY * past + (1 - PREDICTOR_DECAY) * load
 
 
-def first_placement(n_experts, plan):
-    """(ep, slots): experts in order; the copies, until loads are known, are of the next device's first experts."""
-    homes = np.arange(n_experts).reshape(plan.ep, -1)
-    return np.concatenate((homes, np.roll(homes, -1, 0)[:, :plan.balance_replicas]), 1)
-
-
-def count_copies(placement, n_experts):
-    """(E,) how often each expert stands in a placement, whose free slots are -1."""
-    return np.bincount(placement[placement >= 0], minlength=n_experts)
+def first_placement(n_experts, devices):
+    """(devices, slots): experts in order."""
+    return np.arange(n_experts).reshape(devices, -1)
 
 
 def device_loads(load, placement):
     """load (E,) -> (devices,)."""
-    return (load / count_copies(placement, len(load)))[placement].sum(1)
+    return load[placement].sum(1)
 
 
 def imbalance(load, placement):
@@ -407,707 +536,342 @@ def imbalance(load, placement):
     return loads.max() / loads.mean() - 1
 
 
-def place_greedily(load, devices, replicas=0, homes=None):
-    """The paper's greedy: experts by falling load, each to the least loaded device with a free slot.
+def deviation(load, placement):
+    """Standard deviation of the devices' loads over their mean."""
+    loads = device_loads(load, placement)
+    return loads.std(ddof=1) / loads.mean()
 
-    With replicas, the hottest experts are first given further copies, and a device never gets the same expert twice.
-    homes (devices, E / devices), if given, are kept: only the copies are placed.
+
+def moved_experts(old, new):
+    """How many experts change their device between two placements."""
+    on_same_device = (new[:, :, None] == old[:, None, :]).any(2)          # (devices, slots of new)
+    return int((~on_same_device).sum())
+
+
+def place_greedily(load, devices):
+    """The paper's greedy: experts by falling load, each to the least loaded device with a free slot."""
+    n_slots = len(load) // devices
+    placement = np.zeros((devices, n_slots), int)
+    filled, loads = np.zeros(devices, int), np.zeros(devices)
+    for expert in np.argsort(-load, kind="stable"):
+        device = np.where(filled < n_slots, loads, np.inf).argmin()
+        placement[device, filled[device]] = expert
+        filled[device] += 1
+        loads[device] += load[expert]
+    return placement
+
+
+def match_devices(groups, current):
+    """The greedy's groups of experts (devices, slots), each given to a device that holds many of them already.
+
+    Which device a group is on makes no difference to balance. So the group and the device that have most experts in
+    common come together, then those of the rest, and so on.
     """
-    n_homes = len(load) // devices
-    copies = np.ones(len(load), int)
-    for _ in range(devices * replicas):
-        copies[np.where(copies < devices, load / copies, -1).argmax()] += 1
-    share = load / copies
-    placement = np.full((devices, n_homes + replicas), -1)
-    if homes is not None:
-        placement[:, :n_homes] = homes
-    for expert in np.argsort(-share, kind="stable"):
-        if homes is None:
-            _put(placement, slice(n_homes), expert, share)
-        for _ in range(copies[expert] - 1):
-            _put(placement, slice(n_homes, None), expert, share)
-    for device, slot in np.argwhere(placement < 0):        # no device without this expert was left for some copy
-        wanted = load / count_copies(placement, len(load))
-        wanted[placement[device]] = -1
-        placement[device, slot] = wanted.argmax()
+    devices, n_slots = current.shape
+    holder = np.argsort(current.flatten()) // n_slots                     # (E,) device of each expert
+    in_common = (holder[groups][:, :, None] == np.arange(devices)).sum(1)      # (groups, devices)
+    placement = np.zeros_like(groups)
+    for _ in range(devices):
+        group, device = np.unravel_index(in_common.argmax(), in_common.shape)
+        placement[device] = groups[group]
+        in_common[group, :] = in_common[:, device] = -1
     return placement
 
 
-def _put(placement, columns, expert, share):
-    """Expert to a free slot of the least loaded device that has one, and that does not hold this expert."""
-    slots = placement[:, columns]
-    possible = (slots < 0).any(1) & (placement != expert).all(1)
-    if possible.any():
-        loads = np.where(placement >= 0, share[placement], 0).sum(1)
-        device = np.where(possible, loads, np.inf).argmin()
-        slots[device, (slots[device] < 0).argmax()] = expert
-
-
-def _best_swap(share, placement, columns):
-    """Swap an expert of the busiest device with one elsewhere, so that the busier has least. False: no swap helps."""
-    loads = share[placement].sum(1)                                       # (devices,)
-    busiest = loads.argmax()
-    mine, theirs = placement[busiest, columns], placement[:, columns]     # (slots,), (devices, slots)
-    shift = share[mine][:, None, None] - share[theirs]                    # (slots, devices, slots)
-    after = np.maximum(loads[busiest] - shift, loads[:, None] + shift)
-    holds = (placement[:, :, None] == np.arange(len(share))).any(1)       # (devices, E)
-    after = np.where(holds[:, mine].T[:, :, None] | holds[busiest][theirs], np.inf, after)
-    i, device, j = np.unravel_index(after.argmin(), after.shape)
-    if after[i, device, j] >= loads[busiest] * (1 - 1e-9):
-        return False
-    theirs[device, j], placement[busiest, columns][i] = mine[i], theirs[device, j]
-    return True
-
-
-def _refined(load, placement, n_homes, goal):
-    """Swaps until the busiest device has at most `goal` or no swap helps: homes with homes, copies with copies."""
-    placement, share = placement.copy(), load / count_copies(placement, len(load))
-    kinds = [slice(n_homes), slice(n_homes, None)][:1 + (placement.shape[1] > n_homes)]
-    while share[placement].sum(1).max() > goal and any(_best_swap(share, placement, columns) for columns in kinds):
-        pass
-    return placement
-
-
-def _kicked(homes, random):
-    """homes with two random pairs of experts swapped: a new start near a placement that no single swap improves."""
-    flat = homes.flatten()
-    for _ in range(2):
-        pair = random.choice(len(flat), 2, replace=False)
-        flat[pair] = flat[pair[::-1]]
-    return flat.reshape(homes.shape)
+def keep_slots(placement, current):
+    """The same experts on each device, those that stay there in the slot that they have now."""
+    result = current.copy()
+    for device, experts in enumerate(placement):
+        leaving = ~np.isin(current[device], experts)
+        arriving = ~np.isin(experts, current[device])
+        result[device, leaving] = experts[arriving]
+    return result
 
 
 def plan_placement(load, current):
-    """A placement for the predicted load (E,), never worse than `current` by its busiest device.
-
-    A search by swaps from where experts are, so that few move; if that is not near the mean, then from the paper's
-    greedy and from random changes of the best so far. Experts that stay on their device stay in their slot.
-    """
-    def busiest(placement):
-        return device_loads(load, placement).max()
-
-    devices, n_homes = len(current), len(load) // len(current)
-    replicas = current.shape[1] - n_homes
-    goal, random = _goal(load, devices, replicas), np.random.default_rng(0)
-    best = current
-    for attempt in range(TRIES):
-        homes = best[:, :n_homes]
-        if attempt == 1:
-            homes = None                                   # the greedy places them too
-        elif attempt > 1:
-            homes = _kicked(homes, random)
-        start = place_greedily(load, devices, replicas, homes)
-        best = min(best, _refined(load, start, n_homes, goal), key=busiest)
-        if busiest(best) <= goal:
-            break
-    return _in_old_slots(best, current, n_homes)
+    """A placement for the predicted load (E,), never worse than the current one by its busiest device."""
+    groups = place_greedily(load, len(current))
+    planned = keep_slots(match_devices(groups, current), current)
+    return planned if imbalance(load, planned) < imbalance(load, current) else current
 
 
-def _goal(load, devices, replicas):
-    """A busiest device with this needs no better: hardly above the mean, or the hottest expert with the lightest."""
-    beside = np.sort(load)[:len(load) // devices - 1].sum()
-    return max(load.mean() * len(load) / devices, 0 if replicas else load.max() + beside) * (1 + NEAR_ENOUGH)
-
-
-def _in_old_slots(placement, current, n_homes):
-    kept = placement.copy()
-    for new, old in zip(kept[:, :n_homes], current[:, :n_homes]):
-        arriving, stays = new[~np.isin(new, old)], np.isin(old, new)
-        new[stays], new[~stays] = old[stays], arriving
-    return kept
-
-
-def decide(load, current, plan):
-    """The planned placement; the current one where std / mean of the devices' loads would not fall by the threshold."""
-    def deviation(placement):
-        loads = device_loads(load, placement)
-        return loads.std(ddof=1) / loads.mean()
-
+def decide(load, current, threshold):
+    """The planned placement if the devices' deviation falls by at least `threshold` with it, else the current one."""
     planned = plan_placement(load, current)
-    return planned if deviation(current) - deviation(planned) >= plan.balance_threshold else current
-
-
-def moved_experts(old, new, n_experts):
-    """How many experts change their home device."""
-    n_homes = n_experts // len(old)
-    return int((~(new[:, :n_homes, None] == old[:, None, :n_homes]).any(2)).sum())
-
-
-def replay_loads(loads, plan):
-    """Recorded loads (steps, layers, E) under a plan: the devices' imbalance without and with live balance, a mean
-    over layers and steps from the first decision on, and homes moved. A placement is made from earlier steps alone.
-    """
-    steps, layers, n_experts = loads.shape
-    first = first_placement(n_experts, replace(plan, balance_replicas=0))
-    placements = [first_placement(n_experts, plan)] * layers
-    expected, moved, found = np.zeros((layers, n_experts)), 0, []
-    for step, load in enumerate(loads):
-        if plan.balance_live and step and step % plan.balance_live == 0:
-            planned = [decide(*layer, plan) for layer in zip(expected, placements)]
-            moved += sum(moved_experts(*pair, n_experts) for pair in zip(placements, planned))
-            placements = planned
-        if step >= plan.balance_live:
-            found.append([(imbalance(each, first), imbalance(each, now)) for each, now in zip(load, placements)])
-        expected = predict_load(expected, load)
-    fixed, live = np.mean(found, (0, 1))
-    return dict(fixed=float(fixed), live=float(live) if plan.balance_live else float(fixed), moved=moved)
+    gain = deviation(load, current) - deviation(load, planned)
+    return planned if gain >= threshold else current
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Counts: operators, parameters, saved tensors and collectives of one layer and one micro-batch on one rank; stages
-
-
-@dataclass(frozen=True)
-class Shape(Config):
-    """What is counted: a Config, or a model that no Config describes (other attention, ungated MLP, no experts)."""
-    rope_scaling: dict = field(default=None, hash=False)
-    attn_type: str = "mla"                 # mla | gqa | mha
-    num_key_value_heads: int = 0           # gqa: heads of keys and values
-    head_dim: int = 0                      # gqa, mha
-    gated_mlp: bool = True                 # three matrices (SwiGLU), or two
-    window: int = 0                        # keys that a query sees, 0: all before it
-    # flash | portable: of no vendor, as FlashAttention-2 or Triton's | unfused: the whole square of scores is kept
-    attn_kernel: str = "flash"
-    value_padded: bool = False             # the attention kernel wants values as wide as keys
-    # memory as in Megatron-LM and its kin: logits are kept, a rank's own part of gathered inputs, 8 bits of what 8-bit
-    # matmuls read
-    megatron: bool = False
-
-    def __post_init__(self):               # not Config's checks, which are of models that model.py builds
-        pass
-
-    def attention_matmuls(self):
-        if self.attn_type == "mla":
-            return super().attention_matmuls()
-        queries, values = self.attention_widths()
-        keys = (self.num_key_value_heads or self.num_attention_heads) * self.head_dim
-        return dict(qkv_proj=Weights(self.hidden_size, queries + 2 * keys), o_proj=Weights(values, self.hidden_size))
-
-    def mlp_matmuls(self, name, inner, copies=1, used=1):
-        table = super().mlp_matmuls(name, inner, copies, used)
-        up = table[f"{name}.gate_up"]
-        return table if self.gated_mlp else table | {f"{name}.gate_up": up._replace(n_out=inner)}
-
-    def attention_widths(self):
-        if self.attn_type == "mla":
-            return super().attention_widths()
-        return (self.num_attention_heads * self.head_dim,) * 2
-
-    def gains(self, kind):
-        latents = 0 if self.attn_type == "mla" else self.q_lora_rank + self.kv_lora_rank
-        return super().gains(kind) - latents
-
-
-def as_shape(config):
-    return config if isinstance(config, Shape) else Shape(**vars(config))
-
-
-def on_hardware(config, hardware):
-    shape = as_shape(config)
-    return replace(shape, value_padded=True) if hardware.value_padded else shape
-
-
-# part: the block's call it belongs to: attend (with routing), shared, experts or combine. kind: matmul | vector |
-# flash | unfused. flops: forward; each half of a matmul's backward has as many. moved: bytes read and written.
-# sizes: of a matmul (rows, inner, columns, matrices that share the rows)
-Op = namedtuple("Op", "part name kind flops moved sizes", defaults=((),))
-
-
-class Work:
-    """What a layer, the embedding or the head is for one rank and one micro-batch. kind: one of layer_kinds, or these.
-
-    Below the recorders, each part of the model is a method that records what the part is.
-    """
-
-    def __init__(self, shape, plan, kind):
-        self.shape, self.plan, self.kind = shape, plan, kind
-        self.element, self.wide = BYTES_OF[plan.precision], max(4, BYTES_OF[plan.precision])
-        self.ops = []
-        self.saved = {}                                    # tensor -> bytes kept for backward
-        self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
-        self.sent = Counter()                              # (axis, part) -> bytes sent in that group, forward
-        {"embedding": self.embedding, "head": self.head}.get(kind, self.layer)()
-
-    def matmul(self, part, name, m, k, n, keep=None, experts=0):
-        """(m, k) by (k, n), whose input is kept under the name `keep`; experts: so many matrices share the m rows."""
-        matrices = max(1, experts)
-        moved = self.element * (m * k + matrices * k * n + m * n)
-        self.ops.append(Op(part, name, "matmul", 2 * m * k * n, moved, (m, k, n, matrices)))
-        self.params["edp" if experts else "dp"] += matrices * k * n
-        if keep:
-            self.keep(keep, m * k)
-        if keep and self.shape.megatron:
-            shard = self.plan.tp if self.plan.sp and keep in ("attn_in", "mlp_in") else 1
-            self.saved[keep] = self.saved[keep] / shard / (2 if self.plan.precision in NARROW else 1)
-
-    def vector(self, part, name, elements):
-        """An operator that only moves memory: elements read and written."""
-        self.ops.append(Op(part, name, "vector", 0, elements * self.element))
-
-    def norm(self, part, name, tokens, width, residual=False):
-        """residual: followed by the sum with the residual stream, which is read and written too."""
-        self.vector(part, name, (5 if residual else 2) * tokens * width)
-        self.params["dp"] += width
-        self.keep(name, tokens * width)                    # its input ...
-        self.saved[name + ".scale"] = tokens * self.wide   # ... and 1 / rms of each token
-
-    def keep(self, name, elements):
-        self.saved[name] = elements * self.element
-
-    def gather(self, axis, part, tokens, width):
-        """All-gather of each rank's `tokens`, or the reduce-scatter that is as long; an all-reduce is both."""
-        self.sent[axis, part] += (getattr(self.plan, axis) - 1) * tokens * width * self.element
-
-    def gather_stream(self, part):
-        """Residual stream to all tokens and the result back (sp=1), or the all-reduce of the result (sp=0)."""
-        self.gather("tp", part, 2 * self.plan.gathered_tokens / self.plan.tp, self.shape.hidden_size)
-
-    def embedding(self):
-        c, plan = self.shape, self.plan
-        self.vector("attend", "embed_tokens", 2 * plan.tokens * c.hidden_size)
-        self.params["dp"] = c.vocab_size // plan.tp * c.hidden_size
-        self.look_up()
-        self.saved["token_ids"] = plan.gathered_tokens * 8
-
-    def look_up(self):
-        """Sums of what tensor ranks found; and token numbers (int64) gathered, in forward alone: half in each pass."""
-        plan, width = self.plan, self.shape.hidden_size + 8 / 2 / self.element
-        self.gather("tp", "attend", plan.gathered_tokens / plan.tp, width)
-
-    def layer(self):
-        c, own, sandwich = self.shape, self.plan.tokens, self.shape.norm != "pre"
-        self.norm("attend", "input_layernorm", own, c.hidden_size, residual=not sandwich)
-        (self.latent_attention if c.attn_type == "mla" else self.plain_attention)()
-        if sandwich:
-            self.norm("attend", "post_attention_layernorm", own, c.hidden_size, residual=True)
-        self.norm("attend", "pre_mlp_layernorm", own, c.hidden_size, residual=not sandwich)
-        if self.kind == "dense":
-            self.mlp("experts", "mlp", c.intermediate_size)
-        else:
-            self.experts()
-        if sandwich:
-            self.norm("combine", "post_mlp_layernorm", own, c.hidden_size, residual=True)
-        if self.kind == "mtp":
-            self.join()
-
-    def latent_attention(self):
-        """Latents are made from a rank's own tokens by whole matrices, then gathered; heads are cut by tensor ranks."""
-        c, plan = self.shape, self.plan
-        own, tokens, heads = plan.tokens, plan.gathered_tokens, c.num_attention_heads // plan.tp
-        keys = tokens * plan.cp                            # of the whole sequence, on each rank of a context group
-        qk, latent = c.qk_nope_head_dim + c.qk_rope_head_dim, c.kv_lora_rank + c.qk_rope_head_dim
-        self.matmul("attend", "q_a_proj", own, c.hidden_size, c.q_lora_rank, keep="attn_in")
-        self.norm("attend", "q_a_layernorm", own, c.q_lora_rank)
-        self.matmul("attend", "kv_a_proj_with_mqa", own, c.hidden_size, latent)    # the same input
-        self.norm("attend", "kv_a_layernorm", own, c.kv_lora_rank)
-        self.keep("kv_a_layernorm", own * latent)              # its input is a slice, which keeps the whole tensor
-        if plan.sp:
-            self.gather("tp", "attend", own, c.q_lora_rank + latent)
-        self.gather("cp", "attend", tokens, latent)
-        # what was gathered is kept: making norms again is no way to it
-        q, kv = "gathered_q" if tokens > own else "q", "gathered_kv" if keys > own else "kv"
-        self.matmul("attend", "q_b_proj", tokens, c.q_lora_rank, heads * qk, keep=f"{q}_latent")
-        up = heads * (c.qk_nope_head_dim + c.v_head_dim)
-        self.matmul("attend", "kv_b_proj", keys, c.kv_lora_rank, up, keep=f"{kv}_latent")
-        self.vector("attend", "rope", 2 * (tokens + keys) * heads * qk)        # queries and keys, read and written
-        if "mla_up" in plan.recompute and plan.cp == 1:
-            self.keep("k_rope", keys * c.qk_rope_head_dim)     # what keys are made from again
-        self.core_attention(heads, heads, qk, c.v_head_dim)
-        self.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
-
-    def plain_attention(self):
-        c, plan = self.shape, self.plan
-        tokens, heads = plan.gathered_tokens, c.num_attention_heads // plan.tp
-        kv_heads = max(1, (c.num_key_value_heads or c.num_attention_heads) // plan.tp)
-        self.gather_stream("attend")
-        self.matmul("attend", "qkv_proj", tokens, c.hidden_size, (heads + 2 * kv_heads) * c.head_dim, keep="attn_in")
-        self.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
-        self.vector("attend", "rope", 2 * tokens * (heads + kv_heads) * c.head_dim)
-        self.core_attention(heads, kv_heads, c.head_dim, c.head_dim)
-
-    def core_attention(self, heads, kv_heads, qk, v):
-        """Scores, softmax, values, output projection. A context group's keys are on every one of its ranks."""
-        c, plan = self.shape, self.plan
-        tokens, keys = plan.gathered_tokens, plan.gathered_tokens * plan.cp
-        scores, padded = tokens * plan.seq_len * heads, qk if c.value_padded else v
-        moved = tokens * heads * (qk + v) + keys * kv_heads * (qk + v)
-        flops, sizes = 2 * scores * (qk + v), (tokens, (qk + v) // 2, plan.seq_len, heads * plan.micro_batch)
-        self.keep("q", tokens * heads * qk)
-        self.keep("k", keys * kv_heads * qk)
-        self.keep("v", keys * kv_heads * padded)
-        if c.attn_kernel == "unfused":
-            self.vector("attend", "attention", 7 * scores)     # written, scaled and masked, softmax, dropout, read
-            self.keep("probabilities", scores)
-        else:
-            flops *= min(0.5, (c.window or plan.seq_len) / plan.seq_len)   # the causal half
-            self.saved["log_sum"] = tokens * heads * self.wide
-        if plan.cp > 1:                                        # pieces of a ring are merged one by one, in float32
-            self.vector("attend", "attention", 4 * (plan.cp - 1) * tokens * heads * v * self.wide / self.element)
-        if padded != v:
-            self.keep("attn_padded", tokens * heads * padded)
-        self.ops.append(Op("attend", "attention", c.attn_kernel, flops, moved * self.element, sizes))
-        self.matmul("attend", "o_proj", tokens, heads * v, c.hidden_size, keep="attn_out")
-
-    def mlp(self, part, name, inner):
-        """SwiGLU, its inner width cut by tensor ranks. Gate and up count as one matmul."""
-        c, plan = self.shape, self.plan
-        tokens, inner, into = plan.gathered_tokens, inner // plan.tp, 2 if c.gated_mlp else 1
-        self.gather_stream(part)
-        keep = "mlp_in" if plan.tp == 1 else name + "_gathered"
-        self.matmul(part, name + ".gate_up", tokens, c.hidden_size, into * inner, keep=keep)
-        self.vector(part, name + ".act", (into + 1) * tokens * inner)
-        self.keep(name + "_gate_up", into * tokens * inner)
-        self.matmul(part, name + ".down", tokens, inner, c.hidden_size, keep=name + "_hidden")
-
-    def experts(self):
-        """Router, permutation, shared and routed experts. A rank computes as many rows as it sends, on average."""
-        c, plan, own, inner = self.shape, self.plan, self.plan.tokens, self.shape.moe_intermediate_size
-        rows = math.ceil(own * c.num_experts_per_tok * (c.capacity_factor or 1))
-        self.route()
-        if plan.etp > 1:                                       # rows of all that share an expert, a part of its width
-            self.gather("etp", "experts", 2 * rows, c.hidden_size)
-            rows, inner = rows * plan.etp, inner // plan.etp
-        self.vector("attend", "permute", (own + rows) * c.hidden_size)
-        self.saved["order"] = rows * 8 if plan.ep > 1 else 0   # of rows as they arrive
-        if c.n_shared_experts:
-            self.mlp("shared", "shared", c.n_shared_experts * c.moe_intermediate_size)
-        self.routed_experts(rows, inner)
-        self.vector("combine", "unpermute", (rows + 2 * own) * c.hidden_size)
-
-    def route(self):
-        """Scores, choice and balance loss, computed in float32 or better."""
-        c, plan, own, wide = self.shape, self.plan, self.plan.tokens, self.wide
-        k, experts = c.num_experts_per_tok, c.n_routed_experts
-        uncast = wide == self.element or "permute" in plan.recompute         # else only the shared expert keeps it
-        self.matmul("attend", "router", own, c.hidden_size, experts, keep="mlp_in" if uncast else None)
-        if wide > self.element:
-            self.saved["router_in"] = own * c.hidden_size * wide             # cast
-        self.vector("attend", "choose", 6 * own * experts * wide / self.element)
-        self.saved.update(scores=own * experts * wide, ids=own * k * 8, slot=own * k * 8)
-        if c.norm_topk_prob:
-            self.saved.update({"weights": own * k * wide, "weights.sum": own * wide})
-        if c.balance != "none" and c.aux_loss_alpha:
-            groups = plan.micro_batch // sequences_of_group(c, plan.micro_batch)
-            self.saved["balance"] = groups * experts * wide    # load of each group's experts
-            self.saved["balance.sum"] = own * wide if c.aux_scores == "normalized" else 0
-
-    def routed_experts(self, rows, inner):
-        """SwiGLU of `rows` in all of a rank's experts, of inner width `inner`."""
-        c, plan, width, into = self.shape, self.plan, self.shape.hidden_size, 2 if self.shape.gated_mlp else 1
-        own_experts = max(1, c.n_routed_experts // plan.ep)
-        self.matmul("experts", "expert.gate_up", rows, width, into * inner, keep="rows", experts=own_experts)
-        self.vector("experts", "expert.act", (into + 1) * rows * inner)
-        self.keep("expert_gate_up", into * rows * inner)
-        if plan.balance_replicas:                              # weights of homes and copies, put together for each use
-            self.keep("expert_weights", (own_experts + plan.balance_replicas) * (into + 1) * width * inner)
-        self.matmul("experts", "expert.down", rows, inner, width, keep="expert_hidden", experts=own_experts)
-        self.keep("row_weights", rows + (self.wide == self.element))           # a cast drops the spare last one
-        self.saved["counts"] = c.n_routed_experts // plan.ep * 8
-        if c.expert_weight == "after_down":
-            self.keep("expert_out", rows * width)
-            self.vector("experts", "expert.weight", 2 * rows * width)
-
-    def join(self):
-        c, own = self.shape, self.plan.tokens
-        for name in ("enorm", "hnorm", "shared_head.norm"):
-            self.norm("attend", name, own, c.hidden_size)
-        if c.mtp_hidden == "pre_norm":
-            del self.saved["hnorm"]                            # the same tensor as the input of the last norm before
-        if not self.plan.embedding_twice:                      # else the copy counts it
-            self.look_up()
-        self.matmul("attend", "eh_proj", own, 2 * c.hidden_size, c.hidden_size, keep="eh_in")
-
-    def head(self):
-        """Last norm, then head and loss of every depth, the vocabulary cut by tensor ranks."""
-        c, plan, tokens, vocab = self.shape, self.plan, self.plan.gathered_tokens, self.shape.vocab_size // self.plan.tp
-        self.norm("attend", "norm", plan.tokens, c.hidden_size)
-        # and in forward alone: targets (int64), all-reduces of the highest logit and of the sum of the softmax
-        width = c.hidden_size + (8 + 2 * 2 * self.wide) / 2 / self.element
-        for depth in range(1 + c.num_nextn_predict_layers):
-            self.gather("tp", "attend", tokens / plan.tp, width)
-            self.matmul("attend", "lm_head", tokens, c.hidden_size, vocab)
-            self.vector("attend", "loss", 4 * tokens * vocab * self.wide / self.element)
-            if c.megatron:                                     # in float32, beside those of the matmul and its input
-                self.keep(f"head_in.{depth}", plan.tokens * c.hidden_size)
-                copies = 2 if c.attn_kernel == "portable" else 1   # torch's own loss does not work in place
-                self.saved[f"logits.{depth}"] = tokens * vocab * (self.element + copies * self.wide)
-                continue
-            # the loss makes its gradients in forward: of its input, and of the head's weight in float32 or better
-            self.keep(f"grad_h.{depth}", tokens * c.hidden_size)
-            self.saved[f"grad_w.{depth}"] = vocab * c.hidden_size * self.wide
-        tied = c.tie_word_embeddings and not plan.embedding_twice
-        self.params["dp"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
-
-
-def stage_layers(config, plan):
-    """list (pp*vpp) of lists of layer numbers. The embedding is on the first stage, head and MTP layers on the last."""
-    layers, first = [], 0
-    for n in plan.layer_split or _even_split(as_shape(config), plan):
-        layers.append(list(range(first, first + n)))
-        first += n
-    layers[-1] += range(first, first + config.num_nextn_predict_layers)
-    return layers
-
-
-def _even_split(shape, plan):
-    """Hidden layers per stage, by FLOPs: each goes to the pipeline rank, there to the stage, that has least to do.
-
-    Head and MTP count for the last stage, which alone may get no hidden layer; hidden layers count as their mean. A
-    rule of shape, length and schedule alone, so that every device cuts alike.
-    """
-    n_layers, last = shape.num_hidden_layers, plan.n_stages - 1
-    kinds = layer_kinds(shape) + ["head"] * (1 + shape.num_nextn_predict_layers)
-    flops = [layer_flops(shape, kind, plan.seq_len) for kind in kinds]
-    layer, tail = sum(flops[:n_layers]) / n_layers, sum(flops[n_layers:])
-    split, load = [1] * last + [0], [layer] * last + [tail]
-    ranks = [plan.stages_of(rank) for rank in reversed(range(plan.pp))]    # of equals the last: it has least in flight
-    for _ in range(n_layers - last):
-        stages = min(ranks, key=lambda stages: sum(load[stage] for stage in stages))
-        stage = min(stages, key=load.__getitem__)
-        split[stage] += 1
-        load[stage] += layer
-    return split
-
-
-def stage_kinds(shape, plan):
-    """list (pp*vpp) of tuples in the order of forward: embedding, kinds of layers, head."""
-    v_shaped = plan.schedule if plan.schedule in V_SHAPED else ""
-    return _stage_kinds(shape, Plan(pp=plan.pp, vpp=plan.vpp, layer_split=plan.layer_split, seq_len=plan.seq_len,
-                                    schedule=v_shaped))
-
-
-@lru_cache(1024)
-def _stage_kinds(shape, plan):
-    kinds = layer_kinds(shape)
-    stages = [[kinds[i] for i in layers] for layers in stage_layers(shape, plan)]
-    stages[0].insert(0, "embedding")
-    if "mtp" in kinds and plan.embedding_twice:            # a copy of the embedding feeds the MTP layers
-        stages[-1].insert(stages[-1].index("mtp"), "embedding")
-    stages[-1].append("head")
-    return [tuple(stage) for stage in stages]
-
-
-# item -> (saved tensors that go, operators that run again); `layer` keeps its input alone and runs all of it again
-RECOMPUTES = {
-    "norm": (("attn_in", "mlp_in", "router_in", "q_latent", "kv_latent"),
-             ("input_layernorm", "pre_mlp_layernorm", "q_a_layernorm", "kv_a_layernorm")),
-    "mla_up": (("q", "k", "v"), ("q_b_proj", "kv_b_proj", "rope")),
-    "act": (("mlp_hidden", "shared_hidden", "expert_hidden"), ("mlp.act", "shared.act", "expert.act")),
-    "permute": (("rows",), ("permute",)),                  # and their exchange
-    "expert": (("expert_gate_up", "expert_hidden"), ("expert.gate_up", "expert.act")),
-    "core_attention": (("probabilities", "log_sum"), ("attention",)),
-    "attention": (("input_layernorm.scale", "attn_in", "q_a_layernorm", "q_a_layernorm.scale", "kv_a_layernorm",
-                   "kv_a_layernorm.scale", "q_latent", "kv_latent", "gathered_q_latent", "gathered_kv_latent", "k_rope",
-                   "q", "k", "v", "log_sum", "attn_padded", "probabilities", "attn_out"),
-                  ("input_layernorm", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm",
-                   "kv_b_proj", "qkv_proj", "rope", "attention"))}
-SWAPPED = {"expert_out": ("expert_out",), "attn_out": ("attn_out", "attn_padded"), "optimizer": ()}
-
-
-def items_in_force(plan):
-    """The names in Plan.recompute and Plan.swap that have an effect beside the others: a layer, or an attention, that
-    runs again as a whole needs nothing inside it saved or made another way."""
-    names = {*plan.recompute, *plan.swap}
-    if "layer" in names:
-        names &= {"layer", "optimizer"}
-    if "attention" in names:
-        names -= {"attn_out", "mla_up"}
-    return names
-
-
-def recomputed(work, plan=None):
-    """(saved tensors that a layer does not keep, operators that its backward runs again): sets of names."""
-    plan = plan or work.plan                               # Works are shared by plans that cut alike
-    items = plan.recompute
-    if "layer" in items and "input_layernorm" in work.saved:               # whose saved input is the layer's
-        outside = re.compile("input_layernorm$|ids|enorm|hnorm|eh_|shared_head").match    # MTP's join among it
-        return ({name for name in work.saved if not outside(name)},
-                {op.name for op in work.ops if not outside(op.name)} | {"input_layernorm"})
-    chosen = [RECOMPUTES[item] for item in items if item != "layer"]
-    gone = {name for tensors, _ in chosen for name in tensors}
-    again = {name for _, operators in chosen for name in operators}
-    if "attention" in items and not plan.is_plain:         # a matmul whose weight gradient can be deferred saves last
-        again.add("o_proj")
-    return gone, again
-
-
-# part of the model that keeps a tensor: the first whose pattern is found in "kind of layer, name of tensor"
-KEPT_IN = {"embedding": "^embedding", "head": "^head|shared_head", "MTP": "enorm|hnorm|eh_in",
-           "norms": r"(input|post_\w+|pre_mlp)_layernorm", "MLP": "dense mlp_in|shared|mlp_gate_up|mlp_hidden",
-           "routing": r"mlp_in|router_in|scores|ids|slot|\bweights|balance", "experts": "expert|row|counts|order",
-           "attention": ""}
-
-
-def saved_by_part(works):
-    """Bytes that backward keeps of one micro-batch, by KEPT_IN; `host`: what is swapped."""
-    parts = Counter()
-    for work in works:
-        gone = recomputed(work)[0].union(*(SWAPPED[item] for item in work.plan.swap))
-        kind = "dense" if "router_in" in work.saved else work.kind         # then the router keeps a cast of mlp_in
-        for name in work.saved.keys() - gone:
-            part = next(part for part, pattern in KEPT_IN.items() if re.search(pattern, f"{kind} {name}"))
-            parts[part] += work.saved[name]
-        parts["host"] += saved_bytes(work)[1]
-    return parts
-
-
-def saved_bytes(work, plan=None):
-    """(bytes kept on the device for one micro-batch's backward, bytes swapped to the host)."""
-    plan = plan or work.plan
-    gone, _ = recomputed(work, plan)
-    away = {name for item in plan.swap for name in SWAPPED[item]} - gone
-    kept = sum(size for name, size in work.saved.items() if name not in gone | away)
-    return kept, sum(work.saved.get(name, 0) for name in away)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hardware, and what operators and collectives cost on it
+# Hardware
 
 
 @dataclass(frozen=True)
 class Hardware:
     """One device, its node and its network. Bandwidths are of one direction and one device; efficiencies of a peak."""
     name: str
-    peak: dict                             # precision -> FLOP/s of the matrix units
+    peak: dict = field(hash=False)         # precision -> FLOP/s of the matrix units
     memory: float                          # bytes
     bandwidth: float                       # bytes/s of device memory
     node_size: int = 8                     # devices joined by the fast links
-    topology: str = "switch"               # of a node: switch | mesh (each pair its own link)
-    inner_bandwidth: float = 0.0           # bytes/s, all links of a device inside the node together
-    inner_latency: float = 0.5e-6
-    outer_bandwidth: float = 0.0           # bytes/s between nodes
-    outer_latency: float = 1.5e-6
+    topology: str = setting("switch", "mesh")      # of a node; mesh: each pair has its own link
+    inner_bandwidth: float = setting(0.0, least=0)         # bytes/s, all links of a device inside the node together
+    inner_latency: float = setting(0.5e-6, least=0)
+    outer_bandwidth: float = setting(0.0, least=0)         # bytes/s between nodes
+    outer_latency: float = setting(1.5e-6, least=0)
     host_bandwidth: float = 32e9           # bytes/s to the host's memory
     power: float = 1.0                     # share of a matmul's rate that a power limit leaves
-    cores: int = 0                         # output tiles of a matmul computed at a time; 0: any number
-    framework: float = 1.5 * GIB           # bytes that runtime and libraries keep
-    communicator: float = 0.0              # bytes of each kind of process group
-    fragmentation: float = 0.0             # bytes that the allocator keeps for one of activations and buffers
+    cores: int = setting(0, least=0)       # output tiles of a matmul computed at a time; 0: any number
+    framework: float = setting(1.5 * GIB, least=0)         # bytes that runtime and libraries keep
+    communicator: float = setting(0.0, least=0)            # bytes of each kind of process group
+    fragmentation: float = setting(0.0, least=0)           # allocator's loss for a byte of activations and buffers
     value_padded: bool = False             # its attention kernel wants values as wide as keys
     generation: str = ""                   # whose CONSTANTS it has
     # what is reached of the peaks, and what every call costs: see CONSTANTS
     matmul_efficiency: float = 0.7
-    matmul_half: float = 0.0               # a side of a matmul with which it reaches half of that ...
-    tokens_half: float = 0.0               # ... and the number of tokens
+    matmul_half: float = setting(0.0, least=0)             # a side of a matmul with which it reaches half of that ...
+    tokens_half: float = setting(0.0, least=0)             # ... and the number of tokens
     grouped_efficiency: float = 1.0        # of the experts' matmuls beside others
     fp8_efficiency: float = 1.0            # of matmuls in 8 bits beside those in 16
-    static_expert: float = 0.0             # seconds of each matrix of a grouped matmul, where they run one by one
-    loss_cached: float = 1.0               # rate of the loss beside memory's: a chunk of its logits may stay in a cache
+    static_expert: float = setting(0.0, least=0)           # seconds of each matrix of a grouped matmul, if run singly
+    loss_cached: float = 1.0               # rate of the loss beside memory's: a cache may hold a chunk
     attention_efficiency: float = 0.7
-    portable_attention: float = 1.0        # of a flash attention that is not the vendor's, beside it
-    attention_half: float = 0.0            # keys with which flash attention reaches half of that
+    attention_half: float = setting(0.0, least=0)          # keys with which flash attention reaches half of that
     memory_efficiency: float = 0.6
     inner_efficiency: float = 0.7
     outer_efficiency: float = 0.7
-    static_matmul: float = 5e-6            # seconds of every matmul, whatever its size
-    static_vector: float = 2e-6
-    static_collective: float = 10e-6
-    hidden_share: float = 0.0              # of collectives that a plan hides, the share that runs beside computation
-    overlap_tax: float = 0.0               # seconds of computation lost for a second of communication beside it
-    scale_loss: float = 0.0                # share of the step that each doubling of the devices costs
+    static_matmul: float = setting(5e-6, least=0)          # seconds of every matmul, whatever its size
+    static_vector: float = setting(2e-6, least=0)
+    static_collective: float = setting(10e-6, least=0)
+    overlap_tax: float = setting(0.0, least=0)             # seconds of computation lost for one of communication beside
+    scale_loss: float = setting(0.0, least=0)              # share of the step that each doubling of the devices costs
 
-    # bytes/s of device memory that are reached
-    memory_rate = property(lambda self: self.bandwidth * self.memory_efficiency)
+    def __post_init__(self):
+        check_settings(self)
+        for precision, rate in self.peak.items():
+            check_setting(f"peak {precision}", rate, float)
 
-    def __hash__(self):
-        return hash(self.name)
+    @property
+    def memory_rate(self):
+        """Bytes/s of device memory that are reached."""
+        return self.bandwidth * self.memory_efficiency
 
 
-# Constants shared by the devices of a generation, or by all: unit, bounds, priors, and what `python sim.py validate
-# --fit` made of them: least absolute errors over the public rows, each held near its prior; with equal bounds, it is.
-# Priors: matmul and memory of A100 and H100 by stas00/ml-engineering and Calculon, of B200 by SimuMax's measurements,
-# of 910B by msmodeling and HCCS collectives (19 of 28 GB/s a link); attention by arXiv:2307.08691 and 2407.08608;
-# others assumed.
-GENERATIONS = "ampere", "hopper", "blackwell", "ascend"
+# Constants of a generation of devices, or of all: what `python tests/published.py --fit` made of the public rows. Their
+# bounds and priors stand there.
+GENERATIONS = ("ampere", "hopper", "blackwell", "ascend")
 CONSTANTS = {
-    "matmul_efficiency": ("of peak", 0.4, 0.97, (0.80, 0.70, 0.55, 0.70), (0.782, 0.751, 0.473, 0.679)),
-    "matmul_half": ("elements", 60, 60, (60,), (60.0,)),
-    "tokens_half": ("tokens", 30, 600, (256,), (226.0,)),
-    "grouped_efficiency": ("of matmul", 0.70, 1.0, (0.85, 0.85, 0.85, 0.70), (0.85, 1.0, 0.714, 0.7)),
-    "fp8_efficiency": ("of matmul", 0.5, 1.0, (0.75,), (1.0,)),
-    "attention_efficiency": ("of peak", 0.2, 0.8, (0.60, 0.55, 0.60, 0.55), (0.713, 0.425, 0.551, 0.51)),
-    "portable_attention": ("of attention", 0.3, 1.0, (0.6,), (0.492,)),
-    "attention_half": ("keys", 400, 400, (400,), (400.0,)),
-    "memory_efficiency": ("of peak", 0.3, 0.95, (0.70, 0.65, 0.67, 0.60), (0.95, 0.481, 0.588, 0.525)),
-    "inner_efficiency": ("of peak", 0.4, 0.9, (0.70, 0.70, 0.66, 0.665), (0.748, 0.614, 0.504, 0.598)),
-    "outer_efficiency": ("of peak", 0.3, 0.95, (0.80, 0.80, 0.80, 0.80), (0.509, 0.95, 0.8, 0.796)),
-    "static_matmul": ("s", 5e-6, 5e-6, (5e-6,), (5e-06,)),
-    "static_vector": ("s", 4e-6, 4e-6, (4e-6,), (4e-06,)),
-    "static_collective": ("s", 2e-5, 2e-5, (2e-5,), (2e-05,)),
-    "hidden_share": ("of time", 0.2, 0.95, (0.7,), (0.567,)),
-    "overlap_tax": ("of time", 0.15, 0.15, (0.15,), (0.15,)),
-    "scale_loss": ("a doubling", 1e-3, 0.03, (0.01,), (0.0101,)),
+    "matmul_efficiency": (0.782, 0.751, 0.473, 0.679),     # of the peak
+    "matmul_half": (60.0,),                                # elements
+    "tokens_half": (226.0,),                               # tokens
+    "grouped_efficiency": (0.85, 1.0, 0.714, 0.7),         # of other matmuls
+    "fp8_efficiency": (1.0,),                              # of matmuls in 16 bits
+    "attention_efficiency": (0.713, 0.425, 0.551, 0.51),   # of the peak
+    "attention_half": (400.0,),                            # keys
+    "memory_efficiency": (0.95, 0.481, 0.588, 0.525),      # of the peak
+    "inner_efficiency": (0.748, 0.614, 0.504, 0.598),      # of the peak
+    "outer_efficiency": (0.509, 0.95, 0.8, 0.796),         # of the peak
+    "static_matmul": (5e-06,),                             # seconds
+    "static_vector": (4e-06,),                             # seconds
+    "static_collective": (2e-05,),                         # seconds
+    "overlap_tax": (0.15,),                                # of the time of communication
+    "scale_loss": (0.0101,),                               # of the step, a doubling of the devices
 }
 
 
 def constants_of(generation):
     index = GENERATIONS.index(generation)
-    return {name: fitted[index if len(fitted) > 1 else 0] for name, (*_, fitted) in CONSTANTS.items()}
+    return {name: values[index] if len(values) > 1 else values[0] for name, values in CONSTANTS.items()}
 
 
-# Presets: name, generation, TFLOPS in 16 and 8 bits, memory, GB/s of it, node, GB/s inside and between nodes, cores.
-# Sources. A100, H100, H200, H20, B200, GB200, GB300: NVIDIA's data sheets, dense, NVLink of one direction; between
-# nodes 200 Gb/s a GPU for A100, 400 since, 800 for GB300, as usual for their systems. a100_80_jeanzay: 4 OmniPath links
-# of 100 Gb/s for 8 GPUs (bigscience, tr11-176B-ml). a100_pcie: no NVLink, PCIe 4.0 x16. h100_96_hbm2e_500w: torchtitan,
-# benchmarks. H800: arXiv:2412.19437, section 3. Ascend 910B: Ascend/msmodeling, tensor_cast/device.py; bins differ in
-# cube cores (8192 FLOP a cycle) and clock; full mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866,
-# section 5; unspecified is read as the largest bin. 910C, a die: the same file and arXiv:2506.12708 (CloudMatrix384:
-# 768 dies of one bus).
 GB = 1e9
-PRESETS_OF_HARDWARE = (
-    ("ascend_910b_376", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 24),
-    ("ascend_910b_313", "ascend", 294.912, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
-    ("ascend_910b_280", "ascend", 245.76, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 20),
-    ("ascend_910b_unspecified", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 8, 196, 25, 24),
-    ("ascend_910c_die", "ascend", 353.8944, 0, 64 * GIB, 1638.4 * GIB / GB, 768, 196, 24.5, 24),
-    ("a100_80_sxm", "ampere", 312, 0, 79.2 * GIB, 2039, 8, 300, 25, 108),
-    ("a100_40_sxm", "ampere", 312, 0, 39.4 * GIB, 1555, 8, 300, 25, 108),
-    ("a100_80_jeanzay", "ampere", 312, 0, 79.2 * GIB, 2039, 8, 300, 6.25, 108),
-    ("a100_pcie", "ampere", 312, 0, 79.2 * GIB, 1935, 8, 24, 25, 108),
-    ("h100_sxm", "hopper", 989.5, 1979, 79.2 * GIB, 3350, 8, 450, 50, 132),
-    ("h100_96_hbm2e_500w", "hopper", 989.5, 1979, 96 * GB, 2400, 8, 450, 50, 132),
-    ("h800_sxm", "hopper", 989.5, 1979, 79.2 * GIB, 3350, 8, 200, 50, 132),
-    ("h200_sxm", "hopper", 989.5, 1979, 141 * GB, 4800, 8, 450, 50, 132),
-    ("h20", "hopper", 148, 296, 96 * GB, 4000, 8, 450, 50, 78),
-    ("b200", "blackwell", 2250, 4500, 180 * GB, 8000, 8, 900, 50, 148),
-    ("gb200", "blackwell", 2500, 5000, 186 * GB, 8000, 72, 900, 50, 148),
-    ("gb300", "blackwell", 2500, 5000, 288 * GB, 8000, 72, 900, 100, 148))
 
 
-def _preset(name, generation, wide, narrow, memory, bandwidth, node_size, inner, outer, cores):
-    peak = dict.fromkeys(("bf16", "fp16"), wide * 1e12)
-    peak |= dict.fromkeys(("fp8", "mxfp8"), narrow * 1e12) if narrow else {}
-    peak["fp32"] = peak["bf16"] * (0.281 if generation == "ascend" else 0.5)       # cube in fp32, tensor cores in TF32
-    mesh = generation == "ascend" and node_size == 8
+def _device(generation, name, tflops, memory, gb_per_s, inner, outer, cores, tflops_8bit=0.0, node_size=8):
+    """A preset. tflops: dense, in 16 bits; memory: bytes; gb_per_s: of it; inner, outer: GB/s inside and between nodes;
+    cores: those that compute matmuls."""
+    ascend = generation == "ascend"
+    peak = dict(bf16=tflops * 1e12, fp16=tflops * 1e12)
+    if tflops_8bit:
+        peak |= dict(fp8=tflops_8bit * 1e12, mxfp8=tflops_8bit * 1e12)
+    peak["fp32"] = peak["bf16"] * (0.281 if ascend else 0.5)               # cube in fp32, tensor cores in TF32
     # a group's buffers: HCCL's two of 200 MB by default; NCCL's and what goes with it, as BLOOM's nvidia-smi suggests
-    communicator = (0.4 if generation == "ascend" else 2.0) * GIB
-    return Hardware(name, peak, memory, bandwidth * GB, node_size, "mesh" if mesh else "switch", inner * GB,
-                    outer_bandwidth=outer * GB, cores=cores, communicator=communicator, fragmentation=0.15,
-                    generation=generation, **constants_of(generation))
+    communicator = (0.4 if ascend else 2.0) * GIB
+    return Hardware(
+        name, peak, memory, gb_per_s * GB, node_size, topology="mesh" if ascend and node_size == 8 else "switch",
+        inner_bandwidth=inner * GB, outer_bandwidth=outer * GB, cores=cores, communicator=communicator,
+        fragmentation=0.15, generation=generation, **constants_of(generation))
 
 
-HARDWARE = {row[0]: _preset(*row) for row in PRESETS_OF_HARDWARE}
-# 500 of 700 W: the clock follows the root of the power, which is assumed
-HARDWARE["h100_96_hbm2e_500w"] = replace(HARDWARE["h100_96_hbm2e_500w"], power=math.sqrt(500 / 700))
+# Ascend 910B: Ascend/msmodeling, tensor_cast/device.py. Bins differ in cube cores (8192 FLOP a cycle) and clock. Full
+# mesh of 8 with 28 GB/s a link, RoCE of 200 Gb/s: arXiv:2504.07866, section 5. 910C, a die: the same file, and
+# arXiv:2506.12708 (CloudMatrix384: 768 dies of one bus).
+_ASCEND = partial(_device, "ascend", memory=64 * GIB, gb_per_s=1638.4 * GIB / GB, inner=196)
+# A100, H100, H200, H20, B200, GB200, GB300: NVIDIA's data sheets, dense, NVLink of one direction. Between nodes
+# 200 Gb/s a GPU for A100, 400 since, 800 for GB300, as usual for their systems. H800: arXiv:2412.19437, section 3.
+_HOPPER = partial(_device, "hopper", outer=50)
+_H100 = partial(_HOPPER, tflops=989.5, tflops_8bit=1979, cores=132)
+_BLACKWELL = partial(_device, "blackwell", gb_per_s=8000, inner=900, cores=148)
+HARDWARE = {device.name: device for device in (
+    _ASCEND("ascend_910b_376", tflops=353.8944, outer=25, cores=24),
+    _ASCEND("ascend_910b_313", tflops=294.912, outer=25, cores=20),
+    _ASCEND("ascend_910b_280", tflops=245.76, outer=25, cores=20),
+    _ASCEND("ascend_910c_die", tflops=353.8944, outer=24.5, cores=24, node_size=768),
+    _device("ampere", "a100_80_sxm", tflops=312, memory=79.2 * GIB, gb_per_s=2039, inner=300, outer=25, cores=108),
+    _H100("h100_sxm", memory=79.2 * GIB, gb_per_s=3350, inner=450),
+    _H100("h800_sxm", memory=79.2 * GIB, gb_per_s=3350, inner=200),
+    _H100("h200_sxm", memory=141 * GB, gb_per_s=4800, inner=450),
+    _HOPPER("h20", tflops=148, tflops_8bit=296, memory=96 * GB, gb_per_s=4000, inner=450, cores=78),
+    _BLACKWELL("b200", tflops=2250, tflops_8bit=4500, memory=180 * GB, outer=50),
+    _BLACKWELL("gb200", tflops=2500, tflops_8bit=5000, memory=186 * GB, outer=50, node_size=72),
+    _BLACKWELL("gb300", tflops=2500, tflops_8bit=5000, memory=288 * GB, outer=100, node_size=72))}
 # For --fit on a CPU, to compare choices: assumed numbers of two cores, not of the machine at hand.
-CPU = Hardware("a generic CPU", dict.fromkeys(BYTES_OF, 1e11), 2**40, 2e10, node_size=2**16, inner_bandwidth=1e9,
-               outer_bandwidth=1e9, host_bandwidth=5e9, framework=2**29, value_padded=True)
+CPU = Hardware("a generic CPU", dict.fromkeys(BYTES_OF, 1e11), memory=2**40, bandwidth=2e10, node_size=2**16,
+               inner_bandwidth=1e9, outer_bandwidth=1e9, host_bandwidth=5e9, framework=2**29, value_padded=True)
 STEP_BYTES = 2**28                         # of moments that a step of a swapped optimizer has on the device at a time
 
 
-def group_size(plan, axis):
-    """Ranks of a group along an axis; dp and edp: of those that hold the same weights; pp: a stage and the next."""
-    return 2 if axis == "pp" else plan.holders.get(axis) or getattr(plan, axis)
+# ---------------------------------------------------------------------------------------------------------------------
+# What operators and collectives cost
+#
+# An operator belongs to one of the block's calls, its part: attend (with routing), shared, experts or combine. flops
+# and moved (bytes read and written) are of its forward. again: items of Plan.recompute under which backward runs it.
+
+VECTOR_BACKWARD = 1.5              # bytes of its backward over those of its forward: a gradient is read beside
+FLASH_BACKWARD = 2.5               # FLOPs of flash attention's backward over its forward's: scores are computed again
+FLASH_BACKWARD_RATE = 0.85         # rate of flash attention's backward over its forward's (arXiv:2307.08691)
+TILE = 128                         # side of the output tile that a core computes at a time
 
 
-def stride_of(plan, axis):
-    """From a rank of the group to the next, in ranks; those of a node are consecutive."""
-    return dict(tp=1, etp=1, cp=plan.tp, dp=plan.tp, edp=plan.ep * plan.etp, pp=plan.dp * plan.cp * plan.tp)[axis]
+class Passes(NamedTuple):
+    """Seconds of an operator's forward, and of the two halves of its backward: for its inputs and for its weights."""
+    forward: float
+    inputs: float
+    weights: float = 0.0
+
+
+class Vector(NamedTuple):
+    """An operator that only moves memory."""
+    part: str
+    name: str
+    moved: float
+    cached: bool = False           # the loss, whose chunks may stay in a cache
+    again: frozenset = frozenset()
+    flops = 0
+
+    def seconds(self, plan, hardware):
+        rate = hardware.memory_rate * (hardware.loss_cached if self.cached else 1.0)
+        forward, start = self.moved / rate, hardware.static_vector
+        return Passes(forward + start, VECTOR_BACKWARD * forward + start)
+
+
+class Attention(NamedTuple):
+    """Flash attention: scores, softmax and values in one."""
+    part: str
+    name: str
+    flops: float
+    moved: float
+    keys: int                      # that a query sees at most
+    again: frozenset = frozenset()
+
+    def rate(self, plan, hardware):
+        """FLOP/s, less for few keys."""
+        reached = hardware.attention_efficiency * self.keys / (self.keys + hardware.attention_half)
+        return reached * peak_of(hardware, plan.precision)
+
+    def seconds(self, plan, hardware):
+        forward, start = slower_of(self.flops, self.rate(plan, hardware), self.moved, hardware), hardware.static_matmul
+        return Passes(forward + start, FLASH_BACKWARD / FLASH_BACKWARD_RATE * forward + start)
+
+
+class Matmul(NamedTuple):
+    """(rows, inner) by (inner, columns); or by several matrices, each with its share of the rows, as experts are."""
+    part: str
+    name: str
+    rows: float
+    inner: int
+    columns: int
+    matrices: int
+    element: int                   # bytes
+    wide: bool = False             # stays in 16 bits where others read 8
+    again: frozenset = frozenset()
+
+    @property
+    def flops(self):
+        return 2 * self.rows * self.inner * self.columns
+
+    @property
+    def moved(self):
+        elements = self.rows * self.inner + self.matrices * self.inner * self.columns + self.rows * self.columns
+        return self.element * elements
+
+    def seconds(self, plan, hardware):
+        """Each half of the backward does as much arithmetic as the forward, in another shape."""
+        rows, inner, columns, matrices = self.rows, self.inner, self.columns, self.matrices
+        start = hardware.static_matmul
+        if matrices > 1:
+            start += matrices * hardware.static_expert
+        forward = self.product_seconds(plan, hardware, rows, inner, columns) + start
+        inputs = self.product_seconds(plan, hardware, rows, columns, inner) + start
+        weights = self.product_seconds(plan, hardware, inner * matrices, rows / matrices, columns, tokens_inside=True)
+        # the sum over micro-batches is read and written
+        weights += start + 2 * gradient_bytes(plan) * inner * columns * matrices / hardware.memory_rate
+        if plan.precision in NARROW:                       # inputs and gradients are cast, in two layouts
+            forward += 2 * rows * inner / hardware.memory_rate
+            inputs += 2 * rows * columns / hardware.memory_rate
+        return Passes(forward, inputs, weights)
+
+    def product_seconds(self, plan, hardware, rows, inner, columns, tokens_inside=False):
+        """One pass, as (rows, inner) by (inner, columns). tokens_inside: the sum is over tokens, as the weights' is."""
+        half, tokens = hardware.matmul_half, hardware.tokens_half
+        halves = (half, tokens, half) if tokens_inside else (tokens, half, half)
+        share = matmul_share(rows, inner, columns, self.matrices, halves, hardware.cores)
+        return slower_of(self.flops, self.rate(plan, hardware) * share, self.moved, hardware)
+
+    def rate(self, plan, hardware):
+        """FLOP/s of a large matmul."""
+        narrow = plan.precision in NARROW and not self.wide
+        rate = peak_of(hardware, plan.precision, narrow) * hardware.matmul_efficiency * hardware.power
+        if narrow:
+            rate *= hardware.fp8_efficiency
+        if self.matrices > 1:
+            rate *= hardware.grouped_efficiency
+        return rate
+
+
+def slower_of(flops, rate, moved, hardware):
+    """Seconds of arithmetic at `rate` FLOP/s or of moving bytes, whichever takes longer."""
+    return max(flops / rate, moved / hardware.memory_rate)
+
+
+@lru_cache(None)
+def matmul_share(rows, inner, columns, matrices, halves, cores):
+    """Share of its best rate that a matmul reaches: short sides, and a last wave of tiles that leaves cores idle."""
+    share = 1.0
+    for side, half in zip((rows / matrices, inner, columns), halves):
+        share *= side / (side + half)
+    if not cores:
+        return share
+    tiles = matrices * math.ceil(rows / matrices / TILE) * math.ceil(columns / TILE)
+    waves = tiles / cores
+    return share * waves / math.ceil(waves)
+
+
+def peak_of(hardware, precision, narrow=False):
+    """FLOP/s of matrix units; of what stays in 16 bits beside 8-bit matmuls, unless `narrow`."""
+    if precision in NARROW and not (narrow and precision in hardware.peak):
+        return hardware.peak["bf16"]
+    return hardware.peak[precision]
+
+
+def gradient_bytes(plan):
+    """Of one gradient while micro-batches are summed: float32 beside bf16, fp16 as it is (Megatron-LM's defaults)."""
+    return 2 if plan.precision == "fp16" else max(4, BYTES_OF[plan.precision])
 
 
 def tier_of(plan, axis):
     """inner if a group of the axis lies inside one node, else outer."""
-    return "inner" if group_size(plan, axis) * stride_of(plan, axis) <= plan.node_size else "outer"
+    return "inner" if plan.ranks_along(axis) * plan.stride(axis) <= plan.node_size else "outer"
 
 
 def collective_seconds(hardware, tier, ranks, sent, local=1):
@@ -1124,90 +888,17 @@ def collective_seconds(hardware, tier, ranks, sent, local=1):
             bandwidth *= (min(ranks, hardware.node_size) - 1) / (hardware.node_size - 1)
     else:
         bandwidth, latency = hardware.outer_bandwidth * hardware.outer_efficiency, hardware.outer_latency
-        bandwidth = bandwidth if local == 1 else min(inside, local * bandwidth)
+        if local > 1:
+            bandwidth = min(inside, local * bandwidth)
     steps = min(ranks - 1, math.log2(ranks))
     return hardware.static_collective + steps * latency + sent / bandwidth
 
 
 def axis_seconds(plan, hardware, axis, sent):
     """Seconds of a collective in the groups of an axis."""
-    ranks = group_size(plan, axis)
-    local = max(1, min(ranks, plan.node_size // stride_of(plan, axis)))
+    ranks = plan.ranks_along(axis)
+    local = max(1, min(ranks, plan.node_size // plan.stride(axis)))
     return collective_seconds(hardware, tier_of(plan, axis), ranks, sent, local)
-
-
-# a backward's work over its forward's: flash attention computes the scores again, vectors read a gradient more
-BACKWARD = {"flash": 2.5, "unfused": 2.0, "vector": 1.5}
-TILE = 128                         # side of the output tile that a core computes at a time
-FLASH_BACKWARD = 0.85              # rate of flash attention's backward over its forward's (arXiv:2307.08691)
-
-
-@lru_cache(None)
-def matmul_share(rows, inner, columns, matrices, half, cores):
-    """Share of its best rate that a matmul reaches: short sides, and a last wave of tiles that leaves cores idle."""
-    share = 1.0
-    for side, short in zip((rows / matrices, inner, columns), half):
-        share *= side / (side + short)
-    tiles = matrices * math.ceil(rows / matrices / TILE) * math.ceil(columns / TILE)
-    return share * (tiles / cores / math.ceil(tiles / cores) if cores else 1.0)
-
-
-def peak_of(hardware, precision, narrow=False):
-    """FLOP/s of matrix units; of what stays in 16 bits beside 8-bit matmuls, unless `narrow`."""
-    wide = "bf16" if precision in NARROW and not (narrow and precision in hardware.peak) else precision
-    return hardware.peak[wide]
-
-
-def matmul_seconds(op, sizes, plan, hardware, tokens_inside=False):
-    """sizes: rows, inner, columns and matrices of one pass; tokens_inside: of the weights', which sums over tokens."""
-    half = hardware.tokens_half, hardware.matmul_half, hardware.matmul_half
-    if tokens_inside:
-        half = hardware.matmul_half, hardware.tokens_half, hardware.matmul_half
-    narrow = plan.precision in NARROW and op.kind == "matmul" and op.name not in ("lm_head", "router")
-    rate = peak_of(hardware, plan.precision, narrow) * hardware.matmul_efficiency
-    rate *= hardware.power * (hardware.fp8_efficiency if narrow else 1.0)
-    rate *= hardware.grouped_efficiency if op.sizes[3] > 1 and op.kind == "matmul" else 1.0
-    share = matmul_share(*sizes, half, hardware.cores)
-    return max(op.flops / (rate * share), op.moved / hardware.memory_rate)
-
-
-def op_seconds(op, plan, hardware):
-    """Seconds of (forward, backward for inputs, for weights): arithmetic or memory, the slower, and a start."""
-    if op.kind == "matmul":
-        return linear_seconds(op, plan, hardware)
-    start = hardware.static_matmul
-    if op.kind == "vector":
-        rate = hardware.memory_rate * (hardware.loss_cached if op.name == "loss" else 1.0)
-        busy, again, start = op.moved / rate, BACKWARD["vector"], hardware.static_vector
-    elif op.kind == "unfused":
-        m, k, n, matrices = op.sizes
-        busy, again = matmul_seconds(op, (m * matrices, k, n, matrices), plan, hardware), BACKWARD["unfused"]
-    else:
-        keys, rate = op.sizes[2], peak_of(hardware, plan.precision) * hardware.attention_efficiency
-        rate = rate * keys / (keys + hardware.attention_half)
-        rate *= hardware.portable_attention if op.kind == "portable" else 1.0
-        busy, again = max(op.flops / rate, op.moved / hardware.memory_rate), BACKWARD["flash"] / FLASH_BACKWARD
-    return busy + start, again * busy + start, 0.0
-
-
-def linear_seconds(op, plan, hardware):
-    """op_seconds of a matmul with weights."""
-    m, k, n, matrices = op.sizes
-    sizes = (m, k, n, matrices), (m, n, k, matrices), (k * matrices, m / matrices, n, matrices)
-    start = hardware.static_matmul + (matrices > 1) * matrices * hardware.static_expert
-    forward, inputs, weights = (matmul_seconds(op, each, plan, hardware, i == 2) + start
-                                for i, each in enumerate(sizes))
-    # the sum over micro-batches is read and written
-    weights += 2 * gradient_bytes(plan) * k * n * matrices / hardware.memory_rate
-    if plan.precision in NARROW:                           # inputs and gradients are cast, in two layouts
-        cast = 2 / hardware.memory_rate
-        forward, inputs = forward + cast * m * k, inputs + cast * m * n
-    return forward, inputs, weights
-
-
-def gradient_bytes(plan):
-    """Of one gradient while micro-batches are summed: float32 beside bf16, fp16 as it is (Megatron-LM's defaults)."""
-    return 2 if plan.precision == "fp16" else max(4, BYTES_OF[plan.precision])
 
 
 def weights_seconds(plan, hardware, params, size):
@@ -1216,120 +907,626 @@ def weights_seconds(plan, hardware, params, size):
                for axis, ranks in plan.holders.items())
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What a layer does: operators, parameters, saved tensors and collectives of one micro-batch on one rank
+
+
+@dataclass(frozen=True)
+class Shape(Config):
+    """What is counted: a Config, or a model that no Config describes: with grouped-query attention (gqa)."""
+    rope_scaling: dict = field(default=None, hash=False)
+    attn_type: str = "mla"                 # mla | gqa
+    num_key_value_heads: int = 0           # gqa
+    head_dim: int = 0                      # gqa
+    value_padded: bool = False             # the attention kernel wants values as wide as keys
+
+    def __post_init__(self):               # not Config's checks, which are of models that model.py builds
+        pass
+
+    def attention_matmuls(self):
+        if self.attn_type == "mla":
+            return super().attention_matmuls()
+        queries, values = self.attention_widths()
+        keys = self.num_key_value_heads * self.head_dim
+        return dict(qkv_proj=Weights(self.hidden_size, queries + 2 * keys), o_proj=Weights(values, self.hidden_size))
+
+    def attention_widths(self):
+        if self.attn_type == "mla":
+            return super().attention_widths()
+        width = self.num_attention_heads * self.head_dim
+        return width, width
+
+    def gains(self, kind):
+        latents = 0 if self.attn_type == "mla" else self.q_lora_rank + self.kv_lora_rank
+        return super().gains(kind) - latents
+
+
+# Pangu Ultra, 135B dense (arXiv:2504.07866)
+PANGU_ULTRA = Shape(
+    vocab_size=153376, max_position_embeddings=131072, hidden_size=12288, num_hidden_layers=94,
+    first_k_dense_replace=94, intermediate_size=28672, num_attention_heads=96, attn_type="gqa", num_key_value_heads=8,
+    head_dim=128, norm="dssn", n_routed_experts=1, n_shared_experts=0, num_experts_per_tok=1,
+    num_nextn_predict_layers=0, balance="none")
+
+
+def as_shape(config):
+    return config if isinstance(config, Shape) else Shape(**vars(config))
+
+
+def on_hardware(config, hardware):
+    shape = as_shape(config)
+    return replace(shape, value_padded=True) if hardware.value_padded else shape
+
+
+class Saved(NamedTuple):
+    """A tensor that forward leaves for backward."""
+    size: float                    # bytes
+    owner: str                     # part of the model that keeps it, in a report
+    again: frozenset               # items of Plan.recompute under which it is not kept, but made again
+    swap: str                      # the item of Plan.swap under which it waits in the host's memory
+
+
+class Work:
+    """What a layer, the embedding or the head is for one rank and one micro-batch. kind: one of layer_kinds, or these.
+
+    Below the recorders, each part of the model is a method that records what the part is. Sizes of matmuls come from
+    Config.matmuls, of which a rank has its own part.
+    """
+
+    def __init__(self, shape, plan, kind):
+        self.shape, self.plan, self.kind = shape, plan, kind
+        self.element = BYTES_OF[plan.precision]
+        self.wide = max(4, self.element)                   # bytes of what is computed in float32 or better
+        self.matmuls = {} if kind == "embedding" else shape.matmuls(kind)
+        self.ops = []
+        self.tensors = {}                                  # name -> Saved
+        self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
+        self.sent = Counter()                              # (axis, part) -> bytes sent in that group, forward
+        self.regions = ()                                  # items of Plan.recompute that run what is recorded now again
+        if kind == "embedding":
+            self.embedding()
+        elif kind == "head":
+            self.head()
+        else:
+            self.layer()
+
+    @property
+    def is_layer(self):
+        return self.kind not in ("embedding", "head")
+
+    @property
+    def saved(self):
+        """Tensor -> bytes that backward needs, be they kept, swapped or made again."""
+        return {name: tensor.size for name, tensor in self.tensors.items()}
+
+    # -- recorders
+
+    @contextlib.contextmanager
+    def runs_again(self, item):
+        """What is recorded inside runs, or is made, again if the plan recomputes `item`."""
+        outside = self.regions
+        self.regions = (*outside, item)
+        yield
+        self.regions = outside
+
+    def own_part(self, name, cut=""):
+        """A matmul's weights on this rank. cut: what ranks divide among them: out or in, by tensor ranks; experts."""
+        weights, tp = self.matmuls[name], self.plan.tp
+        if cut == "out":
+            return weights._replace(n_out=weights.n_out // tp)
+        if cut == "in":
+            return weights._replace(n_in=weights.n_in // tp)
+        if cut == "experts":
+            return weights._replace(copies=max(1, weights.copies // self.plan.ep))
+        return weights
+
+    def items(self, again):
+        """All items of Plan.recompute under which what is recorded now runs, or is made, again."""
+        return frozenset((*self.regions, *again))
+
+    def matmul(self, part, name, rows, cut="", again=(), wide=False):
+        own = self.own_part(name, cut)
+        self.ops.append(Matmul(part, name, rows, own.n_in, own.n_out, own.copies, self.element, wide,
+                               self.items(again)))
+        self.params["edp" if cut == "experts" else "dp"] += own.copies * own.n_in * own.n_out
+
+    def vector(self, part, name, elements, again=(), cached=False):
+        """An operator that only moves memory: elements read and written."""
+        self.ops.append(Vector(part, name, elements * self.element, cached, self.items(again)))
+
+    def norm(self, part, name, width, owner, again=(), residual=False):
+        """residual: followed by the sum with the residual stream, which is read and written too."""
+        tokens = self.plan.tokens
+        self.vector(part, name, (5 if residual else 2) * tokens * width, again)
+        self.params["dp"] += width
+        self.keep(name, tokens * width, owner)                             # its input ...
+        self.keep(name + ".scale", tokens, owner, size=self.wide)          # ... and 1 / rms of each token
+
+    def keep(self, name, elements, owner, size=0, again=(), swap=""):
+        """A saved tensor; kept twice under one name, it is what was said first. size: bytes of an element that is not
+        in the plan's precision."""
+        saved = Saved(elements * (size or self.element), owner, self.items(again), swap)
+        self.tensors.setdefault(name, saved)
+
+    def keep_input(self, name, elements, owner, again=(), swap=""):
+        """A tensor that a matmul keeps."""
+        self.keep(name, elements, owner, again=again, swap=swap)
+
+    def gather(self, axis, part, tokens, width):
+        """All-gather of each rank's `tokens`, or the reduce-scatter that is as long; an all-reduce is both."""
+        self.sent[axis, part] += (getattr(self.plan, axis) - 1) * tokens * width * self.element
+
+    def gather_stream(self, part):
+        """Residual stream to all tokens and the result back (sp=1), or the all-reduce of the result (sp=0)."""
+        self.gather("tp", part, 2 * self.plan.gathered_tokens / self.plan.tp, self.shape.hidden_size)
+
+    # -- the embedding
+
+    def embedding(self):
+        c, plan = self.shape, self.plan
+        self.vector("attend", "embed_tokens", 2 * plan.tokens * c.hidden_size)
+        self.params["dp"] = c.vocab_size // plan.tp * c.hidden_size
+        self.look_up()
+        self.keep("token_ids", plan.gathered_tokens, "embedding", size=8)
+
+    def look_up(self):
+        """Sums of what tensor ranks found; and token numbers (int64) gathered, in forward alone: half in each pass."""
+        plan, width = self.plan, self.shape.hidden_size + 8 / 2 / self.element
+        self.gather("tp", "attend", plan.gathered_tokens / plan.tp, width)
+
+    # -- a layer
+
+    def layer(self):
+        """Norms and what they stand before or after. MTP's join is no part of a layer that runs again."""
+        c, sandwich = self.shape, self.shape.norm != "pre"
+        # what a layer that runs again keeps: its input, and the chosen experts, so that it chooses the same
+        self.keep("input_layernorm", self.plan.tokens * c.hidden_size, "norms")
+        if self.kind != "dense":
+            self.keep("ids", self.plan.tokens * c.num_experts_per_tok, "routing", size=8)
+        with self.runs_again("layer"):
+            with self.runs_again("attention"):
+                self.norm("attend", "input_layernorm", c.hidden_size, "norms", again=("norm",), residual=not sandwich)
+                if c.attn_type == "mla":
+                    self.latent_attention()
+                else:
+                    self.grouped_attention()
+            self.output_projection()
+            if sandwich:
+                self.norm("attend", "post_attention_layernorm", c.hidden_size, "norms", residual=True)
+            self.norm("attend", "pre_mlp_layernorm", c.hidden_size, "norms", again=("norm",), residual=not sandwich)
+            if self.kind == "dense":
+                self.mlp("experts", "mlp")
+            else:
+                self.moe()
+            if sandwich:
+                self.norm("combine", "post_mlp_layernorm", c.hidden_size, "norms", residual=True)
+        if self.kind == "mtp":
+            self.join()
+
+    def latent_attention(self):
+        """Latents are made from a rank's own tokens by whole matrices, then gathered; heads are cut by tensor ranks."""
+        c, plan = self.shape, self.plan
+        own, tokens, heads = plan.tokens, plan.gathered_tokens, c.num_attention_heads // plan.tp
+        keys = tokens * plan.cp                            # of the whole sequence, on each rank of a context group
+        latent = c.kv_lora_rank + c.qk_rope_head_dim       # of keys and values, with the key that has the position
+        self.keep_input("attn_in", own * c.hidden_size, "attention", again=("norm",))
+        self.matmul("attend", "q_a_proj", own)
+        self.norm("attend", "q_a_layernorm", c.q_lora_rank, "attention", again=("norm",))
+        self.matmul("attend", "kv_a_proj_with_mqa", own)   # the same input
+        self.keep("kv_a_layernorm", own * latent, "attention")             # its input is a slice, which keeps the whole
+        self.norm("attend", "kv_a_layernorm", c.kv_lora_rank, "attention", again=("norm",))
+        if plan.sp:
+            self.gather("tp", "attend", own, c.q_lora_rank + latent)
+        self.gather("cp", "attend", tokens, latent)
+        self.keep_latent("q_latent", tokens, c.q_lora_rank)
+        self.matmul("attend", "q_b_proj", tokens, cut="out", again=("mla_up",))
+        self.keep_latent("kv_latent", keys, c.kv_lora_rank)
+        self.matmul("attend", "kv_b_proj", keys, cut="out", again=("mla_up",))
+        # queries and keys, read and written
+        self.vector("attend", "rope", 2 * (tokens + keys) * heads * c.qk_head_dim, again=("mla_up",))
+        if "mla_up" in plan.recompute and plan.cp == 1:
+            self.keep("k_rope", keys * c.qk_rope_head_dim, "attention")    # what keys are made from again
+        self.core_attention(heads, heads, c.qk_head_dim, c.v_head_dim)
+        self.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
+
+    def keep_latent(self, name, tokens, width):
+        """A latent that was gathered is kept: running its norm again is no way to it."""
+        if tokens > self.plan.tokens:
+            self.keep_input(f"gathered_{name}", tokens * width, "attention")
+        else:
+            self.keep_input(name, tokens * width, "attention", again=("norm",))
+
+    def grouped_attention(self):
+        c, plan = self.shape, self.plan
+        tokens, heads = plan.gathered_tokens, c.num_attention_heads // plan.tp
+        kv_heads = max(1, c.num_key_value_heads // plan.tp)
+        self.gather_stream("attend")
+        self.keep_input("attn_in", tokens * c.hidden_size, "attention", again=("norm",))
+        self.matmul("attend", "qkv_proj", tokens, cut="out", again=("mla_up",))
+        self.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
+        self.vector("attend", "rope", 2 * tokens * (heads + kv_heads) * c.head_dim, again=("mla_up",))
+        self.core_attention(heads, kv_heads, c.head_dim, c.head_dim)
+
+    def core_attention(self, heads, kv_heads, qk, v):
+        """Scores, softmax, values. A context group's keys are on every one of its ranks."""
+        plan = self.plan
+        tokens, keys = plan.gathered_tokens, plan.gathered_tokens * plan.cp
+        padded = qk if self.shape.value_padded else v      # width of values, as the kernel takes them
+        self.keep("q", tokens * heads * qk, "attention", again=("mla_up",))
+        self.keep("k", keys * kv_heads * qk, "attention", again=("mla_up",))
+        self.keep("v", keys * kv_heads * padded, "attention", again=("mla_up",))
+        self.attention_kernel(heads, qk + v, moved=(tokens * heads + keys * kv_heads) * (qk + v))
+        if plan.cp > 1:                                    # pieces of a ring are merged one by one, in float32
+            merged = (plan.cp - 1) * tokens * heads * v
+            self.vector("attend", "ring_merge", 4 * merged * self.wide / self.element)
+        if padded != v:
+            self.keep("attn_padded", tokens * heads * padded, "attention", swap="attn_out")
+        self.keep_input("attn_out", tokens * heads * v, "attention", swap="attn_out")
+
+    def attention_kernel(self, heads, width, moved):
+        """Flash attention. width: of a query and a value together; moved: elements of queries, keys, values, output."""
+        tokens, seq_len = self.plan.gathered_tokens, self.plan.seq_len
+        causal_flops = 2 * tokens * seq_len * heads * width / 2            # half of the square of scores
+        self.ops.append(Attention("attend", "attention", causal_flops, moved * self.element, seq_len, self.items(())))
+        self.keep("log_sum", tokens * heads, "attention", size=self.wide)
+
+    def output_projection(self):
+        # a matmul whose weight gradient may be deferred keeps its input last: attention runs again to this point
+        again = () if self.plan.is_plain else ("attention",)
+        self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
+
+    def mlp(self, part, name):
+        """A dense MLP or the shared experts, their inner width cut by tensor ranks."""
+        tokens, width = self.plan.gathered_tokens, self.shape.hidden_size
+        self.gather_stream(part)
+        if self.plan.tp == 1:
+            self.keep_input("mlp_in", tokens * width, "MLP", again=("norm",))
+        else:
+            self.keep_input(f"{name}_gathered", tokens * width, "MLP")
+        self.swiglu(part, name, tokens, "MLP", cuts=("out", "in"))
+
+    def swiglu(self, part, name, rows, owner, cuts, again=()):
+        """Two matmuls, gate and up being one, and the activation. again: items that run all but the last again."""
+        up, down = self.own_part(f"{name}.gate_up", cuts[0]), self.own_part(f"{name}.down", cuts[1])
+        self.matmul(part, f"{name}.gate_up", rows, cuts[0], again)
+        self.keep(f"{name}_gate_up", rows * up.n_out, owner, again=again)
+        self.vector(part, f"{name}.act", rows * (up.n_out + down.n_in), again=("act", *again))
+        self.keep_input(f"{name}_hidden", rows * down.n_in, owner, again=("act", *again))
+        self.matmul(part, f"{name}.down", rows, cuts[1])
+
+    def moe(self):
+        """Router, permutation, shared and routed experts. A rank computes as many rows as it sends, on average."""
+        c, own, rows = self.shape, self.plan.tokens, self.expert_rows()
+        self.route()
+        self.vector("attend", "permute", (own + rows) * c.hidden_size, again=("permute",))
+        if self.plan.ep > 1:
+            self.keep("order", rows, "experts", size=8)    # of rows as they arrive
+        if c.n_shared_experts:
+            self.mlp("shared", "shared")
+        self.experts(rows)
+        self.vector("combine", "unpermute", (rows + 2 * own) * c.hidden_size)
+
+    def expert_rows(self):
+        c = self.shape
+        return math.ceil(self.plan.tokens * c.num_experts_per_tok * (c.capacity_factor or 1))
+
+    def route(self):
+        """Scores, choice and balance loss, computed in float32 or better."""
+        c, plan, own, wide = self.shape, self.plan, self.plan.tokens, self.wide
+        k, experts = c.num_experts_per_tok, c.n_routed_experts
+        if wide > self.element:
+            self.keep("router_in", own * c.hidden_size, "routing", size=wide, again=("norm",))     # cast
+        # without a cast the router keeps its input, and so do rows that are made again; else only a shared expert may
+        if wide == self.element or "permute" in plan.recompute:
+            self.keep_input("mlp_in", own * c.hidden_size, "routing", again=("norm",))
+        self.matmul("attend", "router", own, wide=True)
+        self.vector("attend", "choose", 6 * own * experts * wide / self.element)
+        self.keep("scores", own * experts, "routing", size=wide)
+        self.keep("slot", own * k, "routing", size=8)
+        if c.norm_topk_prob:
+            self.keep("weights", own * k, "routing", size=wide)
+            self.keep("weights.sum", own, "routing", size=wide)
+        if c.balance != "none" and c.aux_loss_alpha:
+            groups = plan.micro_batch // sequences_of_group(c, plan.micro_batch)
+            self.keep("balance", groups * experts, "routing", size=wide)   # load of each group's experts
+            if c.aux_scores == "normalized":
+                self.keep("balance.sum", own, "routing", size=wide)
+
+    def experts(self, rows):
+        """All of a rank's experts, which share the rows."""
+        c = self.shape
+        self.keep_input("rows", rows * c.hidden_size, "experts", again=("permute",))
+        self.swiglu("experts", "expert", rows, "experts", cuts=("experts", "experts"), again=("expert",))
+        self.keep("row_weights", rows + (self.wide == self.element), "experts")        # a cast drops the spare last one
+        self.keep("counts", c.n_routed_experts // self.plan.ep, "experts", size=8)
+        if c.expert_weight == "after_down":
+            self.keep("expert_out", rows * c.hidden_size, "experts", swap="expert_out")
+            self.vector("experts", "expert.weight", 2 * rows * c.hidden_size)
+
+    def join(self):
+        """The embedding of a later token joins the hidden state, before an MTP layer; and the norm after it."""
+        c, own = self.shape, self.plan.tokens
+        if c.mtp_hidden == "pre_norm":                     # the same tensor as the input of the last norm before
+            self.keep("hnorm", 0, "MTP")
+        self.norm("attend", "enorm", c.hidden_size, "MTP")
+        self.norm("attend", "hnorm", c.hidden_size, "MTP")
+        self.norm("attend", "shared_head.norm", c.hidden_size, "head")
+        if not self.plan.embedding_twice:                  # else the copy counts it
+            self.look_up()
+        self.keep_input("eh_in", own * 2 * c.hidden_size, "MTP")
+        self.matmul("attend", "eh_proj", own)
+
+    # -- the head
+
+    def head(self):
+        """Last norm, then head and loss of every depth, the vocabulary cut by tensor ranks."""
+        c, plan = self.shape, self.plan
+        self.norm("attend", "norm", c.hidden_size, "head")
+        for depth in range(1 + c.num_nextn_predict_layers):
+            self.predict_tokens(depth, plan.gathered_tokens, c.vocab_size // plan.tp)
+        # all depths share one matrix, which may be the embedding's
+        tied = c.tie_word_embeddings and not plan.embedding_twice
+        matrix = 0 if tied else c.vocab_size // plan.tp * c.hidden_size
+        self.params["dp"] = c.hidden_size + matrix
+
+    def predict_tokens(self, depth, tokens, vocab):
+        # in forward alone: targets (int64), all-reduces of the highest logit and of the sum of the softmax
+        forward_alone = 8 + 2 * 2 * self.wide              # bytes of a token
+        width = self.shape.hidden_size + forward_alone / 2 / self.element
+        self.gather("tp", "attend", tokens / self.plan.tp, width)
+        self.matmul("attend", "lm_head", tokens, cut="out", wide=True)
+        self.vector("attend", "loss", 4 * tokens * vocab * self.wide / self.element, cached=True)
+        self.keep_loss(depth, tokens, vocab)
+
+    def keep_loss(self, depth, tokens, vocab):
+        """The loss makes its gradients in forward: of its input, and of the head's weight in float32 or better."""
+        width = self.shape.hidden_size
+        self.keep(f"grad_h.{depth}", tokens * width, "head")
+        self.keep(f"grad_w.{depth}", vocab * width, "head", size=self.wide)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: which layers are together on a pipeline rank
+
+
+def stage_layers(config, plan):
+    """list (pp*vpp) of lists of layer numbers. The embedding is on the first stage, head and MTP layers on the last."""
+    split = plan.layer_split or even_split(as_shape(config), plan.pp, plan.vpp, plan.seq_len)
+    layers, first = [], 0
+    for n in split:
+        layers.append(list(range(first, first + n)))
+        first += n
+    layers[-1] += range(first, first + config.num_nextn_predict_layers)
+    return layers
+
+
+@lru_cache(1024)
+def even_split(shape, pp, vpp, seq_len):
+    """Hidden layers per stage, by FLOPs: each goes to the pipeline rank, there to the stage, that has least to do.
+
+    Head and MTP count for the last stage, which alone may get no hidden layer; hidden layers count as their mean. A
+    rule of shape, length and schedule alone, so that every device cuts alike.
+    """
+    n_layers, last = shape.num_hidden_layers, pp * vpp - 1
+    kinds = layer_kinds(shape) + ["head"] * (1 + shape.num_nextn_predict_layers)
+    flops = [layer_flops(shape, kind, seq_len) for kind in kinds]
+    layer, tail = sum(flops[:n_layers]) / n_layers, sum(flops[n_layers:])
+    split, work = [1] * last + [0], [layer] * last + [tail]
+    for _ in range(n_layers - last):
+        # of equals the last rank: it has least in flight
+        rank = min(reversed(range(pp)), key=lambda rank: sum(work[rank::pp]))
+        stage = min(range(rank, pp * vpp, pp), key=work.__getitem__)
+        split[stage] += 1
+        work[stage] += layer
+    return split
+
+
+def stage_kinds(shape, plan):
+    """list (pp*vpp) of tuples in the order of forward: embedding, kinds of layers, head."""
+    kinds = layer_kinds(shape)
+    stages = [[kinds[i] for i in layers] for layers in stage_layers(shape, plan)]
+    stages[0].insert(0, "embedding")
+    if "mtp" in kinds and plan.embedding_twice:            # a copy of the embedding feeds the MTP layers
+        stages[-1].insert(stages[-1].index("mtp"), "embedding")
+    stages[-1].append("head")
+    return [tuple(stage) for stage in stages]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is saved for backward
+
+
+class SavedBytes(NamedTuple):
+    """Of one micro-batch, for its backward: kept on the device, and swapped to the host."""
+    kept: float
+    swapped: float
+
+
+def saved_bytes(work):
+    """SavedBytes of a layer, the embedding or the head, under its plan's recompute and swap."""
+    items, kept, swapped = items_in_force(work.plan), 0, 0
+    for tensor in work.tensors.values():
+        if not tensor.again.isdisjoint(items):
+            continue
+        if tensor.swap in items:
+            swapped += tensor.size
+        else:
+            kept += tensor.size
+    return SavedBytes(kept, swapped)
+
+
+def saved_by_part(works):
+    """Bytes that backward keeps of one micro-batch, by the tensors' owners; `host`: what is swapped."""
+    parts = Counter()
+    for work in works:
+        items = items_in_force(work.plan)
+        for tensor in work.tensors.values():
+            if tensor.again.isdisjoint(items):
+                parts["host" if tensor.swap in items else tensor.owner] += tensor.size
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The time of a layer
+
+
+class Collective(NamedTuple):
+    axis: str
+    tier: str
+    seconds: float
+
+
+class Transfer(NamedTuple):
+    tier: str
+    seconds: float
+
+
 class LayerTime:
     """Seconds of one layer, embedding or head on one rank. What a backward runs again is the part `recompute`.
 
-    max_vio: the busiest expert's load over the mean, minus one.
+    max_vio: the busiest rank's load over the mean, minus one.
     """
 
     def __init__(self, work, plan, hardware, max_vio):
-        again, slower = recomputed(work, plan)[1], 1 + max_vio
-        self.name = work.kind if work.kind in ("embedding", "head") else ""
-        self.whole_again = "layer" in plan.recompute and "input_layernorm" in again
-        # dropped rows travel again: before anything is recomputed from them, or else for the experts' backward
-        self.rows_again = "" if "permute" not in again else "first" if "expert.gate_up" in again else "for experts"
+        self.work, self.plan, self.hardware = work, plan, hardware
+        self.items = items_in_force(plan)
+        self.name = "" if work.is_layer else work.kind
+        self.has_experts = work.kind in ("moe", "mtp")
+        self.slower = 1 + max_vio                          # the busiest rank's experts and exchange, over the mean
+        self.whole_again = work.is_layer and "layer" in self.items
+        self.rows_again = self._when_rows_travel_again()
         self.compute = Counter()                           # (part, pass) -> seconds; pass: F, I, W, or B = I + W
-        self.collectives = defaultdict(list)               # part -> list of (axis, tier, seconds) of one pass
+        self.collectives = defaultdict(list)               # part -> list of Collective of one pass
         self.exchange = {"F": Counter(), "B": Counter()}   # pass -> tier -> seconds of one way
         self.sent = Counter()                              # tier -> bytes of a forward and a backward
-        self._time_operators(work, plan, hardware, again, slower)
-        self._time_collectives(work, plan, hardware)
-        self._time_exchange(work, plan, hardware, slower)
-        self.swap = saved_bytes(work, plan)[1] / hardware.host_bandwidth
-        # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it; (tier, seconds)
-        self.weights, self.gradients = [(tier_of(plan, "dp"), weights_seconds(plan, hardware, work.params, size)
-                                         if plan.zero == 3 else 0.0) for size in (work.element, 4)]
+        self._time_operators()
+        self._time_collectives()
+        if self.has_experts:
+            self._time_exchange()
+        self.swap = saved_bytes(work).swapped / hardware.host_bandwidth
+        # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it
+        self.weights = self._of_weights(work.element)
+        self.gradients = self._of_weights(4)
 
-    def _time_operators(self, work, plan, hardware, again, slower):
-        for op in work.ops:
-            seconds = [one * (slower if op.name.startswith("expert.") else 1) for one in op_seconds(op, plan, hardware)]
-            self.compute.update(dict(zip(product([op.part], "FIW"), seconds)))
-            self.compute["recompute", "F"] += seconds[0] if op.name in again else 0.0
-        for part in {op.part for op in work.ops}:
-            self.compute[part, "B"] = self.compute[part, "I"] + self.compute[part, "W"]
+    def _when_rows_travel_again(self):
+        """Rows that were dropped travel again: first, if anything is recomputed from them, else for the experts' own
+        backward; or "" for never."""
+        if not self.has_experts or self.items.isdisjoint({"permute", "layer"}):
+            return ""
+        return "for experts" if self.items.isdisjoint({"expert", "layer"}) else "first"
 
-    def _time_collectives(self, work, plan, hardware):
-        for (axis, part), sent in work.sent.items():
-            tier, parts = tier_of(plan, axis), [part]
-            if self.whole_again or (part == "attend" and "attention" in plan.recompute):
-                parts.append("recompute")
-            seconds = axis_seconds(plan, hardware, axis, sent)
-            seconds *= 1 - hardware.hidden_share * (axis in plan.hide)         # the rest runs beside its matmul
-            for one in parts:
-                self.collectives[one].append((axis, tier, seconds))
-            self.sent[tier] += sent * (1 + len(parts))
+    def _of_weights(self, size):
+        seconds = 0.0
+        if self.plan.zero == 3:
+            seconds = weights_seconds(self.plan, self.hardware, self.work.params, size)
+        return Transfer(tier_of(self.plan, "dp"), seconds)
 
-    def _time_exchange(self, work, plan, hardware, slower):
-        if not work.params["edp"]:                         # no experts
-            return
-        outer = plan.ep // (1 if plan.dispatch == "flat" else plan.inner)
-        times = dict(F=2 + bool(self.rows_again) + self.whole_again, B=2)  # that rows travel one way
-        copied = copied_bytes(work.shape, plan)
-        for one, tiers in zip("FB", exchange_bytes(work.shape, plan).values()):
-            for tier, ranks in (("inner", plan.inner), ("outer", outer)):
-                way = tiers[tier][0] / 2
-                self.exchange[one][tier] = collective_seconds(hardware, tier, ranks, slower * way + copied[tier] / 2)
-                self.sent[tier] += times[one] * way + copied[tier]
+    def _time_operators(self):
+        for op in self.work.ops:
+            seconds = op.seconds(self.plan, self.hardware)
+            busiest = self.slower if self.has_experts and op.part == "experts" else 1.0
+            self.compute[op.part, "F"] += busiest * seconds.forward
+            self.compute[op.part, "I"] += busiest * seconds.inputs
+            self.compute[op.part, "W"] += busiest * seconds.weights
+            self.compute[op.part, "B"] += busiest * (seconds.inputs + seconds.weights)
+            if not op.again.isdisjoint(self.items):
+                self.compute["recompute", "F"] += busiest * seconds.forward
+
+    def _time_collectives(self):
+        for (axis, part), sent in self.work.sent.items():
+            tier = tier_of(self.plan, axis)
+            seconds = axis_seconds(self.plan, self.hardware, axis, sent)
+            seconds *= 1 - self.plan.hidden_share(axis, self.hardware)     # the rest runs beside its matmul
+            one = Collective(axis, tier, seconds)
+            self.collectives[part].append(one)
+            passes = 2
+            if self.whole_again or (not self.name and part == "attend" and "attention" in self.items):
+                self.collectives["recompute"].append(one)
+                passes = 3
+            self.sent[tier] += passes * sent
+
+    def _time_exchange(self):
+        plan = self.plan
+        outer_ranks = plan.ep if plan.dispatch == "flat" else plan.ep // plan.inner
+        ranks = dict(inner=plan.inner, outer=outer_ranks)
+        forwards = 2 + bool(self.rows_again) + self.whole_again            # how often rows travel one way
+        sent = exchange_bytes(self.work.shape, plan)
+        for which, both_ways, times in (("F", sent["forward"], forwards), ("B", sent["backward"], 2)):
+            for tier in ("inner", "outer"):
+                one_way = both_ways[tier][0] / 2
+                seconds = collective_seconds(self.hardware, tier, ranks[tier], self.slower * one_way)
+                self.exchange[which][tier] = seconds
+                self.sent[tier] += times * one_way
 
 
-layer_work = lru_cache(4096)(Work)
+WORKS, LAYER_TIMES = {}, {}        # of layer_work and layer_time
+MOST_CACHED = 2**14                # entries after which each starts anew
 
 
-@lru_cache(2**14)
-def layer_time(shape, plan, kind, hardware, max_vio):
-    return LayerTime(layer_work(shape, same_work(plan), kind), plan, hardware, max_vio)
+def layer_work(shape, plan, kind, work=Work):
+    """work(shape, plan, kind), made once for all plans with the same layer_key. work: Work or a class made from it."""
+    return cached(WORKS, (shape, plan.layer_key, kind, work), lambda: work(shape, plan, kind))
 
 
-def same_time(plan):
-    """The plan that stands for all with the same LayerTimes: without what only the pipeline and the data ranks see."""
-    data = dict(dp=plan.dp, zero=3) if plan.zero == 3 else dict(dp=1, zero=0)
-    return replace(plan, pp=1 + plan.embedding_twice, vpp=1, global_batch=1, layer_split=(), overlap="none",
-                   schedule="1f1b" if plan.is_plain else "paired", **data)
+def layer_time(shape, plan, kind, hardware, max_vio, work=Work):
+    """LayerTime, made once for all plans with the same layer_key."""
+    return cached(LAYER_TIMES, (shape, plan.layer_key, kind, hardware, max_vio, work),
+                  lambda: LayerTime(layer_work(shape, plan, kind, work), plan, hardware, max_vio))
 
 
-def same_work(plan):
-    """The plan that stands for all with the same Works."""
-    return replace(same_time(plan), dp=1, zero=0, dispatch="flat", swap=(), schedule="1f1b",
-                   recompute=("mla_up",) if "mla_up" in plan.recompute else ())
+def cached(cache, key, make):
+    if key not in cache:
+        if len(cache) >= MOST_CACHED:
+            cache.clear()
+        cache[key] = make()
+    return cache[key]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inside an action: tasks on the streams of one device
 
 
+class Task(NamedTuple):
+    """What a device does for a while."""
+    name: str
+    stream: str                    # compute | inner | outer | host
+    start: float                   # seconds, in Streams from the action's start
+    end: float
+
+
 class Streams:
     """A device's queues: compute, links inside the node, links between nodes, the host's link; each runs in order."""
 
-    def __init__(self, flat, tax):
+    def __init__(self, flat):
         self.flat = flat                                   # the exchange uses both kinds of link at once
-        self.tax = tax                                     # seconds of computation lost for one of a link beside it
-        self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}
-        self.tasks = []                                    # (name, stream, start, end), seconds from the action's start
+        self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}      # seconds from which a stream is idle
+        self.tasks = []
 
-    def run(self, name, stream, seconds, after=0.0):
+    def queue(self, name, stream, seconds, after=0.0):
         """Queue a task that starts when its stream is free and not before `after`; returns its end."""
         if seconds == 0:
             return after
         start = max(self.free[stream], after)
-        self.free[stream] = start + seconds
-        self.tasks.append((name, stream, start, start + seconds))
-        return start + seconds
+        end = start + seconds
+        self.free[stream] = end
+        self.tasks.append(Task(name, stream, start, end))
+        return end
 
     def compute(self, layer, part, which, after):
         """One part of a layer behind its collectives. which: F, I, W or B, the two halves of a backward together."""
-        for axis, tier, seconds in layer.collectives.get(part, ()) if which != "W" else ():
-            after = self.run(f"{axis} {part}", tier, seconds, after)
-        return self.run(f"{layer.name or part} {which}", "compute", layer.compute.get((part, which), 0.0), after)
+        if which != "W":                                   # weight gradients need nothing from other ranks
+            for axis, tier, seconds in layer.collectives.get(part, ()):
+                after = self.queue(f"{axis} {part}", tier, seconds, after)
+        seconds = layer.compute.get((part, which), 0.0)
+        return self.queue(f"{layer.name or part} {which}", "compute", seconds, after)
 
     def exchange(self, layer, which, way, after):
         """Rows to the experts (way=out: outer hop first) or back; flat sends over both kinds of link at once."""
-        hops = ("outer", "inner") if way == "out" else ("inner", "outer")
         name, seconds = f"exchange {way} {which}", layer.exchange[which]
-        if self.flat:
-            return max(self.run(name, tier, seconds[tier], after) for tier in hops)
-        for tier in hops:
-            after = self.run(name, tier, seconds[tier], after)
-        return after
+        hops = ("outer", "inner") if way == "out" else ("inner", "outer")
+        ends = [self.queue(name, hops[0], seconds[hops[0]], after)]
+        ends.append(self.queue(name, hops[1], seconds[hops[1]], after if self.flat else ends[0]))
+        return max(ends)
 
     def forward_steps(self, layers):
         """Four steps a layer, as backward_steps, so that a pair's layers can take turns.
@@ -1339,94 +1536,110 @@ class Streams:
         """
         ready = 0.0
         for layer in layers:
-            gathered = self.run("weights", *layer.weights)                 # ahead, so the link alone decides when
-            ready = attended = self.compute(layer, "attend", "F", max(ready, gathered))
+            gathered = self.queue("weights", *layer.weights)               # ahead, so the link alone decides when
+            attended = self.compute(layer, "attend", "F", max(ready, gathered))
+            ready = attended
             if layer.name:                                                 # embedding or head
                 continue
             yield
             arrived = self.exchange(layer, "F", "out", attended)
             yield
             computed = self.compute(layer, "experts", "F", arrived)
-            self.run("swap", "host", layer.swap, computed)
+            self.queue("swap", "host", layer.swap, computed)
             returned = self.exchange(layer, "F", "back", computed)
             yield
             self.compute(layer, "shared", "F", attended)
             ready = self.compute(layer, "combine", "F", returned)
             yield
 
-    def backward_steps(self, layers, which, defer):
-        """which: B or I. defer: the experts' weight gradients wait, to hide the way back."""
-        ready, backward = self.free["compute"], layers[::-1]
-        ahead = [self.run("weights", *layer.weights) for layer in backward[:1]]
-        for layer, after in zip(backward, (*backward[1:], None)):
-            ready = max(ready, ahead.pop(), self.run("swap", "host", layer.swap))
-            ahead.append(self.run("weights", *after.weights) if after else 0.0)    # before this layer's gradients leave
+    def backward_steps(self, layers, defer):
+        """defer: the experts' weight gradients wait, to hide the way back."""
+        backward = layers[::-1]
+        ready = self.free["compute"]
+        gathered = self.queue("weights", *backward[0].weights) if backward else 0.0
+        for index, layer in enumerate(backward):
+            swapped_in = self.queue("swap", "host", layer.swap)
+            ready = max(ready, gathered, swapped_in)
+            if index + 1 < len(backward):                  # the next layer's, before this layer's gradients leave
+                gathered = self.queue("weights", *backward[index + 1].weights)
             if layer.name:
-                ready = self.compute(layer, "attend", which, ready)
-                self.run("gradients", *layer.gradients, ready)
+                ready = self.compute(layer, "attend", "B", ready)
+                self.queue("gradients", *layer.gradients, ready)
                 continue
-            rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "first" else ready
-            again = self.compute(layer, "recompute", "F", rows)
-            again = self.exchange(layer, "F", "back", again) if layer.whole_again else again
+            again = self.recompute(layer, ready)
             arrived = self.exchange(layer, "B", "out", self.compute(layer, "combine", "I", ready))
             yield
-            self.compute(layer, "shared", which, again)
+            self.compute(layer, "shared", "B", again)
             yield
             rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "for experts" else ready
-            later = defer or which == "I"
-            computed = self.compute(layer, "experts", "I" if later else "B", max(arrived, again, rows))
+            computed = self.compute(layer, "experts", "I" if defer else "B", max(arrived, again, rows))
             returned = self.exchange(layer, "B", "back", computed)
             yield
-            if defer and which == "B":
+            if defer:
                 self.compute(layer, "experts", "W", computed)
-            ready = self.compute(layer, "attend", which, returned)
-            self.run("gradients", *layer.gradients, ready)
+            ready = self.compute(layer, "attend", "B", returned)
+            self.queue("gradients", *layer.gradients, ready)
             yield
 
+    def recompute(self, layer, ready):
+        """What the backward runs again, behind the rows that travel again for it."""
+        rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "first" else ready
+        again = self.compute(layer, "recompute", "F", rows)
+        return self.exchange(layer, "F", "back", again) if layer.whole_again else again
 
-def play_action(flat, adaptive, kind, forward, backward, tax=0.0):
-    """Streams of one action, from time 0. forward, backward: LayerTimes of a stage, or ()."""
-    streams = Streams(flat, tax)
-    if kind == "W":
-        for layer, part in product(backward, ("attend", "shared", "experts")):
-            streams.compute(layer, part, "W", 0.0)
+
+def play_action(forward, backward, flat, adaptive):
+    """Streams of one action: a forward of a stage, a backward of one, or a pair. Each: its LayerTimes, or ()."""
+    streams = Streams(flat)
+    forwards = streams.forward_steps(forward)
+    backwards = streams.backward_steps(backward, defer=adaptive)
+    if adaptive:
+        for _ in zip_longest(backwards, forwards):         # the two take turns, a step each
+            pass
     else:
-        f, b = streams.forward_steps(forward), streams.backward_steps(backward, kind[-1], adaptive)
-        for _ in zip_longest(b, f) if adaptive else chain(f, b):
+        for _ in chain(forwards, backwards):
             pass
     return streams
 
 
+class Account(NamedTuple):
+    """Where the seconds of an action go."""
+    seconds: float
+    # add up to `seconds`: computation by name; `exchange`, while rows travel and nothing is computed; `overlap tax`;
+    # `collectives`, all other waits
+    parts: dict
+    travel: float                  # seconds of exchange on either link, hidden or not
+
+
 @lru_cache(2**15)
-def action_account(*action):
-    return account(play_action(*action))
+def action_account(forward, backward, flat, adaptive, tax=0.0):
+    """Account of play_action. tax: seconds of computation lost for a second in which a link is busy beside it."""
+    streams = play_action(forward, backward, flat, adaptive)
+    computing = [task for task in streams.tasks if task.stream == "compute"]
+    on_links = [task for task in streams.tasks if task.stream in ("inner", "outer")]
+    travelling = [task for task in streams.tasks if task.name.startswith("exchange")]
+    parts = Counter()
+    for task in computing:
+        name, _ = task.name.split()
+        parts[name] += task.end - task.start
+    computed = sum(parts.values())
+    both = busy_seconds(computing) + busy_seconds(on_links) - busy_seconds(computing + on_links)
+    busy = busy_seconds(computing + travelling)
+    played = max(streams.free.values())
+    parts["exchange"] = max(0.0, busy - computed)          # rounding aside
+    parts["collectives"] = max(0.0, played - busy)
+    parts["overlap tax"] = tax * both
+    travel = sum(task.end - task.start for task in travelling)
+    return Account(played + tax * both, parts, travel)
 
 
-def account(streams):
-    """(seconds of an action, {part: seconds} that add up to them, seconds of exchange on either link).
-
-    Parts: computation by name; `exchange`, while rows travel and nothing is computed; `collectives`, all other waits.
-    """
-    parts, links = Counter(), [task[2:] for task in streams.tasks if task[1] in ("inner", "outer")]
-    computing = [task[2:] for task in streams.tasks if task[1] == "compute"]
-    both = _busy(computing) + _busy(links) - _busy(computing + links)
-    end = max(streams.free.values()) + streams.tax * both
-    travel = [task[2:] for task in streams.tasks if task[0].startswith("exchange")]
-    for name, stream, start, stop in streams.tasks:
-        if stream == "compute":
-            parts[name.split()[0]] += stop - start
-    busy = _busy(computing + travel)
-    parts["exchange"] = max(0.0, busy - sum(parts.values()))               # rounding aside
-    parts["overlap tax"] = streams.tax * both
-    parts["collectives"] = max(0.0, end - parts["overlap tax"] - busy)
-    return end, parts, sum(stop - start for start, stop in travel)
-
-
-def _busy(spans):
-    """Seconds in which at least one of the spans runs."""
-    total = last = 0.0
-    for start, end in sorted(spans):
-        total, last = total + max(0.0, end - max(start, last)), max(last, end)
+def busy_seconds(tasks):
+    """Seconds in which at least one of the tasks runs."""
+    total, last = 0.0, 0.0
+    for start, end in sorted(task[2:] for task in tasks):
+        if end > last:
+            total += end - max(start, last)
+            last = end
     return total
 
 
@@ -1435,7 +1648,7 @@ def _busy(spans):
 
 
 class Action(NamedTuple):
-    """One entry of a table. kind: F forward, B backward, I and W its halves (for inputs, for weights), FB a pair.
+    """One entry of a table. kind: F forward, B backward, FB a pair of both.
 
     str() is the notation of torch.distributed.pipelining, whose runtime runs the table: 3F0, 3B0, (3F1;2B0)OVERLAP_F_B.
     """
@@ -1445,9 +1658,11 @@ class Action(NamedTuple):
     backward: tuple = ()           # of a pair: (stage, microbatch) of the backward
 
     @property
-    def run(self):
-        """What actions that differ by the micro-batch alone share: (kind, stage, stage of a pair's backward)."""
-        return self.kind, self.stage, *self.backward[:1]
+    def stages(self):
+        """(stage of the forward, of the backward), None where there is none: all that the action's seconds depend on"""
+        if self.kind == "FB":
+            return self.stage, self.backward[0]
+        return (self.stage, None) if self.kind == "F" else (None, self.stage)
 
     def parts(self):
         """The action as plain (kind, stage, microbatch): two for a pair, forward first."""
@@ -1463,25 +1678,35 @@ class Action(NamedTuple):
 def schedule_table(plan):
     """list (pp) of lists of Action, in the order in which each rank runs them.
 
-    A rank's order is made as words: F0 is "the next forward of my chunk 0", F0+B1 a pair, W0 the oldest weight gradient
-    that chunk 0 still owes, W the oldest of all. Which micro-batch is meant follows from counting.
+    1f1b; interleaved, in which chunks take turns of about pp micro-batches (arXiv:2104.04473, section 2.2); paired:
+    one more warm-up, so that each steady step holds a forward and a backward that do not wait for each other.
     """
-    words = dict(zbv=_zbv, dualpipev=_dualpipev).get(plan.schedule, _one_forward_one_backward)
-    return [_number(words(plan, rank), plan.stages_of(rank), plan.n_micro) for rank in range(plan.pp)]
+    return [rank_actions(plan, rank) for rank in range(plan.pp)]
 
 
-def _one_forward_one_backward(plan, rank):
-    """1f1b; interleaved, in which chunks take turns of about pp micro-batches (arXiv:2104.04473, section 2.2); paired.
+def rank_actions(plan, rank):
+    """Forwards to warm up, steady steps of a forward and a backward each, then the backwards that are left."""
+    stages = plan.stages_of(rank)
+    forwards, backwards = in_turns(plan, stages), in_turns(plan, stages[::-1])
+    first = min(len(forwards), warm_up(plan, rank))
+    actions = [Action("F", *forward) for forward in forwards[:first]]
+    for forward, backward in zip(forwards[first:], backwards):
+        if plan.schedule == "paired":
+            actions.append(Action("FB", *forward, backward))
+        else:
+            actions += [Action("F", *forward), Action("B", *backward)]
+    left = backwards[len(forwards) - first:]
+    return actions + [Action("B", *backward) for backward in left]
 
-    paired: one more warm-up, so that each steady step holds a forward and a backward that do not wait for each other.
-    """
-    n, vpp, turn = plan.n_micro, plan.vpp, plan.turn
-    forward = [f"F{i // turn % vpp}" for i in range(n * vpp)]
-    backward = [f"B{vpp - 1 - i // turn % vpp}" for i in range(n * vpp)]
-    first = min(n * vpp, warm_up(plan, rank))
-    join = "+" if plan.schedule == "paired" else " "
-    steady = [f + join + b for f, b in zip(forward[first:], backward)]
-    return " ".join(forward[:first] + steady + backward[n * vpp - first:]).split()
+
+def in_turns(plan, stages):
+    """list of (stage, micro-batch): a rank's stages take turns of plan.turn micro-batches."""
+    order = []
+    for begin in range(0, plan.n_micro, plan.turn):
+        for stage in stages:
+            for microbatch in range(begin, min(begin + plan.turn, plan.n_micro)):
+                order.append((stage, microbatch))
+    return order
 
 
 def warm_up(plan, rank):
@@ -1491,201 +1716,89 @@ def warm_up(plan, rank):
     return first + (plan.vpp - 1) * plan.turn
 
 
-def _phases(*phases):
-    return [word for times, words in phases for word in words.split() * times]
-
-
-def _zbv(plan, rank):
-    """Zero bubble on a V of two chunks (arXiv:2401.10241, section 6), for 2*pp - 1 micro-batches or more."""
-    pp, n = plan.pp, max(plan.n_micro, 2 * plan.pp - 1)
-    left = pp - rank                                       # ranks from here to the turn of the V, this one included
-    return _phases((2 * left - 1, "F0"), (rank, "F1 F0"), (left, "F1 I1 W1"),
-                   (n - 2 * pp + rank + 1, "F0 I0 W0 F1 I1 W1"), (left - 1, "I0 W0 F1 I1 W1"),
-                   (rank, "I0 I1"), (left, "I0 W0"), (rank, "W1"), (rank, "W0"))
-
-
-def _dualpipev(plan, rank):
-    """DualPipe cut in half (github.com/deepseek-ai/DualPipe): steady pairs, with split backwards at both ends."""
-    left, main, half, odd = plan.pp - rank - 1, plan.n_micro - 2 * plan.pp + rank + 1, (rank + 1) // 2, rank % 2
-    # on the last rank the first pair's backward is of the forward just before it: these two run one after the other
-    first = 1 if left == 0 else 0
-    return _phases((2 * left, "F0"), (rank + 1, "F0 F1"), (left, "I1 W F1"),
-                   (first, "F0 B1 F1+B0"), (main - first, "F0+B1 F1+B0"), (left, "B1 F1+B0"),
-                   (half, "B1 B0"), (1 - odd, "B1 I0"), (half, "I1 I0"), (left, "W I0"), (rank + 1, "W"))
-
-
-def _number(words, stages, n):
-    """Words to actions: micro-batches counted by chunk and kind; those past n, which a short run lacks, are dropped."""
-    count, owed, actions = {}, [], []
-
-    def next_of(word):
-        key = word[0] == "F", int(word[1:])                # B and I are two forms of one backward
-        count[key] = count.get(key, -1) + 1
-        return stages[key[1]], count[key]
-
-    for word in words:
-        if word[0] == "W":
-            mine = next(pair for pair in owed if word == "W" or pair[0] == stages[int(word[1:])])
-            owed.remove(mine)
-            actions.append(Action("W", *mine))
-        elif "+" in word:
-            forward, backward = word.split("+")
-            actions.append(Action("FB", *next_of(forward), next_of(backward)))
-        else:
-            actions.append(Action(word[0], *next_of(word)))
-            owed += [actions[-1][1:3]] if word[0] == "I" else []
-    return [action for action in actions if action.microbatch < n]
-
-
-ROUNDS = 8     # turns of about pp micro-batches, of which a step plays so many if the others repeat them
-
-
-class Timetable:
-    """A table in an order in which every step finds its inputs: made once, then timed under any durations.
-
-    Arrays hold an item for each step, from 1: step 0 stands for an input that is there, or that the rank made itself.
-    """
-
-    def __init__(self, plan, table):
-        home, n, last, self.turn = plan.homes(), plan.n_micro, plan.n_stages - 1, plan.turn
-        self.runs = {}                                     # run -> its number
-        self.rank, self.run, self.microbatch, self.input, self.gradient = (array("l", [0]) for _ in range(5))
-        # [stage][micro-batch]: the step that makes a stage's input, or its output's gradient; the row past the last
-        # stage is for what nobody takes
-        inputs, gradients = ([[None] * n for _ in range(last + 2)] for _ in range(2))
-        inputs[0], gradients[last], done, progress = [0] * n, [0] * n, [0] * plan.pp, True
-        while progress:
-            progress = False
-            for rank, actions in enumerate(table):
-                for action in islice(actions, done[rank], None):
-                    kind, stage, m, (back, back_m) = action if action.backward else (*action[:3], action[1:3])
-                    forward, backward = kind in ("F", "FB"), kind in ("B", "I", "FB")
-                    needs = inputs[stage][m] if forward else 0, gradients[back][back_m] if backward else 0
-                    if None in needs:
-                        break
-                    self._add(rank, action, *needs)
-                    if forward:
-                        inputs[stage + 1][m] = 0 if home.get(stage + 1) == rank else len(self.rank) - 1
-                    if backward:
-                        gradients[back - 1][back_m] = 0 if home.get(back - 1) == rank else len(self.rank) - 1
-                    done[rank], progress = done[rank] + 1, True
-        waiting = [str(actions[n]) for actions, n in zip(table, done) if n < len(actions)]
-        assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
-        self.in_flight = [_peaks(plan.stages_of(rank), actions) for rank, actions in enumerate(table)]
-        self.counts = self._count(0, n)
-        self.one_round = self._count(5 * self.turn, 6 * self.turn)
-
-    def _add(self, rank, action, makes_input, makes_gradient):
-        self.rank.append(rank)
-        self.run.append(self.runs.setdefault(action.run, len(self.runs)))
-        self.microbatch.append(action.microbatch)          # of a pair, the forward's
-        self.input.append(makes_input)
-        self.gradient.append(makes_gradient)
-
-    def _count(self, first, end):
-        """list (pp) of {run: steps of these micro-batches}."""
-        runs, counts = list(self.runs), [Counter() for _ in self.in_flight]
-        for rank, run, microbatch in islice(zip(self.rank, self.run, self.microbatch), 1, None):
-            if first <= microbatch < end:
-                counts[rank][runs[run]] += 1
-        return counts
-
-    def play(self, seconds, link):
-        """(time at which each step's output reaches another rank, at which each rank ends). seconds: of each run.
-
-        link: seconds that an output travels; sends are asynchronous, only the receiver waits. A pair starts when both
-        of its inputs are there.
-        """
-        now, reached = [0.0] * len(self.in_flight), [-math.inf]
-        steps = zip(self.rank, self.run, self.input, self.gradient)
-        for rank, run, makes_input, makes_gradient in islice(steps, 1, None):
-            start = now[rank]
-            if reached[makes_input] > start:               # max() takes three times as long
-                start = reached[makes_input]
-            if reached[makes_gradient] > start:
-                start = reached[makes_gradient]
-            now[rank] = end = start + seconds[run]
-            reached.append(end + link)
-        return reached, now
-
-    @cached_property
-    def turn_apart(self):
-        """(steps, the same ones a turn before; -1 where there is none): as many as depend on each other at a time."""
-        steps = {key: i for i, key in enumerate(zip(self.run, self.microbatch)) if i}
-        window = [(i, steps.get((run, m - self.turn), -1)) for (run, m), i in steps.items()
-                  if 4 * self.turn <= m < (ROUNDS - 2) * self.turn]
-        return [array("l", column) for column in zip(*window)]
-
-    def period(self, reached):
-        """Seconds from a step to the same one a turn before, if that is one number for all that is in flight."""
-        later, earlier = self.turn_apart
-        shifts = [reached[i] - reached[j] for i, j in zip(later, earlier)]
-        return max(shifts) if max(shifts) - min(shifts) < 1e-12 * max(reached) and min(earlier) > 0 else None
-
-
-def _peaks(stages, actions):
-    """A rank's micro-batches in flight, by chunk, at the moments that can be its peak: none is less in every chunk."""
-    live, seen, grown = dict.fromkeys(stages, 0), set(), False
-    for action in actions:
-        for kind, stage, _ in action.parts():
-            change = {"F": 1, "I": 0, "B": -1, "W": -1}[kind]              # I alone frees nothing yet
-            if change < 0 and grown:
-                seen.add(tuple(live.values()))
-            live[stage] += change
-            grown = change > 0 or (grown and not change)
-    return [one for one in seen if not any(one != more and all(map(le, one, more)) for more in seen)]
-
-
-@lru_cache(1024)
-def timetable(schedule, pp, vpp, n_micro):
+@lru_cache(2**14)
+def in_flight(schedule, pp, vpp, n_micro, rank):
+    """array (moments, vpp): a rank's micro-batches in flight, by chunk, at each moment that may be its peak."""
     plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
-    return Timetable(plan, schedule_table(plan))
+    live, grown, peaks = dict.fromkeys(plan.stages_of(rank), 0), False, set()
+    for action in rank_actions(plan, rank):
+        for kind, stage, _ in action.parts():
+            if kind == "B" and grown:                      # one less from here on: a peak lies behind
+                peaks.add(tuple(live.values()))
+            live[stage] += 1 if kind == "F" else -1
+            grown = kind == "F"
+    return np.array(list(peaks))
 
 
-def played_table(plan):
-    """(Timetable of the first micro-batches, turns that are left out): what is in flight is the same without these."""
-    repeated = max(0, plan.n_micro // plan.turn - ROUNDS)
-    return timetable(plan.schedule, plan.pp, plan.vpp, plan.n_micro - repeated * plan.turn), repeated
+class Step(NamedTuple):
+    """An action of a table, in an order in which each finds its inputs."""
+    rank: int
+    action: Action
+    stages: tuple                  # Action.stages
+    needs: tuple                   # numbers of the steps, on other ranks, whose outputs it waits for
 
 
-def time_pipeline(plan, duration, link):
-    """(seconds until each rank ends, list (pp) of {run: how often}) of a step. duration(run): seconds.
+def in_order(plan, table):
+    """list of Step: each rank runs as far as its inputs allow, until all are done."""
+    home, last = plan.homes(), plan.n_stages - 1
+    # (kind, stage, micro-batch) that can run -> number of the step that makes its input; None if the input is at hand,
+    # as are the tokens of the first stage and the losses of the last
+    makers = {}
+    for microbatch in range(plan.n_micro):
+        makers["F", 0, microbatch] = makers["B", last, microbatch] = None
+    steps, done, progress = [], [0] * len(table), True
+    while progress:
+        progress = False
+        for rank, actions in enumerate(table):
+            for action in islice(actions, done[rank], None):
+                parts = action.parts()
+                if parts[0] not in makers or parts[-1] not in makers:      # one or two parts
+                    break
+                needs = tuple([makers[part] for part in parts if makers[part] is not None])
+                for kind, stage, microbatch in parts:
+                    to = stage + 1 if kind == "F" else stage - 1
+                    makers[kind, to, microbatch] = None if home.get(to) == rank else len(steps)
+                steps.append(Step(rank, action, action.stages, needs))
+                done[rank] += 1
+                progress = True
+    waiting = [str(actions[n]) for actions, n in zip(table, done) if n < len(actions)]
+    assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
+    return steps
 
-    Once all that is in flight comes one period after what came a turn before, every further turn repeats it until the
-    micro-batches end: such turns are counted, not played.
+
+@lru_cache(8)
+def cached_steps(schedule, pp, vpp, n_micro):
+    """The steps of schedule_table, for many plans, one after the other, that differ in other things alone."""
+    plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
+    return in_order(plan, schedule_table(plan))
+
+
+class Span(NamedTuple):
+    start: float                   # seconds from the step's start
+    end: float
+    action: Action
+
+
+def play(plan, steps, duration, link=0.0):
+    """The clock: list (pp) of lists of Span. duration(action): seconds, the same for all with the same stages.
+
+    link: seconds that an output travels to another rank; sends are asynchronous, only the receiver waits. A pair starts
+    when both of its inputs are there.
     """
-    table, repeated = played_table(plan)
-    reached, ends = table.play([duration(run) for run in table.runs], link)
-    period = table.period(reached) if repeated else 0.0
-    if period is None:
-        repeated, period, table = 0, 0.0, timetable(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
-        ends = table.play([duration(run) for run in table.runs], link)[1]
-    counts = [{run: n + repeated * more[run] for run, n in one.items()}
-              for one, more in zip(table.counts, table.one_round)]
-    return [end + repeated * period for end in ends], counts
-
-
-def play(plan, table, duration, link=0.0):
-    """Plays a whole table: list (pp) of lists of (start, end, action), seconds. duration(run): seconds."""
-    played, rows, spans = Timetable(plan, table), [iter(row) for row in table], [[] for _ in table]
-    seconds = [duration(run) for run in played.runs]
-    for rank, run, reached in islice(zip(played.rank, played.run, played.play(seconds, link)[0]), 1, None):
-        spans[rank].append((reached - link - seconds[run], reached - link, next(rows[rank])))
+    spans, free = [[] for _ in range(plan.pp)], [0.0] * plan.pp
+    seconds, reached = {}, []                              # reached: when a step's output is on another rank
+    for rank, action, stages, needs in steps:
+        if stages not in seconds:
+            seconds[stages] = duration(action)
+        start = free[rank]
+        for step in needs:
+            if reached[step] > start:
+                start = reached[step]
+        end = start + seconds[stages]
+        spans[rank].append(Span(start, end, action))
+        free[rank] = end
+        reached.append(end + link)
     return spans
-
-
-def draw_text(spans, columns=120):
-    """A played table as text, a line per rank: micro-batches are digits forward, letters backward, = in pairs."""
-    scale, lines = columns / max(row[-1][1] for row in spans), []
-    for row in spans:
-        line = [" "] * columns
-        for start, end, (kind, _, microbatch, _) in row:
-            letter = chr(ord("a") + microbatch % 26)
-            mark = {"F": str(microbatch % 10), "FB": "=", "W": "w"}.get(kind, letter)
-            first, last = round(start * scale), round(end * scale)
-            line[first:last] = mark * (last - first)
-        lines.append("".join(line))
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1693,100 +1806,154 @@ def draw_text(spans, columns=120):
 
 
 class Simulation:
-    """One step of a plan, played: what predict reports and trace draws."""
+    """One step of a plan, played: what predict reports and trace draws. work: the class that counts a layer.
 
-    def __init__(self, config, plan, hardware, max_vio=0.0):
+    max_vio: load of the busiest rank over the mean, minus one.
+    """
+
+    def __init__(self, config, plan, hardware, max_vio=0.0, work=Work):
         self.plan, self.hardware, self.shape = plan, hardware, on_hardware(config, hardware)
-        self.stages = stage_kinds(self.shape, plan)
-        self.max_vio = max_vio
-        # to the next stage; whole tensors are sent in parts by the tensor ranks, if as in Megatron-LM
-        self.stream_bytes = plan.tokens * self.shape.hidden_size * BYTES_OF[plan.precision]
-        self.stream_bytes /= plan.tp if self.shape.megatron and not plan.sp else 1
-        link = collective_seconds(hardware, tier_of(plan, "pp"), 2, self.stream_bytes)
-        self.link = 0.0 if "pp" in plan.hide else link
-
-    @property
-    def straggling(self):
-        """Share of the step that is lost with the number of devices."""
-        return self.hardware.scale_loss * math.log2(max(1, self.plan.world_size / self.plan.node_size))
+        self.max_vio, self.work = max_vio, work
+        self.stages = stage_kinds(self.shape, plan)        # of each stage: embedding, kinds of layers, head
+        self.kinds = set(chain(*self.stages))
+        self.accounts = {}                                 # Action.stages -> Account
 
     @cached_property
     def works(self):
-        plan = same_work(self.plan)
-        return {kind: layer_work(self.shape, plan, kind) for kind in set(chain(*self.stages))}
+        return {kind: layer_work(self.shape, self.plan, kind, self.work) for kind in self.kinds}
+
+    @cached_property
+    def saved(self):
+        """kind -> bytes that a micro-batch's forward keeps on the device."""
+        return {kind: saved_bytes(work).kept for kind, work in self.works.items()}
 
     @cached_property
     def times(self):
-        plan = same_time(self.plan)
-        return {kind: layer_time(self.shape, plan, kind, self.hardware, self.max_vio) for kind in self.works}
+        return {kind: layer_time(self.shape, self.plan, kind, self.hardware, self.max_vio, self.work)
+                for kind in self.kinds}
 
     @cached_property
-    def kept(self):
-        """stage -> bytes that a micro-batch keeps."""
-        kept = {kind: saved_bytes(work, self.plan)[0] for kind, work in self.works.items()}
-        return [sum(map(kept.get, stage)) for stage in self.stages]
-
-    def inputs_of(self, run):
-        """What play_action takes for a run: (kind, stage, stage of a pair's backward)."""
-        kind, *stages = run
-        layers = [tuple(self.times[one] for one in self.stages[stage]) for stage in stages] + [()]
-        forward, backward = layers[:2] if "F" in kind else layers[1::-1]
-        flat, adaptive = self.plan.dispatch in ("flat", "pipelined"), self.plan.overlap == "adaptive"
-        return flat, adaptive, kind, forward, backward, self.hardware.overlap_tax
-
-    def account_of(self, run):
-        """account of the action that a run stands for."""
-        return action_account(*self.inputs_of(run))
-
-    def seconds_of(self, run):
-        return self.account_of(run)[0]
-
-    def spans(self):
-        """The whole step: list (pp) of lists of (start, end, action), seconds."""
-        return play(self.plan, schedule_table(self.plan), self.seconds_of, self.link)
+    def kinds_of(self):
+        """list (pp) of tuples: kinds of the layers that a pipeline rank holds, stage by stage."""
+        return [tuple(chain.from_iterable(self.stages[stage] for stage in self.plan.stages_of(rank)))
+                for rank in range(self.plan.pp)]
 
     def works_of(self, rank):
-        return [self.works[kind] for stage in self.plan.stages_of(rank) for kind in self.stages[stage]]
+        return [self.works[kind] for kind in self.kinds_of[rank]]
 
-    def params(self, rank):
-        """(parameters that a pipeline rank holds, by axis of Plan.holders; how many it keeps where they are cut)."""
-        held = sum((work.params for work in self.works_of(rank)), Counter())
-        return held, sum(held[axis] / (ranks if self.plan.zero else 1) for axis, ranks in self.plan.holders.items())
+    @cached_property
+    def unlike_ranks(self):
+        """list: of the pipeline ranks that hold layers of the same kinds the first, which has the most in flight."""
+        first = {}
+        for rank, kinds in enumerate(self.kinds_of):
+            first.setdefault(kinds, rank)
+        return list(first.values())
+
+    # seconds
+
+    def layers_of(self, stage):
+        """LayerTimes of a stage; none for None."""
+        return () if stage is None else tuple(self.times[kind] for kind in self.stages[stage])
+
+    @property
+    def manner(self):
+        """play_action's (flat, adaptive)."""
+        return self.plan.hops_together, self.plan.overlap == "adaptive"
+
+    def play_layers(self, forward, backward):
+        """Account of an action. forward, backward: LayerTimes, or ()."""
+        return action_account(forward, backward, *self.manner, self.hardware.overlap_tax)
+
+    def tasks_of(self, action):
+        forward, backward = map(self.layers_of, action.stages)
+        return play_action(forward, backward, *self.manner).tasks
+
+    def account(self, action):
+        """Account of an action, made once for all that differ in the micro-batch alone."""
+        stages = action.stages
+        if stages not in self.accounts:
+            self.accounts[stages] = self.play_layers(*map(self.layers_of, stages))
+        return self.accounts[stages]
+
+    def seconds_of(self, action):
+        return self.account(action).seconds
+
+    def stream_bytes(self):
+        """What a device sends to the next stage."""
+        return self.plan.tokens * self.shape.hidden_size * BYTES_OF[self.plan.precision]
+
+    @property
+    def link(self):
+        """Seconds that it travels and that the next stage waits for it."""
+        seconds = collective_seconds(self.hardware, tier_of(self.plan, "pp"), 2, self.stream_bytes())
+        return seconds * (1 - self.plan.hidden_share("pp", self.hardware))
+
+    @cached_property
+    def spans(self):
+        """The pipeline played: list (pp) of lists of Span."""
+        plan = self.plan
+        steps = cached_steps(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
+        return play(plan, steps, self.seconds_of, self.link)
+
+    # what follows the pipeline on a rank
+
+    def gradient_seconds(self, rank):
+        """To reduce gradients and to gather the new weights."""
+        plan, (held, _) = self.plan, self.params(rank)
+        if plan.zero == 3:                                 # in LayerTime
+            return 0.0
+        gradients = weights_seconds(plan, self.hardware, held, gradient_bytes(plan))
+        if plan.zero == 0:                                 # the second half of an all-reduce
+            gradients *= 2
+        else:
+            gradients += weights_seconds(plan, self.hardware, held, BYTES_OF[plan.precision])
+        hidden = plan.hidden_share("dp", self.hardware) * gradients
+        if hidden:                                         # beside the last backwards
+            hidden = min(hidden, sum(self.seconds_of(Action("B", stage, 0)) for stage in plan.stages_of(rank)))
+        return gradients - hidden
+
+    def optimizer_seconds(self, rank):
+        seconds = self.optimizer_bytes(rank) / self.hardware.memory_rate
+        if "optimizer" in self.plan.swap:                  # two moments come and go
+            _, cut = self.params(rank)
+            seconds += 2 * 8 * cut / self.hardware.host_bandwidth
+        return seconds
 
     def optimizer_bytes(self, rank):
         """Moved by AdamW: reads gradient, master, two moments; writes three of them and the weight."""
-        return self.params(rank)[1] * (7 * 4 + BYTES_OF[self.plan.precision])
+        _, cut = self.params(rank)
+        return cut * (7 * 4 + BYTES_OF[self.plan.precision])
 
-    def after_pipeline(self, rank):
-        """(seconds of reducing gradients and gathering weights, seconds of the optimizer) on a pipeline rank."""
-        plan, hardware, e, (held, cut) = self.plan, self.hardware, BYTES_OF[self.plan.precision], self.params(rank)
-        wide = gradient_bytes(plan)
-        # gradients; then new weights, or for zero=0 the second half of an all-reduce. zero=3: in LayerTime
-        sizes = () if plan.zero == 3 else (wide, e if plan.zero else wide)
-        sync = sum(weights_seconds(plan, hardware, held, size) for size in sizes)
-        if "dp" in plan.hide:                              # beside the last backwards
-            room = sum(self.seconds_of(("B", stage)) for stage in plan.stages_of(rank))
-            sync -= min(hardware.hidden_share * sync, room)
-        swapped = 2 * 8 * cut / hardware.host_bandwidth if "optimizer" in plan.swap else 0.0     # moments come and go
-        return sync, swapped + self.optimizer_bytes(rank) / hardware.memory_rate
+    @cached_property
+    def ends(self):
+        """list (pp): seconds at which each pipeline rank is done, optimizer included; the last ends the step ..."""
+        ends = []
+        for rank, row in enumerate(self.spans):
+            ends.append(row[-1].end + self.gradient_seconds(rank) + self.optimizer_seconds(rank))
+        return ends
+
+    @property
+    def straggling(self):
+        """... but for what is lost with the number of devices: a share of the step."""
+        return self.hardware.scale_loss * math.log2(max(1, self.plan.world_size / self.plan.node_size))
 
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
-        parts, travel, step = Counter(), 0.0, 0.0
-        ends, counts = time_pipeline(self.plan, self.seconds_of, self.link)
-        for rank, (end, runs) in enumerate(zip(ends, counts)):
-            sync, optimizer = self.after_pipeline(rank)
-            step = max(step, end + sync + optimizer)
-            parts.update(gradients=sync, optimizer=optimizer)
-            for run, times in runs.items():
-                _, by_part, seconds = self.account_of(run)
-                for name, spent in by_part.items():
-                    parts[name] += times * spent
-                travel += times * seconds
+        parts, travel = Counter(), 0.0
+        for rank, row in enumerate(self.spans):
+            parts["gradients"] += self.gradient_seconds(rank)
+            parts["optimizer"] += self.optimizer_seconds(rank)
+            for stages, times in Counter(span.action.stages for span in row).items():
+                account = self.accounts[stages]
+                for name, seconds in account.parts.items():
+                    parts[name] += times * seconds
+                travel += times * account.travel
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
-        parts["stragglers"] = self.straggling * step
-        parts["bubble"] = step + parts["stragglers"] - sum(parts.values())
+        parts["stragglers"] = self.straggling * max(self.ends)
+        parts["bubble"] = max(0.0, max(self.ends) + parts["stragglers"] - sum(parts.values()))     # rounding aside
         return parts, travel / self.plan.pp
+
+    # bytes
 
     def bytes_by_tier(self):
         """Bytes that a device sends while the pipeline runs, a mean over pipeline ranks; zero=3's weights apart."""
@@ -1794,36 +1961,54 @@ class Simulation:
         for kind in chain(*self.stages):
             total.update(self.times[kind].sent)
         crossings = sum(home[stage] != home[stage + 1] for stage in range(plan.n_stages - 1))
-        total[tier_of(plan, "pp")] += 2 * crossings * self.stream_bytes
+        total[tier_of(plan, "pp")] += 2 * crossings * self.stream_bytes()
         return {tier: sent * plan.n_micro / plan.pp for tier, sent in total.items()}
+
+    def params(self, rank):
+        """({axis of Plan.holders: parameters that a pipeline rank holds}, how many it keeps where they are cut)."""
+        counts = Counter(self.kinds_of[rank])
+        held = {axis: sum(n * self.works[kind].params[axis] for kind, n in counts.items())
+                for axis in self.plan.holders}
+        cut = sum(held[axis] / (ranks if self.plan.zero else 1) for axis, ranks in self.plan.holders.items())
+        return held, cut
+
+    def activations(self, rank):
+        """Most bytes that micro-batches in flight keep."""
+        plan = self.plan
+        by_chunk = [sum(self.saved[kind] for kind in self.stages[stage]) for stage in plan.stages_of(rank)]
+        enough = min(plan.n_micro, 4 * plan.turn)          # later turns repeat what was in flight
+        moments = in_flight(plan.schedule, plan.pp, plan.vpp, enough, rank)
+        return float(np.max(moments @ by_chunk))
 
     def memory(self, rank):
         """Bytes of a pipeline rank at its peak, by part."""
-        plan, hardware, works, (held, cut) = self.plan, self.hardware, self.works_of(rank), self.params(rank)
-        whole, e = sum(held.values()), BYTES_OF[plan.precision]
+        plan, hardware, (held, cut) = self.plan, self.hardware, self.params(rank)
+        element, whole = BYTES_OF[plan.precision], sum(held.values())
         kept = cut if plan.zero == 3 else whole
         # float32 masters and two moments; whole float32 weights are their own masters
-        wide = 8 if e >= 4 and cut == whole else 12
-        states = cut * wide
+        optimizer = cut * (8 if element >= 4 and cut == whole else 12)
         if "optimizer" in plan.swap:                       # but for the moments that a step has at hand
-            states -= max(0, 8 * cut - STEP_BYTES)
-        rows = max(work.saved.get("rows", 0) for work in works) if plan.ep > 1 else 0
-        # zero=3: weights of two layers, float32 gradients of one
-        layer = max(sum(work.params.values()) for work in works) * (2 * e + 4) if plan.zero == 3 else 0
-        again = max(sum(work.saved.values()) - saved_bytes(work, plan)[0] for work in works)
-        activations, buffers = self._activations(rank), 4 * rows + layer + again   # rows of two passes; one layer again
+            optimizer -= max(0, 8 * cut - STEP_BYTES)
+        activations, buffers = self.activations(rank), self.buffers(rank)
         if plan.precision == "fp16":                       # the optimizer's float32 copies, when activations are gone
             buffers = max(buffers, 4 * cut - activations)
         groups = sum(size > 1 for size in (plan.tp, plan.pp, plan.cp, plan.ep, plan.dp))
-        return dict(weights=kept * e, gradients=kept * gradient_bytes(plan),
-                    optimizer=states, activations=activations, buffers=buffers,
+        return dict(weights=kept * element, gradients=kept * gradient_bytes(plan), optimizer=optimizer,
+                    activations=activations, buffers=buffers,
                     allocator=hardware.fragmentation * (activations + buffers),
                     framework=hardware.framework + groups * hardware.communicator)
 
-    def _activations(self, rank):
-        """Most bytes that micro-batches in flight keep."""
-        kept = [self.kept[stage] for stage in self.plan.stages_of(rank)]
-        return max(sum(map(mul, kept, live)) for live in played_table(self.plan)[0].in_flight[rank])
+    def buffers(self, rank):
+        """Bytes beside those in flight: rows of an exchange, weights gathered for a layer, one layer made again."""
+        plan, rows, layer, again = self.plan, 0, 0, 0
+        for kind in set(self.kinds_of[rank]):
+            work = self.works[kind]
+            if plan.ep > 1:                                # those of two passes, before and after
+                rows = max(rows, 4 * work.saved.get("rows", 0))
+            if plan.zero == 3:                             # weights of two layers, float32 gradients of one
+                layer = max(layer, sum(work.params.values()) * (2 * BYTES_OF[plan.precision] + 4))
+            again = max(again, sum(work.saved.values()) - self.saved[kind])
+        return rows + layer + again
 
     @cached_property
     def memories(self):
@@ -1833,76 +2018,82 @@ class Simulation:
         """Whether a rank needs more than there is when the allocator has given unused pieces back."""
         return sum(parts.values()) - parts["allocator"] > self.hardware.memory
 
-    def fits(self, ranks):
-        """Whether these pipeline ranks fit. One that does not is moved to the front, where the next look begins."""
-        for rank in ranks:
-            if self.overflows(self.memory(rank)):
-                ranks.remove(rank)
-                ranks.insert(0, rank)
-                return False
-        return True
-
     def refusal(self):
         """Why the step does not fit; "" if it does."""
         if not any(map(self.overflows, self.memories)):
             return ""
-        peak = max(self.memories, key=lambda parts: sum(parts.values()))
-        return (f"pipeline rank {self.memories.index(peak)} needs {sum(peak.values()) / GIB:.1f} of "
-                f"{self.hardware.memory / GIB:.1f} GiB, most of it {max(peak, key=peak.get)}: use more recompute, "
-                "pp, tp or zero=3, or a smaller micro_batch")
+        rank = peak_rank(self.memories)
+        parts = self.memories[rank]
+        return (f"pipeline rank {rank} needs {sum(parts.values()) / GIB:.1f} of {self.hardware.memory / GIB:.1f} GiB, "
+                f"most of it {max(parts, key=parts.get)}: use more recompute, pp, tp or zero=3, or a smaller "
+                "micro_batch")
+
+
+def peak_rank(memories):
+    needs = [sum(parts.values()) for parts in memories]
+    return needs.index(max(needs))
 
 
 def predict(config, plan, hardware, max_vio=0.0):
     """One step of a plan, simulated: dict of seconds, bytes, GiB and fractions. ValueError for a plan that cannot run.
 
-    max_vio: load of the busiest expert over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
+    max_vio: load of the busiest rank over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
     included, nothing recomputed) over the peak of the plan's precision. hidden_comm_fraction: of the expert exchange.
-    memory_by_stage: one entry per pipeline rank.
+    memory_by_stage: one entry per pipeline rank. bytes_by_tier: sent by a device in a step.
     """
     check_plan(config, plan, hardware)
-    run = Simulation(config, plan, hardware, max_vio)
-    parts, travel = run.breakdown()
-    step, memory = sum(parts.values()), run.memories
-    peak = max(range(plan.pp), key=lambda rank: sum(memory[rank].values()))
-    needed, rate = sum(memory[peak].values()), plan.global_batch * plan.seq_len / step
-    flops = flops_per_token(run.shape, plan.seq_len) * rate / plan.world_size          # FLOP/s of a device
-    why_not = run.refusal()
+    simulation = Simulation(config, plan, hardware, max_vio)
+    parts, travel = simulation.breakdown()
+    step, why_not = sum(parts.values()), simulation.refusal()
+    peak = peak_rank(simulation.memories)
+    rate = plan.global_batch * plan.seq_len / step
+    flops = flops_per_token(simulation.shape, plan.seq_len) * rate / plan.world_size       # FLOP/s of a device
     return dict(
         step_time_s=step, tokens_per_s=rate, tokens_per_s_per_device=rate / plan.world_size,
-        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12, mem_gib=needed / GIB,
-        bubble=parts["bubble"] / step, exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
+        mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12,
+        mem_gib=sum(simulation.memories[peak].values()) / GIB, bubble=parts["bubble"] / step,
+        exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
         hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0,
         fits=not why_not, why_not=why_not, peak_rank=peak, breakdown=parts,
-        memory_by_stage=[{name: size / GIB for name, size in rank.items()} for rank in memory],
-        bytes_by_tier=run.bytes_by_tier(), plan=asdict(plan))
+        memory_by_stage=[{name: size / GIB for name, size in rank.items()} for rank in simulation.memories],
+        bytes_by_tier=simulation.bytes_by_tier(), max_vio=max_vio, plan=asdict(plan))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to recompute and swap, so that a plan fits
 
 
 def memory_choices(config):
     """Each choice of items to recompute and swap that makes a difference: (recompute, swap), smaller ones first."""
-    fine = [item for item in RECOMPUTE if item not in ("core_attention", "layer")]
-    sets = chain([("layer",)], *(combinations(fine, n) for n in range(len(fine) + 1)))
-    swaps = SWAP if config.expert_weight == "after_down" else SWAP[1:]
-    swaps = list(chain(*(combinations(swaps, n) for n in range(len(swaps) + 1))))
-    choices = [pair for pair in product(sets, swaps) if not {"attention", "mla_up"} <= set(pair[0])]
-    return sorted(choices, key=lambda pair: len(pair[0]) + len(pair[1]))
+    fine = [item for item in RECOMPUTE if item != "layer"]
+    swaps = [item for item in SWAP if item != "expert_out" or config.expert_weight == "after_down"]
+    choices = []
+    for recompute in [("layer",), *subsets(fine)]:
+        if not {"attention", "mla_up"} <= set(recompute):                  # the first runs the second again
+            choices += [(recompute, swap) for swap in subsets(swaps)]
+    return sorted(choices, key=lambda choice: len(choice[0]) + len(choice[1]))
+
+
+def subsets(items):
+    return [chosen for n in range(len(items) + 1) for chosen in combinations(items, n)]
 
 
 def fit_memory(config, plan, hardware, budget):
     """predict of the plan with the cheapest items to recompute and swap, by simulated time, that needs at most `budget`
     bytes. ValueError says what is missing and what would help."""
-    results = [predict(config, replace(plan, recompute=recompute, swap=swap), hardware)
-               for recompute, swap in memory_choices(config)]
+    results = []
+    for recompute, swap in memory_choices(config):
+        results.append(predict(config, replace(plan, recompute=recompute, swap=swap), hardware))
     fitting = [result for result in results if result["mem_gib"] * GIB <= budget]
     if fitting:
         return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
-    least = min(results, key=lambda result: result["mem_gib"])
+    least = min(results, key=itemgetter("mem_gib"))
     parts = least["memory_by_stage"][least["peak_rank"]]
+    sizes = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
     items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
-    raise ValueError(
-        f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB (simulated: "
-        + ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
-        + f"), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
-        + what_would_fit(config, plan, hardware, budget))
+    raise ValueError(f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB "
+                     f"(simulated: {sizes}), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
+                     + what_would_fit(config, plan, hardware, budget))
 
 
 def what_would_fit(config, plan, hardware, budget):
@@ -1910,195 +2101,207 @@ def what_would_fit(config, plan, hardware, budget):
     smallest = replace(plan, recompute=("layer",), swap=("optimizer",))
     sharded = dict(zero=3) if max(plan.holders.values()) > 1 else {}
     for change in (dict(micro_batch=1), sharded, dict(micro_batch=1, **sharded)):
-        try:
+        with contextlib.suppress(ValueError):              # a plan that cannot run
             if predict(config, replace(smallest, **change), hardware)["mem_gib"] * GIB <= budget:
                 return " ".join(f"{name}={value}" for name, value in change.items())
-        except ValueError:
-            continue
     return "more devices with pp, tp or ep, shorter sequences, or a smaller model"
 
 
-def read_load(text, config, plan):
-    """--load: max_vio=X or a recording (steps, layers, E) -> what replay_loads says of it."""
-    match = re.fullmatch(r"max_vio=(\d+\.?\d*)", text)
-    if match:
-        return dict(fixed=float(match[1]), live=float(match[1]))
-    try:
-        loads = np.load(text)
-    except (OSError, ValueError):
-        raise ValueError(f"load={text!r}: write max_vio=X with X at least 0, or the loads.npy of a run") from None
-    loads = loads["loads"] if text.endswith(".npz") else loads
-    require(loads.ndim == 3 and loads.shape[2] == config.n_routed_experts,
-            f"load={text}: {loads.shape} recorded, needs (steps, layers, n_routed_experts={config.n_routed_experts})")
-    require(len(loads) > plan.balance_live,
-            f"load={text}: {len(loads)} steps recorded, balance_live={plan.balance_live} decides later: use less")
-    return replay_loads(loads, plan)
-
-
-def predict_under_load(config, plan, hardware, load):
-    """predict, and under `load` for a plan with live balance what the same plan takes without, and the gain."""
-    result = predict(config, plan, hardware, load["live"])
-    if load["live"] != load["fixed"]:
-        fixed_plan = replace(plan, balance_live=0, balance_replicas=0)
-        seconds = predict(config, fixed_plan, hardware, load["fixed"])["step_time_s"]
-        load = load | dict(step_time_fixed_s=seconds, gain=seconds / result["step_time_s"] - 1)
-    return result | dict(load=load)
-
-
-def write_trace(run, path):
-    """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds."""
-    threads, events = ["schedule", "compute", "inner", "outer", "host"], []
-    for rank, row in enumerate(run.spans()):
-        names = [("process_name", 0, f"pipeline rank {rank}")] + [("thread_name", *one) for one in enumerate(threads)]
-        events += [dict(ph="M", name=kind, pid=rank, tid=thread, args={"name": name}) for kind, thread, name in names]
-        for start, end, action in row:
-            tasks = [(str(action), "schedule", 0.0, end - start)] + play_action(*run.inputs_of(action.run)).tasks
-            events += [dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream),
-                            ts=1e6 * (start + first), dur=1e6 * (last - first)) for name, stream, first, last in tasks]
-    with open(path, "w") as file:
-        json.dump(dict(traceEvents=events, displayTimeUnit="ms"), file)
-
-
-def draw_png(run, path):
-    """The pipeline as a picture, a row per rank, later chunks darker."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import colors, pyplot
-    plan, colours, bars = run.plan, dict(F="tab:blue", B="tab:orange", I="tab:orange", W="tab:green"), []
-    for rank, row in enumerate(run.spans()):
-        for start, end, action in row:
-            parts = action.parts()
-            for i, (kind, stage, _) in enumerate(parts):
-                shade = 0.4 + 0.6 * (1 + plan.stages_of(rank).index(stage)) / plan.vpp
-                y = rank + (i + 0.5) / len(parts) - 0.5
-                bars.append((y, start, end, colors.to_rgba(colours[kind], shade), 24 / len(parts)))
-    figure, axes = pyplot.subplots(figsize=(16, 1.2 + 0.4 * plan.pp), layout="tight")
-    y, start, end, colour, width = zip(*bars)
-    axes.hlines(y, start, end, colour, linewidth=width)
-    axes.margins(x=0.01)
-    axes.set(xlabel="seconds, simulated", ylabel="pipeline rank", ylim=(plan.pp - 0.5, -0.5),
-             title=f"{plan.schedule}, {plan.n_micro} micro-batches: forward blue, backward orange, weights green")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Search, and the command
-
-RUNS = (("1f1b", 1), ("zbv", 2), ("dualpipev", 2), *product(("interleaved",), (2, 3, 4)),
-        *product(("paired",), (1, 2, 3, 4)))               # (schedule, vpp); pairs are always interleaved: adaptive
-PANGU = PRESETS["pangu-ultra-moe-718b"]
-SLOWER = "slower than those above, by its step or by a lower bound of it"
-CHUNK, AHEAD = 16, 8                                       # plans of a job, jobs that wait
+# Search: every plan is checked, fitted into memory and priced by a formula; the best are played
 
 
-def candidate_plans(config, hardware, devices, **batch):
-    """Plans to search, but for zero, dispatch and what is saved: at most a node of tp, at least 1024 tokens a rank."""
-    sizes, c = [2**i for i in range(devices.bit_length())], config
-    tensor = [n for n in sizes if n <= hardware.node_size]
-    contexts = [n for n in sizes if n * 1024 <= max(1024, batch["seq_len"])]
-    stages = [n for n in divisors(devices) if n <= c.num_hidden_layers + 1]
-    experts = divisors(c.n_routed_experts) if has_experts(c) else [1]
-    for tp, cp, pp, micro_batch in product(tensor, contexts, stages, (1, 2, 4, 8)):
-        group = devices // pp
-        for ep, (schedule, vpp) in product(experts, RUNS if pp > 1 else (("1f1b", 1), ("paired", 1))):
-            if devices % (tp * cp * pp) == 0 and group % ep == 0:
-                overlap = "adaptive" if schedule in WITH_PAIRS else "none"
-                yield Plan(tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=group // (tp * cp), ep=ep, micro_batch=micro_batch,
-                           schedule=schedule, vpp=vpp, overlap=overlap, node_size=hardware.node_size, **batch)
+# (schedule, vpp) to search; pairs are always interleaved inside: overlap=adaptive
+SEARCHED = (("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4),
+            ("paired", 1), ("paired", 2), ("paired", 3), ("paired", 4))
+PLAYED = 400                               # plans that are played in full, at least
 
 
-def variants(plan):
-    """Every zero and every exchange; inside one node all exchanges are the same."""
-    dispatches = ("flat", "hierarchical", "dedup") if plan.ep > plan.node_size else ("flat",)
-    return [replace(plan, zero=zero, dispatch=dispatch) for zero, dispatch in product(PLAN_CHOICES["zero"], dispatches)]
+def candidate_groups(config, hardware, devices, **batch):
+    """Plans to search, but for zero, dispatch and what is saved, in lists of those that cut a layer alike.
 
-
-def least_seconds(run):
-    """Below the step of a plan, whatever it swaps or adds to recompute: two ranks that wait as little as can be.
-
-    The first: a micro-batch goes down all stages and back to it, then comes what it could not do before that. The
-    last: a micro-batch comes down, all of its work, a gradient goes up. Actions run one after the other; of pairs, that
-    hide communication, the busiest stream counts.
+    At most a node of tp, at least 1024 tokens a rank of a context group, micro-batches of at most 8.
     """
-    plan, n = run.plan, run.plan.n_micro
-    least = _least(run.shape, same_time(replace(plan, zero=0, swap=())), run.hardware)
-    forward, backward, half = zip(*map(least, run.stages))
-    v_shaped = plan.schedule in V_SHAPED
-    unswapped = Simulation(run.shape, replace(plan, swap=()), run.hardware, run.max_vio)
-    after = [sum(unswapped.after_pipeline(rank)) for rank in (0, plan.pp - 1)]
-    up = half if v_shaped else backward                    # what a gradient needs to go up
-    first, last = plan.stages_of(0), plan.stages_of(plan.pp - 1)
-    before = dict.fromkeys(range(plan.vpp), 0) | first_forwards(plan)
-    streams = (1, 2, 3) if plan.overlap == "adaptive" else (0,)
-    rest = max(sum((n - before[i]) * forward[s][x] + n * backward[s][x] for i, s in enumerate(first)) for x in streams)
-    work = max(n * sum(forward[s][x] + backward[s][x] for s in last) for x in streams)
-    end = rest + sum(f[0] for f in forward) + sum(b[0] for b in up[max(first) + 1:])
-    end_last = work + sum(f[0] for f in forward[:min(last)])
-    if v_shaped:                                           # its last work may be of weights, which nobody waits for
-        end = max(end + after[0], end_last + after[1])
-    else:
-        end = max(end, end_last + sum(b[0] for b in backward[:min(last)])) + after[0]
-    return end * (1 + run.straggling)
+    powers = [2**i for i in range(devices.bit_length())]
+    tensor = [n for n in powers if n <= hardware.node_size]
+    contexts = [n for n in powers if n == 1 or n * 1024 <= batch["seq_len"]]
+    experts = divisors(config.n_routed_experts) if has_experts(config) else [1]
+    stages = [n for n in divisors(devices) if n <= config.num_hidden_layers + 1]
+    for tp, cp, micro_batch, ep in product(tensor, contexts, (1, 2, 4, 8), experts):
+        group = []
+        for pp, (schedule, vpp) in product(stages, SEARCHED):
+            ranks = devices // pp                          # of one stage
+            if ranks % (tp * cp) or ranks % ep or (pp == 1 and vpp > 1):
+                continue
+            group.append(Plan(
+                tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=ranks // (tp * cp), ep=ep, micro_batch=micro_batch,
+                schedule=schedule, vpp=vpp, overlap="adaptive" if schedule == "paired" else "none",
+                node_size=hardware.node_size, **batch))
+        yield group
 
 
-def first_forwards(plan):
-    """{chunk: forwards that the first rank can run before a gradient comes back to it}."""
-    n, alone = plan.n_micro, plan.schedule != "paired"     # a pair waits for both
-    if plan.schedule in V_SHAPED:
-        return {0: min(2 * plan.pp - 1, n), 1: 1}
-    return Counter(i // plan.turn % plan.vpp for i in range(min(n * plan.vpp, alone + warm_up(plan, 0))))
+def zero_choices(plan):
+    """Ways to cut weights and optimizer states that can be best: 1 takes less memory and no more time than 0, and 3
+    saves memory only where parallel.py runs whole micro-batches one by one."""
+    if max(plan.holders.values()) == 1:                    # nobody to share with
+        return (0,)
+    return (1, 3) if plan.is_plain else (1,)
 
 
-@lru_cache(2**14)
-def _least(shape, plan, hardware):
-    """kinds of a stage -> its forward, backward and the latter's first half: [seconds, those of each link...]."""
-    def of_pass(layer, kind):
-        passes = ((layer,), ()) if kind == "F" else ((), (layer,))
-        streams = play_action(plan.dispatch == "flat", False, kind, *passes)
-        spent = Counter()
-        for _, stream, start, end in streams.tasks:
-            spent[stream] += end - start
-        return np.array([max(streams.free.values()), *(spent[stream] for stream in ("compute", "inner", "outer"))])
-
-    @lru_cache(None)
-    def of_layer(kind):
-        layer = layer_time(shape, plan, kind, hardware, 0.0)
-        return np.array([of_pass(layer, kind) for kind in "FBI"])
-
-    @lru_cache(None)
-    def of_stage(kinds):
-        return sum(map(of_layer, kinds)).tolist()
-
-    return of_stage
+def exchange_choices(plan):
+    """Inside one node all exchanges are the same."""
+    return ("flat", "hierarchical", "dedup") if plan.ep > plan.node_size else ("flat",)
 
 
-def never_faster(more, less):
-    """Whether a choice does all that another does, in the same order: each stream, in order, then ends no sooner."""
-    late = ["permute" in recompute and "expert" not in recompute for recompute, _ in (more, less)]
-    return late[0] >= late[1] and all(set(a) >= set(b) for a, b in zip(more, less))
+class Saving(NamedTuple):
+    """What layers recompute and swap, and what that makes of the model's most frequent layer."""
+    recompute: tuple
+    swap: tuple
+    seconds: float                 # of a forward and a backward
+    kept: float                    # bytes of a micro-batch
 
 
-def best_savings(config, plan, hardware, limit):
-    """(prediction of a plan with the fastest recompute and swap that fit, if below `limit` seconds; else why not)."""
-    found, fitting, ranks = None, [], list(range(plan.pp))
-    for pair in memory_choices(config):
-        if any(never_faster(pair, one) for one in fitting):
+def rank_savings(config, plan, hardware):
+    """list of Saving, cheapest first, each of which keeps less than all before it; a swapped optimizer apart."""
+    found, best = [], []
+    kind = Counter(layer_kinds(config)).most_common(1)[0][0]
+    for recompute, swap in memory_choices(config):
+        if "optimizer" not in swap:
+            simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
+            alone, _ = layer_seconds(simulation, layer_time(config, simulation.plan, kind, hardware, 0.0))
+            kept = saved_bytes(layer_work(config, simulation.plan, kind)).kept
+            found.append(Saving(recompute, swap, alone, kept))
+    for saving in sorted(found, key=lambda saving: (saving.seconds, saving.kept)):
+        if not best or saving.kept < best[-1].kept:
+            best.append(saving)
+    return best
+
+
+def fitted(config, plan, hardware, savings):
+    """([this plan with the cheapest saving that fits, for each way to hold the optimizer], or why none fits)."""
+    plans, why_not = [], ""
+    for zero, swapped in product(zero_choices(plan), ((), ("optimizer",))):
+        tried = [replace(plan, zero=zero, recompute=saving.recompute, swap=saving.swap + swapped) for saving in savings]
+        first, why_not = first_that_fits(config, tried, hardware)
+        plans += tried[first:first + 1]
+        if first == 0:                                     # nothing is recomputed: less memory gains nothing more
+            break
+    return plans, "" if plans else "recomputed and swapped as much as can be, " + why_not
+
+
+def first_that_fits(config, plans, hardware):
+    """(index of the first that fits, found by halving, since each needs less memory than those before; why not all)."""
+    def simulate(index):
+        return Simulation(config, plans[index], hardware)
+
+    low, high = 0, len(plans) - 1
+    if not fits(simulate(high)):
+        return len(plans), simulate(high).refusal()
+    while low < high:
+        middle = (low + high) // 2
+        if fits(simulate(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    return low, ""
+
+
+def fits(simulation):
+    return not any(simulation.overflows(simulation.memory(rank)) for rank in simulation.unlike_ranks)
+
+
+def price(simulation):
+    """About the seconds of a step, by a formula: what the slowest rank has to do, and the bubble.
+
+    Layers are timed alone, their exposed exchange among it. The bubble: the other ranks' forward and backward of one
+    micro-batch, over vpp. Pairs fill the steady steps alone.
+    """
+    plan, alone, paired, slowest = simulation.plan, {}, {}, 0.0
+    for kind in simulation.kinds:
+        alone[kind], paired[kind] = layer_seconds(simulation, simulation.times[kind])
+    total = sum(alone[kind] for kind in chain(*simulation.stages))         # of one micro-batch on all ranks
+    for rank in simulation.unlike_ranks:
+        kinds = simulation.kinds_of[rank]
+        once, steady = sum(alone[kind] for kind in kinds), sum(paired[kind] for kind in kinds)
+        unpaired = min(1.0, warm_up(plan, rank) / (plan.n_micro * plan.vpp))
+        work = plan.n_micro * (unpaired * once + (1 - unpaired) * steady)
+        bubble = (total - once) / plan.vpp
+        after = simulation.gradient_seconds(rank) + simulation.optimizer_seconds(rank)
+        slowest = max(slowest, work + bubble + after)
+    hops = 2 * (plan.pp - 1) * simulation.link
+    return (slowest + hops) * (1 + simulation.straggling)
+
+
+def layer_seconds(simulation, layer):
+    """(seconds of one layer's forward and backward alone, of both as a pair where the schedule has pairs)."""
+    alone = simulation.play_layers((layer,), ()).seconds + simulation.play_layers((), (layer,)).seconds
+    if simulation.plan.schedule != "paired":
+        return alone, alone
+    return alone, simulation.play_layers((layer,), (layer,)).seconds
+
+
+def price_group(config, hardware, plans):
+    """([(seconds by price, plan)] of those that can run and fit, [why one was left out]). plans: a candidate group."""
+    config = on_hardware(config, hardware)                 # one Shape for all: it is compared by what it is
+    priced, reasons, savings = [], [], []
+    for plan in plans:
+        try:
+            check_plan(config, plan, hardware)
+        except ValueError as error:
+            reasons.append(str(error))
             continue
-        run = Simulation(config, replace(plan, recompute=pair[0], swap=pair[1]), hardware)
-        if not run.fits(ranks):
-            continue
-        fitting.append(pair)
-        if least_seconds(run) < limit:
-            result = predict(config, run.plan, hardware)
-            found, limit = (result, result["step_time_s"]) if result["step_time_s"] < limit else (found, limit)
-    if fitting:
-        return found, "" if found else SLOWER
-    return None, "recomputed and swapped as much as can be, " + run.refusal()
+        dispatches = exchange_choices(plan)
+        savings = savings or rank_savings(config, replace(plan, dispatch=dispatches[-1]), hardware)
+        fitting, why_not = fitted(config, plan, hardware, savings)
+        reasons += [why_not] if why_not else []
+        for one, dispatch in product(fitting, dispatches):
+            one = replace(one, dispatch=dispatch)
+            priced.append((price(Simulation(config, one, hardware)), one))
+    return priced, reasons
 
 
-def explore(config, hardware, plans, limit):
-    return [best_savings(config, plan, hardware, limit) for plan in plans]
+class Search(NamedTuple):
+    found: list                    # predictions of the plans that were played, the fastest first
+    refused: dict                  # refusal without its numbers -> (how often, an example)
+    priced: int                    # plans that can run and fit
+    interrupted: bool
+
+
+def search_plans(config, hardware, devices, top=10, **batch):
+    """The best plans by price are played, PLAYED or `top` of them; interrupted while it prices, the `top` best so far.
+
+    A search, not a proof: a plan is missed whose price is too high by more than that of the others.
+    """
+    groups = list(candidate_groups(config, hardware, devices, **batch))
+    priced, refused, found, interrupted = [], {}, [], False
+    try:
+        for more, reasons in in_processes("groups of plans priced", partial(price_group, config, hardware), groups):
+            priced += more
+            count_refusals(refused, reasons)
+    except KeyboardInterrupt:
+        interrupted = True
+    priced.sort(key=itemgetter(0))
+    best = [plan for _, plan in priced[:top if interrupted else max(top, PLAYED)]]
+    try:
+        for result in in_processes("plans played", partial(predict, config, hardware=hardware), best):
+            found.append(result)
+    except KeyboardInterrupt:
+        interrupted = True
+    found.sort(key=itemgetter("step_time_s"))
+    return Search(found, refused, len(priced), interrupted)
+
+
+def in_processes(what, function, items):
+    """function of each item, in their order, computed by as many processes as there are cores; interrupts end it."""
+    with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield from with_progress(what, pool.imap(function, items), len(items))
+
+
+def count_refusals(refused, reasons):
+    for reason in reasons:
+        kind = re.sub(r"[0-9.]+", "#", reason)
+        times, _ = refused.get(kind, (0, ""))
+        refused[kind] = times + 1, reason
 
 
 def with_progress(what, items, total=None):
@@ -2116,48 +2319,16 @@ def with_progress(what, items, total=None):
         print(file=sys.stderr)
 
 
-def search_plans(config, hardware, devices, top=10, **batch):
-    """(the `top` predictions that fit, fastest first; {refusal without its numbers: (how often, an example)}).
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes: the architecture search
 
-    Plans come in the order of least_seconds, until that is above the slowest of the top: none of the others, counted
-    as SLOWER, can be among them.
-    """
-    plans, reasons, found, jobs = [], [], [], deque()
-    for plan in candidate_plans(config, hardware, devices, **batch):
-        try:
-            check_plan(config, plan, hardware)
-            plans += variants(plan)
-        except ValueError as error:
-            reasons.append(str(error))
-    bounds = {plan: least_seconds(Simulation(config, plan, hardware))
-              for plan in with_progress("plans looked at", plans)}
-    plans.sort(key=bounds.get)
 
-    def take():
-        results = jobs.popleft().get()
-        reasons.extend(why for _, why in results if why)
-        found[:] = sorted(found + [one for one, _ in results if one], key=itemgetter("step_time_s"))[:top]
-
-    with multiprocessing.Pool() as pool:
-        for i in with_progress("groups of plans tried", range(0, len(plans), CHUNK)):
-            limit = found[-1]["step_time_s"] if len(found) == top else math.inf
-            if bounds[plans[i]] >= limit:
-                reasons += [SLOWER] * (len(plans) - i)
-                break
-            jobs.append(pool.apply_async(explore, (config, hardware, plans[i:i + CHUNK], limit)))
-            if len(jobs) > AHEAD:
-                take()
-        while jobs:
-            take()
-    refused = {}
-    for reason in reasons:
-        kind = re.sub(r"[0-9.]+", "#", reason)
-        refused[kind] = refused.get(kind, (0,))[0] + 1, reason
-    return found, refused
+PANGU = PRESETS["pangu-ultra-moe-718b"]
 
 
 def candidate_shapes(budget):
-    """Shapes like Pangu Ultra MoE's, of an active and a total size within 3 % of the budget (embedding not counted).
+    """(shape, active, total parameters) of shapes like Pangu Ultra MoE's, of an active and a total size within 3 % of
+    the budget (embedding not counted).
 
     All sizes are multiples of 256 and counts of experts and heads powers of two, for the cube and any plan.
     """
@@ -2189,55 +2360,53 @@ def shape_plans(hardware, devices, seq_len):
                        node_size=hardware.node_size, dispatch="hierarchical", overlap="adaptive", recompute=FINE)
 
 
-def fitting(config, plans, hardware):
-    """Predictions of a shape under the plans that suit it and fit in memory, the fastest first."""
+def fastest(config, plans, hardware):
+    """The prediction with most tokens/s of a shape under the plans that suit it and fit in memory, or None."""
     found = []
     for plan in plans:
         with contextlib.suppress(ValueError):
             found.append(predict(config, plan, hardware))
-    return sorted((one for one in found if one["fits"]), key=itemgetter("tokens_per_s"), reverse=True)
+    return max((one for one in found if one["fits"]), key=itemgetter("tokens_per_s"), default=None)
+
+
+def parse_budget(text):
+    match = re.fullmatch(r"active=([^,]+),total=([^,]+)", text)
+    try:
+        budget = dict(active=float(match[1]), total=float(match[2]))
+        require(all(0 < size < math.inf for size in budget.values()), "")
+    except (TypeError, ValueError):
+        raise ValueError(f"budget={text!r}: write active=39e9,total=718e9, parameters, both above 0") from None
+    return budget
 
 
 def print_shapes(hardware, devices, budget, seq_len, top, experts):
     shapes = [one for one in candidate_shapes(budget) if experts in (0, one[0].n_routed_experts)]
-    plans, rows, found = list(shape_plans(hardware, devices, seq_len)), [], {}
+    plans, rows = list(shape_plans(hardware, devices, seq_len)), []
     require(shapes, f"budget={budget}: no shape within 3 % of both, use another ratio of active to total")
     require(plans, f"devices={devices}: use a multiple of 8 * 16 = 128")
-    for config, *sizes in with_progress("shapes tried", shapes):
-        found[config] = fitting(config, plans, hardware)
-        rows += [(result["tokens_per_s"], config, sizes, result) for result in found[config][:1]]
-    rows.sort(key=itemgetter(0), reverse=True)
+    for config, active, total in with_progress("shapes tried", shapes):
+        result = fastest(config, plans, hardware)
+        if result:
+            rows.append((config, active, total, result))
+    rows.sort(key=lambda row: -row[-1]["tokens_per_s"])
     print(f"{len(shapes)} shapes within 3 % of {budget['active'] / 1e9:.0f} B active and {budget['total'] / 1e9:.0f} B "
-          f"in all; {len(rows)} run on {devices} {hardware.name}.\nOnly speed is simulated: what a shape learns is "
-          "beyond this table. Sizes leave out embedding and MTP layer.\n\n"
-          "rank  tokens/s    MFU  active  total  layers hidden experts width top heads q-rank  plan")
-    for rank, (rate, c, (active, total), result) in enumerate(rows, 1):
+          f"in all; {len(rows)} run on {devices} {hardware.name}, {peak_words(hardware)}, sequences of {seq_len}.\n"
+          "Only speed is simulated: what a shape learns is beyond this table. Sizes leave out embedding and MTP.\n"
+          "\nrank  tokens/s    MFU  active  total  layers hidden experts width top heads q-rank  plan")
+    for rank, (c, active, total, result) in enumerate(rows, 1):
         if rank <= top or c == PANGU:
-            print(f"{rank:4} {rate:9.3g} {result['mfu']:6.1%} {active / 1e9:6.1f}B {total / 1e9:5.0f}B",
+            print(f"{rank:4} {result['tokens_per_s']:9.3g} {result['mfu']:6.1%}",
+                  f"{active / 1e9:6.1f}B {total / 1e9:5.0f}B",
                   f"{c.num_hidden_layers:7} {c.hidden_size:6} {c.n_routed_experts:7} {c.moe_intermediate_size:5}",
                   f"{c.num_experts_per_tok:3} {c.num_attention_heads:5} {c.q_lora_rank:6}",
-                  " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" * (c == PANGU))
-    print_own_cut(found, plans, hardware)
+                  " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" if c == PANGU else "")
 
 
-def print_own_cut(found, plans, hardware):
-    """The paper's shape beside the others (found: fitting of each), all under its own cut, and by depth alone."""
-    cut = [plan for plan in plans if (plan.pp, plan.vpp, plan.ep) == (16, 2, 32)]
-    rates = {config: one["tokens_per_s"] for config, results in found.items()
-             for one in reversed(results) if Plan(**one["plan"]) in cut}       # the fastest comes last
-    if PANGU not in rates:
-        return
-    faster = [config for config, rate in rates.items() if rate > rates[PANGU]]
-    alike = sum(config.moe_intermediate_size == PANGU.moe_intermediate_size for config in faster)
-    print(f"\nUnder its own cut, pp=16 vpp=2 ep=32, Pangu Ultra MoE is number {len(faster) + 1} of {len(rates)}, and "
-          f"number {alike + 1} of those\nwith experts as wide as its own. By depth alone, 61 layers are the most "
-          "before a stage grows:")
-    for layers in (58, 60, 61, 62, 64, 66):
-        for result in fitting(replace(PANGU, num_hidden_layers=layers), cut, hardware)[:1]:
-            print(f"{layers} layers {result['tokens_per_s']:.3g} tokens/s")
+# ---------------------------------------------------------------------------------------------------------------------
+# The published runs
 
 
-# The published runs (arXiv:2505.04519; "6K" and "4K" devices read as 6,144 and 4,096). Not published, so assumed here:
+# Pangu Ultra MoE (arXiv:2505.04519; "6K" and "4K" devices read as 6,144 and 4,096). Not published, so assumed here:
 # batch and all of the baseline's plan, its load among it.
 SHARED = dict(pp=16, tp=8, sp=1, ep=32, vpp=2, micro_batch=2)
 FINE = ("mla_up", "act", "permute")
@@ -2246,16 +2415,17 @@ PAPER = {
         SHARED, dp=48, dispatch="hierarchical", overlap="adaptive", recompute=FINE, global_batch=48 * 2 * 48)),
     "baseline": dict(tokens_per_s=0.61e6, mfu=0.189, max_vio=0.3, plan=dict(
         SHARED, dp=32, recompute=("layer",), global_batch=32 * 2 * 48))}
-OPTIMISED = Plan(seq_len=4096, **PAPER["optimised"]["plan"])
-# technique -> what it changes, each on top of those above it
-LADDER = {"baseline": {}, "hierarchical exchange": dict(dispatch="hierarchical"),
-          "adaptive overlap": dict(overlap="adaptive", schedule=""),
-          "MLA, activation, permutation recomputed, not all": dict(recompute=FINE), "load balance": dict(max_vio=0.0),
-          "6,144 NPUs": dict(dp=48, global_batch=48 * 2 * 48)}
+PAPER_DEVICES, PAPER_LENGTH = 6144, 4096                   # of the optimised run; the length is assumed
+PAPER_BINS = ("ascend_910b_376", "ascend_910b_313", "ascend_910b_280")
+
+# Pangu Ultra, 135B dense, its predecessor (arXiv:2504.07866)
+ULTRA_PLAN = Plan(tp=8, sp=1, pp=8, vpp=6, dp=128, micro_batch=1, global_batch=2048, seq_len=4096)
+ULTRA_BUBBLES = {1: "30.45 %", 6: "6.8 %"}                 # vpp -> as published: (p - 1) / (p - 1 + v * n)
 
 
-def simulate_paper(run, hardware, **changes):
-    settings = dict(PAPER[run]["plan"], max_vio=PAPER[run]["max_vio"]) | changes
+def simulate_paper(name, hardware, **changes):
+    """predict of one of PAPER. changes: fields of Plan, max_vio."""
+    settings = dict(PAPER[name]["plan"], max_vio=PAPER[name]["max_vio"]) | changes
     max_vio = settings.pop("max_vio")
     return predict(PANGU, Plan(**settings), hardware, max_vio)
 
@@ -2264,75 +2434,59 @@ def print_paper():
     print("pangu-ultra-moe-718b on Ascend 910B. Published: arXiv:2505.04519; simulated: nothing was run on an NPU.\n"
           "Not published, so assumed: length, bin, batch (48 micro-batches of 2 a replica), the baseline's plan (the\n"
           "same cut, flat exchange, no overlap, layers recomputed), loads (the baseline's busiest rank 30 % above the\n"
-          "mean, the optimised run's none). Judge by tokens/s: MFU here counts causal attention and divides by the\n"
-          "bin's bf16 peak, the paper does not say how it counts.\n\n"
-          "                                         | published          | simulated\n"
-          "run         NPUs  bin             length |   tokens/s     MFU |   tokens/s     MFU   step s  GiB, fits 64?")
-    bins = [HARDWARE[f"ascend_910b_{name}"] for name in (376, 313, 280)]
-    for (name, run), hardware, seq_len in product(PAPER.items(), bins, (4096, 8192)):
+          "mean, the optimised run's none). Judge by tokens/s: the paper does not say how it counts MFU. `ours`: its\n"
+          "tokens/s by our count, of causal attention, head and MTP, over the bin's bf16 peak, as simulated MFU is.\n\n"
+          "                                                | published                  | simulated\n"
+          "run         NPUs  bin             TFLOP/s length |   tokens/s     MFU    ours |   tokens/s     MFU   step s"
+          "  GiB, fits 64?")
+    for (name, run), bin_name, seq_len in product(PAPER.items(), PAPER_BINS, (PAPER_LENGTH, 2 * PAPER_LENGTH)):
+        hardware = HARDWARE[bin_name]
         result = simulate_paper(name, hardware, seq_len=seq_len)
-        print(f"{name:10} {result['plan']['dp'] * 128:5}  {hardware.name} {seq_len:6} |",
-              "{tokens_per_s:10.3g} {mfu:7.1%}".format(**run),
+        devices, peak = 128 * result["plan"]["dp"], hardware.peak["bf16"]
+        ours = run["tokens_per_s"] * flops_per_token(PANGU, seq_len) / devices / peak
+        print(f"{name:10} {devices:5}  {bin_name} {peak / 1e12:7.1f} {seq_len:6} |",
+              f"{run['tokens_per_s']:10.3g} {run['mfu']:7.1%} {ours:7.1%}",
               "| {tokens_per_s:10.3g} {mfu:7.1%} {step_time_s:8.2f} {mem_gib:6.1f}".format(**result),
               "yes" if result["fits"] else "no")
-    print_ladder(bins[0])
-    print_neighbour(bins[0])
-    print_fewer_layers(bins[0])
-    print(f"\nThe optimised run, {bins[0].name} at 4096 (all simulated)")
-    print_prediction(simulate_paper("optimised", bins[0], seq_len=4096))
+    hardware = HARDWARE[PAPER_BINS[0]]
+    print_predecessor(hardware)
+    print(f"\nThe optimised run, {hardware.name} at {PAPER_LENGTH} (all simulated)")
+    print_prediction(simulate_paper("optimised", hardware, seq_len=PAPER_LENGTH))
+    print_hidden(hardware)
 
 
-def print_ladder(hardware):
-    print(f"\nFrom the baseline to the optimised run, {hardware.name} at 4096\n"
-          "                                                   | published        | simulated\n"
-          "technique                                          | tokens/s/NPU     | tokens/s/NPU   gain   in all")
-    published = {"baseline": "148.9", "load balance": "+10 % of MFU", "6,144 NPUs": "237.6, x 1.596"}
-    changes, rates = dict(seq_len=4096), []
-    for name, change in LADDER.items():
-        changes |= change
-        rates.append(simulate_paper("baseline", hardware, **changes)["tokens_per_s_per_device"])
-        print(f"{name:50} | {published.get(name, ''):16} | {rates[-1]:12.1f} {rates[-1] / rates[-2:][0]:6.3f} "
-              f"{rates[-1] / rates[0]:8.3f}")
+def print_predecessor(hardware):
+    print(f"\nPangu Ultra 135B, dense, on 8192 {hardware.name}, 2048 sequences of 4096 (published: arXiv:2504.07866)\n"
+          "vpp | published: bubble | simulated: bubble     MFU   step s")
+    for vpp, published in ULTRA_BUBBLES.items():
+        result = predict(PANGU_ULTRA, replace(ULTRA_PLAN, vpp=vpp, schedule=""), hardware)
+        print(f"{vpp:3} | {published:>17} |",
+              "          {bubble:7.1%} {mfu:7.1%} {step_time_s:8.2f}".format(**result))
 
 
-def neighbours(config, plan, hardware):
-    """Legal plans with another schedule, expert group, cut over stages or exchange than this one."""
-    for (schedule, vpp), ep, pp, dispatch in product(RUNS, (32, 64), (8, 12, 16), ("hierarchical", "flat", "dedup")):
-        other = replace(plan, schedule=schedule, vpp=vpp, ep=ep, pp=pp, dp=plan.dp * plan.pp // pp, recompute=(),
-                        dispatch=dispatch, overlap="adaptive" if schedule in WITH_PAIRS else "none")
-        with contextlib.suppress(ValueError):
-            check_plan(config, other, hardware)
-            yield other
-
-
-def print_neighbour(hardware):
-    found, limit = None, math.inf
-    for plan in neighbours(PANGU, OPTIMISED, hardware):
-        if least_seconds(Simulation(PANGU, plan, hardware)) < limit:
-            result, _ = best_savings(PANGU, plan, hardware, limit)
-            found, limit = (result, result["step_time_s"]) if result else (found, limit)
-    print("\nNot used by the paper, found near its plan, balanced (simulated; `plans` searches all): "
-          f"{found['tokens_per_s_per_device']:.1f} tokens/s/NPU,\n{describe(found['plan'])}")
-
-
-def print_fewer_layers(hardware):
-    shapes = PANGU, replace(PANGU, num_hidden_layers=66)
-    rates = [predict(shape, OPTIMISED, hardware)["tokens_per_s"] for shape in shapes]
-    print("\nThroughput of 61 layers over 66, under the optimised run's plan and else alike: published +15 %, "
-          f"simulated {rates[0] / rates[1] - 1:+.1%}")
+def print_hidden(hardware):
+    """Which actions expose the exchange."""
+    simulation = Simulation(PANGU, Plan(seq_len=PAPER_LENGTH, **PAPER["optimised"]["plan"]), hardware)
+    exposed = Counter()
+    for span in chain(*simulation.spans):
+        exposed[span.action.kind == "FB"] += simulation.account(span.action).parts["exchange"]
+    alone, paired = exposed[False] / simulation.plan.pp, exposed[True] / simulation.plan.pp
+    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {alone:.2f} s in passes "
+          "that have\nno partner, before and after the steady steps, where the shared expert alone hides a part, and "
+          f"{paired:.2f} s in pairs,\nwhere an exchange is longer than what runs beside it. The paper states no share; "
+          "later press says more than 98 %.")
 
 
 def print_prediction(result):
-    for name in [name for name, value in result.items() if isinstance(value, float)]:
-        print(f"{name:24} {result[name]:12.4g}")
-    if "gain" in result.get("load", {}):
-        print("live balance: imbalance {fixed:.3f} to {live:.3f}, {moved} experts moved, {step_time_fixed_s:.4g} s "
-              "without, {gain:.1%} gained (simulated from recorded loads)".format(**result["load"]))
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"{name:24} {value:12.4g}")
     print("\nwhere the step goes         seconds   share   (mean over pipeline ranks)")
-    for name, seconds in sorted(result["breakdown"].items(), key=lambda item: -item[1]):
+    for name, seconds in sorted(result["breakdown"].items(), key=itemgetter(1), reverse=True):
         print(f"{name:24} {seconds:10.3f} {seconds / result['step_time_s']:7.1%}")
-    inner, outer = result["bytes_by_tier"].values()
-    print(f"\nsent by a device: {inner / 1e9:.2f} GB inside its node, {outer / 1e9:.2f} GB between nodes")
+    sent = result["bytes_by_tier"]
+    print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
+          "between nodes")
     print("\nGiB at the peak\nrank ", *(f"{name:>11}" for name in result["memory_by_stage"][0]), "        sum")
     for rank, parts in enumerate(result["memory_by_stage"]):
         sizes = [*parts.values(), sum(parts.values())]
@@ -2340,26 +2494,163 @@ def print_prediction(result):
     print(f"\nfits: {'yes' if result['fits'] else 'no, ' + result['why_not']}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The step as a picture
+
+
+def tails_of(simulation):
+    """list (pp) of lists of Task, seconds from the step's start: what a rank does when its pipeline is done."""
+    tails, last = [], max(simulation.ends)
+    for rank, row in enumerate(simulation.spans):
+        start = row[-1].end
+        reduced = start + simulation.gradient_seconds(rank)
+        tails.append([
+            Task("gradients", tier_of(simulation.plan, "dp"), start, reduced),
+            Task("optimizer", "compute", reduced, simulation.ends[rank]),
+            Task("stragglers", "schedule", last, last * (1 + simulation.straggling))])
+    return tails
+
+
+def write_trace(simulation, path, about):
+    """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds. about: a dict
+    of what the file says of itself."""
+    threads, events = ["schedule", "compute", "inner", "outer", "host"], []
+
+    def add(rank, name, stream, start, end):
+        events.append(dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream), ts=1e6 * start,
+                           dur=1e6 * (end - start)))
+
+    for rank, (row, tail) in enumerate(zip(simulation.spans, tails_of(simulation))):
+        events.append(dict(ph="M", name="process_name", pid=rank, tid=0, args={"name": f"pipeline rank {rank}"}))
+        for number, stream in enumerate(threads):
+            events.append(dict(ph="M", name="thread_name", pid=rank, tid=number, args={"name": stream}))
+        for start, end, action in row:
+            add(rank, str(action), "schedule", start, end)
+            for task in simulation.tasks_of(action):
+                add(rank, task.name, task.stream, start + task.start, start + task.end)
+        for name, stream, start, end in tail:
+            for each in {"schedule", stream}:
+                add(rank, name, each, start, end)
+    with open(path, "w") as file:
+        json.dump(dict(traceEvents=events, displayTimeUnit="ms", otherData=about), file)
+
+
+TEXT_LEGEND = ("forwards are the last digit of their micro-batch, backwards a letter (a is 0), = a pair of both; G "
+               "gradients,\nO optimizer, S stragglers; blank: the rank waits")
+
+
+def draw_text(spans, tails=(), columns=120):
+    """A played table as text, a line per rank."""
+    rows = []
+    for row in spans:
+        bars = []
+        for start, end, (kind, _, microbatch, _) in row:
+            letter = chr(ord("a") + microbatch % 26)
+            bars.append((start, end, {"F": str(microbatch % 10), "FB": "=", "B": letter}[kind]))
+        rows.append(bars)
+    for bars, tail in zip(rows, tails):
+        bars += [(one.start, one.end, one.name[0].upper()) for one in tail]
+    scale, lines = columns / max(bars[-1][1] for bars in rows), []
+    for bars in rows:
+        line = [" "] * columns
+        for start, end, mark in bars:
+            first, last = round(start * scale), round(end * scale)
+            line[first:last] = mark * (last - first)
+        lines.append("".join(line))
+    return "\n".join(lines)
+
+
+COLOURS = dict(F="tab:blue", B="tab:orange", gradients="tab:green", optimizer="tab:red", stragglers="tab:gray")
+
+
+def draw_png(simulation, path, title):
+    """The step as a picture, a row per rank: of a pair the forward above the backward, later chunks darker."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import colors, patches, pyplot
+    plan = simulation.plan
+
+    def colour(kind, chunk):
+        return colors.to_rgba(COLOURS[kind], 0.4 + 0.6 * (1 + chunk) / plan.vpp)
+
+    bars = []                                              # (middle in ranks, height, start, end, colour)
+    for rank, (row, tail) in enumerate(zip(simulation.spans, tails_of(simulation))):
+        for start, end, action in row:
+            parts = action.parts()
+            for i, (kind, stage, _) in enumerate(parts):
+                middle, height = rank + 0.4 * ((2 * i + 1) / len(parts) - 1), 0.8 / len(parts)
+                bars.append((middle, height, start, end, colour(kind, plan.stages_of(rank).index(stage))))
+        bars += [(rank, 0.8, start, end, COLOURS[name]) for name, _, start, end in tail]
+    figure, axes = pyplot.subplots(figsize=(16, 2 + 0.4 * plan.pp), layout="constrained")
+    middle, height, start, end, colours = zip(*bars)
+    axes.barh(middle, np.subtract(end, start), height, start, color=colours)
+    axes.set(xlabel="seconds, simulated", ylabel="pipeline rank", ylim=(plan.pp - 0.5, -0.5), yticks=range(plan.pp))
+    axes.margins(x=0.01)
+    axes.set_title(title, fontsize=9)
+    shown = [(f"{name}, chunk {chunk}", colour(kind, chunk))
+             for kind, name in (("F", "forward"), ("B", "backward")) for chunk in range(plan.vpp)]
+    shown += [(name, COLOURS[name]) for name in ("gradients", "optimizer", "stragglers")]
+    figure.legend(handles=[patches.Patch(color=shade, label=label) for label, shade in shown],
+                  loc="outside lower center", ncols=len(shown))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def peak_words(hardware, precision="bf16"):
+    precision = precision if precision in hardware.peak else next(iter(hardware.peak))
+    return f"{hardware.peak[precision] / 1e12:.1f} TFLOP/s in {precision} each"
+
+
 def describe(plan):
     """What of a plan (a dict) is not the default, as --plan takes it."""
-    chosen = [(field.name, plan[field.name], field.default) for field in fields(Plan)]
-    return ",".join(f"{name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}"
-                    for name, value, default in chosen if value != default)
+    chosen = []
+    for setting in fields(Plan):
+        value = plan[setting.name]
+        if value != setting.default:
+            chosen.append(f"{setting.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return ",".join(chosen)
 
 
-def print_plans(found, refused):
-    print("step s     MFU     GiB  plan (all simulated)")
-    for result in found:
-        print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {describe(result['plan'])}")
-    print("\nLeft out, how often and one example each:")
-    for times, message in sorted(refused.values(), reverse=True):
-        print(f"{times:6}  {message}")
+def print_header(model, hardware, plan, why):
+    print(f"{model} on {plan.world_size} {hardware.name}, {peak_words(hardware, plan.precision)}; a step of "
+          f"{plan.global_batch} sequences of {plan.seq_len} tokens; simulated, nothing was run\n"
+          f"plan: {describe(asdict(plan))}\n      ({why})\n")
 
 
-def beside(name):
-    """A module of tests/: `published` reads a table of runs and fits CONSTANTS to it, `calibrate` measures a device."""
-    sys.path.insert(0, str(Path(__file__).parent / "tests"))
-    return importlib.import_module(name)
+def choose_plan(text, model, hardware, devices):
+    """(Plan, where it comes from): --plan's settings, put on the paper's plan where model and hardware are the paper's,
+    else on the defaults. Data ranks that are not given are what the devices leave; without --devices a node is filled.
+    """
+    given = re.findall(r"(\w+)=", text)
+    if model == "pangu-ultra-moe-718b" and hardware.name in PAPER_BINS:
+        plan = parse_plan(text, **PAPER["optimised"]["plan"], seq_len=PAPER_LENGTH)
+        fill, why = devices or PAPER_DEVICES, "the paper's plan"
+    else:
+        plan = parse_plan(text, node_size=hardware.node_size)
+        fill, why = devices or min(8, hardware.node_size), "the defaults; `plans` searches for the best"
+    if text:
+        why += ", but for what --plan says"
+    replica = plan.pp * plan.cp * plan.tp
+    if "dp" not in given and fill % replica == 0:          # else check_plan says which number of devices would do
+        plan = replace(plan, dp=fill // replica)
+        why += f"; dp={plan.dp} fills {fill} devices"
+    if "global_batch" not in given and plan.global_batch < plan.dp * plan.micro_batch * plan.pp:
+        plan = replace(plan, global_batch=plan.dp * plan.micro_batch * plan.pp)            # any schedule can run these
+        why += f"; global_batch={plan.global_batch}, enough for any schedule"
+    return plan, why
+
+
+def parse_load(text, config):
+    """--load max_vio=X -> X."""
+    most = config.n_routed_experts / config.num_experts_per_tok - 1        # every token goes to the busiest rank
+    match = re.fullmatch(r"max_vio=(\d+\.?\d*|\.\d+)", text)
+    require(match and float(match[1]) <= most,
+            f"load={text!r}: write max_vio=X, the busiest rank's load over the mean, minus one: from 0 to {most:g}")
+    return float(match[1])
 
 
 def read_preset(kind, cls, presets, name):
@@ -2371,48 +2662,57 @@ def read_preset(kind, cls, presets, name):
             values = json.load(file)
     except (OSError, json.JSONDecodeError):
         raise ValueError(f"{kind} {name!r}: use a JSON file or one of {', '.join(presets)}") from None
+    require(isinstance(values, dict), f"{name}: write a JSON object of fields of {cls.__name__}")
     base = presets.get(values.pop("base", None))
     unknown = set(values) - {field.name for field in fields(cls)}
     require(not unknown, f"{name} has unknown fields {sorted(unknown)}: use fields of {cls.__name__}")
-    return replace(base, **values) if base else cls(**values)
+    try:
+        return replace(base, **values) if base else cls(**values)
+    except TypeError as error:                             # fields that have no default
+        raise ValueError(f"{name}: {error}: add them, or a preset as base") from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                              # one line, without the usage
+        raise ValueError(f"{message}: see {self.prog} --help")
+
+
+def positive(text):
+    if not re.fullmatch(r"\d+", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return int(text)
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
+    parser = Parser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("validate", help="published rows, predicted")
-    command.add_argument("rows", nargs="?", help="CSV file with the columns of train_rows.csv, the default")
-    command.add_argument("--out", help="write row_id, step_time_s (s), mem_gib (GiB), fits (0 or 1) to this CSV file")
-    command.add_argument("--fit", action="store_true", help="refit the constants, on all rows and without each family")
-    command = commands.add_parser("calibrate", help="measure this device, for --hardware; links under torchrun")
-    command.add_argument("--out", required=True, help="JSON file of Hardware's fields")
-    command.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's")
-    command.add_argument("--seconds", type=float, default=1.0, help="s for each of 31 measurements in each round")
-    for name, about in (("predict", "one plan: seconds, tokens/s, memory"), ("plans", "the fastest plans that fit"),
+    for name, about in (("predict", "one plan: seconds, tokens/s, memory"),
+                        ("plans", "the fastest plans that fit; two minutes on two cores for thousands of devices"),
                         ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
         command = commands.add_parser(name, help=about, description=about)
         if name != "shapes":
             command.add_argument("--model", default="pangu-ultra-moe-718b",
                                  help="preset, or JSON file of Config's fields")
         command.add_argument("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
-        command.add_argument("--devices", type=int, help="number of devices; default: the plan's, for plans one node")
+        command.add_argument("--devices", type=positive, help="number of devices; default: the plan's, for plans one "
+                             f"node, for shapes {PAPER_DEVICES}")
+        if name in ("plans", "shapes"):
+            command.add_argument("--seq-len", type=positive, default=4096, help="tokens in a sequence")
+            command.add_argument("--top", type=positive, default=10, help="rows to print")
+        if name == "plans":
+            command.add_argument("--global-batch", type=positive, required=True, help="sequences in an optimizer step")
         if name == "shapes":
             command.add_argument("--budget", default="active=39e9,total=718e9", help="parameters, no embedding, no MTP")
             command.add_argument("--experts", type=int, default=256, help="routed experts of a layer; 0: any")
-        if name == "plans":
-            command.add_argument("--global-batch", type=int, required=True, help="sequences in one optimizer step")
-        if name in ("plans", "shapes"):
-            command.add_argument("--seq-len", type=int, default=4096, help="tokens in a sequence")
-            command.add_argument("--top", type=int, default=10, help="rows to print")
-            continue
-        command.add_argument("--plan", default="", help="key=value,... with lists joined by +; default: the paper's")
-        command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1; or "
-                             "the loads.npy of a run, played under the plan's ep and balance_live")
+        if name in ("predict", "trace"):
+            command.add_argument("--plan", default="", help="key=value,... with lists joined by +, put on the paper's "
+                                 "plan for its model on its hardware, else on defaults that fill the devices")
+            command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1")
         if name == "predict":
             command.add_argument("--json", action="store_true", help="one JSON object on stdout: s, GiB, bytes")
-        else:
+        if name == "trace":
             command.add_argument("--out", default="trace.json", help="file for Perfetto or chrome://tracing")
-            command.add_argument("--png", help="draw the pipeline to this file too")
+            command.add_argument("--png", help="draw the pipeline to this file too; needs matplotlib")
     return parser.parse_args(argv)
 
 
@@ -2420,38 +2720,66 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.command is None:
         return print_paper()
-    if args.command == "validate":
-        require(not (args.fit and args.rows), f"--fit with {args.rows}: a file is predicted, never fitted; drop one")
-        return beside("published").validate(args.rows, args.out, args.fit)
-    if args.command == "calibrate":
-        require(Path(args.out).absolute().parent.is_dir(), f"--out {args.out}: make its folder first")
-        return beside("calibrate").calibrate(args.out, args.precision, args.seconds)
     hardware = read_preset("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "shapes":
-        match = re.fullmatch(r"active=([\d.e]+),total=([\d.e]+)", args.budget)
-        require(match, f"budget={args.budget!r}: write active=39e9,total=718e9")
-        budget = dict(active=float(match[1]), total=float(match[2]))
-        return print_shapes(hardware, args.devices or 6144, budget, args.seq_len, args.top, args.experts)
+        budget = parse_budget(args.budget)
+        return print_shapes(hardware, args.devices or PAPER_DEVICES, budget, args.seq_len, args.top, args.experts)
     config = read_preset("model", Config, PRESETS, args.model)
     if args.command == "plans":
-        batch = dict(global_batch=args.global_batch, seq_len=args.seq_len)
-        return print_plans(*search_plans(config, hardware, args.devices or hardware.node_size, args.top, **batch))
-    plan = parse_plan(args.plan, node_size=hardware.node_size) if args.plan else OPTIMISED
+        return run_plans(args, config, hardware)
+    plan, why = choose_plan(args.plan, args.model, hardware, args.devices)
     check_plan(config, plan, hardware, args.devices)
-    load_found = read_load(args.load, config, plan)
-    if args.command == "predict":
-        result = predict_under_load(config, plan, hardware, load_found)
-        return print(json.dumps(result)) if args.json else print_prediction(result)
-    run = Simulation(config, plan, hardware, load_found["live"])
-    write_trace(run, args.out)
-    print(draw_text(run.spans()))
+    max_vio = parse_load(args.load, config)
+    if args.command == "trace":
+        return run_trace(args, Simulation(config, plan, hardware, max_vio), why)
+    result = predict(config, plan, hardware, max_vio)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print_header(args.model, hardware, plan, why)
+        print_prediction(result)
+
+
+def run_plans(args, config, hardware):
+    devices = args.devices or hardware.node_size
+    print(f"{args.model} on {devices} {hardware.name}, {peak_words(hardware)}; a step of {args.global_batch} sequences "
+          f"of {args.seq_len} tokens; all simulated", flush=True)
+    begin = time.monotonic()
+    search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=args.seq_len)
+    ending = "interrupted after" if search.interrupted else "in"
+    print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
+          f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\n\nstep s     MFU     GiB  plan")
+    for result in search.found[:args.top]:
+        print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {describe(result['plan'])}")
+    print("\nLeft out, how often and one example each:")
+    for times, message in sorted(search.refused.values(), reverse=True):
+        print(f"{times:6}  {message}")
+    return 130 if search.interrupted else 0                # as a shell says of what an interrupt ended
+
+
+def run_trace(args, simulation, why):
+    if args.png:                                           # told before anything is written
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("--png draws with matplotlib: pip install matplotlib, or drop --png") from None
+    plan = simulation.plan
+    print_header(args.model, simulation.hardware, plan, why)
+    about = dict(model=args.model, hardware=simulation.hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
+                 plan=describe(asdict(plan)), source="simulated by sim.py, nothing was run")
+    write_trace(simulation, args.out, about)
+    print(draw_text(simulation.spans, tails_of(simulation)))
+    print(TEXT_LEGEND)
+    print(f"\nwrote {args.out}, for https://ui.perfetto.dev or chrome://tracing")
     if args.png:
-        draw_png(run, args.png)
+        draw_png(simulation, args.png, f"{args.model} on {plan.world_size} {simulation.hardware.name}, simulated\n"
+                                       f"{describe(asdict(plan))}")
+        print(f"wrote {args.png}")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (ValueError, OSError) as error:
         print(f"sim.py: {error}", file=sys.stderr)
         sys.exit(2)

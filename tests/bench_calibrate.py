@@ -39,7 +39,7 @@ def train(preset, steps, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--hardware", help="JSON file of sim.py calibrate; default: made now")
+    parser.add_argument("--hardware", help="JSON file of calibrate.py; default: made now")
     parser.add_argument("--presets", nargs="+", default=["tiny", "cpu-small", "cpu-fine"], choices=PRESETS)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each preset")
     parser.add_argument("--steps", type=int, default=20, help="of each run")
@@ -48,7 +48,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         file = args.hardware or f"{folder}/hw.json"
         if not args.hardware:
-            run("sim.py", "calibrate", "--out", file)
+            run("tests/calibrate.py", "--out", file)
         hardware = sim.read_preset("hardware", sim.Hardware, sim.HARDWARE, file)
         times, held = {preset: [] for preset in args.presets}, dict.fromkeys(args.presets, 0.0)
         plans = {preset: train(preset, 1, Path(folder) / preset)[0] for preset in args.presets}       # tokenises

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parallel  # noqa: E402
 from model import Config  # noqa: E402
 from sim import Hardware, Plan, collective_seconds, exchange_bytes  # noqa: E402
+from traffic import Traffic  # noqa: E402
 
 NODES, RANKS_A_NODE = 2, 2
 EXCHANGES = ("flat", "hierarchical", "dedup")
@@ -111,13 +112,17 @@ def measure(args):
         ids, x, weights = inputs(args, top_k)
         grids = {name: parallel.Grid(plan) for name, plan in plans.items()}
         times = {name: [] for name in plans}
-        for _ in range(args.repeats + 1):
+        sent = {}
+        for name, grid in grids.items():                                  # makes connections, and is not timed
+            with Traffic(RANKS_A_NODE) as traffic:
+                exchange_once(grid.dispatcher(config), x, ids[args.rank], weights)
+            sent[name] = {f"{way} {tier}": n for (way, tier), n in traffic.bytes.items()}
+        for _ in range(args.repeats):
             for name, grid in grids.items():
-                times[name].append(exchange_once(grid, grid.dispatcher(config), x, ids[args.rank], weights))
-        for name, grid in grids.items():
-            best = [min(column) for column in zip(*times[name][1:])]      # the first round makes connections
-            sent = {f"{way} {tier}": n for (way, tier), n in grid.traffic.bytes.items()}
-            row = dict(top_k=top_k, dispatch=name, forward=best[0], backward=best[1], link=best[2], sent=sent)
+                times[name].append(exchange_once(grid.dispatcher(config), x, ids[args.rank], weights))
+        for name in plans:
+            forward, backward, link = [min(column) for column in zip(*times[name])]
+            row = dict(top_k=top_k, dispatch=name, forward=forward, backward=backward, link=link, sent=sent[name])
             found["rows"].append(row)
     if args.rank == 0:
         print(json.dumps(found))
@@ -145,9 +150,8 @@ def link_bytes():
     return int(Path(f"/sys/class/net/{os.environ['GLOO_SOCKET_IFNAME']}/statistics/tx_bytes").read_text())
 
 
-def exchange_once(grid, dispatcher, x, ids, weights):
+def exchange_once(dispatcher, x, ids, weights):
     """Seconds forward and backward, until the last rank has finished; bytes that left this node, per rank of it."""
-    grid.traffic.reset()
     dist.barrier()
     before = link_bytes()
     start = time.perf_counter()

@@ -3,6 +3,7 @@ What recomputing and swapping save and cost: a training step under each item of 
 
     nice -n -20 python tests/bench_memory.py             # the paper's shape, widths / 15; minutes on 2 cores
     python tests/bench_memory.py --preset cpu-small --dtype bf16
+    python tests/bench_memory.py --report                        # what each part of the model keeps, beside sim.py
     python tests/bench_memory.py --tiny                          # seconds; shows that it runs, not how fast
 
 kept      MiB that autograd keeps on the device after a forward, seen through hooks; swapped tensors are not there
@@ -16,8 +17,12 @@ swap, which frees 8 bytes a parameter and was not timed. Last, what transformers
 same model, batch and dtype, without multi-token prediction on either side.
 """
 import argparse
+import re
 import sys
 import time
+import weakref
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import parallel  # noqa: E402
 import sim  # noqa: E402
 from bench_step import CONTENDERS, DTYPES, available, environment  # noqa: E402
-from model import PRESETS, Config, Model  # noqa: E402
+from model import PRESETS, Block, Config, Model, MoE  # noqa: E402
 
 ITEMS = "norm", "mla_up", "act", "permute", "expert", "attention"
 PAPER = dict(recompute=("mla_up", "permute", "act"), swap=("attn_out", "expert_out"))
@@ -40,6 +45,70 @@ PLANS = {"none": {}, **{item: dict(recompute=(item,)) for item in ITEMS},
 SCALED = Config(vocab_size=2048, hidden_size=512, num_hidden_layers=4, intermediate_size=1216, num_attention_heads=8,
                 q_lora_rank=96, kv_lora_rank=32, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                 n_routed_experts=16, num_experts_per_tok=8, moe_intermediate_size=128)
+
+
+# parts as sim.saved_by_part names them, and the modules that begin them
+PARTS = {"embedding": r"^embed_tokens$", "head": r"^norm$|shared_head\.norm$", "MTP": r"[eh]norm$|eh_proj$",
+         "norms": r"(input|attention|mlp)_layernorm$", "MLP": r"(mlp|shared_experts)$", "routing": r"gate$",
+         "experts": r"mlp\.experts$", "attention": r"self_attn$"}
+
+
+class Watch:
+    """What is kept for backward, and where: by the part of the model that was entered last, or `host`."""
+
+    def __init__(self, memory, model):
+        self.notes = []                    # (weak reference to a note of parallel.py, part)
+        self.part = ""
+        memory.observer = self.see
+        for name, module in model.named_modules():
+            if isinstance(module, Block):
+                self.enter_before(module, "norms")                        # which keep a layer's input
+            for part, pattern in PARTS.items():
+                if re.search(pattern, name) and not isinstance(module, MoE):
+                    self.enter_before(module, part)
+
+    def enter_before(self, module, part):
+        module.register_forward_pre_hook(lambda *_: setattr(self, "part", part))
+
+    def see(self, note):
+        part = "host" if isinstance(note, parallel.OnHost) else self.part
+        self.notes.append((weakref.ref(note), part))
+
+    def alive(self):
+        """(note, part) of what is held now."""
+        return [(reference(), part) for reference, part in self.notes if reference() is not None]
+
+    def held(self):
+        """Bytes by part."""
+        held = Counter()
+        for note, part in self.alive():
+            held[part] += note.nbytes
+        return held
+
+
+def watched_step(pipeline, batches, loss_tokens):
+    """A step of one micro-batch -> bytes by part that its forward left on this rank, when the first backward begins."""
+    watch, found = Watch(pipeline.memory, pipeline.model), []
+    with before(torch.autograd, "backward", watch, found), before(parallel.Chunk, "backward", watch, found):
+        pipeline.step(batches, loss_tokens)
+    pipeline.memory.observer = None
+    return found[0]
+
+
+@contextmanager
+def before(owner, name, watch, found):
+    """Meanwhile each call of a function of owner puts what is held then at the end of a list."""
+    function = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        found.append(watch.held())
+        return function(*args, **kwargs)
+
+    setattr(owner, name, watched)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
 
 
 class Runner:
@@ -62,21 +131,34 @@ class Runner:
 
     def measure(self, batch, loss_tokens):
         """Bytes by part, of one more forward."""
-        memory, self.pipeline.measured = self.pipeline.memory, {}
-        memory.watch(self.model)
-        self.pipeline.step([batch], loss_tokens)
-        memory.kept = None
+        parts = watched_step(self.pipeline, [batch], loss_tokens)
         self.optimizer.zero_grad()
-        return self.pipeline.measured
+        return parts
+
+
+def report_parts(config, plan):
+    """Prints what one micro-batch keeps under the plan, MiB by part, measured and as sim.py counts it."""
+    shape = replace(sim.as_shape(config), value_padded=True)
+    counted = sim.saved_by_part([sim.Work(shape, plan, kind) for kind in sim.stage_kinds(shape, plan)[0]])
+    measured = Runner(config, plan, plan.precision).measure(*tokens_for(config, plan))
+    print(f"{'kept for backward, MiB':24} {'measured':>9} {'sim.py':>9}")
+    for part in sorted(counted | measured):
+        print(f"{part:24} {measured[part] / 2**20:9.3f} {counted[part] / 2**20:9.3f}")
+
+
+def tokens_for(config, plan):
+    """A micro-batch of random tokens, as arguments of Model.forward, and its numbers of targets."""
+    size = plan.micro_batch, plan.seq_len + 2
+    tokens = torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    targets = torch.stack([tokens[:, 1:-1], tokens[:, 2:]], 1)[:, :1 + config.num_nextn_predict_layers]
+    return dict(ids=tokens[:, :-2], targets=targets), (targets != -100).sum((0, 2)).float()
 
 
 def race(config, args):
     one = sim.Plan(micro_batch=args.batch, global_batch=args.batch, seq_len=args.seq, precision=args.dtype)
     plans = {name: replace(one, **items) for name, items in PLANS.items()}
     runners = {name: Runner(config, plan, args.dtype) for name, plan in plans.items()}
-    tokens = torch.randint(config.vocab_size, (args.batch, args.seq + 2), generator=torch.Generator().manual_seed(0))
-    targets = torch.stack([tokens[:, 1:-1], tokens[:, 2:]], 1)[:, :1 + config.num_nextn_predict_layers]
-    batch, loss_tokens = dict(ids=tokens[:, :-2], targets=targets), (targets != -100).sum((0, 2)).float()
+    batch, loss_tokens = tokens_for(config, one)
     names = list(runners)
     for number in range(args.rounds + 1):
         for turn in range(len(names)):
@@ -98,7 +180,7 @@ def report(config, args):
           f"{'saving':>7} {'price':>7}")
     for name, plan in plans.items():
         works = [sim.Work(shape, plan, kind) for kind in sim.stage_kinds(shape, plan)[0]]
-        counted, saved = sum(sim.saved_bytes(work)[0] for work in works), device["none"] - device[name]
+        counted, saved = sum(sim.saved_bytes(work).kept for work in works), device["none"] - device[name]
         price = (seconds[name] - seconds["none"]) / (seconds["layer"] - seconds["none"])
         print(f"{name:20} {device[name] / 2**20:8.1f} {counted / 2**20:8.1f} {(device[name] + static) / 2**20:9.1f} "
               f"{kept[name]['host'] / 2**20:8.1f} {seconds[name] * 1e3:8.0f} {seconds[name] / seconds['none']:12.3f} "
@@ -142,6 +224,7 @@ def main():
     parser.add_argument("--batch", type=int, default=4, help="sequences, default 4")
     parser.add_argument("--seq", type=int, default=256, help="tokens a sequence, default 256")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each plan, default 5")
+    parser.add_argument("--report", action="store_true", help="only the bytes, by part of the model")
     parser.add_argument("--tiny", action="store_true", help="narrow, 2 x 16 tokens, 1 round")
     args = parser.parse_args()
     if args.tiny:
@@ -149,6 +232,12 @@ def main():
     config = PRESETS[args.preset] if args.preset else SCALED
     if args.tiny:
         config = replace(config, vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16)
+    if args.report:
+        for name in ("none", "paper's set + norm", "layer"):
+            print(f"\n{name}, {args.batch} x {args.seq} tokens, {args.dtype}")
+            report_parts(config, sim.Plan(micro_batch=args.batch, global_batch=args.batch, seq_len=args.seq,
+                                          precision=args.dtype, **PLANS[name]))
+        return
     for expert_weight in ("before_down", "after_down"):
         report(replace(config, expert_weight=expert_weight), args)
     compare(config, args)

@@ -56,7 +56,7 @@ class Done:
 def nothing_travels():
     """Collectives of exchanges whose result is there at once: the first rows again, as often as needed."""
     def instant(size):
-        def collective(group, x, way, send=None, recv=None):
+        def collective(group, x, send=None, recv=None):
             n = size(group, x, recv)
             source = x if len(x) else x.new_zeros(1, *x.shape[1:])
             return source.repeat(-(-n // len(source)), *[1] * (x.dim() - 1))[:n], Done()
@@ -65,15 +65,15 @@ def nothing_travels():
     plain = {name: getattr(parallel.Group, name) for name in ("all_to_all", "all_gather", "reduce_scatter")}
     real = plain["all_to_all"]
 
-    def all_to_all(group, x, way, send=None, recv=None):
+    def all_to_all(group, x, send=None, recv=None):
         if not x.is_floating_point():                                     # split sizes and ids are true
-            return real(group, x, way, send, recv)
-        return instant(lambda group, x, recv: len(x) if recv is None else sum(recv))(group, x, way, send, recv)
+            return real(group, x, send, recv)
+        return instant(lambda group, x, recv: len(x) if recv is None else sum(recv))(group, x, send, recv)
 
-    def all_gather(group, x, way):
+    def all_gather(group, x):
         if not x.is_floating_point():
-            return plain["all_gather"](group, x, way)
-        return instant(lambda group, x, recv: group.size * len(x))(group, x, way)
+            return plain["all_gather"](group, x)
+        return instant(lambda group, x, recv: group.size * len(x))(group, x)
 
     parallel.Group.all_to_all, parallel.Group.all_gather = all_to_all, all_gather
     parallel.Group.reduce_scatter = instant(lambda group, x, recv: len(x) // group.size)

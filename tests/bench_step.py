@@ -3,7 +3,7 @@ A training step of ours beside other implementations of the same model: forward,
 
     python tests/bench_step.py                                   # cpu-small and cpu-fine, fp32, all that are installed
     python tests/bench_step.py --presets cpu-small --dtype bf16 --threads 1 2
-    python tests/bench_step.py --contenders ours ours-operators transformers     # a few: compiling takes most of the time
+    python tests/bench_step.py --contenders ours ours-operators transformers    # a few; compiling takes longest
     python tests/bench_step.py --tiny                            # seconds; shows that it runs, not how fast
 
 All contenders live in one process, hold the same weights and take turns: a round is one step of each. The ratio is the

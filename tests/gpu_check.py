@@ -6,13 +6,13 @@ One GPU's report in at most five minutes: does it compute the same, and how fast
 
 In this order, each in a process of its own with what is left of --seconds, so that a run that is cut tells something:
 
-    1  correctness           tests/smoke.py: operators and ten steps against their plain twins; tests/test_speed.py: compiled
-                             against eager, a step that never makes the host wait
+    1  correctness           tests/smoke.py: operators and ten steps against their plain twins; tests/test_speed.py:
+                             compiled against eager, a step that never makes the host wait
     2  steps                 one-gpu and one-gpu-256, 1 x 4,096 tokens, weights, gradients and AdamW states in bf16
     3  sixty steps           of train.py --preset small, on text that lies on every machine: Python's own library
 
 A step is forward, backward and fused AdamW, without multi-token prediction, balance loss and clipping on all sides.
-Columns: milliseconds (median), tokens/s, share of what an 8192 x 8192 matmul reaches in that process, GiB of the largest
+Columns: milliseconds (median), tokens/s, share of what an 8192 x 8192 matmul reaches in that process, GiB of the most
 memory that forward adds, times that the host waited for the GPU in a step, seconds of the first step. The share counts
 model FLOPs: six for each parameter that a token uses, and causal attention.
 """
@@ -130,7 +130,8 @@ class Contender:
         with torch.profiler.profile(activities=kinds) as profiler:
             self.timed(ids)
         on_device = self.device.type == "cuda"
-        times = [(event.key, event.count, (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e3)
+        spent = "self_device_time_total" if on_device else "self_cpu_time_total"      # microseconds
+        times = [(event.key, event.count, getattr(event, spent) / 1e3)
                  for event in profiler.key_averages() if not on_device or "CUDA" in str(event.device_type)]
         times.sort(key=lambda row: -row[2])
         return [("all", sum(row[1] for row in times), sum(row[2] for row in times)), *times[:rows]]
@@ -191,7 +192,10 @@ class Report:
             out, _ = process.communicate()
             out += "\ncut: the time is over"
         self.keep(what="run", title=title, status=process.returncode, seconds=time.monotonic() - start, out=out[-4000:])
-        return out if process.returncode == 0 else print(f"{title}: status {process.returncode}\n{out[-1500:]}", flush=True)
+        if process.returncode == 0:
+            return out
+        print(f"{title}: status {process.returncode}\n{out[-1500:]}", flush=True)
+        return None
 
     def results(self, title, command):
         """What the command said, as dicts."""
@@ -204,8 +208,8 @@ class Report:
 
 def show_step(r):
     waits = "-" if r["waits"] is None else r["waits"]
-    print(f"{r['preset']:12} {r['contender']:22} {r['ms']:8.1f} ms {r['tokens_per_s']:9,.0f} tokens/s {r['share']:6.1%} of "
-          f"{r['matmul_tflops']:.1f} TFLOP/s  forward {r['forward_gib']:5.2f} GiB  waits {waits}  first step "
+    print(f"{r['preset']:12} {r['contender']:22} {r['ms']:7.1f} ms {r['tokens_per_s']:9,.0f} tokens/s {r['share']:.1%} "
+          f"of {r['matmul_tflops']:.1f} TFLOP/s  forward {r['forward_gib']:5.2f} GiB  waits {waits}  first step "
           f"{r['first_step_s']:.1f} s  loss {r['first_loss']:.4f}", flush=True)
 
 
@@ -233,7 +237,8 @@ def train(report, tiny):
         text = Path(work) / "library.txt"
         text.write_text("\n".join(path.read_text(errors="ignore") for path in sources))
         size = ["--preset", "tiny", "--steps", "2"] if tiny else ["--preset", "small", "--steps", "60"]
-        out = report.run("train", ["train.py", "pretrain", *size, "--data", str(text), "--out", str(Path(work) / "run")])
+        folder = str(Path(work) / "run")
+        out = report.run("train", ["train.py", "pretrain", *size, "--data", str(text), "--out", folder])
         if out:
             steps = [line for line in out.splitlines() if "tokens/s" in line]
             print("train:", *steps[-3:], sep="\n    ", flush=True)

@@ -57,8 +57,7 @@ def step_of_16(dispatch, zero):
     assert not without, f"no gradient on the device: {without}"
     norm = parallel.grad_norm(model, grid)
     optimizer.step()
-    sent = {" ".join(key): n // 10**6 for key, n in grid.traffic.bytes.items()}
-    return f"{len(list(model.parameters()))} parameters with gradients, norm on {norm.device}, MB sent: {sent}"
+    return f"{len(list(model.parameters()))} parameters with gradients, norm on {norm.device}"
 
 
 def exchange_flat():

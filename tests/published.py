@@ -1,21 +1,193 @@
 """
 Published training runs beside their prediction: from a row of a table to a shape and a plan, how far the simulated step
-time and memory are off, and the constants that fit the rows best. `python sim.py validate [ROWS.csv] [--out F.csv]
-[--fit]` runs validate(); the constants themselves stand in sim.py.
+time and memory are off, and the constants that fit the rows best.
+
+    python tests/published.py                    # all of tests/data/train_rows.csv, with the constants frozen in sim.py
+    python tests/published.py ROWS.csv --out F.csv   # other rows with the same columns; each prediction as a line of F
+    python tests/published.py --fit              # refits the constants: on all rows, then each family left out
+
+What only runs of other systems need stands here, as subclasses of sim.py's classes.
 """
+import argparse
 import csv
 import math
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, combinations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from sim import BYTES_OF, CONSTANTS, GENERATIONS, GIB, HARDWARE, Plan, Shape, Simulation, divisors
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import sim  # noqa: E402
+from sim import (BYTES_OF, GENERATIONS, GIB, NARROW, Attention, Hardware, Passes, Plan, Shape,  # noqa: E402
+                 Simulation, Work, divisors, matmul_share, peak_of, require, setting, slower_of)
 
 ROWS = Path(__file__).parent / "data/train_rows.csv"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs of other systems need beside sim.py's own
+
+
+@dataclass(frozen=True)
+class RowHardware(Hardware):
+    # fitted: rate of a flash attention of no vendor, beside the vendor's; of collectives that a plan hides, the share
+    # of their time that runs beside computation
+    portable_attention: float = 0.492
+    hidden_share: float = setting(0.567, least=0)
+
+
+HARDWARE = {name: RowHardware(**asdict(preset)) for name, preset in sim.HARDWARE.items()}
+HARDWARE |= {
+    # read as the largest bin
+    "ascend_910b_unspecified": HARDWARE["ascend_910b_376"],
+    # NVIDIA's data sheet
+    "a100_40_sxm": replace(HARDWARE["a100_80_sxm"], memory=39.4 * GIB, bandwidth=1555e9),
+    # 4 OmniPath links of 100 Gb/s for 8 GPUs (bigscience, tr11-176B-ml)
+    "a100_80_jeanzay": replace(HARDWARE["a100_80_sxm"], outer_bandwidth=6.25e9),
+    # no NVLink, PCIe 4.0 x16
+    "a100_pcie": replace(HARDWARE["a100_80_sxm"], bandwidth=1935e9, inner_bandwidth=24e9),
+    # torchtitan, benchmarks; 500 of 700 W: the clock follows the root of the power, which is assumed
+    "h100_96_hbm2e_500w": replace(HARDWARE["h100_sxm"], memory=96e9, bandwidth=2400e9, power=math.sqrt(500 / 700)),
+}
+
+
+@dataclass(frozen=True)
+class RowPlan(Plan):
+    """recompute may name core_attention: scores and softmax, of Megatron-LM's selective recomputation."""
+    etp: int = setting(1, least=1)                         # ranks that share one expert's matrices
+    hide: tuple = setting((), choices=("tp", "dp", "pp"))  # axes whose collectives run beside computation
+    pipelined: bool = setting(False)                       # the exchange's two hops at once, as DeepEP and HybridEP do
+
+    @property
+    def inner(self):
+        return min(self.ep, max(1, self.node_size // self.etp))
+
+    @property
+    def edp(self):
+        return max(1, self.dp * self.cp * self.tp // (self.ep * self.etp))
+
+    def stride(self, axis):
+        if axis == "etp":
+            return 1
+        return super().stride(axis) * (self.etp if axis == "edp" else 1)
+
+    @property
+    def hops_together(self):
+        return self.pipelined or super().hops_together
+
+    def hidden_share(self, axis, hardware):
+        if axis not in self.hide:
+            return 0.0
+        return 1.0 if axis == "pp" else hardware.hidden_share
+
+    @property
+    def layer_key(self):
+        return (*super().layer_key, self.etp, self.hide)
+
+
+@dataclass(frozen=True)
+class RowShape(Shape):
+    gated_mlp: bool = True                 # three matrices (SwiGLU), or two
+    window: int = 0                        # keys that a query sees, 0: all before it
+    # flash | portable: of no vendor, as FlashAttention-2 or Triton's | unfused: the whole square of scores is kept
+    attn_kernel: str = "flash"
+
+    def mlp_matmuls(self, name, inner, copies=1, used=1):
+        table = super().mlp_matmuls(name, inner, copies, used)
+        if not self.gated_mlp:
+            up = f"{name}.gate_up"
+            table[up] = table[up]._replace(n_out=inner)
+        return table
+
+
+class Portable(Attention):
+    def rate(self, plan, hardware):
+        return super().rate(plan, hardware) * hardware.portable_attention
+
+
+class Unfused(NamedTuple):
+    """Scores, and their product with the values, as batched matmuls."""
+    part: str
+    name: str
+    flops: float
+    moved: float
+    sides: tuple                   # rows, inner, columns of each head's matmul
+    matrices: int                  # heads of all sequences
+    again: frozenset
+
+    def seconds(self, plan, hardware):
+        rows, inner, columns = self.sides
+        halves = hardware.tokens_half, hardware.matmul_half, hardware.matmul_half
+        share = matmul_share(rows * self.matrices, inner, columns, self.matrices, halves, hardware.cores)
+        rate = peak_of(hardware, plan.precision) * hardware.matmul_efficiency * hardware.power
+        forward = slower_of(self.flops, rate * share, self.moved, hardware)
+        return Passes(forward + hardware.static_matmul, 2 * forward + hardware.static_matmul)
+
+
+class RowWork(Work):
+    """A layer as in Megatron-LM and its kin: logits are kept, a rank's own part of gathered inputs, 8 bits of what
+    8-bit matmuls read; with other attention kernels; with experts' matrices cut over ranks."""
+
+    def keep_input(self, name, elements, owner, again=(), swap=""):
+        plan, size = self.plan, self.element
+        if plan.sp and name in ("attn_in", "mlp_in"):
+            elements /= plan.tp
+        if plan.precision in NARROW:
+            size /= 2
+        self.keep(name, elements, owner, size, again, swap)
+
+    def keep_loss(self, depth, tokens, vocab):
+        """Logits in float32, beside those of the matmul, and its input. torch's own loss does not work in place."""
+        copies = 2 if self.shape.attn_kernel == "portable" else 1
+        self.keep(f"head_in.{depth}", self.plan.tokens * self.shape.hidden_size, "head")
+        self.keep(f"logits.{depth}", tokens * vocab, "head", size=self.element + copies * self.wide)
+
+    def attention_kernel(self, heads, width, moved):
+        with self.runs_again("core_attention"):
+            if self.shape.attn_kernel == "unfused":
+                return self.unfused_attention(heads, width, moved)
+            super().attention_kernel(heads, width, moved)
+        seq_len, window = self.plan.seq_len, self.shape.window
+        flash = self.ops.pop()
+        if window and window < seq_len / 2:                # what is seen, beside the causal half
+            flash = flash._replace(flops=flash.flops * 2 * window / seq_len)
+        self.ops.append(Portable(*flash) if self.shape.attn_kernel == "portable" else flash)
+
+    def unfused_attention(self, heads, width, moved):
+        plan, tokens = self.plan, self.plan.gathered_tokens
+        scores = tokens * plan.seq_len * heads
+        self.vector("attend", "attention", 7 * scores)     # written, scaled and masked, softmax, dropout, read
+        self.keep("probabilities", scores, "attention")
+        self.ops.append(Unfused("attend", "attention", 2 * scores * width, moved * self.element,
+                                (tokens, width // 2, plan.seq_len), heads * plan.micro_batch, frozenset(self.regions)))
+
+    def expert_rows(self):
+        """Of all that share an expert."""
+        return super().expert_rows() * self.plan.etp
+
+    def own_part(self, name, cut=""):
+        own, etp = super().own_part(name, cut), self.plan.etp
+        if cut != "experts" or etp == 1:
+            return own
+        if name == "expert.down":
+            return own._replace(n_in=own.n_in // etp)
+        gates = 2 if self.shape.gated_mlp else 1
+        return own._replace(n_out=gates * (own.n_out // gates // etp))
+
+    def moe(self):
+        self.gather("etp", "experts", 2 * super().expert_rows(), self.shape.hidden_size)
+        super().moe()
+
+
+class RowSimulation(Simulation):
+    def stream_bytes(self):
+        """Whole tensors are sent in parts by the tensor ranks."""
+        whole = super().stream_bytes()
+        return whole if self.plan.sp else whole / self.plan.tp
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a row to a shape and a plan
@@ -30,7 +202,7 @@ GAPS = ((), ("norm", "act"), ("norm", "act", "permute", "expert"), ("layer",))
 # words of the row -> collectives that run beside computation
 HIDE_WORDS = (("tp-comm", "tp"), ("async-tp", "tp"), ("mc2", "tp"), ("holistic", "tp"), ("grad-reduce", "dp"),
               ("holistic", "dp"), ("core defaults", "dp"), ("core defaults", "pp"), ("p2p", "pp"), ("holistic", "pp"))
-EXCHANGES = dict(hierarchical="hierarchical", deepep="pipelined", hybridep="pipelined")      # others: flat
+PIPELINED = ("deepep", "hybridep")                         # exchanges: dedup with both hops at once
 UNBALANCED = 0.2                                           # max_vio of routing that nothing says to be even
 
 
@@ -76,19 +248,20 @@ class Row:
         heads, hidden, layers = self.number("n_heads", 1), self.number("hidden"), self.number("n_layers")
         experts, seq_len, inner = self.number("n_experts"), self.number("seq_len", 4096), self.number("moe_ffn")
         unit, nodes = 128 * max(1, self.number("tp", 1)), self.found("expert_load", r"routing (\d+) nodes")
-        return Shape(
+        attn_type = "mla" if self.text("attn_type") == "mla" else "gqa"
+        return RowShape(
             vocab_size=math.ceil(self.number("vocab", 50304) / unit) * unit, hidden_size=hidden,
             num_hidden_layers=layers, first_k_dense_replace=self.number("n_dense_layers") if experts else layers,
             intermediate_size=self.number("ffn_hidden", 0) or 4 * hidden, num_attention_heads=heads,
             num_key_value_heads=self.number("n_kv_heads") or heads, head_dim=self.number("head_dim") or hidden // heads,
-            attn_type=self.text("attn_type") or "mha", q_lora_rank=self.number("q_lora_rank"),
+            attn_type=attn_type, q_lora_rank=self.number("q_lora_rank"),
             kv_lora_rank=self.number("kv_lora_rank"), qk_nope_head_dim=self.number("qk_nope_dim"),
             qk_rope_head_dim=self.number("qk_rope_dim"), v_head_dim=self.number("v_head_dim"),
             gated_mlp=bool(self.number("gated_mlp", 1)), tie_word_embeddings=bool(self.number("tied_embeddings")),
             n_routed_experts=experts or 1, num_experts_per_tok=self.number("top_k", 1), moe_intermediate_size=inner,
             n_shared_experts=self.number("shared_ffn") / inner if inner else 0,
             num_nextn_predict_layers=self.number("mtp_layers"), capacity_factor=self.capacity(), norm="pre",
-            balance="none", max_position_embeddings=seq_len, megatron=True,
+            balance="none", max_position_embeddings=seq_len,
             n_group=max(1, self.number("ep") // 8), topk_group=nodes, group_choice="limited" if nodes else "equal",
             window=self.found("notes", r"sliding window (\d+)"), attn_kernel=self.attn_kernel())
 
@@ -137,11 +310,13 @@ class Row:
         devices = self.number("n_devices") or tp * pp * cp * max(1, self.number("dp", 1))
         ep, etp = (self.number(axis, 1) or 1 for axis in ("ep", "etp"))
         dp = max(1, devices // (tp * pp * cp))
-        return Plan(
+        exchange = self.text("moe_dispatch")
+        dispatch = "dedup" if exchange in PIPELINED else "hierarchical" if exchange == "hierarchical" else "flat"
+        return RowPlan(
             tp=tp, pp=pp, cp=cp, dp=dp, ep=ep, etp=etp, global_batch=self.number("global_batch") or dp * pp * 8,
             sp=self.number("sp", int(tp > 1)), seq_len=self.number("seq_len", 4096), zero=self.zero(),
             node_size=2**int(math.log2(min(hardware.node_size, max(devices, 8)))), precision=self.precision(),
-            dispatch=EXCHANGES.get(self.text("moe_dispatch"), "flat"), hide=self.hide())
+            dispatch=dispatch, pipelined=exchange in PIPELINED, hide=self.hide())
 
     def zero(self):
         shard = self.text("dp_shard")
@@ -179,11 +354,11 @@ class Row:
     def scheduled(self, plan, vpp, n_micro):
         """The plan with a schedule of `vpp` chunks, and with as many of n_micro micro-batches as that can run."""
         sequences = plan.dp * plan.micro_batch             # of a micro-batch, on all data ranks
-        if self.text("schedule") == "dualpipe":
-            return replace(plan, vpp=2, schedule="dualpipev", overlap="adaptive",
-                           global_batch=max(n_micro, 2 * plan.pp) * sequences)
         if vpp > 1 and n_micro >= plan.pp:
             n_micro = n_micro // plan.pp * plan.pp
+        if self.text("schedule") == "dualpipe":            # the nearest that is simulated
+            return replace(plan, vpp=2, schedule="paired", overlap="adaptive",
+                           global_batch=max(n_micro, 2 * plan.pp) * sequences)
         words = self.text("overlap").lower()
         adaptive = "ep-a2a" in words or "adaptive 1f1b" in words
         schedule = "1f1b" if vpp == 1 else "paired" if adaptive else "interleaved"
@@ -222,7 +397,7 @@ def read_rows(path):
 
 def simulate_row(row, plan, hardware):
     """(seconds of a step of the row's global batch, parts of the memory of its fullest rank in bytes)."""
-    run = Simulation(row.shape(), plan, hardware, row.max_vio())
+    run = RowSimulation(row.shape(), plan, hardware, row.max_vio(), work=RowWork)
     seconds = sum(run.breakdown()[0].values())
     memory = max((run.memory(rank) for rank in range(plan.pp)), key=lambda parts: sum(parts.values()))
     return seconds * (row.number("global_batch") or plan.global_batch) / plan.global_batch, memory
@@ -255,29 +430,60 @@ def predict_row(row):
                 fits=int(needed - memory["allocator"] <= hardware.memory), plan=plan)
 
 
+class Timed(NamedTuple):
+    row: Row
+    measured: float                # seconds of a step
+    predicted: float
+
+    @property
+    def error(self):
+        return abs(self.predicted / self.measured - 1)
+
+    @property
+    def task(self):
+        """What two plans must share to be compared."""
+        return [self.row.text(name) for name in ("family", "model", "n_devices", "seq_len")]
+
+
+def timed_rows(rows, found):
+    """list of Timed: of all rows that say how long a step took."""
+    timed = [Timed(row, row.step_seconds(one["plan"]), one["step_time_s"]) for row, one in zip(rows, found)]
+    return [one for one in timed if one.measured]
+
+
 def ordered_pairs(timed):
     """For each two plans of one model, on as many devices, with sequences as long, whose measured times of a sequence
     are more than 4 % apart: whether the prediction has them in this order."""
-    def alike(row):
-        return [row.text(name) for name in ("family", "model", "n_devices", "seq_len")]
-
-    each = [(row, measured / row.number("global_batch", 1), found / row.number("global_batch", 1))
-            for row, measured, found in timed]
-    return [(one[1] < two[1]) == (one[2] < two[2]) for one, two in combinations(each, 2)
-            if alike(one[0]) == alike(two[0]) and max(one[1], two[1]) > 1.04 * min(one[1], two[1])]
+    right = []
+    for one, two in combinations(timed, 2):
+        if one.task != two.task:
+            continue
+        batches = [each.row.number("global_batch", 1) for each in (one, two)]
+        measured = one.measured / batches[0], two.measured / batches[1]
+        predicted = one.predicted / batches[0], two.predicted / batches[1]
+        if max(measured) > 1.04 * min(measured):
+            right.append((measured[0] < measured[1]) == (predicted[0] < predicted[1]))
+    return right
 
 
 def print_errors(timed):
-    """timed: list of (row, measured seconds, predicted seconds)."""
     print("step time, absolute error         rows    mean  median")
-    for key in (lambda row: "all", lambda row: f"{row.text('vendor')} {row.text('arch')}",
-                lambda row: f"  {row.text('family')}"):
-        for name in dict.fromkeys(key(row) for row, *_ in timed):
-            errors = [abs(found / measured - 1) for row, measured, found in timed if key(row) == name]
-            print(f"{name:32} {len(errors):5} {np.mean(errors):7.1%} {np.median(errors):7.1%}")
+    print_error_line("all", timed)
+    for title in (lambda row: f"{row.text('vendor')} {row.text('arch')}", lambda row: f"  {row.text('family')}"):
+        groups = {}
+        for one in timed:
+            groups.setdefault(title(one.row), []).append(one)
+        for name, group in groups.items():
+            print_error_line(name, group)
     right = ordered_pairs(timed)
     print(f"pairs of plans of one model, more than 4 % apart, in order: {sum(right)} of {len(right)}, "
           f"{np.mean(right or [0]):.1%}")
+
+
+def print_error_line(name, timed):
+    errors = [one.error for one in timed]
+    if errors:
+        print(f"{name:32} {len(errors):5} {np.mean(errors):7.1%} {np.median(errors):7.1%}")
 
 
 def print_memory(rows, found):
@@ -295,8 +501,47 @@ def print_memory(rows, found):
 # Constants fitted to the rows
 
 
+class Bounds(NamedTuple):
+    """Of a constant. priors: one for each of GENERATIONS, or one for all; where low equals high, that is its value."""
+    low: float
+    high: float
+    priors: tuple
+
+
+# Priors: matmul and memory of A100 and H100 by stas00/ml-engineering and Calculon, of B200 by SimuMax's measurements,
+# of 910B by msmodeling and HCCS collectives (19 of 28 GB/s a link); attention by arXiv:2307.08691 and 2407.08608;
+# others assumed. Units: see CONSTANTS in sim.py, and RowHardware.
+FITTED = {
+    "matmul_efficiency": Bounds(0.4, 0.97, (0.80, 0.70, 0.55, 0.70)),
+    "matmul_half": Bounds(60, 60, (60,)),
+    "tokens_half": Bounds(30, 600, (256,)),
+    "grouped_efficiency": Bounds(0.70, 1.0, (0.85, 0.85, 0.85, 0.70)),
+    "fp8_efficiency": Bounds(0.5, 1.0, (0.75,)),
+    "attention_efficiency": Bounds(0.2, 0.8, (0.60, 0.55, 0.60, 0.55)),
+    "portable_attention": Bounds(0.3, 1.0, (0.6,)),
+    "attention_half": Bounds(400, 400, (400,)),
+    "memory_efficiency": Bounds(0.3, 0.95, (0.70, 0.65, 0.67, 0.60)),
+    "inner_efficiency": Bounds(0.4, 0.9, (0.70, 0.70, 0.66, 0.665)),
+    "outer_efficiency": Bounds(0.3, 0.95, (0.80, 0.80, 0.80, 0.80)),
+    "static_matmul": Bounds(5e-6, 5e-6, (5e-6,)),
+    "static_vector": Bounds(4e-6, 4e-6, (4e-6,)),
+    "static_collective": Bounds(2e-5, 2e-5, (2e-5,)),
+    "hidden_share": Bounds(0.2, 0.95, (0.7,)),
+    "overlap_tax": Bounds(0.15, 0.15, (0.15,)),
+    "scale_loss": Bounds(1e-3, 0.03, (0.01,)),
+}
+
+
+class Constant(NamedTuple):
+    name: str
+    generation: str                # one of GENERATIONS, or "all"
+
+    def is_of(self, hardware):
+        return self.generation in ("all", hardware.generation)
+
+
 class Fit:
-    """Of CONSTANTS to rows: Gauss-Newton steps on logarithms, from the priors, for least absolute errors.
+    """Of FITTED to rows: Gauss-Newton steps on logarithms, from the priors, for least absolute errors.
 
     hold: a constant this far from its prior, in its logarithm, weighs as much as one row that is 10 % off.
     """
@@ -304,20 +549,25 @@ class Fit:
 
     def __init__(self, rows, found):
         timed = [(row, one["plan"]) for row, one in zip(rows, found) if row.measured("step_time_s")]
-        self.rows, self.plans = zip(*timed)
+        self.rows = [row for row, _ in timed]
+        self.plans = [plan for _, plan in timed]
         self.measured = np.log([row.measured("step_time_s") for row in self.rows])
         self.weights = np.array([0.3 if row.text("quality") == "C" else 1.0 for row in self.rows])
-        self.names = [(name, generation) for name, (*_, values) in CONSTANTS.items()
-                      for generation in (GENERATIONS if len(values) > 1 else ("all",))]
-        self.prior = np.log(list(chain(*(priors for *_, priors, _ in CONSTANTS.values()))))
-        self.low, self.high = np.log([CONSTANTS[name][1:3] for name, _ in self.names]).T
+        self.constants, prior, low, high = [], [], [], []
+        for name, bounds in FITTED.items():
+            for generation, one in zip(GENERATIONS if len(bounds.priors) > 1 else ("all",), bounds.priors):
+                self.constants.append(Constant(name, generation))
+                prior.append(one)
+                low.append(bounds.low)
+                high.append(bounds.high)
+        self.prior, self.low, self.high = np.log(prior), np.log(low), np.log(high)
 
     def error(self, i, logs):
         """Logarithm of predicted over measured time of a row."""
         hardware = self.rows[i].hardware()
-        mine = {name: math.exp(x) for (name, generation), x in zip(self.names, logs)
-                if generation in ("all", hardware.generation)}
-        return math.log(simulate_row(self.rows[i], self.plans[i], replace(hardware, **mine))[0]) - self.measured[i]
+        mine = {constant.name: math.exp(x) for constant, x in zip(self.constants, logs) if constant.is_of(hardware)}
+        seconds, _ = simulate_row(self.rows[i], self.plans[i], replace(hardware, **mine))
+        return math.log(seconds) - self.measured[i]
 
     def errors(self, logs):
         return np.array([self.error(i, logs) for i in range(len(self.rows))])
@@ -325,10 +575,14 @@ class Fit:
     def slopes(self, logs, errors):
         """(rows, constants): change of a row's error with the logarithm of a constant."""
         slopes, step = np.zeros((len(errors), len(logs))), 0.03
-        for i, (j, (_, generation)) in product(range(len(errors)), enumerate(self.names)):
-            if generation in ("all", self.rows[i].hardware().generation) and self.low[j] < self.high[j]:
-                nudged = logs + step * (np.arange(len(logs)) == j)
-                slopes[i, j] = (self.error(i, nudged) - errors[i]) / step
+        for j, constant in enumerate(self.constants):
+            if self.low[j] == self.high[j]:
+                continue
+            nudged = logs.copy()
+            nudged[j] += step
+            for i, row in enumerate(self.rows):
+                if constant.is_of(row.hardware()):
+                    slopes[i, j] = (self.error(i, nudged) - errors[i]) / step
         return slopes
 
     def best(self, logs, errors, slopes, weights):
@@ -361,14 +615,14 @@ class Fit:
         return unseen
 
     def print_errors(self, errors):
-        print_errors(list(zip(self.rows, np.exp(self.measured), np.exp(self.measured + errors))))
+        print_errors([Timed(*one) for one in zip(self.rows, np.exp(self.measured), np.exp(self.measured + errors))])
 
     def print_constants(self, logs):
-        """As lines of CONSTANTS."""
-        print("\nconstant: unit, bounds, priors, fitted, of", *GENERATIONS, "or of all")
-        for name, (*head, priors, _) in CONSTANTS.items():
-            fitted = [float(f"{math.exp(x):.3g}") for (one, _), x in zip(self.names, logs) if one == name]
-            print(f'    "{name}": {(*head, priors, tuple(fitted))},')
+        """As lines of CONSTANTS in sim.py; portable_attention and hidden_share are defaults of RowHardware."""
+        print("\nfitted constants, of", *GENERATIONS, "or of all")
+        for name in FITTED:
+            fitted = [float(f"{math.exp(x):.3g}") for constant, x in zip(self.constants, logs) if constant.name == name]
+            print(f'    "{name}": {tuple(fitted)},')
 
     def report(self):
         logs = self.fitted()
@@ -380,19 +634,47 @@ class Fit:
         self.print_errors(self.left_out(logs, errors))
 
 
-def validate(path, out, fit):
-    rows = read_rows(path or ROWS)
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def report_rows(path, out, fit):
+    rows = read_rows(path)
     found = [predict_row(row) for row in rows]
     for message in dict.fromkeys(chain(*(row.faults for row in rows))):
         print(message, file=sys.stderr)
     if out:
-        with open(out, "w", newline="") as file:
-            writer = csv.DictWriter(file, ("row_id", "step_time_s", "mem_gib", "fits"), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(found)
-    print(f"{len(found)} rows of {path or ROWS.name} predicted with the frozen constants")
-    print_errors([(row, row.step_seconds(one["plan"]), one["step_time_s"]) for row, one in zip(rows, found)
-                  if row.step_seconds(one["plan"])])
+        write_predictions(out, found)
+    print(f"{len(found)} rows of {path.name} predicted with the frozen constants")
+    print_errors(timed_rows(rows, found))
     print_memory(rows, found)
     if fit:
         Fit(rows, found).report()
+
+
+def write_predictions(path, found):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ("row_id", "step_time_s", "mem_gib", "fits"), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Published training runs beside their simulation: errors by group.")
+    parser.add_argument("rows", nargs="?", help=f"CSV file with the columns of {ROWS.name}, the default")
+    parser.add_argument("--out", help="write row_id, step_time_s (s), mem_gib (GiB), fits (0 or 1) to this CSV file")
+    parser.add_argument("--fit", action="store_true", help="refit the constants, on all rows and without each family")
+    args = parser.parse_args(argv)
+    path = Path(args.rows or ROWS)
+    require(not (args.fit and args.rows), f"--fit with {args.rows}: a file is predicted, never fitted; drop one")
+    require(not args.out or Path(args.out).resolve() != path.resolve(),
+            f"--out {args.out}: would overwrite the rows; name another file")
+    report_rows(path, args.out, args.fit)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"published.py: {error}", file=sys.stderr)
+        sys.exit(2)

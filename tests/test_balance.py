@@ -5,14 +5,12 @@ The recorded loads, data/loads.npz, are of train.py's default text: preset cpu-f
 num_hidden_layers=4 and balance=none, steps 201 to 400 of 2,048 tokens each, lr 2e-3; (steps, layers, experts), the last
 layer MTP's.
 """
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +45,14 @@ def random_load(random, n_experts):
 
 def random_case(random):
     """load (E,), a current placement (devices, slots)."""
-    devices, homes = random.integers(2, 7), random.integers(1, 7)
-    n_experts, replicas = devices * homes, random.integers(0, min(homes, 3) + 1)
-    load = random_load(random, n_experts)
-    return load, sim.place_greedily(random.permutation(load), devices, replicas)
+    devices, slots = random.integers(2, 7), random.integers(1, 7)
+    load = random_load(random, devices * slots)
+    return load, sim.place_greedily(random.permutation(load), devices)
 
 
-def check_placement(placement, n_experts, n_homes):
-    """Slots full, each expert one home, no device with two copies of one expert."""
-    assert sorted(placement[:, :n_homes].flatten()) == list(range(n_experts))
-    assert placement.min() >= 0 and placement.max() < n_experts
-    assert all(len(set(slots)) == len(slots) for slots in placement)
+def check_placement(placement, n_experts):
+    """Each expert in one slot."""
+    assert sorted(placement.flatten()) == list(range(n_experts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,51 +61,23 @@ def check_placement(placement, n_experts, n_homes):
 
 def test_thousand_random_loads():
     random = np.random.default_rng(0)
+    moved, moved_unmatched = 0, 0
     for _ in range(1000):
         load, current = random_case(random)
-        devices, slots = current.shape
-        n_homes = len(load) // devices
         planned = sim.plan_placement(load, current)
         for placement in (current, planned):
-            check_placement(placement, len(load), n_homes)
+            check_placement(placement, len(load))
         assert sim.device_loads(load, planned).sum() == pytest.approx(load.sum())
         before, after = (sim.device_loads(load, placement).max() for placement in (current, planned))
         assert after <= before + 1e-9, "worse than before"
-        greedy = sim.place_greedily(load, devices, slots - n_homes)
-        least = sim.device_loads(load, greedy).max()
-        assert after <= least * (1 + 2 * sim.NEAR_ENOUGH), "worse than the greedy"
+        greedy = sim.place_greedily(load, len(current))
+        assert after <= sim.device_loads(load, greedy).max() + 1e-9, "worse than the greedy"
+        moved += sim.moved_experts(current, planned)
+        moved_unmatched += sim.moved_experts(current, greedy)
         for old, new in zip(current, planned):
-            stays = np.isin(old[:n_homes], new[:n_homes])
-            assert (old[:n_homes][stays] == new[:n_homes][stays]).all(), "left its slot without leaving its device"
-
-
-def partitions(items, size):
-    """All ways to cut a tuple into sets of a size, order aside."""
-    if not items:
-        yield ()
-        return
-    for chosen in itertools.combinations(items[1:], size - 1):
-        rest = tuple(item for item in items[1:] if item not in chosen)
-        for others in partitions(rest, size):
-            yield ((items[0], *chosen), *others)
-
-
-@lru_cache(None)
-def all_placements(devices, n_homes):
-    """(ways, devices, homes)."""
-    return np.array(list(partitions(tuple(range(devices * n_homes)), n_homes)))
-
-
-@pytest.mark.parametrize("devices, n_homes", [(2, 4), (2, 6), (3, 3), (3, 4), (4, 2), (4, 3)])
-def test_near_the_optimum(devices, n_homes):
-    """Against brute force, at most 2 % above it in any of 100 cases."""
-    random = np.random.default_rng(1)
-    for _ in range(100):
-        load = random_load(random, devices * n_homes)
-        best = load[all_placements(devices, n_homes)].sum(2).max(1).min()
-        start = random.permutation(len(load)).reshape(devices, n_homes)
-        planned = sim.device_loads(load, sim.plan_placement(load, start)).max()
-        assert best * (1 - 1e-9) <= planned <= 1.02 * best
+            stays = np.isin(old, new)
+            assert (old[stays] == new[stays]).all(), "left its slot without leaving its device"
+    assert moved < 0.8 * moved_unmatched
 
 
 def test_greedy_is_the_published_one():
@@ -119,66 +86,58 @@ def test_greedy_is_the_published_one():
     assert placement.tolist() == [[1, 4, 0], [3, 5, 2]]
 
 
-def test_hot_expert_needs_copies():
-    """One expert with half of all load: without copies its device has 4 times the mean of 8, with one slot each 1.0."""
-    load = np.full(64, 1.0)
-    load[5] = 63
-    alone = sim.plan_placement(load, sim.first_placement(64, Plan(ep=8, balance_live=1)))
-    copied = sim.plan_placement(load, sim.first_placement(64, Plan(ep=8, balance_live=1, balance_replicas=1)))
-    assert sim.imbalance(load, alone) == pytest.approx((63 + 7) / (126 / 8) - 1)
-    assert (copied == 5).any(1).all(), "copied to every device"
-    assert sim.imbalance(load, copied) < 0.02
+def test_devices_are_matched_by_what_they_hold():
+    """Loads 8 to 1 on two devices: the greedy's groups are 8 5 4 1 and 7 6 3 2. The second device has three of the
+    first group and keeps them, so two experts move instead of six, and the rest stay in their slots."""
+    load = np.array([8.0, 7, 6, 5, 4, 3, 2, 1])
+    groups, current = sim.place_greedily(load, 2), np.array([[1, 2, 5, 7], [0, 3, 6, 4]])
+    assert groups.tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert sim.moved_experts(current, groups) == 6
+    assert sim.plan_placement(load, current).tolist() == [[1, 2, 5, 6], [0, 3, 7, 4]]
 
 
 def test_no_move_below_the_threshold():
     """std / mean of (1.1, 0.9) is 0.14: a better placement is taken at a threshold of 0.08, not at 0.2."""
     load, current = np.array([0.6, 0.5, 0.5, 0.4]), np.array([[0, 1], [2, 3]])
     for threshold, moves in ((0.08, True), (0.2, False)):
-        plan = Plan(ep=2, balance_live=1, balance_threshold=threshold)
-        assert (sim.decide(load, current, plan) is not current) == moves
+        assert (sim.decide(load, current, threshold) is not current) == moves
 
 
 def test_plans_are_refused():
     config, plan = PRESETS["cpu-fine"], Plan(dp=4, ep=4, global_batch=4, seq_len=64, balance_live=5)
-    for changes, words in ((dict(ep=1), "use ep above 1"), (dict(balance_replicas=17), "use 0 to 16"),
-                           (dict(balance_live=0, balance_replicas=1), "balance_live above 0")):
-        with pytest.raises(ValueError, match=words):
-            sim.check_plan(config, replace(plan, **changes))
+    with pytest.raises(ValueError, match="use ep above 1"):
+        sim.check_plan(config, replace(plan, ep=1))
 
 
-@pytest.mark.parametrize("replicas", [0, 1])
-def test_recorded_loads(replicas):
+def test_recorded_loads():
     """64 experts on 8 devices, a decision every 50 steps from those before: a third of the imbalance or less."""
     loads = recorded().astype(float)
-    plan = Plan(dp=8, ep=8, balance_live=50, balance_replicas=replicas)
-    found = sim.replay_loads(loads, plan)
-    assert found["fixed"] >= 3 * found["live"], found
+    found = bench_balance.replay_loads(loads, devices=8, interval=50, threshold=0.08)
+    assert found.fixed >= 3 * found.live, found
     for load in loads.reshape(-1, 64)[::40]:
-        check_placement(sim.plan_placement(load, sim.first_placement(64, plan)), 64, 8)
+        check_placement(sim.plan_placement(load, sim.first_placement(64, 8)), 64)
 
 
 def test_predicted_gain(capsys):
-    """sim.py plays a recording under the plan: less imbalance makes a shorter step; copies cost exchange and memory."""
-    arguments = ["predict", "--model", "cpu-fine", "--load", str(DATA), "--json", "--plan"]
+    """A recording is played, and what it prints is given to sim.py: less imbalance makes a shorter step."""
+    bench_balance.main([str(DATA), "--interval", "50"])
+    commands = [line.split()[2:5] for line in capsys.readouterr().out.splitlines() if line.startswith("python sim.py")]
     results = []
-    for more in ("", ",balance_live=50", ",balance_live=50,balance_replicas=1"):
-        sim.main([*arguments, "dp=8,ep=8,micro_batch=64,global_batch=512,seq_len=256" + more])
+    for command in commands:
+        sim.main([*command, "--model", "cpu-fine", "--json", "--plan",
+                  "dp=8,ep=8,micro_batch=64,global_batch=512,seq_len=256"])
         results.append(json.loads(capsys.readouterr().out))
-    fixed, live, copied = results
-    assert "gain" not in fixed["load"] and live["load"]["live"] < fixed["load"]["live"] / 3
-    assert live["load"]["gain"] > 0.1
-    assert live["load"]["gain"] == pytest.approx(fixed["step_time_s"] / live["step_time_s"] - 1, rel=0.02)
-    assert copied["mem_gib"] > live["mem_gib"] and copied["bytes_by_tier"] != live["bytes_by_tier"]
+    fixed, live = (float(command[-1].removeprefix("max_vio=")) for command in commands)
+    assert live < fixed / 3
+    assert results[0]["step_time_s"] / results[1]["step_time_s"] - 1 > 0.1
 
 
-@pytest.mark.parametrize("load, more, words", [
-    ("nowhere.npy", "", "or the loads.npy"), (DATA, ",balance_live=200", "200 steps recorded"),
-    (DATA, "", "n_routed_experts=256")])
-def test_recording_is_refused(load, more, words):
-    model = "cpu-fine" if more else "pangu-ultra-moe-718b"
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere.npy"], "give the loads.npy"), (["--interval", "200"], "200 steps recorded"),
+    (["--devices", "5"], "64 experts are recorded")])
+def test_recording_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
-        plan = "dp=8,ep=8,global_batch=8,seq_len=256" + more
-        sim.main(["predict", "--model", model, "--load", str(load), "--plan", plan])
+        bench_balance.main(arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,11 +167,11 @@ def train_step(model, grid, optimizer, plan, step=0):
 @torch.no_grad()
 def whole(model, tensors, grid):
     """Tensors by name as on one process, experts in order of their numbers."""
-    tensors = parallel.part_of_whole(tensors, grid, "")
+    tensors = parallel.whole_tensors(dict(model=tensors), grid)["model"]
     tensors = {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
     for layer, block in enumerate(b for b in model.layers.values() if b.is_moe):
         if grid.live:
-            numbers = grid.live.placements[layer][:, :grid.live.n_homes].flatten()
+            numbers = grid.live.placements[layer].flatten()
             for weight in ("gate_up_proj", "down_proj"):
                 name = f"layers.{block.index}.mlp.experts.{weight}"
                 tensors[name] = tensors[name][np.argsort(numbers)]
@@ -228,15 +187,14 @@ def check_move(config, plan):
     """Two steps, with a move to random places in between, and two without. (worst relative difference, of what)"""
     results = []
     for live in (0, 1):
-        case = replace(plan, balance_live=live, balance_replicas=plan.balance_replicas * live)
-        model, grid, optimizer = start(config, case)
+        model, grid, optimizer = start(config, replace(plan, balance_live=live))
         train_step(model, grid, optimizer, plan)
         if live:
             random = np.random.default_rng(3)
-            places = [sim.place_greedily(random.random(config.n_routed_experts), plan.ep, plan.balance_replicas)
+            places = [sim.place_greedily(random.random(config.n_routed_experts), plan.ep)
                       for _ in grid.live.placements]
             grid.live.move_to(places, optimizer)
-            assert all(sim.moved_experts(grid.live.first, place, config.n_routed_experts) for place in places)
+            assert all(sim.moved_experts(grid.live.first, place) for place in places)
         loss, gradients, loads = train_step(model, grid, optimizer, plan)
         weights = whole(model, dict(model.named_parameters()), grid)
         results.append((dict(loss=loss, loads=loads), gradients, {f"new {name}": weights[name] for name in weights}))
@@ -253,17 +211,15 @@ BIASED = replace(TINY, router_bias=True, bias_update_speed=0.05, n_group=2, topk
 
 def moves():
     """(plan's changes, zero): each with zero=1, each zero with one; all pairs in the slow tests."""
-    for changes in (dict(ep=4), dict(ep=2), dict(ep=4, dispatch="hierarchical"),
-                    dict(ep=4, dispatch="dedup", balance_replicas=1), dict(ep=4, balance_replicas=2),
-                    dict(ep=2, balance_replicas=2)):
+    for changes in (dict(ep=4), dict(ep=2), dict(ep=4, dispatch="hierarchical"), dict(ep=4, dispatch="dedup")):
         for zero in (0, 1, 3):
-            fast = zero == 1 or changes == dict(ep=2, balance_replicas=2)
+            fast = zero == 1 or changes == dict(ep=2)
             yield pytest.param(changes, zero, marks=[] if fast else [pytest.mark.slow], id=f"{changes}-{zero}")
 
 
 @pytest.mark.parametrize("changes, zero", list(moves()))
 def test_move_changes_nothing(changes, zero):
-    """Loss, gradients and the next AdamW step, of experts with a history in the optimizer; with copies too."""
+    """Loss, gradients and the next AdamW step, of experts with a history in the optimizer."""
     plan = replace(PLAN, **MOVES, **changes, zero=zero)
     error, name = max(dist.run(4, check_move, TINY, plan))
     assert error <= 1e-12, name
@@ -271,7 +227,7 @@ def test_move_changes_nothing(changes, zero):
 
 def test_move_with_router_bias_and_groups():
     """The rule of groups and the bias go by an expert's own number, wherever it is."""
-    error, name = max(dist.run(4, check_move, BIASED, replace(PLAN, **MOVES, ep=4, balance_replicas=1)))
+    error, name = max(dist.run(4, check_move, BIASED, replace(PLAN, **MOVES, ep=4)))
     assert error <= 1e-12, name
 
 
@@ -376,9 +332,9 @@ def test_killed_between_decision_and_move(undisturbed, killed, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(ep=2, zero=3, balance_replicas=1), dict(ep=4, zero=0, balance_live=0)], ids=str)
+    dict(ep=2, zero=3), dict(ep=4, zero=0, balance_live=0)], ids=str)
 def test_resumed_under_another_plan(undisturbed, killed, tmp_path, changes):
-    """Placements for other ranks or slots are planned anew from expected loads; without live balance, at home."""
+    """Placements for other ranks are planned anew from expected loads; without live balance, at home."""
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     losses = undisturbed[0]
     for step, loss in dist.run(4, train, tmp_path, replace(LIVE, **changes))[0][0].items():
@@ -415,7 +371,7 @@ def test_command_line(tmp_path):
 
 
 def test_benchmark(capsys):
-    """tests/bench_balance.py prints both tables."""
-    bench_balance.main(["--cases", "1", "--intervals", "50"])
+    """tests/bench_balance.py prints both tables, and between them what to give to sim.py."""
+    bench_balance.main(["--cases", "1", "--interval", "50"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 10 + 1 + 2 + 3
+    assert len(lines) == 3 + 4 + 2 + 6

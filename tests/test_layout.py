@@ -44,7 +44,7 @@ def test_model_knows_no_process_groups():
 def test_sim_takes_only_shapes_and_totals_from_model_and_no_torch():
     allowed = {"model", *(f"model.{name}" for name in (
         "Config", "PRESETS", "Weights", "count_params", "divisors", "flops_per_token", "layer_flops", "layer_kinds",
-        "require", "sequences_of_group"))}
+        "require", "sequences_of_group", "setting", "check_setting", "check_settings"))}
     wrong = {name for name in imported_modules(parse(ROOT / "sim.py"))
              if name.split(".")[0] in ("model", "torch")} - allowed
     assert not wrong, f"sim.py imports {wrong}"
@@ -108,6 +108,10 @@ def test_device_words_only_where_a_device_is_picked():
     if found["model.py"]:
         allowed = section_lines(ROOT / "model.py", "Operators")
         found["model.py"] = [hit for hit in found["model.py"] if hit[0] not in allowed]
+    if "train.py" in found:                                               # the words that --device takes
+        lines = (ROOT / "train.py").read_text().splitlines()
+        allowed = {n for n, line in enumerate(lines, 1) if "device=Option(" in line}
+        found["train.py"] = [hit for hit in found["train.py"] if hit[0] not in allowed]
     if "parallel.py" in found:
         allowed = function_lines(ROOT / "parallel.py", {"pick_device", "pick_backend", "fused_skips"})
         found["parallel.py"] = [hit for hit in found["parallel.py"] if hit[0] not in allowed]

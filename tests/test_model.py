@@ -87,7 +87,7 @@ WRONG = [
     (dict(init=None), "init=None tiny, small"),
     (dict(rope_scaling="yarn"), "rope_scaling='yarn' null type=yarn"),
     (dict(rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings=8, mscale=float("nan"))),
-     "rope_scaling null"),
+     "rope_scaling mscale=nan number"),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_scaling type=yarn"),
     (dict(rope_scaling=dict(type="yarn", factor="4", original_max_position_embeddings=8)), "factor at least 1"),
     (dict(rope_scaling=dict(type="yarn", factor=2.0)), "rope_scaling original_max_position_embeddings"),

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as torch_dist
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist
+import paper
 import parallel
 import sim
 from model import PRESETS, Config, Model, shifted
 from sim import Plan, exchange_bytes
+from traffic import Traffic
 
 TINY = Config(
     vocab_size=64, hidden_size=24, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2, q_lora_rank=8,
@@ -42,6 +42,12 @@ def test_each_rank_of_a_node_has_its_own_accelerator(monkeypatch, local_rank, cu
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert parallel.pick_device("auto").type == "cuda" and chosen == [current]
+
+
+def test_what_torch_does_not_publish_is_there():
+    assert isinstance(parallel.cpu_multiplies_bf16(), bool)
+    tensors = [torch.randn(3, 4), torch.randn(5)]
+    assert torch.equal(parallel.norms_of(tensors), torch.stack([tensor.norm() for tensor in tensors]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,11 +293,12 @@ def send_tokens(config, plan, ids):
     dispatcher = grid.dispatcher(config)
     x = torch.randn(ids.size(1), config.hidden_size, dtype=DTYPES[plan.precision], requires_grad=True)
     weights = torch.rand(ids.shape[1:], requires_grad=True)
-    rows, row_weights, counts, ctx = dispatcher.dispatch(x, ids[parallel.rank()], weights)
-    rows, row_weights = dispatcher.wait(rows, row_weights, ctx)
-    assert len(rows) == counts.sum()
-    dispatcher.combine(rows * row_weights.unsqueeze(1), ctx).sum().backward()
-    return grid.traffic.bytes
+    with Traffic(plan.node_size) as traffic:
+        rows, row_weights, counts, ctx = dispatcher.dispatch(x, ids[parallel.rank()], weights)
+        rows, row_weights = dispatcher.wait(rows, row_weights, ctx)
+        assert len(rows) == counts.sum()
+        dispatcher.combine(rows * row_weights.unsqueeze(1), ctx).sum().backward()
+    return traffic.bytes
 
 
 @pytest.mark.parametrize("dispatch", EXCHANGES)
@@ -307,38 +314,12 @@ def test_bytes_are_those_that_sim_predicts(dispatch, ep, node_size):
             assert n_bytes == want[way][tier][rank], (rank, way, tier)
 
 
-class CountAll(TorchDispatchMode):
-    """Inside it every collective is counted, FSDP's and those of norms and balance groups too, in a Traffic of its own.
-
-    It counts what each other member gets of the tensor, twice for an all-reduce, whatever route the backend takes.
-    """
-
-    def __init__(self, node_size):
-        super().__init__()
-        self.node_size, self.traffic = node_size, parallel.Traffic()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "c10d" and (sent := SENT.get(op._opname)):
-            group = torch_dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
-            way = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
-            self.traffic.add(way, parallel.tiers_of(group, self.node_size), sent(group.size(), *args))
-        return op(*args, **(kwargs or {}))
-
-
-SENT = {                                   # operator of torch.distributed -> bytes for each of n members
-    "_allgather_base_": lambda n, out, x, *_: [x.nbytes] * n,
-    "_reduce_scatter_base_": lambda n, out, *_: [out.nbytes] * n,
-    "allreduce_": lambda n, tensors, *_: [2 * sum(x.nbytes for x in tensors) // n] * n,
-    "alltoall_base_": lambda n, out, x, group, recv, send, *_: [
-        rows * x[:1].nbytes for rows in send or [len(x) // n] * n]}
-
-
 def count_step(config, plan):
-    """Bytes of one step: the exchanges', and all."""
+    """Bytes of one step, and of all weights."""
     model, grid = build(config, plan)
-    with CountAll(plan.node_size) as everything:
+    with Traffic(plan.node_size) as traffic:
         step(model, grid, plan, WHOLE)
-    return grid.traffic.bytes, everything.traffic.bytes, sum(p.numel() * p.itemsize for p in model.parameters())
+    return traffic.bytes, sum(p.numel() * p.itemsize for p in model.parameters())
 
 
 @pytest.mark.parametrize("zero", (0, 1, 3))
@@ -347,8 +328,8 @@ def test_all_traffic_under_a_flag(zero):
     zero=1: a reduce-scatter of gradients and a gathering of weights. zero=3 gathers the blocks' weights twice."""
     plan = replace(PLAN, dp=2, ep=1, micro_batch=4, zero=zero)
     config = replace(TINY, hidden_size=32, num_attention_heads=4)          # every tensor's first dimension is even
-    for exchanged, total, weights in dist.run(2, count_step, config, plan):
-        assert set(exchanged.values()) == {0} and total["forward", "outer"] == total["backward", "outer"] == 0
+    for total, weights in dist.run(2, count_step, config, plan):
+        assert total["forward", "outer"] == total["backward", "outer"] == 0
         if zero == 0:
             assert abs(total["backward", "inner"] / weights - 1) < 0.02    # some small sums besides
         else:
@@ -419,7 +400,7 @@ def save_after_step(folder, plan):
     model, grid = build(TINY, plan)
     *_, optimizer = step(model, grid, plan, WHOLE)
     saver = parallel.Saver(folder, 2)
-    saver.save(1, parallel.train_state(model, optimizer, dict(step=1)), grid)
+    saver.save(parallel.train_state(model, optimizer), dict(step=1), grid)
     optimizer.zero_grad()
     step(model, grid, plan, WHOLE)                                        # goes on while the file is written
     saver.wait()
@@ -463,7 +444,7 @@ def test_checkpoints_move_between_plans(tmp_path, writer):
 def test_every_rung_of_the_papers_ladder_is_a_plan_that_runs():
     """What `python sim.py` times from the baseline up is neither refused by the model nor left to the simulator."""
     changes = dict(seq_len=4096)
-    for change in sim.LADDER.values():
+    for change in paper.LADDER.values():
         changes |= change
         settings = sim.PAPER["baseline"]["plan"] | changes
         settings.pop("max_vio", None)

@@ -33,4 +33,4 @@ def test_bench_memory():
 
 
 def test_bench_search():
-    assert "100 plans evaluated" in run("tests/bench_search.py", "--plans", "100")
+    assert "100 plans played" in run("tests/bench_search.py", "--plans", "100", "--only-plans")
