@@ -119,7 +119,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     numbers, rows, rounds = ((8, 16), 256, 1) if args.tiny else ((16, 32, 64, 128, 256), ROWS, args.rounds)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     tokens = max(numbers) * rows // TOP_K                                 # the same for all
     cases = [Case(n, tokens, DTYPES[args.dtype], device) for n in numbers]
     race(cases, rounds)
