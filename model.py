@@ -418,7 +418,7 @@ def compile_operators(wanted=True, device=None):
     if not wanted:
         return None
     try:
-        probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator() or "cpu")
+        probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         compiled(value)(plain_swiglu, probe)
     except torch._dynamo.exc.TorchDynamoException as error:
         return str(error).strip().splitlines()[0]

@@ -218,7 +218,7 @@ def cast(model, dtype):
 
 def race(names, config, args):
     """Runners after args.rounds measured rounds; the order turns with each round."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     weights = Model(config)
     weights.init_weights(0)
     weights, dtype = weights.state_dict(), DTYPES[args.dtype]
@@ -236,7 +236,7 @@ def race(names, config, args):
 
 def matmul_rate(dtype, device=None):
     """FLOP/s of a large square matmul, the best of nine."""
-    device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     n = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     seconds = []
@@ -276,7 +276,7 @@ def report(preset, runners, config, args, peak):
 
 def environment():
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
-    device = torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True)
     name = platform.processor() or platform.machine()
     if device is not None:
         name = torch.get_device_module(device).get_device_name()

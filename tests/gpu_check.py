@@ -1,7 +1,7 @@
 """
 One GPU's report in at most five minutes: does it compute the same, and how fast is a step beside transformers?
 
-    python tests/gpu_check.py                        # all of it; results also go to gpu_check.jsonl as they come
+    python tests/gpu_check.py                        # all of it; results also go to runs/gpu_check.jsonl as they come
     python tests/gpu_check.py --tiny                 # on any machine, a CPU too: shows that it runs, not how fast
 
 In this order, each in a process of its own with what is left of --seconds, so that a run that is cut tells something:
@@ -139,7 +139,7 @@ class Contender:
 
 def measure(preset, name, tokens, steps):
     """Print one line of JSON for each thing that is known, the step first."""
-    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    device = torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     config = replace(PRESETS[preset], num_nextn_predict_layers=0, balance="none", norm="pre", latent_norm_eps=1e-6)
     contender = Contender(name, config, device)
     generator = torch.Generator().manual_seed(0)
@@ -170,6 +170,7 @@ class Report:
 
     def __init__(self, path, seconds):
         self.end = time.monotonic() + seconds
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "w")
 
     def keep(self, **what):
@@ -246,7 +247,7 @@ def train(report, tiny):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="gpu_check.jsonl", help="where results go, a line of JSON each")
+    parser.add_argument("--out", default="runs/gpu_check.jsonl", help="where results go, a line of JSON each")
     parser.add_argument("--seconds", type=float, default=290, help="all of it takes at most this long, default 290")
     parser.add_argument("--tiny", action="store_true", help="preset tiny, 64 tokens, two steps")
     parser.add_argument("--measure", nargs=2, metavar=("PRESET", "CONTENDER"), help="one contender, in this process")

@@ -34,3 +34,16 @@ def test_bench_memory():
 
 def test_bench_search():
     assert "100 plans played" in run("tests/bench_search.py", "--plans", "100", "--only-plans")
+
+
+def test_bench_scale(tmp_path):
+    assert "in the number of tokens" in run("tests/bench_scale.py", "--tiny", "--out", str(tmp_path / "scale.svg"))
+    assert (tmp_path / "scale.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_gpu_check(tmp_path):
+    """On a CPU, where it counts no waits: a line for each contender, and the steps of train.py."""
+    out = run("tests/gpu_check.py", "--tiny", "--seconds", "900", "--out", str(tmp_path / "check.jsonl"))
+    assert "smoke: all within their limits" in out and "ours-operators" in out and "tokens/s" in out.split("train:")[1]
+    assert "left out" not in (tmp_path / "check.jsonl").read_text()

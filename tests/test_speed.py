@@ -101,7 +101,7 @@ def train(model, dtype, device, steps=3):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_layers_train_like_others(dtype):
     """The same losses within rounding; after two steps nothing is compiled any more; and layers share their code."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     models = []
     for _ in range(2):
         model = Model(PRESETS["tiny"])
