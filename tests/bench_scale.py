@@ -10,7 +10,7 @@ it the parameters. A token's matmuls are the same, but for the router, which has
 token should be flat, as long as an expert has rows enough (at least 512 here) to pay for reading its weights; and the
 cost of a step linear in tokens. The optimizer is apart: it visits every parameter at each step, used or not.
 
-Steps of all models alternate; a column is the median over rounds of (this model's time / the first one's in that round).
+Steps of all models alternate; a column is the median over rounds of (this model's time / the first one's in the round).
 """
 import argparse
 import statistics
@@ -63,7 +63,8 @@ class Case:
 
     def to_first(self, first):
         """Cost of a token, as a multiple of the first case's."""
-        return statistics.median(own / base for own, base in zip(self.passes, first.passes)) * first.tokens / self.tokens
+        ratio = statistics.median(own / base for own, base in zip(self.passes, first.passes))
+        return ratio * first.tokens / self.tokens
 
 
 def wait(tensor):
