@@ -1627,14 +1627,10 @@ def sample(given):
         print(continue_text(given))
 
 
-def continue_text(given):
-    """The prompt, and what the model of a checkpoint writes after it. given: some of SAMPLE_OPTIONS."""
-    settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()} | given
-    if not settings["init"]:
-        raise UserError("sample needs --init RUN, a run's folder")
-    # 1. the model, as its last phase left it; it sees no more text than it was trained on
-    folder, checkpoint = find_checkpoint(settings["init"], "--init")
-    device = parallel.pick_device(settings["device"])
+def open_model(init, device):
+    """--init -> (the model of a checkpoint, its tokenizer, END's id)."""
+    # as its last phase left it; it sees no more text than it was trained on
+    folder, checkpoint = find_checkpoint(init, "--init")
     stored, progress = read_config(folder), read_progress(checkpoint)
     has_begun = progress["phase_tokens"] > 0                              # else the phase before it was the last
     phase = stored["phases"][max(0, progress["phase"] - (not has_begun))]
@@ -1642,9 +1638,17 @@ def continue_text(given):
     config = replace(config, rope_theta=phase.rope_theta or config.rope_theta, max_position_embeddings=phase.seq_len)
     model = Model(config).to(device)
     parallel.load_state(checkpoint, dict(model=model.state_dict()))
-    # 2. the text
     end = stored["corpus"]["end"]
-    encoding = load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], end)
+    return model, load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], end), end
+
+
+def continue_text(given):
+    """The prompt, and what the model of a checkpoint writes after it. given: some of SAMPLE_OPTIONS."""
+    settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()} | given
+    if not settings["init"]:
+        raise UserError("sample needs --init RUN, a run's folder")
+    device = parallel.pick_device(settings["device"])
+    model, encoding, end = open_model(settings["init"], device)
     prompt = os.fsencode(settings["prompt"]).decode(errors="replace")     # as the terminal gave it
     ids = torch.tensor([[end, *encoding.encode_ordinary(prompt)]], device=device)
     how = {name: settings[name] for name in ("new_tokens", "temperature", "top_k", "top_p", "seed")}
