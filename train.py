@@ -39,7 +39,6 @@ import sysconfig
 import time
 import typing
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -125,7 +124,6 @@ OPTIONS = dict(
     min_lr=option(0.1, "final learning rate as a share of --lr", least=0, most=1),
     decay=option("cosine", "the learning rate after its warm-up", choices=("cosine", "constant")),
     warmup_steps=option(0, "steps over which the learning rate rises, at the full batch", least=0),
-    batch_warmup=option([], "SEQUENCES TOKENS: the batch grows linearly from SEQUENCES to --global-batch over TOKENS"),
     weight_decay=option(0.1, "of every tensor, gains of norms included (as PU's figures of falling gains show)",
                         least=0, most=100),
     beta1=option(0.9, "of AdamW", least=0, most=0.99999),
@@ -198,16 +196,23 @@ def settings_of(given):
     return fit_to_world(defaults | recipe | given, given)
 
 
-def fit_to_world(settings, given):
-    """Where they are not given, dp takes what processes there are, and a micro-batch is no more than a rank's share.
+def fit_to_world(settings, given, group=1):
+    """What is not given follows from the number of processes.
 
-    E.g. 4 processes with --tp 2: dp=2; of a global batch of 12 each takes 6, so that a micro-batch of 8 becomes 6.
+    dp takes those there are, and a micro-batch is no more than a rank's share, e.g. with 4 processes and --tp 2: dp=2;
+    of a global batch of 12 each takes 6, so that a micro-batch of 8 becomes 6. What several processes began, one goes
+    on with: axes of one, and micro-batches that hold a balance group.
     """
+    if parallel.world_size() == 1:
+        settings |= {name: PLAN_OPTIONS[name].default for name in CUTS if name not in given}
+    else:
+        group = 1
     if "dp" not in given:
         settings["dp"] = max(1, parallel.world_size() // (settings["pp"] * settings["cp"] * settings["tp"]))
     if "micro_batch" not in given:
+        most = max(settings["micro_batch"], group)
         share = max(1, settings["global_batch"] // settings["dp"])
-        settings["micro_batch"] = max(n for n in range(1, settings["micro_batch"] + 1) if share % n == 0)
+        settings["micro_batch"] = max(n for n in range(1, most + 1) if share % n == 0)
     return settings
 
 
@@ -493,7 +498,7 @@ class Corpus:
     end: int                               # END's id
     train: dict                            # source -> tokens, memory-mapped
     heldout: np.ndarray                    # tokens, of all sources
-    facts: dict                            # hash, bytes and token counts, what gzip and xz need for the held-out bytes
+    facts: dict                            # hash, bytes and token counts, what xz needs for the held-out bytes
 
 
 def make_cache(settings, encoding, vocab_size, parent):
@@ -573,23 +578,20 @@ def tokenise(files, settings, encoding, folder):
     writers = {split: open(folder / f"{split}.bin", "wb") for split in {"heldout", *(file.source for file in files)}}
     for writer in writers.values():
         writer.write(np.array([end], dtype).tobytes())
-    # 2. the text, hashed, and what others need to pack the held-out part of it
+    # 2. the text, hashed, and what xz needs to pack the held-out part of it
     hasher = hashlib.sha256()
-    sizes = dict(train_bytes=0, heldout_bytes=0, gzip=0, xz=0)
-    packers = dict(gzip=zlib.compressobj(9, wbits=31), xz=lzma.LZMACompressor(preset=9))
+    sizes, packer = dict(train_bytes=0, heldout_bytes=0, xz=0), lzma.LZMACompressor(preset=9)
     pieces = encoded(pieces_of(files, settings, encoding), encoding, end)
     for piece, raw, tokens in sim.with_progress("tokenising", pieces, count_pieces(files)):
         hasher.update(f"\0{piece.file.source}\0{piece.file.name}\0".encode() + raw)
         if piece.is_heldout:
             sizes["heldout_bytes"] += len(raw)
-            for name, packer in packers.items():
-                sizes[name] += len(packer.compress(raw))
+            sizes["xz"] += len(packer.compress(raw))
         else:
             sizes["train_bytes"] += len(raw)
         split = "heldout" if piece.is_heldout else piece.file.source
         writers[split].write(tokens.astype(dtype).tobytes())
-    for name, packer in packers.items():
-        sizes[name] += len(packer.flush())
+    sizes["xz"] += len(packer.flush())
     # 3. facts
     counts = {split: writer.tell() // dtype.itemsize for split, writer in writers.items()}
     for writer in writers.values():
@@ -693,25 +695,29 @@ def make_phases(settings, given):
     """One phase from --steps or --tokens, or those of --phases, where a key that is left out is as in the first one, or
     else as in that single phase."""
     step = settings["global_batch"] * settings["seq_len"]
-    single = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=settings["seq_len"],
-                  global_batch=batch_ramp(settings), lr=settings["lr"], min_lr=settings["lr"] * settings["min_lr"],
-                  decay=settings["decay"], warmup_tokens=settings["warmup_steps"] * step)
+    usual = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=settings["seq_len"],
+                 global_batch=settings["global_batch"], lr=settings["lr"], decay=settings["decay"],
+                 warmup_tokens=settings["warmup_steps"] * step)
     if not settings["phases"]:
-        return [Phase(**single)]
+        return [make_phase(settings, usual)]
     where = f"--phases {settings['phases']}"
     phases, rows = [], read_rows(settings["phases"])
     # sizes that a later phase leaves out are those of the first, so that all are scaled alike
-    single |= {key: rows[0][key] for key in ("seq_len", "global_batch", "lr") if key in rows[0]}
+    usual |= {key: rows[0][key] for key in ("seq_len", "global_batch", "lr") if key in rows[0]}
     for number, row in enumerate(rows, 1):
         with refusals(f"{where}, phase {number}: "):
-            unknown = set(row) - set(PHASE_KEYS)
-            require(not unknown, f"{', '.join(unknown)}: use keys of {', '.join(PHASE_KEYS)}")
-            lr = row.get("lr", single["lr"])
-            check_setting("lr", lr, float)
-            phases.append(Phase(**single | dict(min_lr=lr * settings["min_lr"]) | row))
+            phases.append(make_phase(settings, usual | row))
     phases = scaled(phases, given, once=settings["micro_batch"] * settings["dp"])
     refuse_too_short(phases, where)
     return phases
+
+
+def make_phase(settings, row):
+    """A Phase, whose last rate is --min-lr of its own where it names none."""
+    unknown = set(row) - set(PHASE_KEYS)
+    require(not unknown, f"{', '.join(unknown)}: use keys of {', '.join(PHASE_KEYS)}")
+    check_setting("lr", row["lr"], float)
+    return Phase(**dict(min_lr=row["lr"] * settings["min_lr"]) | row)
 
 
 def read_rows(path):
@@ -729,42 +735,27 @@ def read_rows(path):
     return rows
 
 
-def batch_ramp(settings):
-    """--batch-warmup as [[from token, sequences], ...], rising by a micro-batch at a time."""
-    if not settings["batch_warmup"]:
-        return settings["global_batch"]
-    once = settings["micro_batch"] * settings["dp"]
-    words = settings["batch_warmup"]
-    with refusals("--batch-warmup takes two numbers, sequences and tokens: "):
-        require(len(words) == 2, f"not {len(words)}")
-        start, over = read_word(words[0], int), read_word(words[1], float)
-        check_setting("sequences", start, int, least=1, most=settings["global_batch"])
-        check_setting("tokens", over, float, least=0)
-    sizes = [*range(start, settings["global_batch"], once), settings["global_batch"]]
-    return [[over * i / max(1, len(sizes) - 1), size] for i, size in enumerate(sizes)]
-
-
 def scaled(phases, given, once):
     """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given.
 
     The others keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it.
     """
-    # factors, 1 where nothing was given
-    first = phases[0]
-    tokens = given["tokens"] / sum(phase.tokens for phase in phases) if given.get("tokens") else 1
-    length = given["seq_len"] / first.seq_len if "seq_len" in given else 1
-    batch = given["global_batch"] / first.batches[-1][1] if "global_batch" in given else 1
-    rate = given["lr"] / first.lr if "lr" in given else 1
+    # by how much: what was given over what the phases say, 1 where nothing was given
+    said = dict(tokens=sum(phase.tokens for phase in phases), seq_len=phases[0].seq_len,
+                global_batch=phases[0].batches[-1][1], lr=phases[0].lr)
+    by = {name: (given.get(name) or value) / value for name, value in said.items()}
+
+    def batch(sequences):
+        if by["global_batch"] == 1:
+            return sequences
+        return max(1, round(sequences * by["global_batch"] / once)) * once
+
     result = []
     for phase in phases:
-        batches = []
-        for start, sequences in phase.batches:
-            if batch != 1:
-                sequences = max(1, round(sequences * batch / once)) * once
-            batches.append([start * tokens, sequences])
-        result.append(replace(phase, tokens=phase.tokens * tokens, warmup_tokens=phase.warmup_tokens * tokens,
-                              seq_len=max(1, int(phase.seq_len * length)), global_batch=batches,
-                              lr=phase.lr * rate, min_lr=phase.min_lr * rate))
+        result.append(replace(
+            phase, tokens=phase.tokens * by["tokens"], warmup_tokens=phase.warmup_tokens * by["tokens"],
+            seq_len=max(1, int(phase.seq_len * by["seq_len"])), lr=phase.lr * by["lr"], min_lr=phase.min_lr * by["lr"],
+            global_batch=[[start * by["tokens"], batch(sequences)] for start, sequences in phase.batches]))
     return result
 
 
@@ -859,7 +850,8 @@ def mix_pattern(corpus, phase, seed):
 
 
 def examples(windows, depths, device, document_end=None):
-    """Windows (B, T + depths) -> ids (B,T), targets (B, depths, T), doc_ids (B,T) or None: what Model.forward takes.
+    """Windows (B, T + depths) -> ids (B,T), targets (B, depths, T) and, where documents are kept apart, doc_ids (B,T):
+    what Model.forward takes.
 
     With documents kept apart, the tokens ahead that MTP predicts count as long as they are of the same document; the
     next token always does, since END is followed by one, too.
@@ -868,12 +860,12 @@ def examples(windows, depths, device, document_end=None):
     T = tokens.size(1) - depths
     targets = torch.stack([tokens[:, 1 + d:1 + d + T] for d in range(depths)], 1)
     if document_end is None:
-        return tokens[:, :T], targets, None
+        return dict(ids=tokens[:, :T], targets=targets)
     is_end = tokens == document_end
     documents = is_end.cumsum(1) - is_end.long()                          # END belongs to the document that it ends
     for d in range(1, depths):
         targets[:, d].masked_fill_(documents[:, 1 + d:1 + d + T] != documents[:, :T], -100)
-    return tokens[:, :T], targets, documents[:, :T]
+    return dict(ids=tokens[:, :T], targets=targets, doc_ids=documents[:, :T])
 
 
 # what a step returns; stop: ranks that were asked to
@@ -889,17 +881,14 @@ def own_sequences(plan, size):
     return places[:, parallel.data_rank(plan)].flatten()
 
 
-def micro_batches(ids, targets, doc_ids, size):
+def micro_batches(batch, size):
     """A rank's share of a batch as inputs of the model, `size` sequences at a time."""
-    inputs = []
-    for start in range(0, len(ids), size):
-        own = slice(start, start + size)
-        inputs.append(dict(ids=ids[own], targets=targets[own], doc_ids=None if doc_ids is None else doc_ids[own]))
-    return inputs
+    starts = range(0, len(batch["ids"]), size)
+    return [{name: value[start:start + size] for name, value in batch.items()} for start in starts]
 
 
 def train_step(pipeline, optimizer, batch, clip, stop=False):
-    """One optimizer step on this rank's share of a global batch, which `examples` made.
+    """One optimizer step on this rank's share of a global batch: a dict of what Model.forward takes.
 
     -> float32 tensor of MEASURES, those of all ranks, and the copies that went to each expert, (MoE layers, E), of all
     ranks. Both are still on the device: nothing waits for them. clip: 0 for none. stop: whether this rank was asked to.
@@ -907,12 +896,11 @@ def train_step(pipeline, optimizer, batch, clip, stop=False):
     A loss or gradient that is not finite leaves weights and moments as they are: the optimizer is told by found_inf.
     """
     model, plan = pipeline.model, pipeline.plan
-    ids, targets, doc_ids = batch
     # 1. forward and backward; losses are means over the target tokens of the whole global batch
     ranks_alike = plan.world_size // plan.dp                              # that share the same sequences
-    loss_tokens = parallel.all_sum((targets != -100).sum((0, 2)).float()) / ranks_alike
-    model.aux_scale = plan.micro_batch / (len(ids) * plan.dp * plan.cp * plan.tp)
-    out = pipeline.step(micro_batches(ids, targets, doc_ids, plan.micro_batch), loss_tokens)
+    loss_tokens = parallel.all_sum((batch["targets"] != -100).sum((0, 2)).float()) / ranks_alike
+    model.aux_scale = plan.micro_batch / (len(batch["ids"]) * plan.dp * plan.cp * plan.tp)
+    out = pipeline.step(micro_batches(batch, plan.micro_batch), loss_tokens)
 
     # 2. what all ranks must know before they step
     stats = model.pop_stats()
@@ -924,7 +912,7 @@ def train_step(pipeline, optimizer, batch, clip, stop=False):
     cut = (norm / clip).clamp(min=1) if clip else torch.ones_like(norm)   # what clipping divides gradients by
 
     # 3. the step, or none
-    if parallel.fused_skips(ids.device):
+    if parallel.fused_skips(norm.device):
         optimizer.found_inf, optimizer.grad_scale = (~finite).float(), cut
         optimizer.step()
     elif finite:                                                          # here the host waits
@@ -976,16 +964,16 @@ def evaluate(pipeline, corpus, document_end=None):
         first += parallel.data_rank(plan) * plan.micro_batch              # this rank's first window
         places = [number * stride for number in range(first, first + plan.micro_batch)]
         windows = np.stack([text[start:start + seq_len + depths] for start in places])
-        ids, targets, doc_ids = examples(windows, depths, device, document_end)
+        batch = examples(windows, depths, device, document_end)
 
         # 3. what counts: depth 0 alone, the second half, all of the first window, nothing past the end
-        counted = torch.full_like(targets, -100)
-        counted[:, 0, seq_len - stride:] = targets[:, 0, seq_len - stride:]
+        counted = torch.full_like(batch["targets"], -100)
+        counted[:, 0, seq_len - stride:] = batch["targets"][:, 0, seq_len - stride:]
         if first == 0:
-            counted[0, 0] = targets[0, 0]
+            counted[0, 0] = batch["targets"][0, 0]
         counted[max(0, len(starts) - first):] = -100
         counted.masked_fill_(counted < 0, -100)
-        inputs = dict(ids=ids.clamp(min=0), targets=counted, doc_ids=doc_ids)
+        inputs = batch | dict(ids=batch["ids"].clamp(min=0), targets=counted)
         divisor = torch.ones(depths, device=device)                       # so that the loss is a sum, not a mean
         nats += pipeline.step([inputs], divisor, train=False).loss.item()
     model.train()
@@ -997,9 +985,34 @@ def evaluate(pipeline, corpus, document_end=None):
 # A run, and how it is opened
 
 
+class Stage(typing.NamedTuple):
+    """What makes a kind of training: all stages are one loop, `train`."""
+    name: str                              # of the command, and first on each line of metrics.jsonl
+    options: dict                          # its settings: name -> Option
+    # (run, phase) -> an object with batch(progress, size): this rank's share of a global batch of so many sequences
+    batches: typing.Callable
+
+
+class TextBatches:
+    """Batches of pretrain: windows of the training text in the order of Order, of which every token is predicted."""
+
+    def __init__(self, run, phase):
+        self.run, self.depths = run, 1 + run.config.num_nextn_predict_layers
+        self.order = Order(run.corpus, phase, self.depths, run.settings["seed"])
+
+    def batch(self, progress, size):
+        run = self.run
+        windows = self.order.batch(progress["tokens"], size)[own_sequences(run.plan, size)]
+        return examples(windows, self.depths, run.device, run.document_end)
+
+
+PRETRAIN = Stage("pretrain", OPTIONS | PLAN_OPTIONS, TextBatches)
+
+
 @dataclass
 class Run:
     """A training run. open_run fills the fields in this order; afterwards only `progress` changes."""
+    stage: Stage
     given: dict                            # what was typed
     settings: dict = None                  # all settings by name, with what `auto` became
     checkpoint: Path = None                # where it goes on from; None: it begins
@@ -1014,6 +1027,11 @@ class Run:
     corpus: Corpus = None
     progress: dict = None                  # where it stands, stored with checkpoints
 
+    @property
+    def document_end(self):
+        """END's id, where documents are kept apart."""
+        return self.corpus.end if self.settings["document_mask"] else None
+
 
 def beginning():
     """The progress of a run without a step; all of it is stored with checkpoints."""
@@ -1022,9 +1040,9 @@ def beginning():
     return progress | dict(placement=[], expert_load=[])                  # of live balance
 
 
-def open_run(given):
+def open_run(stage, given):
     """A Run, ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
-    run = Run(given)
+    run = Run(stage, given)
     # 1. settings: of the run that goes on, or new ones
     if parallel.is_restarted():
         given = restarted(given)
@@ -1075,7 +1093,7 @@ def fill_run(run):
                                                    run.folder.parent))
     run.corpus = open_corpus(cache)
     for phase in run.phases:
-        order_of(run, phase)                                              # refuses text that is too short
+        run.stage.batches(run, phase)                                     # refuses text that is too short
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
@@ -1108,21 +1126,12 @@ def resume_settings(given):
         if name not in CHANGEABLE and value != settings[name]:
             raise UserError(f"{flag(name)} {value}: the run in {folder} has {settings[name]!r}, and resuming cannot "
                             f"change it; leave it away, or start a new run")
-    settings |= given | dict(out=str(folder))
-    if parallel.world_size() == 1:
-        be_alone(settings, given, stored["config"].balance_group)
-    return fit_to_world(settings, given), stored, checkpoint
-
-
-def be_alone(settings, given, group):
-    """What several processes began, one goes on with: axes of one, and micro-batches that hold a balance group."""
-    alone = {name: PLAN_OPTIONS[name].default for name in CUTS if name not in given and settings[name]}
-    if "micro_batch" not in given:
-        alone["micro_batch"] = max(settings["micro_batch"], group)
-    changed = {name: value for name, value in alone.items() if settings[name] != value}
-    if changed:
-        print("one process goes on with", " ".join(f"{flag(name)} {value}" for name, value in changed.items()))
-    settings.update(changed)
+    before = settings | given | dict(out=str(folder))
+    settings = fit_to_world(dict(before), given, stored["config"].balance_group)
+    changed = [f"{flag(name)} {value}" for name, value in settings.items() if before[name] != value]
+    if changed and parallel.world_size() == 1:
+        print("one process goes on with", " ".join(changed))
+    return settings, stored, checkpoint
 
 
 def fix_automatic(settings, device):
@@ -1180,10 +1189,6 @@ def refuse_unequal_ranks(run):
     names = [flag(name) for name, ranks in zip(first, parallel.all_sum(differs)) if ranks]
     if names:
         raise UserError(f"ranks were started with different {', '.join(sorted(names))}: start all with one command")
-
-
-def order_of(run, phase):
-    return Order(run.corpus, phase, 1 + run.config.num_nextn_predict_layers, run.settings["seed"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1363,7 +1368,7 @@ class Stopper:
     signals = signal.SIGINT, signal.SIGTERM
 
     def __init__(self):
-        self.asked = None
+        self.asked, self.agreed = None, False    # what this rank was told; whether all ranks know that one was
         for number in self.signals:
             signal.signal(number, self.ask)
 
@@ -1416,78 +1421,83 @@ def compile_parts(wanted, model, plan):
         print(f"the first step compiles {wanted} too: some seconds, less with what is in its cache", flush=True)
 
 
-def pretrain(given):
+def train(stage, given):
     """Opens a run and trains it to its end, or until it is asked to stop."""
     with refusals():
-        run = open_run(given)
-    settings, progress, phases, checkpoint = run.settings, run.progress, run.phases, run.checkpoint
-    depths = 1 + run.config.num_nextn_predict_layers
-    document_end = run.corpus.end if settings["document_mask"] else None
+        run = open_run(stage, given)
     introduce(run)
+    settings, progress, checkpoint = run.settings, run.progress, run.checkpoint
     if is_done(run):
         print(f"{run.folder} is finished: {progress['step']} steps; --steps with a larger number trains on")
         return
-    stop, stopped = Stopper(), False
+    stop, log = Stopper(), Log(run)
     saver = parallel.Saver(run.folder / "ckpt", settings["keep"])
-    # a line is written when it ends; rank 0 writes
-    log = open(run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull, "a", buffering=1)
-    total, first_token, busy = end_of(phases, len(phases) - 1), progress["tokens"], 0.0    # busy: seconds in steps
 
-    while not is_done(run) and not stopped:
-        phase = phases[progress["phase"]]
-        phase_end = end_of(phases, progress["phase"])
+    while not is_done(run) and not stop.agreed:
+        # a phase has batches of its own, and a model that is built for it, as the checkpoint left it
+        phase = run.phases[progress["phase"]]
+        batches = stage.batches(run, phase)
         pipeline, optimizer = build(run, phase, checkpoint)
-        model, plan, grid = pipeline.model, pipeline.plan, pipeline.grid
-        order, flops = order_of(run, phase), flops_per_token(run.config, phase.seq_len)
 
-        while progress["tokens"] < phase_end and not stopped:
+        while not phase_is_done(run) and not stop.agreed:
             # 1. the batch: how many sequences, which, at what rate
             began = time.perf_counter()
             size = phase.batch(progress["phase_tokens"])
-            windows = order.batch(progress["tokens"], size)[own_sequences(plan, size)]
-            batch = examples(windows, depths, run.device, document_end)
-            new_tokens = size * phase.seq_len
-            progress["step"] += 1
-            progress["tokens"] += new_tokens
-            progress["phase_tokens"] += new_tokens
-            lr = phase.learning_rate(progress["phase_tokens"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            batch = batches.batch(progress, size)
+            line = advance(run, phase, size, optimizer)
 
             # 2. the step; tolist waits for the device, the only time
             measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
-            line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr)
             line |= dict(zip(MEASURES, measures.tolist()))
-            stopped = line.pop("stop") > 0                                # all ranks at the same step
+            stop.agreed = line.pop("stop") > 0                            # at the same step on all ranks
             count_skips(run, line)
-            line |= watch_loads(run, grid, optimizer, loads)
+            line |= watch_loads(run, pipeline.grid, optimizer, loads)
+            line |= speed(run, phase, size, time.perf_counter() - began)
 
             # 3. the log; once in a while held-out text and checkpoint
-            seconds = time.perf_counter() - began
-            line |= speed(run, seconds, new_tokens, flops)
             if is_done(run) or is_due(settings["eval_every"], progress["step"]):
-                line |= evaluate(pipeline, run.corpus, document_end)
-            log.write(json.dumps(line) + "\n")
-            busy += seconds
-            print_step(run, line, total, busy * (total - progress["tokens"]) / (progress["tokens"] - first_token))
+                line |= evaluate(pipeline, run.corpus, run.document_end)
+            log.write(line)
             saver.poll()
             if is_due(settings["save_every"], progress["step"]) and progress["skipped_in_a_row"] == 0:
-                save_finite(run, saver, model, optimizer, grid)
-
-        # 4. the end of a phase or an early one: the next phase goes on from this checkpoint, in a model built for it
-        if progress["tokens"] >= phase_end and not is_done(run):
-            progress.update(phase=progress["phase"] + 1, phase_tokens=0)
-        save_finite(run, saver, model, optimizer, grid)
-        saver.wait()
-        checkpoint = run.folder / "ckpt" / f"step_{progress['step']}"
+                save_finite(run, saver, pipeline, optimizer)
+        checkpoint = end_phase(run, saver, pipeline, optimizer)
 
     if parallel.rank() == 0:
         conclude(run, checkpoint)
 
 
+def pretrain(given):
+    train(PRETRAIN, given)
+
+
+def advance(run, phase, size, optimizer):
+    """Counts the step that begins, of so many sequences, and sets its rate -> the beginning of its line of the log."""
+    progress, new_tokens = run.progress, size * phase.seq_len
+    progress["step"] += 1
+    progress["tokens"] += new_tokens
+    progress["phase_tokens"] += new_tokens
+    lr = phase.learning_rate(progress["phase_tokens"])
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return dict(stage=run.stage.name, step=progress["step"], tokens=progress["tokens"], lr=lr)
+
+
+def end_phase(run, saver, pipeline, optimizer):
+    """The checkpoint at the end of a phase, or at an early one: the next phase goes on from it."""
+    if phase_is_done(run) and not is_done(run):
+        run.progress.update(phase=run.progress["phase"] + 1, phase_tokens=0)
+    save_finite(run, saver, pipeline, optimizer)
+    saver.wait()
+    return run.folder / "ckpt" / f"step_{run.progress['step']}"
+
+
+def phase_is_done(run):
+    return run.progress["tokens"] >= end_of(run.phases, run.progress["phase"])
+
+
 def is_done(run):
-    last = len(run.phases) - 1
-    return run.progress["phase"] == last and run.progress["tokens"] >= end_of(run.phases, last)
+    return run.progress["phase"] == len(run.phases) - 1 and phase_is_done(run)
 
 
 def is_due(every, step):
@@ -1529,13 +1539,14 @@ def count_skips(run, line):
         give_up(run, f"loss or gradient not finite {most} times in a row")
 
 
-def save_finite(run, saver, model, optimizer, grid):
+def save_finite(run, saver, pipeline, optimizer):
     """A checkpoint, but never one of weights that are not finite: the older ones that it would displace are better."""
-    broken = sum((~torch.isfinite(parallel.local(weight))).any().float() for weight in model.parameters())
+    weights = pipeline.model.parameters()
+    broken = sum((~torch.isfinite(parallel.local(weight))).any().float() for weight in weights)
     if parallel.all_sum(broken).item():
         saver.wait()
         give_up(run, "weights are not finite")
-    parallel.save(saver, model, optimizer, run.progress, grid)
+    parallel.save(saver, pipeline.model, optimizer, run.progress, pipeline.grid)
 
 
 def give_up(run, what):
@@ -1553,15 +1564,31 @@ def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
-def speed(run, seconds, new_tokens, flops):
-    """What the log tells of a step's time and memory. flops: of a token, forward and backward."""
-    rate = new_tokens / seconds
+def speed(run, phase, size, seconds):
+    """What the log tells of the time and memory of a step of so many sequences."""
+    rate = size * phase.seq_len / seconds
     peak = run.settings["peak_tflops"] * 1e12 * parallel.world_size()
-    return dict(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=rate * flops / peak if peak else None,
-                mem_gib=parallel.peak_memory(run.device) / 2**30)
+    mfu = rate * flops_per_token(run.config, phase.seq_len) / peak if peak else None
+    return dict(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=mfu, mem_gib=parallel.peak_memory(run.device) / 2**30)
 
 
-def print_step(run, line, total, seconds_left):
+class Log:
+    """metrics.jsonl, a line a step, and the screen. Rank 0 writes."""
+
+    def __init__(self, run):
+        self.run, self.first_token, self.busy = run, run.progress["tokens"], 0.0      # busy: seconds in steps
+        path = run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull
+        self.file = open(path, "a", buffering=1)                          # a line is written when it ends
+
+    def write(self, line):
+        self.file.write(json.dumps(line) + "\n")
+        self.busy += line["step_ms"] / 1e3
+        total = end_of(self.run.phases, len(self.run.phases) - 1)
+        seconds_left = self.busy * (total - line["tokens"]) / (line["tokens"] - self.first_token)
+        print_step(self.run, line, share=min(1, line["tokens"] / total), left=clock(max(0, seconds_left)))
+
+
+def print_step(run, line, share, left):
     text = "step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
     text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
     text += "left {left}"
@@ -1569,13 +1596,11 @@ def print_step(run, line, total, seconds_left):
         text += f"  MFU {line['mfu']:.1%} of {run.settings['peak_tflops']:g} TFLOP/s"
     if line["skipped"]:
         text += "  skipped {skipped}"
-    share, left = min(1, line["tokens"] / total), clock(max(0, seconds_left))
     print(text.format(**line, share=share, left=left), flush=True)
     if "val_bpb" in line:
         facts = run.corpus.facts
         ours = line["val_bpb"] * facts["heldout_bytes"] / 8               # bytes that an arithmetic coder would need
-        print(f"held-out: {line['val_bpb']:.4f} bits per byte, {ours / facts['xz']:.3f} of xz -9, "
-              f"{ours / facts['gzip']:.3f} of gzip -9", flush=True)
+        print(f"held-out: {line['val_bpb']:.4f} bits per byte, {ours / facts['xz']:.3f} of xz -9", flush=True)
 
 
 def introduce(run):
@@ -1585,8 +1610,7 @@ def introduce(run):
     print(f"{run.folder}: {settings['preset']} on {run.device}, {settings['precision']}, {settings['threads']} threads"
           f"; {total} parameters, {active} active; MTP {mtp} more")
     print(f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
-          f"{facts['heldout_bytes']:,} held out (gzip -9 {facts['gzip']:,}, xz -9 {facts['xz']:,}), tokens "
-          f"{facts['tokens']}")
+          f"{facts['heldout_bytes']:,} held out (xz -9 {facts['xz']:,}), tokens {facts['tokens']}")
     for phase in run.phases:
         print(phase, flush=True)
     if run.checkpoint:
@@ -1666,7 +1690,7 @@ class Command(typing.NamedTuple):
 
 
 COMMANDS = dict(
-    pretrain=Command(pretrain, OPTIONS | PLAN_OPTIONS, "train on text (the command that is meant if none is given)"),
+    pretrain=Command(pretrain, PRETRAIN.options, "train on text (the command that is meant if none is given)"),
     sample=Command(sample, SAMPLE_OPTIONS, "write text"),
 )
 
