@@ -18,6 +18,7 @@ data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 """
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -135,6 +136,7 @@ OPTIONS = dict(
     precision=option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
                      choices=("auto", "fp32", "bf16")),
 )
+PRETRAIN_ONLY = "preset text_field tokenizer document_mask phases train mtp_depth".split()
 PLAN_DEFAULTS = dict(micro_batch=8, global_batch=32, seq_len=256)
 PLAN_OPTIONS = {field.name: option(PLAN_DEFAULTS.get(field.name, field.default), field.metadata["text"],
                                    **field.metadata["allowed"])
@@ -348,6 +350,80 @@ def find_encoding(name):
         raise UserError(f"--tokenizer {name}: its vocabulary is not on this machine and could not be downloaded "
                         f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, or use learn"
                         ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations: a template of roles and turns, by ids that a learnt vocabulary reserves
+#
+#   END <|system|> ... <|end_of_turn|> <|user|> ... <|end_of_turn|> <|assistant|> <|think|> ... <|/think|> ... <|end_of_turn|>
+#
+# The structure is the openPangu family's: a system turn is always there, if need be an empty one, and thinking is slow
+# unless the user's words end with NO_THINK; then, and where no thinking was written, its part is empty.
+
+ROLES = dict(system="<|system|>", user="<|user|>", assistant="<|assistant|>")
+TURN_END, THINK, THINK_END = "<|end_of_turn|>", "<|think|>", "<|/think|>"
+NO_THINK = " /no_think"
+
+
+def special_id(encoding, name):
+    try:
+        return encoding.encode_single_token(name)
+    except KeyError:
+        raise UserError(f"the tokenizer has no {name}, which conversations need: start from a model with a vocabulary "
+                        f"that train.py learnt") from None
+
+
+def check_messages(messages):
+    """ValueError for what is no conversation that teaches: roles in turn, the last one an assistant's."""
+    require(isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages),
+            "no messages: write a list of objects with role and content")
+    for message in messages:
+        require(message.get("role") in ROLES, f"role {message.get('role')!r}: use {', '.join(ROLES)}")
+        for part in ("content", "thinking"):
+            require(isinstance(message.get(part, ""), str), f"{part} of {message['role']} is no text")
+    roles = [message["role"] for message in messages]
+    require("assistant" in roles, "no turn of the assistant, so nothing to learn")
+    empty = [m for m in messages if m["role"] == "assistant" and not m.get("content", "").strip()]
+    require(not empty, "an answer of the assistant is empty")
+
+
+def conversation(encoding, end, messages):
+    """messages -> (ids, whether each is trained on): the assistant's words and the end of its turns."""
+    ids, counted = [end], [False]
+
+    def add(new, trained=False):
+        ids.extend(new)
+        counted.extend([trained] * len(new))
+
+    if messages[0]["role"] != "system":
+        messages = [dict(role="system", content=""), *messages]
+    for number, message in enumerate(messages):
+        words = message["content"]
+        if message["role"] == "user" and answered_fast(messages[number + 1:]) and not words.endswith(NO_THINK):
+            words += NO_THINK
+        text = encoding.encode_ordinary(words)
+        add([special_id(encoding, ROLES[message["role"]])])
+        if message["role"] == "assistant":
+            fast = number > 0 and messages[number - 1]["content"].endswith(NO_THINK)
+            thinking = "" if fast else message.get("thinking", "")
+            add([special_id(encoding, THINK), *encoding.encode_ordinary(thinking), special_id(encoding, THINK_END)], True)
+        add([*text, special_id(encoding, TURN_END)], message["role"] == "assistant")
+    return ids, counted
+
+
+def question(encoding, end, words):
+    """The ids after which the assistant speaks."""
+    ids, _ = conversation(encoding, end, [dict(role="user", content=words)])
+    return [*ids, special_id(encoding, ROLES["assistant"])]
+
+
+def answer_of(encoding, ids):
+    """What the assistant said, without its thinking and the end of the turn; None if it is not in the format."""
+    think_end, turn_end = special_id(encoding, THINK_END), special_id(encoding, TURN_END)
+    right = ids[:1] == [special_id(encoding, THINK)] and ids.count(think_end) == 1 and ids[-1:] == [turn_end]
+    if not right:
+        return None
+    return encoding.decode(ids[ids.index(think_end) + 1:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -630,6 +706,79 @@ def write_whole(path, text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conversations: read, and packed into sequences
+
+
+def read_lines(path):
+    """(line number, object) of a .jsonl file."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:                                           # UnicodeDecodeError is one
+        raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
+
+
+def read_conversations(data, encoding, end):
+    """[(ids, counted)] of all lines: with `messages`, or `prompt` and `response`."""
+    found = []
+    for file in list_files(data):
+        for number, line in read_lines(file.path):
+            with refusals(f"{file.path}, line {number}: "):
+                require(isinstance(line, dict), "no object")
+                if "messages" not in line and {"prompt", "response"} <= set(line):
+                    line = dict(messages=[dict(role="user", content=line["prompt"]),
+                                          dict(role="assistant", content=line["response"])])
+                messages = line.get("messages")
+                check_messages(messages)
+                found.append(conversation(encoding, end, messages))
+    return found
+
+
+def best_fit(lengths, room):
+    """Which conversations share a sequence: the longest first, each where it leaves the least room -> lists of numbers.
+    """
+    bins, spaces = [], []                                                 # spaces: (room left, bin), ascending
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(spaces, (lengths[number], 0))
+        if place < len(spaces):
+            left, chosen = spaces.pop(place)
+        else:
+            left, chosen = room, len(bins)
+            bins.append([])
+        bins[chosen].append(number)
+        bisect.insort(spaces, (left - lengths[number], chosen))
+    return bins
+
+
+class Packed:
+    """Conversations in sequences of seq_len, padded, none cut: arrays (sequences, seq_len + depths). Attention does not
+    cross from one to the next, and as rotary position is relative, each is as if it were alone."""
+
+    def __init__(self, conversations, seq_len, depths, end):
+        bins = best_fit([len(ids) for ids, _ in conversations], seq_len)
+        shape = len(bins), seq_len + depths
+        self.tokens, self.counted = np.full(shape, end, np.int64), np.zeros(shape, bool)
+        self.documents = np.full(shape, -1)
+        for row, members in enumerate(bins):
+            at = 0
+            for number in members:
+                ids, counted = conversations[number]
+                own = slice(at, at + len(ids))
+                self.tokens[row, own], self.counted[row, own], self.documents[row, own] = ids, counted, number
+                at += len(ids)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def examples(self, rows, depths, device):
+        return examples(self.tokens[rows], depths, device, self.documents[rows], self.counted[rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Phases: what is trained on, how long, how fast. Everything is a function of the tokens seen so far.
 
 
@@ -849,23 +998,39 @@ def mix_pattern(corpus, phase, seed):
 # One step
 
 
-def examples(windows, depths, device, document_end=None):
-    """Windows (B, T + depths) -> ids (B,T), targets (B, depths, T) and, where documents are kept apart, doc_ids (B,T):
-    what Model.forward takes.
+def examples(windows, depths, device, documents=None, counted=None):
+    """Windows (B, T + depths) of tokens -> what Model.forward takes: ids (B,T), targets (B, depths, T), and doc_ids (B,T)
+    where documents are kept apart.
 
-    With documents kept apart, the tokens ahead that MTP predicts count as long as they are of the same document; the
-    next token always does, since END is followed by one, too.
+    documents, counted (B, T + depths): the number of each token's document; whether a token is a target. With documents
+    kept apart, the tokens ahead that MTP predicts count as long as they are of the same one; the next token always
+    does, since END is followed by one, too.
     """
-    tokens = torch.from_numpy(windows.astype(np.int64)).to(device, non_blocking=True)
+    def on_device(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    tokens = on_device(windows.astype(np.int64))
     T = tokens.size(1) - depths
-    targets = torch.stack([tokens[:, 1 + d:1 + d + T] for d in range(depths)], 1)
-    if document_end is None:
-        return dict(ids=tokens[:, :T], targets=targets)
-    is_end = tokens == document_end
-    documents = is_end.cumsum(1) - is_end.long()                          # END belongs to the document that it ends
-    for d in range(1, depths):
-        targets[:, d].masked_fill_(documents[:, 1 + d:1 + d + T] != documents[:, :T], -100)
-    return dict(ids=tokens[:, :T], targets=targets, doc_ids=documents[:, :T])
+
+    def ahead(x):
+        """x (B, T + depths), 1, 2, ... tokens ahead: (B, depths, T)."""
+        return torch.stack([x[:, 1 + d:1 + d + T] for d in range(depths)], 1)
+
+    batch = dict(ids=tokens[:, :T], targets=ahead(tokens))
+    if counted is not None:
+        batch["targets"].masked_fill_(~ahead(on_device(counted)), -100)
+    if documents is not None:
+        documents = on_device(documents)
+        batch["doc_ids"] = documents[:, :T]
+        is_other = ahead(documents) != documents[:, None, :T]
+        batch["targets"][:, 1:].masked_fill_(is_other[:, 1:], -100)
+    return batch
+
+
+def document_numbers(windows, end):
+    """Windows of tokens -> the number of each one's document; END belongs to the document that it ends."""
+    is_end = windows == end
+    return is_end.cumsum(1) - is_end
 
 
 # what a step returns; stop: ranks that were asked to
@@ -936,83 +1101,175 @@ def train_step(pipeline, optimizer, batch, clip, stop=False):
 
 
 @torch.no_grad()
-def evaluate(pipeline, corpus, document_end=None):
-    """Held-out loss (nats a token) and bits per UTF-8 byte; {} where no text is held out.
+def heldout_nats(pipeline, batches, total):
+    """Summed loss of the next tokens, in nats, over all ranks' batches of one micro-batch each; total: how many."""
+    depths, device = 1 + pipeline.model.config.num_nextn_predict_layers, next(pipeline.model.parameters()).device
+    divisor = torch.ones(depths, device=device)                           # so that the loss is a sum, not a mean
+    nats = torch.zeros((), dtype=torch.float64)
+    if parallel.rank() == 0:
+        batches = sim.with_progress("held-out text", batches, total)
+    pipeline.model.eval()
+    for batch in batches:
+        batch["targets"][:, 1:] = -100
+        nats += pipeline.step([batch], divisor, train=False).loss.item()
+    pipeline.model.train()
+    return parallel.all_sum(nats).item()
 
-    Every token is predicted once, END included. Windows overlap by half and only their second half counts, so that each
-    token sees at least half a window before it.
+
+def heldout_windows(corpus, plan, depths, device, document_end):
+    """The held-out text as batches of a rank. Every token is predicted once, END included: windows overlap by half and
+    only their second half counts, so that each token sees at least half a window before it.
+
+    -> (an iterator of batches, how many there are).
     """
-    model, plan = pipeline.model, pipeline.plan
-    device, depths = next(model.parameters()).device, 1 + model.config.num_nextn_predict_layers
+    # windows, and behind the text room (-1) that keeps the last ones and the last batch whole
     n = len(corpus.heldout) - 1                                           # tokens to predict
-    if n < 1:
-        return {}
-    # 1. windows, and behind the text room (-1) that keeps the last ones and the last batch whole
     seq_len, at_once = plan.seq_len, plan.dp * plan.micro_batch
     stride = max(1, seq_len // 2)
     starts = range(0, max(1, n - (seq_len - stride)), stride)
     text = np.full(starts[-1] + at_once * stride + seq_len + depths, -1, np.int64)
     text[:n + 1] = corpus.heldout
-    batches = range(0, len(starts), at_once)
-    if parallel.rank() == 0:
-        batches = sim.with_progress("held-out text", batches)
+    firsts = range(0, len(starts), at_once)
 
-    # 2. a micro-batch of windows on each rank at a time
-    nats = 0.0
-    model.eval()
-    for first in batches:
-        first += parallel.data_rank(plan) * plan.micro_batch              # this rank's first window
-        places = [number * stride for number in range(first, first + plan.micro_batch)]
-        windows = np.stack([text[start:start + seq_len + depths] for start in places])
-        batch = examples(windows, depths, device, document_end)
+    def batches():
+        for first in firsts:
+            first += parallel.data_rank(plan) * plan.micro_batch          # this rank's first window
+            windows = np.stack([text[number * stride:][:seq_len + depths]
+                                for number in range(first, first + plan.micro_batch)])
+            # what counts: the second half, all of the first window, nothing past the end
+            counted = windows >= 0
+            counted[:, :seq_len - stride + 1] &= np.arange(first, first + plan.micro_batch)[:, None] == 0
+            counted[max(0, len(starts) - first):] = False
+            documents = None if document_end is None else document_numbers(windows, document_end)
+            yield examples(windows.clip(0), depths, device, documents, counted)
+    return batches(), len(firsts)
 
-        # 3. what counts: depth 0 alone, the second half, all of the first window, nothing past the end
-        counted = torch.full_like(batch["targets"], -100)
-        counted[:, 0, seq_len - stride:] = batch["targets"][:, 0, seq_len - stride:]
-        if first == 0:
-            counted[0, 0] = batch["targets"][0, 0]
-        counted[max(0, len(starts) - first):] = -100
-        counted.masked_fill_(counted < 0, -100)
-        inputs = batch | dict(ids=batch["ids"].clamp(min=0), targets=counted)
-        divisor = torch.ones(depths, device=device)                       # so that the loss is a sum, not a mean
-        nats += pipeline.step([inputs], divisor, train=False).loss.item()
-    model.train()
-    nats = parallel.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
-    return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: what differs between pre-training, fine-tuning and reinforcement learning, which are one loop
+
+
+class Stage:
+    """A kind of training, opened for a run: where batches come from, and what held-out data says of the model."""
+    name = ""                              # of the command, and first on each line of metrics.jsonl
+    options = {}                           # its settings: name -> Option
+    recipe = {}                            # values of settings where the command line says nothing
+
+    def __init__(self, run):
+        self.run, self.depths = run, 1 + run.config.num_nextn_predict_layers
+
+    def open_data(self):
+        """-> Corpus. UserError for data that cannot be trained on."""
+
+    def begin(self, phase, pipeline):
+        """A phase begins, with a model of its own."""
+
+    def batches(self, progress, size):
+        """This rank's share of a step's global batch, `size` sequences: dicts of what Model.forward takes, one for each
+        update of the weights."""
+
+    def measures(self):
+        """What the log tells of a step, beside MEASURES."""
+        return {}
+
+    def evaluate(self, pipeline):
+        """What the log tells of held-out data."""
+        return {}
+
+
+class Pretrain(Stage):
+    """Text, of which every token is predicted."""
+    name, options = "pretrain", OPTIONS | PLAN_OPTIONS
+
+    def open_data(self):
+        run = self.run
+        cache = parallel.first_does(lambda: make_cache(run.settings, run.encoding, run.config.vocab_size,
+                                                       run.folder.parent))
+        corpus = open_corpus(cache)
+        for phase in run.phases:
+            Order(corpus, phase, self.depths, run.settings["seed"])       # refuses text that is too short
+        return corpus
+
+    def begin(self, phase, pipeline):
+        self.order = Order(self.run.corpus, phase, self.depths, self.run.settings["seed"])
+
+    def batches(self, progress, size):
+        run = self.run
+        windows = self.order.batch(progress["tokens"], size)[own_sequences(run.plan, size)]
+        documents = None if run.document_end is None else document_numbers(windows, run.document_end)
+        return [examples(windows, self.depths, run.device, documents)]
+
+    def evaluate(self, pipeline):
+        """Held-out loss (nats a token) and bits per UTF-8 byte; {} where no text is held out."""
+        corpus = self.run.corpus
+        n = len(corpus.heldout) - 1
+        if n < 1:
+            return {}
+        nats = heldout_nats(pipeline, *heldout_windows(corpus, pipeline.plan, self.depths, self.run.device,
+                                                       self.run.document_end))
+        return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
+
+
+class SFT(Stage):
+    """Conversations, several in a sequence: the assistant's words and the ends of its turns are predicted."""
+    name = "sft"
+    options = {name: option for name, option in Pretrain.options.items() if name not in PRETRAIN_ONLY}
+    recipe = dict(steps=200, lr=2e-3, warmup_steps=10, min_lr=0.0, set=["aux_loss_alpha=0"])
+
+    def open_data(self):
+        run, seq_len = self.run, min(phase.seq_len for phase in self.run.phases)
+        found = read_conversations(run.settings["data"], run.encoding, run.end)
+        fitting = [each for each in found if len(each[0]) <= seq_len]
+        if len(fitting) < len(found):
+            print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
+                  f"longest has {max(len(ids) for ids, _ in found)} tokens: left out")
+        every = round(1 / run.settings["heldout"]) if run.settings["heldout"] else 0
+        held = [each for number, each in enumerate(fitting) if every and number % every == 1]
+        kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
+        if not kept:
+            raise UserError("no conversation is left to train on: give more with --data, or a larger --seq-len")
+        facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), end=run.end,
+                     pattern=run.encoding._pat_str, conversations=len(kept), heldout=len(held))
+        return Corpus(run.encoding, run.end, dict(text=kept), held, facts)
+
+    def begin(self, phase, pipeline):
+        self.packed = Packed(self.run.corpus.train["text"], phase.seq_len, self.depths, self.run.corpus.end)
+
+    def batches(self, progress, size):
+        plan, n = self.run.plan, len(self.packed)
+        first, rows = progress["tokens"] // self.packed.seq_len, []
+        for number in first + own_sequences(plan, size):
+            epoch, index = divmod(int(number), n)
+            rows.append(shuffled(index, n, f"{self.run.settings['seed']},{epoch}"))
+        return [self.packed.examples(rows, self.depths, self.run.device)]
+
+    def evaluate(self, pipeline):
+        """Held-out loss, nats a token that counts."""
+        run, plan = self.run, pipeline.plan
+        if not run.corpus.heldout:
+            return {}
+        packed = Packed(run.corpus.heldout, plan.seq_len, self.depths, run.corpus.end)
+        at_once = plan.dp * plan.micro_batch
+        firsts = range(0, len(packed), at_once)
+
+        def batches():
+            for first in firsts:
+                rows = first + parallel.data_rank(plan) * plan.micro_batch + np.arange(plan.micro_batch)
+                batch = packed.examples(rows % len(packed), self.depths, run.device)
+                batch["targets"][rows >= len(packed)] = -100              # what fills the last batch
+                yield batch
+        n = packed.counted[:, 1:].sum()
+        return dict(val_loss=heldout_nats(pipeline, batches(), len(firsts)) / n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run, and how it is opened
 
 
-class Stage(typing.NamedTuple):
-    """What makes a kind of training: all stages are one loop, `train`."""
-    name: str                              # of the command, and first on each line of metrics.jsonl
-    options: dict                          # its settings: name -> Option
-    # (run, phase) -> an object with batch(progress, size): this rank's share of a global batch of so many sequences
-    batches: typing.Callable
-
-
-class TextBatches:
-    """Batches of pretrain: windows of the training text in the order of Order, of which every token is predicted."""
-
-    def __init__(self, run, phase):
-        self.run, self.depths = run, 1 + run.config.num_nextn_predict_layers
-        self.order = Order(run.corpus, phase, self.depths, run.settings["seed"])
-
-    def batch(self, progress, size):
-        run = self.run
-        windows = self.order.batch(progress["tokens"], size)[own_sequences(run.plan, size)]
-        return examples(windows, self.depths, run.device, run.document_end)
-
-
-PRETRAIN = Stage("pretrain", OPTIONS | PLAN_OPTIONS, TextBatches)
-
-
 @dataclass
 class Run:
     """A training run. open_run fills the fields in this order; afterwards only `progress` changes."""
-    stage: Stage
+    kind: type                             # of stage: Pretrain, SFT or RL
     given: dict                            # what was typed
     settings: dict = None                  # all settings by name, with what `auto` became
     checkpoint: Path = None                # where it goes on from; None: it begins
@@ -1024,6 +1281,7 @@ class Run:
     phases: list = None                    # of Phase
     folder: Path = None                    # where it writes
     lock: typing.IO = None                 # of the folder: ours as long as this file is open
+    stage: Stage = None
     corpus: Corpus = None
     progress: dict = None                  # where it stands, stored with checkpoints
 
@@ -1040,9 +1298,9 @@ def beginning():
     return progress | dict(placement=[], expert_load=[])                  # of live balance
 
 
-def open_run(stage, given):
+def open_run(kind, given):
     """A Run, ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
-    run = Run(stage, given)
+    run = Run(kind, given)
     # 1. settings: of the run that goes on, or new ones
     if parallel.is_restarted():
         given = restarted(given)
@@ -1088,12 +1346,9 @@ def open_run(stage, given):
 
 def fill_run(run):
     """The steps of open_run that need the folder."""
-    # 8. the text
-    cache = parallel.first_does(lambda: make_cache(run.settings, run.encoding, run.config.vocab_size,
-                                                   run.folder.parent))
-    run.corpus = open_corpus(cache)
-    for phase in run.phases:
-        run.stage.batches(run, phase)                                     # refuses text that is too short
+    # 8. the data
+    run.stage = run.kind(run)
+    run.corpus = run.stage.open_data()
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
@@ -1421,10 +1676,10 @@ def compile_parts(wanted, model, plan):
         print(f"the first step compiles {wanted} too: some seconds, less with what is in its cache", flush=True)
 
 
-def train(stage, given):
+def train(kind, given):
     """Opens a run and trains it to its end, or until it is asked to stop."""
     with refusals():
-        run = open_run(stage, given)
+        run = open_run(kind, given)
     introduce(run)
     settings, progress, checkpoint = run.settings, run.progress, run.checkpoint
     if is_done(run):
@@ -1436,19 +1691,20 @@ def train(stage, given):
     while not is_done(run) and not stop.agreed:
         # a phase has batches of its own, and a model that is built for it, as the checkpoint left it
         phase = run.phases[progress["phase"]]
-        batches = stage.batches(run, phase)
         pipeline, optimizer = build(run, phase, checkpoint)
+        run.stage.begin(phase, pipeline)
 
         while not phase_is_done(run) and not stop.agreed:
             # 1. the batch: how many sequences, which, at what rate
             began = time.perf_counter()
             size = phase.batch(progress["phase_tokens"])
-            batch = batches.batch(progress, size)
+            batches = run.stage.batches(progress, size)
             line = advance(run, phase, size, optimizer)
 
-            # 2. the step; tolist waits for the device, the only time
-            measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
-            line |= dict(zip(MEASURES, measures.tolist()))
+            # 2. the step, of one update of the weights, or of several in rl; tolist waits for the device
+            for batch in batches:
+                measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
+            line |= dict(zip(MEASURES, measures.tolist())) | run.stage.measures()
             stop.agreed = line.pop("stop") > 0                            # at the same step on all ranks
             count_skips(run, line)
             line |= watch_loads(run, pipeline.grid, optimizer, loads)
@@ -1456,7 +1712,7 @@ def train(stage, given):
 
             # 3. the log; once in a while held-out text and checkpoint
             if is_done(run) or is_due(settings["eval_every"], progress["step"]):
-                line |= evaluate(pipeline, run.corpus, run.document_end)
+                line |= run.stage.evaluate(pipeline)
             log.write(line)
             saver.poll()
             if is_due(settings["save_every"], progress["step"]) and progress["skipped_in_a_row"] == 0:
@@ -1465,10 +1721,6 @@ def train(stage, given):
 
     if parallel.rank() == 0:
         conclude(run, checkpoint)
-
-
-def pretrain(given):
-    train(PRETRAIN, given)
 
 
 def advance(run, phase, size, optimizer):
@@ -1480,7 +1732,7 @@ def advance(run, phase, size, optimizer):
     lr = phase.learning_rate(progress["phase_tokens"])
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return dict(stage=run.stage.name, step=progress["step"], tokens=progress["tokens"], lr=lr)
+    return dict(stage=run.kind.name, step=progress["step"], tokens=progress["tokens"], lr=lr)
 
 
 def end_phase(run, saver, pipeline, optimizer):
@@ -1690,7 +1942,7 @@ class Command(typing.NamedTuple):
 
 
 COMMANDS = dict(
-    pretrain=Command(pretrain, PRETRAIN.options, "train on text (the command that is meant if none is given)"),
+    pretrain=Command(partial(train, Pretrain), Pretrain.options, "train on text (the command that is meant if none is given)"),
     sample=Command(sample, SAMPLE_OPTIONS, "write text"),
 )
 
