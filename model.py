@@ -1628,6 +1628,8 @@ class Model(nn.Module):
         if not self.config.router_bias:
             return
         for router, load in zip(self.routers(), loads.float()):
+            if not router.weight.requires_grad:                           # frozen
+                continue
             below = (load.mean() - load).sign()
             router.e_score_correction_bias += self.config.bias_update_speed * below
 
@@ -1744,6 +1746,9 @@ OPTIONAL_KEYS = "num_nextn_predict_layers scoring_func n_group topk_group tie_wo
 # settings that this model has no choice in
 FIXED_KEYS = dict(hidden_act="silu", attention_bias=False, attention_dropout=0.0, moe_layer_freq=1,
                   rope_interleave=True)
+# what transformers' DeepSeek-V3 has no choice in
+IN_TRANSFORMERS = dict(norm="pre", scoring_func="sigmoid", group_choice="limited", capacity_factor=0,
+                       latent_norm_eps=1e-6)
 
 
 def config_from_hf(hf):

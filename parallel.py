@@ -1091,7 +1091,8 @@ def param_groups(model):
     """Parameters for an optimizer by mesh, since fused and foreach steps refuse tensors of different ones."""
     by_axis = {None: [], "tp": [], "ep": []}
     for name, parameter in model.named_parameters():
-        by_axis[cut_of(name).axis].append(parameter)
+        if parameter.requires_grad:
+            by_axis[cut_of(name).axis].append(parameter)
     return [dict(params=parameters) for parameters in by_axis.values()]
 
 
