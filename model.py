@@ -17,7 +17,7 @@ multi-token prediction and a balance loss over groups of sequences. Sections, in
     Blocks                  a layer of the model as four calls; the multi-token prediction layer
     The model               forward, losses, what a trainer asks of the routers
     Initialisation          the table of initial scales; seeds
-    Published names         load_hf and to_hf
+    Published names         configs and tensors of DeepSeek-V3 and openPangu-Ultra-MoE, there and back
     Generation              without a cache
 
 Written for one device: nothing here knows of process groups. parallel.py takes a built model and spreads it; what the
@@ -54,8 +54,9 @@ attention, router bias, group-limited choice, multi-token prediction).
 """
 import hashlib
 import math
+import re
 from collections import Counter
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Callable, NamedTuple
 
@@ -1627,6 +1628,8 @@ class Model(nn.Module):
         if not self.config.router_bias:
             return
         for router, load in zip(self.routers(), loads.float()):
+            if not router.weight.requires_grad:                           # frozen
+                continue
             below = (load.mean() - load).sign()
             router.e_score_correction_bias += self.config.bias_update_speed * below
 
@@ -1726,51 +1729,144 @@ def fill_normal(tensor, scale, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Published names
+# Published names: of configs and of tensors. Files are parallel.py's matter
+
+# keys of openPangu's first releases, each beside DeepSeek's, which is ours; transformers writes num_mtp_layers, too
+OTHER_KEYS = dict(
+    num_dense_layers="first_k_dense_replace", num_routed_experts="n_routed_experts",
+    num_shared_experts="n_shared_experts", attention_q_lora_dim="q_lora_rank", attention_kv_lora_dim="kv_lora_rank",
+    attention_qk_dim="qk_nope_head_dim", attention_qk_rope_dim="qk_rope_head_dim", attention_v_dim="v_head_dim",
+    num_mtp_layers="num_nextn_predict_layers")
+# what a published config must say of itself: nothing here is a matter of defaults
+SHAPE_KEYS = """vocab_size hidden_size num_hidden_layers first_k_dense_replace intermediate_size num_attention_heads
+    q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings n_routed_experts
+    n_shared_experts num_experts_per_tok moe_intermediate_size norm_topk_prob routed_scaling_factor rms_norm_eps
+    """.split()
+OPTIONAL_KEYS = "num_nextn_predict_layers scoring_func n_group topk_group tie_word_embeddings".split()
+# settings that this model has no choice in
+FIXED_KEYS = dict(hidden_act="silu", attention_bias=False, attention_dropout=0.0, moe_layer_freq=1,
+                  rope_interleave=True)
+# what transformers' DeepSeek-V3 has no choice in
+IN_TRANSFORMERS = dict(norm="pre", scoring_func="sigmoid", group_choice="limited", capacity_factor=0,
+                       latent_norm_eps=1e-6)
+
+
+def config_from_hf(hf):
+    """What a config.json of DeepSeek-V3, openPangu-Ultra-MoE or config_to_hf holds -> Config. ValueError for what the
+    model here does not compute."""
+    kinds = "deepseek_v3", "pangu_ultra_moe"
+    kind = hf.get("model_type")
+    require(kind in kinds, f"model_type={kind!r} is not known here: use a model of {' or '.join(kinds)}")
+    hf = {OTHER_KEYS.get(key, key): value for key, value in hf.items()}
+    fixed = FIXED_KEYS | dict(num_key_value_heads=hf.get("num_attention_heads"))
+    for key, value in fixed.items():
+        require(hf.get(key, value) == value, f"{key}={hf.get(key)!r}: the model here has {value!r} only")
+    groups = ["n_group", "topk_group"] if kind == "deepseek_v3" else []
+    absent = [key for key in SHAPE_KEYS + groups if key not in hf]
+    require(not absent, f"it does not say {', '.join(absent)}")
+    shape = dict(num_nextn_predict_layers=0) | {key: hf[key] for key in SHAPE_KEYS + OPTIONAL_KEYS if key in hf}
+    if kind == "deepseek_v3":
+        shape |= dict(norm="pre", router_bias=hf.get("topk_method", "noaux_tc") == "noaux_tc")
+    else:
+        shape |= dict(norm="sandwich" if hf.get("sandwich_norm") else "pre",
+                      router_bias=bool(hf.get("router_enable_expert_bias")))
+    ours = hf.get("training", {})                                         # of config_to_hf
+    unknown = set(ours) - {each.name for each in fields(Config)}
+    require(not unknown, f"its training has {', '.join(map(repr, unknown))}, which is no setting here")
+    return Config(**shape | rope_from_hf(hf) | ours)
+
+
+def rope_from_hf(hf):
+    """rope_theta and rope_scaling, which transformers 5 writes as one object, rope_parameters."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", hf.get("rope_theta"))
+    require(theta is not None, "it does not say rope_theta")
+    kinds = {rope.pop("type", None), rope.pop("rope_type", None)} - {None, "default"}
+    scaling = {key: value for key, value in rope.items() if value is not None}
+    return dict(rope_theta=theta, rope_scaling=dict(type=kinds.pop(), **scaling) if kinds else None)
+
+
+def config_to_hf(config):
+    """The inverse, in keys that transformers and vLLM read; what is only ours is the object `training`."""
+    pre = config.norm == "pre"
+    name, kind = ("DeepseekV3", "deepseek_v3") if pre else ("PanguUltraMoE", "pangu_ultra_moe")
+    values = asdict(config)
+    hf = dict(architectures=[f"{name}ForCausalLM"], model_type=kind, **FIXED_KEYS)
+    hf |= {key: values.pop(key) for key in SHAPE_KEYS + OPTIONAL_KEYS}
+    scaling = values.pop("rope_scaling")
+    hf |= dict(num_key_value_heads=config.num_attention_heads, rope_theta=values.pop("rope_theta"),
+               rope_scaling=scaling and scaling | dict(rope_type="yarn"))
+    if pre:
+        hf["topk_method"] = "noaux_tc" if config.router_bias else "greedy"
+    else:
+        hf |= dict(sandwich_norm=True, router_enable_expert_bias=config.router_bias)
+    return hf | dict(training=values)
+
+
+def published_names(config, name, expert=0):
+    """Published names of the matrices that lie one below the other in a tensor of ours; of a stacked one, in one of its
+    experts'. E.g. layers.3.mlp.experts.gate_up_proj, 5 -> model.layers.3.mlp.experts.5.gate_proj.weight, ...up_proj...
+    """
+    if ".experts." in name:
+        prefix, _, stacked = name.rpartition(".")
+        halves = ("gate_proj", "up_proj") if stacked == "gate_up_proj" else (stacked,)
+        return [f"model.{prefix}.{expert}.{half}.weight" for half in halves]
+    if config.norm == "pre":                                              # there this is the norm before the MLP
+        name = name.replace("pre_mlp_layernorm", "post_attention_layernorm")
+    return [name if name.startswith("lm_head") else f"model.{name}"]
 
 
 def to_hf(model):
     """Tensors under their published names, experts one by one; views of the model's own memory."""
     published = {}
     for name, tensor in model.state_dict().items():
+        first, matrices = 0, [tensor]
         if ".experts." in name:
-            prefix, _, stacked = name.rpartition(".")
-            first = model.get_submodule(prefix).first_expert
-            for expert, matrix in enumerate(tensor, first):
-                published |= expert_to_hf(f"model.{prefix}.{expert}", stacked, matrix)
-        elif name.startswith("lm_head"):
-            published[name] = tensor
-        else:
-            if model.config.norm == "pre":                                # there this is the norm before the MLP
-                name = name.replace("pre_mlp_layernorm", "post_attention_layernorm")
-            published[f"model.{name}"] = tensor
+            first, matrices = model.get_submodule(name.rpartition(".")[0]).first_expert, tensor
+        for expert, matrix in enumerate(matrices, first):
+            names = published_names(model.config, name, expert)
+            published |= zip(names, matrix.chunk(len(names)))
     return published
-
-
-def expert_to_hf(prefix, stacked, matrix):
-    """One expert's matrix of a stacked tensor; gate and up are one there."""
-    if stacked == "down_proj":
-        return {f"{prefix}.down_proj.weight": matrix}
-    gate, up = matrix.chunk(2)
-    return {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
 
 
 @torch.no_grad()
 def load_hf(model, tensors):
-    """Fill the model from a dict of published names; ValueError for a missing tensor or a wrong shape.
-
-    What the model has no place for is left out only in MTP layers, whose files may repeat embedding and head.
-    """
+    """Fill the model from a dict of published names, or, if they do not fit, nothing of it: see check_published."""
     wanted = to_hf(model)
-    missing = sorted(set(wanted) - set(tensors))
-    unknown = sorted(name for name in set(tensors) - set(wanted) if not is_mtp(model.config, name))
-    require(not missing and not unknown,
-            f"{len(missing)} tensors are missing (first: {missing[:1]}), {len(unknown)} have no place (first: "
-            f"{unknown[:1]}): is this checkpoint of the same shape as the Config?")
+    check_published(model.config, wanted, tensors)
     for name, own in wanted.items():
-        given = tensors[name]
-        require(own.shape == given.shape, f"{name} is {tuple(given.shape)}, in the model {tuple(own.shape)}")
-        own.copy_(given)
+        own.copy_(tensors[name])
+
+
+def check_published(config, wanted, given, others={}):
+    """{name: what has a shape}, twice: ValueError that names all that is missing, has no place, or has another shape.
+    others: more of such faults, {in words: {name: in words}}.
+
+    Left out without a word are MTP layers beyond the config's, what theirs repeat (embedding, head), and a tied head.
+    """
+    faults = dict(missing={name: repr(name) for name in wanted if name not in given})
+    faults["without a place"] = {name: repr(name) for name in given
+                                 if name not in wanted and not is_left_out(config, name)}
+    faults["of another shape"] = {
+        name: f"{name!r} {tuple(given[name].shape)}, in the model {tuple(own.shape)}"
+        for name, own in wanted.items() if name in given and given[name].shape != own.shape}
+    found = [f"{len(names)} tensors {fault}: {alike(names)}" for fault, names in (faults | others).items() if names]
+    if faults["missing"] and all(is_mtp(config, name) for name in faults["missing"]):
+        found.append("for a model without MTP layers set num_nextn_predict_layers=0")
+    require(not found, "; ".join(found))
+
+
+def alike(texts):
+    """{name: text} in short: the first of those that differ in numbers only, and how many follow."""
+    groups = {}
+    for name, text in texts.items():
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(text)
+    words = [text if not more else f"{text} and {len(more)} alike" for text, *more in groups.values()]
+    return ", ".join(words[:20]) + (f", and {len(words) - 20} kinds more" if len(words) > 20 else "")
+
+
+def is_left_out(config, name):
+    return is_mtp(config, name) or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
 def is_mtp(config, name):
@@ -1778,7 +1874,7 @@ def is_mtp(config, name):
     if not name.startswith("model.layers."):
         return False
     number = name.split(".")[2]
-    return number.isdigit() and int(number) >= config.num_hidden_layers
+    return number.isdecimal() and int(number) >= config.num_hidden_layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ sim.py plans, parallel.py executes: the bytes counted there are the bytes sent h
 
 In this order: device; what torch does not publish; world; joining and leaving it; groups and their collectives;
 collectives with autograd; dispatchers; grid; cuts; parallelize; a sequence over ranks (tensor, context); data
-parallelism; memory; segments; pipeline; live load balance; checkpoints.
+parallelism; memory; segments; pipeline; live load balance; checkpoints; weights of others.
 
 A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written
 under the name `step_N.tmp`; when it is complete, a list of its files with sizes and checksums is added and the folder
@@ -20,8 +20,10 @@ renamed. So a folder without `.tmp` is whole, or it was damaged later, which the
 names that no plan changes, so any plan reads what any other wrote.
 """
 import json
+import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import threading
@@ -52,8 +54,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.checkpoint import checkpoint
 
 from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, KeepAll, LocalDispatcher, MTPLayer, Output,
-                   Part, Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, fill_inputs, permute,
-                   rope_table, sorted_slots, unpermute)
+                   Model, Part, Vocabulary, WeightGradStore, alike, check_published, config_from_hf, count_ids,
+                   count_params, document_mask, fill_initial, fill_inputs, permute, published_names, require,
+                   rope_table, sorted_slots, to_hf, unpermute)
 from sim import (STEP_BYTES, balance_ranks, check_plan, decide, first_placement, imbalance, items_in_force,
                  moved_experts, plan_placement, predict_load, schedule_table, stage_layers)
 
@@ -1088,7 +1091,8 @@ def param_groups(model):
     """Parameters for an optimizer by mesh, since fused and foreach steps refuse tensors of different ones."""
     by_axis = {None: [], "tp": [], "ep": []}
     for name, parameter in model.named_parameters():
-        by_axis[cut_of(name).axis].append(parameter)
+        if parameter.requires_grad:
+            by_axis[cut_of(name).axis].append(parameter)
     return [dict(params=parameters) for parameters in by_axis.values()]
 
 
@@ -2403,3 +2407,342 @@ def restore(folder, model, optimizer, progress, grid=None):
     load_progress(folder, progress)
     if grid is not None and grid.live:
         grid.live.restore(progress, optimizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of others: a folder as transformers writes it
+#
+#     config.json                     the shape: model.config_from_hf
+#     *.safetensors                   8 bytes: length of the header; the header, JSON: name -> dtype, shape, where its
+#                                     numbers begin and end; the numbers
+#     model.safetensors.index.json    "weight_map": name -> file; not needed where all is in model.safetensors
+#
+# It may come from anywhere: nothing is read before every length, offset, dtype, shape and path has been checked.
+#
+# Read by this file's own few lines: torch.distributed.checkpoint's HuggingFaceStorageReader fills tensors of the same
+# names, where half of a stack of ours lies in another file, checks no header, and turns a Python loop for each block of
+# fp8. Bands of rows are read, not mapped to memory: a file that is cut short while it is mapped ends the process.
+
+INDEX, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F8_E4M3=torch.float8_e4m3fn)
+MAX_HEADER = 100_000_000                   # bytes; the format's own limit
+BLOCK = 128                                # fp8: rows, and columns, with one scale
+BAND = 2**24                               # numbers read at a time
+SHARD_BYTES = 5 * 10**9                    # of a file that is written, but for a tensor that is larger
+
+
+class Piece(NamedTuple):
+    """A tensor of a folder: where its numbers lie."""
+    path: Path
+    dtype: str                             # a key of DTYPES, or what is not known here
+    shape: torch.Size
+    start: int                             # the first byte in the file
+    scale: "Piece | None" = None           # of fp8: a factor for each block, (rows / BLOCK, columns / BLOCK)
+
+
+def read_published_config(folder):
+    """The Config of such a folder; ValueError for what is none, or of another kind of model."""
+    try:
+        return config_from_hf(read_json(folder, "config.json"))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+
+
+def published_pieces(folder, config, trained):
+    """{published name: Piece} of all that a model of this Config needs. ValueError that names all that does not fit.
+
+    trained: MTP layers in the folder. A config that has more of them gets the last one again and again.
+    """
+    pieces = read_index(folder)
+    pieces = with_scales(apart(config, pieces))
+    kept = replace(config, num_nextn_predict_layers=min(trained, config.num_nextn_predict_layers))
+    with faults_of(folder):
+        refuse_other_size(kept, pieces)
+        with torch.device("meta"):
+            wanted = to_hf(Model(kept))
+            needed = to_hf(Model(config))
+        check_published(kept, wanted, pieces, unreadable(wanted, pieces))
+    return {name: pieces[trained_name(config, trained, name)] for name in needed}
+
+
+@contextmanager
+def faults_of(folder):
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def trained_name(config, trained, name):
+    """The name, published or ours, under which a source with so many MTP layers has a tensor."""
+    last = config.num_hidden_layers + trained - 1
+    return re.sub(r"layers\.(\d+)", lambda found: f"layers.{min(int(found[1]), last)}", name, count=1)
+
+
+def read_index(folder):
+    """{name: Piece} of all files that the index names."""
+    if not (folder / INDEX).exists():
+        require_sound((folder / ONE_FILE).exists(),
+                      f"{folder} has neither {INDEX} nor {ONE_FILE}; other formats are not read: convert them")
+        return read_header(folder / ONE_FILE)
+    named = read_json(folder, INDEX).get("weight_map")
+    right = isinstance(named, dict) and all(isinstance(file, str) for file in named.values())
+    require_sound(right, f"{folder / INDEX} has no weight_map of names and files")
+    pieces = {}
+    for file in sorted(set(named.values())):
+        require_sound(Path(file).name == file and file.endswith(".safetensors"),
+                      f"{folder / INDEX} names the file {file!r}, which is no .safetensors of this folder")
+        pieces |= read_header(folder / file)
+    wrong = [name for name in named.keys() | pieces.keys()
+             if name not in pieces or named.get(name) != pieces[name].path.name]
+    require_sound(not wrong, f"{folder / INDEX} and the headers of its files do not agree about {len(wrong)} tensors: "
+                             f"{alike({name: repr(name) for name in sorted(wrong)})}")
+    return pieces
+
+
+def require_sound(ok, message):
+    if not ok:
+        raise CheckpointError(message)
+
+
+def read_header(path):
+    """{name: Piece} of a file. CheckpointError unless its tensors fill it one after the other, as the format says."""
+    require_sound(path.is_file(), f"{path} is missing, or no file")
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            require_sound(length <= min(size - 8, MAX_HEADER), f"{path} is damaged: its header has {length} bytes, the "
+                                                               f"file {size}")
+            header = json.loads(file.read(length))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: its header cannot be read ({in_one_line(error)})") from None
+    require_sound(isinstance(header, dict), f"{path} is damaged: its header is no object")
+    header.pop("__metadata__", None)
+    pieces, ends = {}, {}
+    for name, entry in header.items():
+        piece, end = read_entry(path, name, entry)
+        pieces[name] = piece._replace(start=8 + length + piece.start)
+        ends[piece.start] = end
+    # from the first byte behind the header to the last one of the file, none twice and none left out
+    place = 0
+    for start in sorted(ends):
+        require_sound(start == place, f"{path} is damaged: tensors overlap or leave a hole at byte {start}")
+        place = ends[start]
+    require_sound(len(ends) == len(pieces) and place == size - 8 - length,
+                  f"{path} is damaged: its tensors have {place} bytes, the file {size - 8 - length}")
+    return pieces
+
+
+def read_entry(path, name, entry):
+    """A tensor of a header -> its Piece, which starts where the header says, and its end."""
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    right = isinstance(dtype, str) and is_whole(shape) and is_whole(span) and len(span) == 2 and 0 <= span[0] < span[1]
+    require_sound(right and all(0 < n < 2**40 for n in shape), f"{path} is damaged: {name!r} has {dtype!r}, shape "
+                                                               f"{shape!r}, data_offsets {span!r}")
+    numbers = math.prod(shape)
+    require_sound(dtype not in DTYPES or numbers * DTYPES[dtype].itemsize == span[1] - span[0],
+                  f"{path} is damaged: {name!r} has {numbers} numbers of {dtype} in {span[1] - span[0]} bytes")
+    return Piece(path, dtype, torch.Size(shape), span[0]), span[1]
+
+
+def is_whole(x):
+    """A list of whole numbers."""
+    return isinstance(x, list) and all(type(item) is int for item in x)
+
+
+def apart(config, pieces):
+    """The same with fused experts, e.g. mlp.experts.gate_up_proj (E, 2I, C), one by one: parts of the same bytes."""
+    single = {}
+    for name, piece in pieces.items():
+        n_experts, *matrix = piece.shape
+        names = published_names(config, name.removeprefix("model."), 0)   # of the first expert
+        fused = re.search(r"\.experts\.(gate_up_proj|down_proj)$", name) and len(matrix) == 2 and piece.dtype in DTYPES
+        if not fused or n_experts != config.n_routed_experts or matrix[0] % len(names):
+            single[name] = piece
+            continue
+        shape = torch.Size((matrix[0] // len(names), matrix[1]))
+        part_bytes = shape.numel() * DTYPES[piece.dtype].itemsize
+        for expert in range(n_experts):
+            for half, own in enumerate(published_names(config, name.removeprefix("model."), expert)):
+                start = piece.start + (expert * len(names) + half) * part_bytes
+                single[own] = piece._replace(shape=shape, start=start)
+    return single
+
+
+def with_scales(pieces):
+    """The same with each `NAME_scale_inv` at its weight."""
+    scales = {name: piece for name, piece in pieces.items() if name.endswith("_scale_inv")}
+    return {name: piece._replace(scale=scales.get(f"{name}_scale_inv"))
+            for name, piece in pieces.items() if name not in scales}
+
+
+def unreadable(wanted, pieces):
+    """{what is amiss: {name: in words}} of numbers that cannot be read, for check_published."""
+    unknown, unscaled = {}, {}
+    for name in wanted.keys() & pieces.keys():
+        piece = pieces[name]
+        blocks = tuple(-(-n // BLOCK) for n in piece.shape)
+        if piece.dtype not in DTYPES:
+            unknown[name] = f"{name!r} {piece.dtype!r}"
+        elif piece.dtype.startswith("F8") != (piece.scale is not None):
+            unscaled[name] = f"{name!r} {piece.dtype}"
+        elif piece.scale and (piece.scale.shape != blocks or piece.scale.dtype != "F32"):
+            unscaled[name] = f"{name!r} {piece.dtype}, its scales {piece.scale.dtype} {tuple(piece.scale.shape)}"
+    return {f"of another dtype than {', '.join(DTYPES)}": unknown,
+            f"that are not fp8 with a float32 scale for each block of {BLOCK} x {BLOCK}": unscaled}
+
+
+def refuse_other_size(config, pieces):
+    """A config.json that is far from the files: no model is made from it, not even one without memory."""
+    numbers = sum(piece.shape.numel() for piece in pieces.values())
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    fits = layers * (1 + config.n_routed_experts) <= 100 * len(pieces)
+    require(fits and count_params(config)["total"] <= 100 * numbers,
+            f"{layers} layers of {config.n_routed_experts} experts, {config.hidden_size} wide, are no model of the "
+            f"{len(pieces)} tensors in the files: is this their config.json?")
+
+
+@torch.no_grad()
+def load_published(model, pieces):
+    """Fills a model that may be cut: a rank reads the rows that it holds, a few MiB at a time."""
+    for name, tensor in model.state_dict().items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        own, begins = local(tensor), offsets_of(module, name, tensor)
+        first, matrices = 0, [own]
+        if ".experts." in name:
+            first, *begins = begins
+            matrices = own
+        for expert, matrix in enumerate(matrices, first):
+            names = published_names(model.config, name, expert)
+            fill_rows(matrix, [pieces[name] for name in names], begins)
+
+
+def offsets_of(module, name, tensor):
+    """Where in the whole tensor this rank's part begins, by dimension."""
+    begins = [0] * tensor.dim()
+    if isinstance(tensor, DTensor):                                       # of zero, inside what tp or ep left
+        mesh = tensor.device_mesh
+        for place, parts, placement in zip(mesh.get_coordinate(), mesh.shape, tensor.placements):
+            if placement.is_shard():
+                begins[placement.dim] = place * -(-tensor.size(placement.dim) // parts)
+    if hasattr(module, "slice"):
+        begins[module.slice.dim] += module.slice.place * tensor.size(module.slice.dim)
+    if cut_of(name).axis == "ep":
+        begins[0] += module.first_expert
+    return begins
+
+
+def fill_rows(out, pieces, begins):
+    """out, a part of matrices that lie one below the other; it begins there in them."""
+    top, first = 0, begins[0]
+    for piece in pieces:
+        start, stop = max(first, top), min(first + len(out), top + piece.shape[0])
+        if start < stop:
+            fill_part(out[start - first:stop - first], piece, [start - top, *begins[1:]])
+        top += piece.shape[0]
+
+
+def fill_part(out, piece, begins):
+    """out, (n,) or (n, m), from the numbers of a piece from there on, in out's dtype; fp8 times its scales."""
+    dtype, width = DTYPES[piece.dtype], piece.shape[1:].numel()           # of a whole row
+    if piece.scale:
+        scales = torch.empty(piece.scale.shape)
+        fill_part(scales, piece.scale, [0, 0])
+    n_rows = max(1, BAND // width)
+    with open(piece.path, "rb") as file:
+        for first in range(0, len(out), n_rows):
+            part = out[first:first + n_rows]
+            row = begins[0] + first
+            file.seek(piece.start + row * width * dtype.itemsize)
+            raw = np.fromfile(file, np.uint8, len(part) * width * dtype.itemsize)
+            require_sound(len(raw) == len(part) * width * dtype.itemsize, f"{piece.path} has become shorter")
+            numbers = torch.from_numpy(raw).view(dtype).view(len(part), *piece.shape[1:])
+            if part.dim() == 2:
+                numbers = numbers[:, begins[1]:begins[1] + part.size(1)]
+            if piece.scale:
+                rows = torch.arange(row, row + len(part)) // BLOCK
+                columns = torch.arange(begins[1], begins[1] + part.size(1)) // BLOCK
+                numbers = numbers.float() * scales[rows][:, columns]
+            part.copy_(numbers)
+
+
+def load_trained(checkpoint, model, trained, grid=None):
+    """Fills a model that may be cut from a checkpoint of ours. trained: as in published_pieces."""
+    config = model.config
+    # what is read twice is read by two calls, as many on each rank, for they wait for each other
+    rounds = [{} for _ in range(1 + max(0, config.num_nextn_predict_layers - trained))]
+    for name, tensor in model.state_dict().items():
+        source = trained_name(config, trained, name)
+        free = next(state for state in rounds if source not in state)
+        free[source] = tensor
+    for state in rounds:
+        load_state(checkpoint, dict(model=state), grid)
+
+
+# writing
+
+
+def write_published(folder, model, dtype, texts):
+    """Such a folder, whole or not at all. texts: {name: what a small file of it holds}, config.json among them."""
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already: choose a new folder")
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        shards = in_shards(to_hf(model), dtype)
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map |= dict.fromkeys(shard, file)
+            write_shard(unfinished / file, shard)
+        total = sum(n_bytes(*entry) for shard in shards for entry in shard.values())
+        index = dict(metadata=dict(total_size=total), weight_map=weight_map)
+        for name, text in (texts | {INDEX: json.dumps(index, indent=1)}).items():
+            write_synced(unfinished / name, text)
+        sync_folder(unfinished)
+        unfinished.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def in_shards(tensors, dtype):
+    """[{name: (tensor, the dtype it gets)}], a file each. A router's bias stays float32: its steps are small."""
+    shards, room = [{}], SHARD_BYTES
+    for name, tensor in tensors.items():
+        entry = tensor, torch.float32 if "e_score_correction_bias" in name else dtype
+        if n_bytes(*entry) > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = entry
+        room -= n_bytes(*entry)
+    return shards
+
+
+def n_bytes(tensor, dtype):
+    return tensor.numel() * dtype.itemsize
+
+
+def write_shard(path, shard):
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, place = dict(__metadata__=dict(format="pt")), 0
+    for name, (tensor, dtype) in shard.items():
+        end = place + n_bytes(tensor, dtype)
+        header[name] = dict(dtype=names[dtype], shape=list(tensor.shape), data_offsets=[place, end])
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                       # numbers begin at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor, dtype in shard.values():
+            file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())

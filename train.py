@@ -5,7 +5,9 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     python train.py pretrain --preset small --data DIR_OR_FILES --out runs/a --steps 2000 --set aux_loss_alpha=0.001
     python train.py pretrain --resume runs/a               # continues exactly
     torchrun --nproc-per-node 4 train.py --ep 4 --node-size 2 --dispatch hierarchical   # --resume may take another plan
+    python train.py pretrain --init runs/a                 # a new run from its weights, or from a Hugging Face folder's
     python train.py sample --init runs/a --prompt "def "
+    python train.py export --init runs/a --out HF_DIR      # a folder that transformers loads
 
 In this order: settings, tokenizer, files of text, corpus, phases, data order, one step,
 held-out text, a run and how it is opened, the run's folder, the loop, log and screen, commands. Everything that a step
@@ -52,8 +54,8 @@ import torch
 
 import parallel
 import sim
-from model import (PRESETS, Config, Model, check_setting, check_settings, compile_model, compile_operators,
-                   count_params, flops_per_token, generate, require, setting)
+from model import (IN_TRANSFORMERS, PRESETS, Config, Model, check_setting, check_settings, compile_model,
+                   compile_operators, config_to_hf, count_params, flops_per_token, generate, require, setting)
 from sim import Plan, balance_group, check_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +90,12 @@ def option(default, text, **allowed):
 OPTIONS = dict(
     # model
     preset=option("tiny", "size of the model", choices=tuple(PRESETS)),
-    set=option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5"),
+    set=option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5; with --init what owns no tensor"),
+    init=option("", "begin with the weights, shape and tokenizer of a run's folder, one of its ckpt/step_N, or a "
+                    "Hugging Face folder"),
+    mtp_depth=option(0, "with --init: MTP layers; those that it lacks begin as copies of its last one; 0: as many as "
+                        "it has", least=0, most=64),
+    train=option("all", "mtp: only MTP layers learn, the rest is frozen", choices=("all", "mtp")),
     # data
     data=option([], "files or folders, each may be NAME=PATH for the mix of a phase; default: Python's own standard "
                     "library"),
@@ -194,7 +201,7 @@ def check_option(name, value, option):
 def settings_of(given):
     """All settings: what was given, else the preset's recipe, else the default."""
     defaults = {name: option.default for name, option in (OPTIONS | PLAN_OPTIONS).items()}
-    recipe = RECIPES.get(given.get("preset", "tiny"), {})
+    recipe = {} if given.get("init") else RECIPES.get(given.get("preset", "tiny"), {})
     return fit_to_world(defaults | recipe | given, given)
 
 
@@ -218,8 +225,8 @@ def fit_to_world(settings, given, group=1):
     return settings
 
 
-def make_config(settings):
-    """The preset with what --set changes."""
+def make_config(settings, config):
+    """The config, of a preset or of --init, with what --set changes."""
     by_name = {field.name: field for field in dataclasses.fields(Config)}
     changes = {}
     for pair in settings["set"]:
@@ -228,7 +235,7 @@ def make_config(settings):
             raise UserError(f"--set {pair}: write KEY=VALUE with a key of {', '.join(by_name)}")
         changes[key] = read_word(word, by_name[key].type)
     with refusals("--set: "):
-        return replace(PRESETS[settings["preset"]], **changes)
+        return replace(config, **changes)
 
 
 def make_plan(settings):
@@ -240,6 +247,7 @@ def make_plan(settings):
 
 # Words for BPE, in cl100k_base's manner: letters with one sign before them, up to 3 digits, signs, line ends, spaces.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
 LEARN_FROM = 16 << 20                      # characters of training text that a vocabulary is learnt from
 
@@ -350,6 +358,87 @@ def find_encoding(name):
         raise UserError(f"--tokenizer {name}: its vocabulary is not on this machine and could not be downloaded "
                         f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, or use learn"
                         ) from None
+
+
+def byte_letters():
+    """The letter that a tokenizer.json writes for each byte: printable ones are themselves, others follow from 256 on.
+    """
+    letters, others = [], 0
+    for byte in range(256):
+        is_itself = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte
+        letters.append(chr(byte if is_itself else 256 + others))
+        others += not is_itself
+    return letters
+
+
+def encoding_of_folder(folder):
+    """A byte-level BPE tokenizer.json as tiktoken.Encoding; UserError for what tiktoken would cut in another way."""
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        config = folder / "tokenizer_config.json"
+        end = json.loads(config.read_text()).get("eos_token") if config.exists() else END
+        return encoding_from_json(content, end.get("content") if isinstance(end, dict) else end)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        why = str(error).partition("\n")[0] if isinstance(error, (OSError, ValueError)) else type(error).__name__
+        raise UserError(f"{folder / 'tokenizer.json'} is no byte-level BPE that tiktoken can run ({why}): give its "
+                        f"FILE.tiktoken, or gpt2, cl100k_base or o200k_base, to --tokenizer") from None
+
+
+def encoding_from_json(content, end):
+    """content: of tokenizer.json. end: the token between documents, which is called END here."""
+    model, byte_of = content["model"], {letter: byte for byte, letter in enumerate(byte_letters())}
+    special = {token["content"]: token["id"] for token in content["added_tokens"]}
+    require(end in special, f"{end!r}, its eos_token, is none of its added_tokens")
+    require(not content["normalizer"], "it has a normalizer")
+    # 1. ids: tiktoken merges the pair whose token has the lowest id, so ids must rise in the order of merges
+    ranks = {bytes(byte_of[letter] for letter in token): id for token, id in model["vocab"].items()
+             if token not in special}
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merged = [model["vocab"][left + right] for left, right in pairs]
+    require(merged == sorted(merged), "its ids do not follow its merges")
+    made = {*merged, *(id for token, id in ranks.items() if len(token) == 1)}
+    require(set(ranks.values()) == made, "some of its tokens are made by no merge")
+    require(all(bytes([byte]) in ranks for byte in range(256)), "it lacks some bytes")
+    # 2. the words that it merges inside of
+    special[END] = special.pop(end)
+    ids = [*ranks.values(), *special.values()]
+    require(all(type(id) is int and 0 <= id < 2**31 for id in ids) and len(set(ids)) == len(ids), "its ids are no "
+                                                                                                  "numbers, or twice")
+    return tiktoken.Encoding("folder", pat_str=words_of(content["pre_tokenizer"]), mergeable_ranks=ranks,
+                             special_tokens=special)
+
+
+def words_of(pre_tokenizer):
+    """The pattern of a tokenizer.json; ByteLevel alone has GPT-2's."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    require(steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"], "it is not byte-level")
+    if len(steps) == 1 and steps[0]["use_regex"]:
+        return GPT2_PATTERN
+    require(len(steps) == 2 and steps[0]["type"] == "Split" and not steps[1]["use_regex"] and not steps[0]["invert"]
+            and steps[0]["behavior"] == "Isolated", "it finds words by more than one pattern")
+    return steps[0]["pattern"]["Regex"]
+
+
+def tokenizer_files(encoding):
+    """What transformers needs for the same ids: the contents of two JSON files."""
+    letters, ranks = byte_letters(), ranks_of(encoding)
+    written = {token: "".join(letters[byte] for byte in token) for token, _ in ranks}
+    merges = []
+    for token, _ in ranks:                                                # all ways to make it, for tiktoken takes any
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        merges += [[written[a], written[b]] for a, b in halves if a in written and b in written]
+    special = [dict(id=id, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+               for name, id in sorted(encoding._special_tokens.items(), key=lambda item: item[1])]
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    split = dict(type="Split", pattern=dict(Regex=encoding._pat_str), behavior="Isolated", invert=False)
+    model = dict(type="BPE", vocab={written[token]: rank for token, rank in ranks}, merges=merges, ignore_merges=True,
+                 dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                 fuse_unk=False, byte_fallback=False)
+    tokenizer = dict(version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None,
+                     pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]), post_processor=None,
+                     decoder=byte_level, model=model)
+    return {"tokenizer.json": tokenizer,
+            "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=END, eos_token=END)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1274,6 +1363,7 @@ class Run:
     settings: dict = None                  # all settings by name, with what `auto` became
     checkpoint: Path = None                # where it goes on from; None: it begins
     stored: dict = None                    # config.json of the run that goes on
+    source: "Source" = None                # where a new run has its weights from; None: initialised
     device: torch.device = None
     encoding: tiktoken.Encoding = None     # of a named tokenizer; None: learnt from the text
     config: Config = None                  # of the model
@@ -1312,9 +1402,12 @@ def open_run(kind, given):
     run.device = parallel.pick_device(run.settings["device"])
     fix_automatic(run.settings, run.device)
     # 3. the shape, with room for the vocabulary
-    run.encoding = find_encoding(run.settings["tokenizer"])
-    config = run.stored["config"] if run.stored else make_config(run.settings)
-    run.config = with_vocabulary(config, run.encoding)
+    if run.settings["init"]:
+        open_init(run)
+    else:
+        run.encoding = find_encoding(run.settings["tokenizer"])
+        config = run.stored["config"] if run.stored else make_config(run.settings, PRESETS[run.settings["preset"]])
+        run.config = with_vocabulary(config, run.encoding)
     # 4. the plan, and what the balance loss means under it
     run.plan = make_plan(run.settings)
     refuse_lone_process(run.plan)
@@ -1326,6 +1419,8 @@ def open_run(kind, given):
         run.phases = run.stored["phases"]
     else:
         run.phases = make_phases(run.settings, run.stored["given"] | given if run.stored else given)
+    if run.source:
+        run.config = replace(run.config, max_position_embeddings=max(phase.seq_len for phase in run.phases))
     for phase in run.phases:
         for _, sequences in phase.batches:
             plan = replace(run.plan, seq_len=phase.seq_len, global_batch=sequences)
@@ -1447,13 +1542,112 @@ def refuse_unequal_ranks(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Weights to begin with: of a run, or of a Hugging Face folder
+
+
+class RunSource:
+    """--init names a run or one of its checkpoints."""
+
+    def __init__(self, init):
+        self.folder, self.checkpoint = find_checkpoint(init, "--init")
+        self.stored, progress = read_config(self.folder), read_progress(self.checkpoint)
+        # as its last phase left it; it sees no more text than it was trained on
+        has_begun = progress["phase_tokens"] > 0                          # else the phase before it was the last
+        phase = self.stored["phases"][max(0, progress["phase"] - (not has_begun))]
+        config = self.stored["config"]
+        self.config = replace(config, rope_theta=phase.rope_theta or config.rope_theta,
+                              max_position_embeddings=phase.seq_len)
+        self.path = self.checkpoint.resolve()
+
+    def encoding(self):
+        return encoding_of_run(self.folder, self.stored)
+
+    def check(self, config):
+        """A run's own config.json and tensors are one; config may have other MTP layers."""
+
+    def fill(self, model, grid=None):
+        parallel.load_trained(self.checkpoint, model, self.config.num_nextn_predict_layers, grid)
+
+
+class FolderSource:
+    """--init names a folder as transformers writes it."""
+
+    def __init__(self, init):
+        self.path = Path(init).resolve()
+        self.config = parallel.read_published_config(self.path)
+
+    def encoding(self):
+        return encoding_of_folder(self.path)
+
+    def check(self, config):
+        """ValueError unless the files hold all tensors of this config and, but for MTP layers, no others."""
+        self.pieces = parallel.published_pieces(self.path, config, self.config.num_nextn_predict_layers)
+
+    def fill(self, model, grid=None):
+        parallel.load_published(model, self.pieces)
+
+
+def open_source(init):
+    path = Path(init)
+    if not path.exists():
+        raise UserError(f"--init {init}: no such folder")
+    is_run = (folder_of(init) / "ckpt").exists() or not (path / "config.json").exists()
+    return RunSource(init) if is_run else FolderSource(init)
+
+
+def encoding_of_run(folder, stored):
+    return load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], stored["corpus"]["end"])
+
+
+def open_init(run):
+    """The config and tokenizer of a run that began with others' weights, and of a new one the source of these."""
+    settings, learn = run.settings, run.settings["tokenizer"] == "learn"
+    if run.stored:                                                        # the source may be gone
+        run.config = run.stored["config"]
+        run.encoding = encoding_of_run(folder_of(settings["resume"]), run.stored)
+        return
+    if "preset" in run.given:
+        raise UserError("--init brings a model's shape: leave --preset away")
+    run.source = open_source(settings["init"])
+    settings["init"] = str(run.source.path)                               # stored with the run
+    run.config = replace(config_of(run.source, settings), balance_group=0)
+    run.encoding = run.source.encoding() if learn else find_encoding(settings["tokenizer"])
+    if run.encoding.n_vocab > run.config.vocab_size:
+        raise UserError(f"the tokenizer has {run.encoding.n_vocab} tokens, the model of --init {settings['init']} only "
+                        f"{run.config.vocab_size}: give one with fewer to --tokenizer")
+
+
+def config_of(source, settings):
+    """The source's, with what --set and --mtp-depth change of it, once its tensors are found to fit."""
+    trained = source.config.num_nextn_predict_layers
+    config = make_config(settings, source.config)
+    depth = config.num_nextn_predict_layers
+    require(depth <= trained, f"--set num_nextn_predict_layers={depth}: --init has {trained}; --mtp-depth {depth} adds "
+                              f"to them")
+    if settings["mtp_depth"]:
+        require(trained, f"--mtp-depth {settings['mtp_depth']}: --init has no MTP layer to copy")
+        config = replace(config, num_nextn_predict_layers=settings["mtp_depth"])
+    as_there = replace(source.config, num_nextn_predict_layers=config.num_nextn_predict_layers)
+    source.check(as_there)
+    require(shapes_of(config) == shapes_of(as_there),
+            f"--set {' '.join(settings['set'])}: with --init it may change only what owns no tensor")
+    return config
+
+
+def shapes_of(config):
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Model(config).state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run's folder
 
 
 def open_folder(run):
     """The run's folder, ours until the process ends."""
     settings = run.settings
-    folder = Path(settings["out"]) if settings["out"] else free_folder(settings["preset"])
+    name = folder_of(settings["init"]).name or settings["preset"]
+    folder = Path(settings["out"]) if settings["out"] else free_folder(name)
     if not run.stored:
         refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1493,13 +1687,13 @@ def put_aside(folder):
         print(f"{folder} held a run without a checkpoint: its log is now in {aside}")
 
 
-def free_folder(preset):
-    """runs/PRESET, or the first of runs/PRESET-2, -3, ... that is not there."""
-    folder = Path("runs", preset)
+def free_folder(name):
+    """runs/NAME, or the first of runs/NAME-2, -3, ... that is not there."""
+    folder = Path("runs", name)
     for number in itertools.count(2):
         if not folder.exists():
             return folder
-        folder = Path("runs", f"{preset}-{number}")
+        folder = Path("runs", f"{name}-{number}")
 
 
 def find_checkpoint(resume, typed="--resume"):
@@ -1648,7 +1842,12 @@ def build(run, phase, checkpoint):
     plan = replace(run.plan, seq_len=phase.seq_len)
     grid = parallel.parallelize(model, plan, run.device.type, timedelta(seconds=settings["timeout"]))
     model.to_empty(device=run.device)
-    parallel.init_weights(model, settings["seed"])
+    if run.source and not checkpoint:
+        run.source.fill(model, grid)
+    else:
+        parallel.init_weights(model, settings["seed"])
+    if settings["train"] == "mtp":
+        freeze_trunk(model, plan)
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
     compile_parts(settings["compile"], model, plan)
     # 2. the optimizer; its rate is set at each step
@@ -1661,6 +1860,17 @@ def build(run, phase, checkpoint):
     if not plan.balance_live:
         run.progress.update(placement=[], expert_load=[])                 # would be out of date when it is turned on
     return parallel.Pipeline(model, plan, grid), optimizer
+
+
+def freeze_trunk(model, plan):
+    """--train mtp: nothing but MTP layers gets gradients, and so moments; they read what the rest makes of the text."""
+    if not plan.is_plain or plan.balance_live:
+        raise UserError("--train mtp is for plans with --pp 1, --vpp 1, --schedule 1f1b and without --balance-live")
+    if not model.mtp_layers():
+        raise UserError("--train mtp: this model has no MTP layer; use --set num_nextn_predict_layers=1")
+    model.requires_grad_(False)
+    for layer in model.mtp_layers():
+        layer.requires_grad_(True)
 
 
 def compile_parts(wanted, model, plan):
@@ -1859,8 +2069,9 @@ def introduce(run):
     """What will be trained, on what."""
     counts, facts, settings = count_params(run.config), run.corpus.facts, run.settings
     total, active, mtp = (f"{counts[part] / 1e6:.2f}M" for part in ("total", "active", "mtp"))
-    print(f"{run.folder}: {settings['preset']} on {run.device}, {settings['precision']}, {settings['threads']} threads"
-          f"; {total} parameters, {active} active; MTP {mtp} more")
+    begins = settings["init"] or settings["preset"]
+    print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; {total} "
+          f"parameters, {active} active; MTP {mtp} more")
     print(f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
           f"{facts['heldout_bytes']:,} held out (xz -9 {facts['xz']:,}), tokens {facts['tokens']}")
     for phase in run.phases:
@@ -1887,7 +2098,7 @@ def conclude(run, checkpoint):
 # Commands
 
 SAMPLE_OPTIONS = dict(
-    init=option("", "the run's folder or one of its ckpt/step_N"),
+    init=option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
     prompt=option("", "text to continue; default: the beginning of a document"),
     new_tokens=option(200, "tokens to write", least=0, most=10**9),
     temperature=option(0.8, "below 0.01: always the likeliest token", least=0, most=100),
@@ -1904,25 +2115,20 @@ def sample(given):
 
 
 def open_model(init, device):
-    """--init -> (the model of a checkpoint, its tokenizer, END's id)."""
-    # as its last phase left it; it sees no more text than it was trained on
-    folder, checkpoint = find_checkpoint(init, "--init")
-    stored, progress = read_config(folder), read_progress(checkpoint)
-    has_begun = progress["phase_tokens"] > 0                              # else the phase before it was the last
-    phase = stored["phases"][max(0, progress["phase"] - (not has_begun))]
-    config = stored["config"]
-    config = replace(config, rope_theta=phase.rope_theta or config.rope_theta, max_position_embeddings=phase.seq_len)
-    model = Model(config).to(device)
-    parallel.load_state(checkpoint, dict(model=model.state_dict()))
-    end = stored["corpus"]["end"]
-    return model, load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], end), end
+    """--init -> (its model, its tokenizer, END's id)."""
+    source = open_source(init)
+    source.check(source.config)
+    model = Model(source.config).to(device)
+    source.fill(model)
+    encoding = source.encoding()
+    return model, encoding, encoding.encode_single_token(END)
 
 
 def continue_text(given):
     """The prompt, and what the model of a checkpoint writes after it. given: some of SAMPLE_OPTIONS."""
     settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()} | given
     if not settings["init"]:
-        raise UserError("sample needs --init RUN, a run's folder")
+        raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
     device = parallel.pick_device(settings["device"])
     model, encoding, end = open_model(settings["init"], device)
     prompt = os.fsencode(settings["prompt"]).decode(errors="replace")     # as the terminal gave it
@@ -1935,6 +2141,34 @@ def continue_text(given):
     return encoding.decode_bytes(known).decode(errors="replace")
 
 
+EXPORT_OPTIONS = dict(
+    init=SAMPLE_OPTIONS["init"],
+    out=option("", "the Hugging Face folder that is made"),
+    dtype=option("bf16", "of what is written", choices=("bf16", "fp32")),
+)
+
+
+def export(given):
+    """Writes the model and the tokenizer of --init as a folder that others' programs load."""
+    settings = {name: option.default for name, option in EXPORT_OPTIONS.items()} | given
+    if not settings["init"] or not settings["out"]:
+        raise UserError("export needs --init, a run's folder, and --out, the Hugging Face folder to make")
+    with refusals():
+        model, encoding, end = open_model(settings["init"], torch.device("cpu"))
+        dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[settings["dtype"]]
+        config = config_to_hf(model.config) | dict(torch_dtype=str(dtype).removeprefix("torch."), bos_token_id=end,
+                                                   eos_token_id=end)
+        files = {"config.json": config} | tokenizer_files(encoding)
+        texts = {name: json.dumps(content, indent=1) for name, content in files.items()}
+        parallel.write_published(settings["out"], model, dtype, texts)
+    others = [f"{key}={getattr(model.config, key)}" for key, theirs in IN_TRANSFORMERS.items()
+              if getattr(model.config, key) != theirs]
+    verdict = "transformers loads it"
+    if others:
+        verdict = f"transformers has no model with {', '.join(others)}: it does not load it, or computes something else"
+    print(f"{settings['out']}: {verdict}")
+
+
 class Command(typing.NamedTuple):
     function: typing.Callable              # takes what was typed, by name
     options: dict
@@ -1944,6 +2178,7 @@ class Command(typing.NamedTuple):
 COMMANDS = dict(
     pretrain=Command(partial(train, Pretrain), Pretrain.options, "train on text (the command that is meant if none is given)"),
     sample=Command(sample, SAMPLE_OPTIONS, "write text"),
+    export=Command(export, EXPORT_OPTIONS, "write a Hugging Face folder"),
 )
 
 
