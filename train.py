@@ -45,6 +45,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -198,11 +199,14 @@ def check_option(name, value, option):
         check_setting(name, value, type(option.default), **option.allowed)
 
 
-def settings_of(given):
-    """All settings: what was given, else the preset's recipe, else the default."""
-    defaults = {name: option.default for name, option in (OPTIONS | PLAN_OPTIONS).items()}
-    recipe = {} if given.get("init") else RECIPES.get(given.get("preset", "tiny"), {})
-    return fit_to_world(defaults | recipe | given, given)
+def settings_of(given, options={}, recipe=None):
+    """All settings, options beside those of every stage: what was given, else the recipe of the stage or preset, else
+    the default."""
+    if recipe is None:
+        recipe = {} if given.get("init") else RECIPES.get(given.get("preset", "tiny"), {})
+    settings = {name: option.default for name, option in (OPTIONS | PLAN_OPTIONS | options).items()} | recipe | given
+    settings["set"] = recipe.get("set", []) + given.get("set", [])
+    return fit_to_world(settings, given)
 
 
 def fit_to_world(settings, given, group=1):
@@ -1135,10 +1139,19 @@ def own_sequences(plan, size):
     return places[:, parallel.data_rank(plan)].flatten()
 
 
+def part_of(batch, own):
+    """A batch's sequences by a slice."""
+    return {name: part_of(value, own) if isinstance(value, dict) else value[own] for name, value in batch.items()}
+
+
+def on_device(batch, device):
+    return {name: on_device(value, device) if isinstance(value, dict) else value.to(device)
+            for name, value in batch.items()}
+
+
 def micro_batches(batch, size):
     """A rank's share of a batch as inputs of the model, `size` sequences at a time."""
-    starts = range(0, len(batch["ids"]), size)
-    return [{name: value[start:start + size] for name, value in batch.items()} for start in starts]
+    return [part_of(batch, slice(start, start + size)) for start in range(0, len(batch["ids"]), size)]
 
 
 def train_step(pipeline, optimizer, batch, clip, stop=False):
@@ -1153,6 +1166,7 @@ def train_step(pipeline, optimizer, batch, clip, stop=False):
     # 1. forward and backward; losses are means over the target tokens of the whole global batch
     ranks_alike = plan.world_size // plan.dp                              # that share the same sequences
     loss_tokens = parallel.all_sum((batch["targets"] != -100).sum((0, 2)).float()) / ranks_alike
+    loss_tokens = loss_tokens.clamp(min=1)                                # MTP may have no targets
     model.aux_scale = plan.micro_batch / (len(batch["ids"]) * plan.dp * plan.cp * plan.tp)
     out = pipeline.step(micro_batches(batch, plan.micro_batch), loss_tokens)
 
@@ -1242,13 +1256,16 @@ class Stage:
     """A kind of training, opened for a run: where batches come from, and what held-out data says of the model."""
     name = ""                              # of the command, and first on each line of metrics.jsonl
     options = {}                           # its settings: name -> Option
-    recipe = {}                            # values of settings where the command line says nothing
+    recipe = None                          # values of settings where the command line says nothing; None: the preset's
 
     def __init__(self, run):
         self.run, self.depths = run, 1 + run.config.num_nextn_predict_layers
 
     def open_data(self):
         """-> Corpus. UserError for data that cannot be trained on."""
+
+    def describe(self, facts):
+        """A line about the data."""
 
     def begin(self, phase, pipeline):
         """A phase begins, with a model of its own."""
@@ -1279,6 +1296,10 @@ class Pretrain(Stage):
             Order(corpus, phase, self.depths, run.settings["seed"])       # refuses text that is too short
         return corpus
 
+    def describe(self, facts):
+        return (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
+                f"{facts['heldout_bytes']:,} held out (xz -9 {facts['xz']:,}), tokens {facts['tokens']}")
+
     def begin(self, phase, pipeline):
         self.order = Order(self.run.corpus, phase, self.depths, self.run.settings["seed"])
 
@@ -1307,7 +1328,10 @@ class SFT(Stage):
 
     def open_data(self):
         run, seq_len = self.run, min(phase.seq_len for phase in self.run.phases)
-        found = read_conversations(run.settings["data"], run.encoding, run.end)
+        if not run.settings["init"] or not run.settings["data"]:
+            raise UserError("sft needs --init, a model to begin with, and --data, .jsonl files of conversations")
+        end = run.encoding.encode_single_token(END)
+        found = read_conversations(run.settings["data"], run.encoding, end)
         fitting = [each for each in found if len(each[0]) <= seq_len]
         if len(fitting) < len(found):
             print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
@@ -1317,16 +1341,22 @@ class SFT(Stage):
         kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
         if not kept:
             raise UserError("no conversation is left to train on: give more with --data, or a larger --seq-len")
-        facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), end=run.end,
+        facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), end=end,
                      pattern=run.encoding._pat_str, conversations=len(kept), heldout=len(held))
-        return Corpus(run.encoding, run.end, dict(text=kept), held, facts)
+        return Corpus(run.encoding, end, kept, held, facts)
+
+    def describe(self, facts):
+        sequences = len(best_fit([len(ids) for ids, _ in self.run.corpus.train], self.run.phases[0].seq_len))
+        return (f"conversations: {facts['conversations']} to train on in {sequences} sequences, {facts['heldout']} held "
+                f"out, sha256 {facts['sha256'][:12]}")
 
     def begin(self, phase, pipeline):
-        self.packed = Packed(self.run.corpus.train["text"], phase.seq_len, self.depths, self.run.corpus.end)
+        self.seq_len = phase.seq_len
+        self.packed = Packed(self.run.corpus.train, phase.seq_len, self.depths, self.run.corpus.end)
 
     def batches(self, progress, size):
         plan, n = self.run.plan, len(self.packed)
-        first, rows = progress["tokens"] // self.packed.seq_len, []
+        first, rows = progress["tokens"] // self.seq_len, []
         for number in first + own_sequences(plan, size):
             epoch, index = divmod(int(number), n)
             rows.append(shuffled(index, n, f"{self.run.settings['seed']},{epoch}"))
@@ -1352,7 +1382,362 @@ class SFT(Stage):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stage rl: GRPO (arXiv:2402.03300), as mixtures of experts are trained by it
+#
+# 1. answers    several to each prompt, by the model as it is, sampled from its whole softmax
+# 2. rewards    by code; what is better than the mean of its group becomes likelier, what is worse less likely
+# 3. scores     the trainer's own log-probabilities and experts for what the sampler wrote: engines differ in rounding,
+#               and then in experts, so rows are weighted by how much, and experts may be replayed
+# 4. updates    of the weights, one or several from the same answers, kept close to the old policy by clipping
+
+RL_OPTIONS = dict(
+    tasks=option("", "FILE.jsonl, a line each: prompt, answer, checker (exact | partial | a function of --checkers)"),
+    checkers=option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to 1"),
+    answers=option(16, "to each prompt: a group", least=2),
+    new_tokens=option(64, "of an answer, at most"),
+    updates=option(1, "of the weights, from the answers of a step"),
+    clip_low=option(0.2, "how far a token's ratio to the old policy may fall below 1 (DAPO)", least=0, most=1),
+    clip_high=option(0.28, "and rise above it", least=0),
+    ratio=option("token", "of the new to the old policy: each token's, or of whole answers (GSPO)",
+                 choices=("token", "sequence")),
+    divide_by_std=option(0, "1: advantages are divided by the group's deviation (GRPO; not with experts)", choices=(0, 1)),
+    importance_cap=option(5.0, "most that a token counts for the trainer finding it likelier than the sampler did"),
+    kl=option(0.0, "weight of the divergence from the model of --init, which is then held too", least=0),
+    replay=option("none", "experts forced in training: none | sampler: those chosen in sampling | old: those of the "
+                          "trainer before the first update", choices=("none", "sampler", "old")),
+    shuffle_rewards=option(0, "1: shuffled inside each group, a control that should learn nothing", choices=(0, 1)),
+)
+CHECK_SECONDS = 5                          # that a checker may take
+TOO_FAR = 10.0                             # log-ratios are clamped to this before exp
+
+
+def check_exact(text, task):
+    return float(text.strip() == task["answer"])
+
+
+def check_partial(text, task):
+    """1 for the answer; less than half of it for each sign in its place."""
+    text, answer = text.strip(), task["answer"]
+    right = sum(a == b for a, b in zip(text, answer))
+    return 1.0 if text == answer else 0.5 * right / max(len(text), len(answer))
+
+
+def read_checkers(path):
+    """{name: function}: the two above, and those of a file that the user names."""
+    found = dict(exact=check_exact, partial=check_partial)
+    if path:
+        names = {}
+        try:
+            exec(compile(Path(path).read_text(), path, "exec"), names)
+        except Exception as error:
+            raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
+        found |= {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
+    return found
+
+
+def read_tasks(path, checkers):
+    """The lines of --tasks, checked."""
+    tasks = []
+    for number, task in read_lines(path):
+        with refusals(f"{path}, line {number}: "):
+            require(isinstance(task, dict), "no object: write prompt, answer and checker")
+            for key in ("prompt", "answer"):
+                require(isinstance(task.get(key), str) and task[key], f"no {key}: write prompt, answer and checker")
+            known = task.get("checker", "exact") in checkers
+            require(known, f"checker {task.get('checker')!r}: use {', '.join(checkers)}, or give its file to --checkers")
+            tasks.append(dict(checker="exact") | task | dict(line=number))
+    if not tasks:
+        raise UserError(f"{path}: no tasks")
+    return tasks
+
+
+class CheckerError(UserError):
+    """What a checker did wrong, on the ranks where it did; empty on the others."""
+
+
+class TooSlow(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    def stop(number, frame):
+        raise TooSlow
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def reward(text, task, checkers):
+    """What a checker says of an answer, None being one that is not in the format. CheckerError if it does not say it."""
+    if text is None:
+        return 0.0
+    where = f"task of line {task['line']}: checker {task['checker']}"
+    try:
+        with time_limit(CHECK_SECONDS):
+            value = checkers[task["checker"]](text, task)
+    except TooSlow:
+        raise CheckerError(f"{where} took more than {CHECK_SECONDS} s for {text!r}") from None
+    except Exception as error:
+        raise CheckerError(f"{where} raised {type(error).__name__}: {error}, for {text!r}") from None
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    if not is_number:
+        raise CheckerError(f"{where} returned {value!r}, no finite number, for {text!r}")
+    return float(value)
+
+
+def advantages_of(rewards, divide_by_std):
+    """rewards (groups, answers) -> the same shape: less the group's mean. A group of equal ones has exactly zeros."""
+    spread = rewards - rewards.mean(1, keepdims=True)
+    spread[np.ptp(rewards, axis=1) == 0] = 0                              # a mean may be rounded
+    if divide_by_std:
+        spread /= rewards.std(1, keepdims=True) + 1e-6
+    return spread
+
+
+# columns of `policy`, what the loss knows of each token beside its log-probability
+COUNTED, ADVANTAGE, SAMPLER, OLD, REFERENCE = range(5)
+
+
+def policy_losses(log_probs, policy, settings):
+    """GRPO's loss of each token: log_probs (B,T) of the tokens that came, with gradient, one answer a row; policy (B,T,5)
+    -> losses (B,T), 0 where nothing counts, and how many ratios were clipped."""
+    counted, advantage, sampler, old, reference = policy.unbind(-1)
+    low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
+
+    def ratio_of(log_ratio):
+        return log_ratio.clamp(-TOO_FAR, TOO_FAR).exp()
+
+    # 1. how far the policy moved since the answers were scored
+    log_ratio = (log_probs - old) * counted
+    if settings["ratio"] == "sequence":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
+    ratio = ratio_of(log_ratio)
+    gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    clipped = (ratio * advantage > gain) & (counted > 0)
+    # 2. how much more often the trainer would have written the token than the sampler did
+    weight = ratio_of(old - sampler).clamp(max=settings["importance_cap"])
+    losses = -weight * gain
+    # 3. how far it is from the reference: k3, unbiased and never below 0 (arXiv:2402.03300, eq. 4)
+    if settings["kl"]:
+        losses = losses + settings["kl"] * k3(log_probs, reference)
+    return losses * counted, clipped.sum()
+
+
+def k3(log_probs, reference):
+    difference = (reference - log_probs).clamp(-TOO_FAR, TOO_FAR)
+    return difference.exp() - difference - 1
+
+
+class RL(Stage):
+    """Tasks whose answers are checked by code."""
+    name = "rl"
+    options = SFT.options | RL_OPTIONS
+    recipe = dict(steps=100, lr=3e-4, warmup_steps=5, min_lr=1.0, global_batch=256, micro_batch=64, seq_len=128,
+                  set=["aux_loss_alpha=0"], weight_decay=0.0)
+
+    def open_data(self):
+        run, settings = self.run, self.run.settings
+        if not settings["init"] or not settings["tasks"]:
+            raise UserError("rl needs --init, a model to begin with, and --tasks, a .jsonl file")
+        self.refuse_plan(run.plan)
+        self.checkers = read_checkers(settings["checkers"])
+        self.tasks = read_tasks(settings["tasks"], self.checkers)
+        encoding, end = run.encoding, run.encoding.encode_single_token(END)
+        self.turn_end = special_id(encoding, TURN_END)
+        self.prompts = [question(encoding, end, task["prompt"]) for task in self.tasks]
+        # none may be too long for an answer behind it
+        room = min(phase.seq_len for phase in run.phases) - settings["new_tokens"]
+        longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        if len(self.prompts[longest]) > room:
+            raise UserError(f"{settings['tasks']}, line {self.tasks[longest]['line']}: a prompt of "
+                            f"{len(self.prompts[longest])} tokens and --new-tokens {settings['new_tokens']} do not fit "
+                            f"--seq-len: raise it, or leave the line out")
+        facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), end=end, pattern=encoding._pat_str,
+                     tasks=len(self.tasks))
+        return Corpus(encoding, end, None, None, facts)
+
+    def refuse_plan(self, plan):
+        if plan.pp * plan.cp * plan.tp > 1 or not plan.is_plain:
+            raise UserError("rl runs with dp and ep, without pp, tp, cp and overlap")
+        sizes = {sequences for phase in self.run.phases for _, sequences in phase.batches}
+        group = self.run.settings["answers"] * self.run.settings["updates"]
+        for size in sizes:
+            least = math.lcm(group, plan.micro_batch * self.run.settings["updates"]) * plan.dp
+            if size % least:
+                raise UserError(f"--global-batch {size}, the answers of a step: use a multiple of {least}, as --answers, "
+                                f"--updates, --micro-batch and dp want it")
+
+    def describe(self, facts):
+        return f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
+
+    def begin(self, phase, pipeline):
+        self.pipeline, self.reference = pipeline, None
+        pipeline.model.token_loss = self.token_loss
+        if self.run.settings["kl"]:
+            self.reference, _ = build(self.run, phase, None)
+
+    # a step
+
+    def batches(self, progress, size):
+        settings, plan = self.run.settings, self.run.plan
+        # 1. tasks, and this rank's answers: whole groups, of each update as many
+        n_groups = size // settings["answers"]
+        chosen = self.choose_tasks(progress, n_groups)
+        own = np.arange(size).reshape(plan.dp, -1)[parallel.data_rank(plan)]
+        tasks = [chosen[number // settings["answers"]] for number in own]
+        answers = self.sample([self.prompts[task] for task in tasks], seed=progress["step"])
+        # 2. rewards, known to all ranks, and what is better than its group
+        rewards = np.zeros(size)
+        rewards[own] = self.rewards_of(tasks, answers)
+        rewards = parallel.all_sum(torch.from_numpy(rewards)).numpy().reshape(n_groups, -1)
+        self.note_rewards(progress, chosen, rewards)
+        if settings["shuffle_rewards"]:
+            rng = np.random.default_rng([settings["seed"], progress["step"]])
+            rewards = rng.permuted(rewards, axis=1)
+        advantages = advantages_of(rewards, settings["divide_by_std"]).flatten()[own]
+        # 3. what the trainer thinks of them
+        batch = self.examples([self.prompts[task] for task in tasks], answers, advantages)
+        batch = self.scored(batch)
+        # 4. updates, each from some of the groups
+        self.counted, self.clipped = batch["policy"][..., COUNTED].sum(), torch.zeros((), device=self.run.device)
+        share = len(own) // settings["updates"]
+        return [part_of(batch, slice(i * share, (i + 1) * share)) for i in range(settings["updates"])]
+
+    def rewards_of(self, tasks, answers):
+        """On all ranks, or CheckerError on all: where a checker fails on one, the others must not wait for it."""
+        encoding, rewards, failure = self.run.corpus.encoding, [], None
+        try:
+            for task, answer in zip(tasks, answers):
+                rewards.append(reward(answer_of(encoding, answer.ids), self.tasks[task], self.checkers))
+        except CheckerError as error:
+            failure = error
+        if parallel.all_sum(torch.tensor(float(failure is not None))).item():
+            raise failure or CheckerError("")
+        return rewards
+
+    def choose_tasks(self, progress, n):
+        """Numbers of tasks, drawn by what is known of them: those always or never solved are drawn less."""
+        rates = progress["pass_rates"] or [-1.0] * len(self.tasks)        # -1: not drawn yet
+        weights = np.where([rate in (0.0, 1.0) for rate in rates], 0.2, 1.0)
+        rng = np.random.default_rng([self.run.settings["seed"], progress["step"]])
+        return rng.choice(len(self.tasks), n, replace=n > len(self.tasks), p=weights / weights.sum())
+
+    def note_rewards(self, progress, chosen, rewards):
+        rates = progress["pass_rates"] or [-1.0] * len(self.tasks)
+        for task, rewarded in zip(chosen, rewards):
+            rates[task] = float((rewarded == 1).mean())
+        progress["pass_rates"] = rates
+        self.log = dict(reward=rewards.mean(), reward_std=rewards.std(1).mean(), solved=(rewards == 1).mean(),
+                        zero_spread=(np.ptp(rewards, axis=1) == 0).mean())
+
+    def sample(self, prompts, seed):
+        device = self.run.device
+        with parallel.generating(self.pipeline.model) as anybody:
+            found = generate(self.pipeline.model, [torch.tensor(prompt, device=device) for prompt in prompts],
+                             self.run.settings["new_tokens"], seed=self.seed_of(seed), stop=(self.turn_end,),
+                             note_routing=True, anybody=anybody)
+        return found.answers
+
+    def seed_of(self, step):
+        """Of the sampler: another for each step and each rank that has sequences of its own."""
+        words = f"{self.run.settings['seed']} {step} {parallel.data_rank(self.run.plan)}"
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+
+    def examples(self, prompts, answers, advantages):
+        """Prompt and answer, one each row, padded behind: what Model.forward takes, of which nothing but depth 0 of the
+        answer's tokens is a target."""
+        run, settings = self.run, self.run.settings
+        whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers)]
+        B, T = len(whole), max(map(len, whole)) - 1
+        ids = torch.full((B, T), run.corpus.end)
+        targets = torch.full((B, self.depths, T), -100)
+        policy = torch.zeros(B, T, 5)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers)):
+            tokens = torch.tensor(whole[row])
+            ids[row, :len(tokens) - 1] = tokens[:-1]
+            answered = slice(len(prompt) - 1, len(tokens) - 1)            # where the next token is the answer's
+            targets[row, 0, answered] = tokens[len(prompt):]
+            policy[row, answered, COUNTED] = 1
+            policy[row, answered, ADVANTAGE] = advantages[row]
+            policy[row, answered, SAMPLER] = torch.tensor(answer.log_probs)
+        # the sampler's experts; what stands behind an answer goes to the first ones
+        routing = {}
+        for layer, chosen in answers[0].routing.items():
+            routing[layer] = torch.arange(chosen.size(1)).expand(B, T, -1).clone()
+            for row, answer in enumerate(answers):
+                chosen = answer.routing[layer]
+                routing[layer][row, :len(chosen)] = chosen.cpu()
+        self.log["length"] = sum(len(answer.ids) for answer in answers) / B
+        self.log["entropy"] = -policy[..., SAMPLER].sum().item() / policy[..., COUNTED].sum().item()
+        return on_device(dict(ids=ids, targets=targets, policy=policy, routing=routing), run.device)
+
+    def scored(self, batch):
+        """The batch with the trainer's log-probabilities, and experts if those are replayed; tokens whose log-probability
+        is not finite count no more."""
+        policy, replay = batch["policy"], self.run.settings["replay"]
+        sampled = batch.pop("routing")
+        policy[..., OLD], chosen = self.log_probs(self.pipeline, batch)
+        if self.reference:
+            policy[..., REFERENCE], _ = self.log_probs(self.reference, batch)
+        broken = ~torch.isfinite(policy).all(-1)
+        policy[broken] = 0
+        batch["targets"][:, 0].masked_fill_(broken, -100)
+        # how far sampler and trainer are from each other
+        counted = policy[..., COUNTED] > 0
+        differs = torch.stack([(sampled[layer].sort(-1).values != chosen[layer].sort(-1).values).any(-1)
+                               for layer in sampled]).any(0)
+        distance = (policy[..., OLD] - policy[..., SAMPLER]).abs()
+        sums = [differs[counted].sum(), (distance > math.log(2))[counted].sum(), counted.sum(), broken.sum()]
+        if self.reference:
+            sums.append((k3(policy[..., OLD], policy[..., REFERENCE]) * counted).sum())
+        router_diff, far, total, not_finite, *kl = parallel.all_sum(torch.stack(sums).float()).tolist()
+        self.log |= dict(router_diff=router_diff / total, far=far / total, not_finite=int(not_finite),
+                         kl=kl[0] / total if kl else None)
+        if replay == "none":
+            return batch
+        return batch | dict(routing=sampled if replay == "sampler" else chosen)
+
+    @torch.no_grad()
+    def log_probs(self, pipeline, batch):
+        """(B,T) of the targets of depth 0, by a pipeline's model as it is, and the experts that it chose."""
+        model, noted, found = pipeline.model, [], []
+
+        def note(nats, policy):
+            found.append(-nats)
+            return nats
+
+        model.eval()
+        model.token_loss = note
+        ones = torch.ones(self.depths, device=self.run.device)
+        for inputs in micro_batches(batch, self.run.plan.micro_batch):
+            noted.append({})
+            pipeline.step([inputs | dict(routing=noted[-1])], ones, train=False)
+        model.train()
+        model.token_loss = self.token_loss
+        trunk = range(model.config.num_hidden_layers)                     # MTP's experts are not the sampler's matter
+        chosen = {layer: torch.cat([each[layer] for each in noted]) for layer in noted[0] if layer in trunk}
+        return torch.cat(found), chosen
+
+    def token_loss(self, nats, policy):
+        """What Model.output makes of each token's loss: (B,T), policy (B,T,5)."""
+        losses, clipped = policy_losses(-nats, policy, self.run.settings)
+        self.clipped = self.clipped + clipped
+        return losses
+
+    def measures(self):
+        clipped, counted = parallel.all_sum(torch.stack([self.clipped, self.counted]).float()).tolist()
+        return self.log | dict(clip_share=clipped / max(1, counted))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A run, and how it is opened
+
+STAGES = {kind.name: kind for kind in (Pretrain, SFT, RL)}
 
 
 @dataclass
@@ -1385,6 +1770,7 @@ def beginning():
     """The progress of a run without a step; all of it is stored with checkpoints."""
     progress = dict(step=0, tokens=0, phase=0, phase_tokens=0)            # phase: its number; tokens: of all phases
     progress |= dict(skipped=0, skipped_in_a_row=0)                       # steps that were not finite
+    progress |= dict(pass_rates=[])                                       # of rl: by task, -1 where it is not known
     return progress | dict(placement=[], expert_load=[])                  # of live balance
 
 
@@ -1395,9 +1781,9 @@ def open_run(kind, given):
     if parallel.is_restarted():
         given = restarted(given)
     if given.get("resume"):
-        run.settings, run.stored, run.checkpoint = resume_settings(given)
+        run.settings, run.stored, run.checkpoint = resume_settings(kind, given)
     else:
-        run.settings = settings_of(given)
+        run.settings = settings_of(given, kind.options, kind.recipe)
     # 2. the device, and what `auto` becomes on it
     run.device = parallel.pick_device(run.settings["device"])
     fix_automatic(run.settings, run.device)
@@ -1461,11 +1847,13 @@ def restarted(given):
     return given
 
 
-def resume_settings(given):
+def resume_settings(kind, given):
     """The stored settings of a run with what may be changed -> (settings, stored config.json, checkpoint)."""
     folder, checkpoint = find_checkpoint(given["resume"])
     stored = read_config(folder)
     settings = stored["settings"]
+    if stored["stage"] != kind.name:
+        raise UserError(f"{folder} is a run of {stored['stage']}: python train.py {stored['stage']} --resume {folder}")
     if stored.get("rules") != RULES:
         raise UserError(f"{folder} was begun under other rules of train.py, at commit {stored.get('commit')}: resume "
                         f"it with that version, or start a new run")
@@ -1723,12 +2111,14 @@ def newest(folder):
 def read_config(folder):
     """config.json of a run, checked: `config` is a Config, `phases` are Phases, an older run's missing settings are the
     defaults."""
-    path, options = folder / "config.json", OPTIONS | PLAN_OPTIONS
+    path = folder / "config.json"
     try:
         stored = json.loads(path.read_text())
     except (OSError, ValueError):
         raise UserError(f"{folder} has no readable config.json: it is no run's folder") from None
     try:
+        stored = dict(stage=Pretrain.name) | stored
+        options = OPTIONS | PLAN_OPTIONS | STAGES[stored["stage"]].options
         settings = {name: option.default for name, option in options.items()} | stored["settings"]
         settings = {name: settings[name] for name in options}             # none that went since
         given = {name: value for name, value in stored["given"].items() if name in options}
@@ -1764,7 +2154,7 @@ def read_progress(checkpoint):
 
 def write_config(run, given, **facts):
     """config.json: all that a resumed run needs to know, and facts about where it ran."""
-    facts |= dict(rules=RULES, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan), given=given,
+    facts |= dict(rules=RULES, stage=run.kind.name, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan), given=given,
                   settings=run.settings | dict(resume=""), phases=[dataclasses.asdict(phase) for phase in run.phases],
                   corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
                   torch=torch.__version__)
@@ -2072,8 +2462,7 @@ def introduce(run):
     begins = settings["init"] or settings["preset"]
     print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; {total} "
           f"parameters, {active} active; MTP {mtp} more")
-    print(f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
-          f"{facts['heldout_bytes']:,} held out (xz -9 {facts['xz']:,}), tokens {facts['tokens']}")
+    print(run.stage.describe(facts))
     for phase in run.phases:
         print(phase, flush=True)
     if run.checkpoint:
@@ -2083,7 +2472,7 @@ def introduce(run):
 def conclude(run, checkpoint):
     """How to go on with a run that was stopped; a sample of text from one that is done."""
     if not is_done(run):
-        print(f"stopped after step {run.progress['step']}; go on with: python train.py pretrain --resume {run.folder}")
+        print(f"stopped after step {run.progress['step']}; go on with: python train.py {run.kind.name} --resume {run.folder}")
         return
     try:
         text = continue_text(dict(init=str(checkpoint), prompt="def ", device=run.settings["device"]))
@@ -2176,7 +2565,9 @@ class Command(typing.NamedTuple):
 
 
 COMMANDS = dict(
-    pretrain=Command(partial(train, Pretrain), Pretrain.options, "train on text (the command that is meant if none is given)"),
+    pretrain=Command(partial(train, Pretrain), Pretrain.options, "train on text (meant where no command is given)"),
+    sft=Command(partial(train, SFT), SFT.options, "fine-tune the model of --init on conversations"),
+    rl=Command(partial(train, RL), RL.options, "reinforce what checkers reward, from the model of --init"),
     sample=Command(sample, SAMPLE_OPTIONS, "write text"),
     export=Command(export, EXPORT_OPTIONS, "write a Hugging Face folder"),
 )
@@ -2243,7 +2634,7 @@ def main(argv=None):
     except (UserError, parallel.CheckpointError, OSError) as error:
         advice = "; make room, then --resume the run" if isinstance(error, parallel.SaveFailed) else ""
         shared = isinstance(error, UserError)                             # what was typed, all ranks refuse
-        if parallel.rank() == 0 or not shared:
+        if str(error) and (parallel.rank() == 0 or not shared or isinstance(error, CheckerError)):
             print(f"train.py: {error}{advice}", file=sys.stderr)
         if shared:
             parallel.leave_world()
