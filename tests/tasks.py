@@ -152,3 +152,81 @@ def make(out, numbers, seed):
     write(out / "rl.jsonl", [question(problem, fast=i % 2 == 1) for i, problem in enumerate(rl)])
     test = some(seed + 2, trained + [HARDEST], n_test, held_out=True)
     write(out / "test.jsonl", [question(problem, fast) for problem in test for fast in (False, True)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The score of a run
+
+
+def score(run, path, at_once=64, new_tokens=96):
+    """Held-out accuracy of a run's newest checkpoint, always its likeliest words -> list of dicts, one a problem."""
+    import torch
+
+    import train
+    from model import generate
+    model, encoding, end = train.open_model(run, torch.device("cpu"))
+    checkers = train.read_checkers("")
+    problems = train.read_tasks(path, checkers)
+    results = []
+    for start in range(0, len(problems), at_once):
+        some = problems[start:start + at_once]
+        prompts = [torch.tensor(train.question(encoding, end, problem["prompt"])) for problem in some]
+        room = model.config.max_position_embeddings - max(map(len, prompts))
+        found = generate(model, prompts, min(new_tokens, room), temperature=0,
+                         stop=(train.special_id(encoding, train.TURN_END),))
+        for problem, answer in zip(some, found.answers):
+            text = train.answer_of(encoding, answer.ids)
+            right = text is not None and train.check_exact(text, problem) == 1
+            results.append(problem | dict(text=text, right=right, tokens=len(answer.ids)))
+        print(f"\r{len(results)} of {len(problems)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return results
+
+
+def print_score(results):
+    """Shares of right answers by task and difficulty, slow and fast."""
+    def share(chosen):
+        return f"{sum(each['right'] for each in chosen) / len(chosen):>6.0%}" if chosen else f"{'':>6}"
+
+    hardest = max(each["difficulty"] for each in results)
+    columns = range(1, hardest + 1)
+    print("right answers by difficulty (columns; the last one was never trained on)")
+    print(f"{'':>14}", *(f"{level:>6}" for level in columns), f"{'all':>6}")
+    for task in sorted({each["task"] for each in results}):
+        for fast in (False, True):
+            own = [each for each in results if each["task"] == task and each["fast"] == fast]
+            by_level = [share([each for each in own if each["difficulty"] == level]) for level in columns]
+            print(f"{task:>9} {'fast' if fast else 'slow'}", *by_level, share(own))
+    for fast in (False, True):
+        print(f"{'all':>9} {'fast' if fast else 'slow'}", *(share([each for each in results if each["fast"] == fast
+                                                                    and each["difficulty"] == level]) for level in columns),
+              share([each for each in results if each["fast"] == fast]))
+    in_format = sum(each["text"] is not None for each in results) / len(results)
+    print(f"all {share(results).strip()} of {len(results)} problems; in the format {in_format:.1%}; "
+          f"{sum(each['tokens'] for each in results) / len(results):.1f} tokens an answer")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="DIR", help="write sft.jsonl, rl.jsonl and test.jsonl here")
+    parser.add_argument("--numbers", type=int, nargs=3, default=[4000, 4000, 300], metavar=("SFT", "RL", "TEST"),
+                        help="conversations, prompts of rl, problems to test on (each slow and fast)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score", metavar="RUN", help="a run's folder: accuracy on --test")
+    parser.add_argument("--test", metavar="FILE", help="of --score: test.jsonl")
+    parser.add_argument("--json", action="store_true", help="of --score: each problem and answer, a line each")
+    given = parser.parse_args()
+    if given.out:
+        return make(Path(given.out), given.numbers, given.seed)
+    if not (given.score and given.test):
+        parser.error("use --out DIR to make tasks, or --score RUN --test FILE")
+    results = score(given.score, given.test)
+    if given.json:
+        for each in results:
+            print(json.dumps(each))
+    else:
+        print_score(results)
+
+
+if __name__ == "__main__":
+    main()
