@@ -63,6 +63,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -917,6 +918,20 @@ def cross_entropy(h, weight, targets):
     return HeadCrossEntropy.apply(h, weight, targets, Vocabulary())
 
 
+def token_cross_entropy(h, weight, targets):
+    """The loss of each token: h (N,C), weight (V,C), targets (N,) -> (N,) float32 or better, 0 where ignored.
+
+    Where backward comes, it makes a chunk's logits again: only then is known what each token counts.
+    """
+    def losses(rows, weight, labels):
+        logits = F.linear(rows, weight.to(rows.dtype)).to(at_least_float32(rows.dtype))
+        return F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+
+    step = max(512, LOGIT_ELEMENTS // len(weight))
+    chunks = zip(h.split(step), targets.split(step))
+    return torch.cat([checkpoint(losses, rows, weight, labels, use_reentrant=False) for rows, labels in chunks])
+
+
 class Vocabulary(NamedTuple):
     """The part of a vocabulary that is here; parallel.py: one of several, on as many ranks."""
     first: int = 0                                                        # number of its first token
@@ -1518,15 +1533,17 @@ class Model(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size)
         self.compute_dtype = None                                         # None: the embedding's own
         self.cross_entropy = cross_entropy                                # parallel.py: with a part of the head
+        self.token_loss = None                                            # see output; of reinforcement learning
 
     def forward(self, ids, *, targets=None, labels=None, positions=None, doc_ids=None, next_ids=None, routing=None,
-                return_logits=False, loss_tokens=None):
+                policy=None, return_logits=False, loss_tokens=None):
         """ids (B,T), or without embedding a hidden state (B,T,C) -> Output, or without last norm the hidden state.
 
         targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored. labels (B,T): unshifted ids, shifted here.
         positions (B,T), default 0..T-1. doc_ids (B,T): attention stays inside equal numbers. next_ids (B, MTP, T):
         token i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,):
-        target tokens of the global batch per depth, by default of this call. Logits without targets or on request.
+        target tokens of the global batch per depth, by default of this call. policy (B,T,n): what token_loss makes
+        losses of at depth 0, beside each token's own. Logits without targets or on request.
         """
         c, mtp_layers = self.config, self.mtp_layers()
         T = ids.size(1)
@@ -1549,7 +1566,7 @@ class Model(nn.Module):
             hiddens.append(hidden)
             x = layer(x, angles, mask, routing)
         hiddens.append(self.head_norm(len(mtp_layers))(x))
-        return self.output(hiddens, targets, loss_tokens, return_logits or targets is None)
+        return self.output(hiddens, targets, loss_tokens, return_logits or targets is None, policy)
 
     def embed(self, ids):
         x = self.embed_tokens(ids)
@@ -1577,7 +1594,7 @@ class Model(nn.Module):
         embedded = self.embed(next_ids[:, depth])
         return hidden, self.mtp_layers()[depth].join(embedded, entering)
 
-    def output(self, hiddens, targets, loss_tokens, want_logits):
+    def output(self, hiddens, targets, loss_tokens, want_logits, policy=None):
         """hiddens: one (B,T,C) a depth."""
         out = Output()
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -1589,7 +1606,12 @@ class Model(nn.Module):
             loss_tokens = (targets != -100).sum((0, 2)).clamp(min=1)      # (1+MTP,)
         losses = []
         for depth, h in enumerate(hiddens):
-            summed = self.cross_entropy(h.flatten(0, 1), head, targets[:, depth].flatten())
+            flat, labels = h.flatten(0, 1), targets[:, depth]
+            if policy is not None and depth == 0:
+                nats = token_cross_entropy(flat, head, labels.flatten()).view_as(labels)
+                summed = self.token_loss(nats, policy).sum()
+            else:
+                summed = self.cross_entropy(flat, head, labels.flatten())
             losses.append(summed / loss_tokens[depth])
         zero = torch.zeros_like(losses[0])
         out.loss, *mtp_losses = losses
