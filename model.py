@@ -18,7 +18,7 @@ multi-token prediction and a balance loss over groups of sequences. Sections, in
     The model               forward, losses, what a trainer asks of the routers
     Initialisation          the table of initial scales; seeds
     Published names         configs and tensors of DeepSeek-V3 and openPangu-Ultra-MoE, there and back
-    Generation              without a cache
+    Generation              cache of latents; drafts by multi-token prediction, checked; sampling
 
 Written for one device: nothing here knows of process groups. parallel.py takes a built model and spreads it; what the
 model carries only for that sake is this. Replaced there:
@@ -1113,12 +1113,18 @@ class Attention(Part):
         if c.rope_scaling is not None:                                    # as in DeepSeek-V3's code
             self.scale *= yarn_mscale(c, "mscale_all_dim") ** 2
 
-    def forward(self, x, angles, mask):
-        """x (B,T,C), angles of rope_table, mask of document_mask -> (B,T,C)."""
+    def forward(self, x, angles, mask, cache=None):
+        """x (B,T,C), angles of rope_table, mask of document_mask, or with a cache those it gave -> (B,T,C)."""
         q_latent, latent, k_rope = self.down(x)                           # (B,T,*)
         q_latent, latent, k_rope = self.gather_tokens(q_latent, latent, k_rope)
         k_rope = rope(k_rope.unsqueeze(2), *angles)                       # (B,T,1,D)
         latent, k_rope = self.gather_context(latent, k_rope)
+        if cache is not None:
+            seen = cache.put(self, torch.cat((latent, k_rope.squeeze(2)), -1))            # (B,S,latent+D)
+            if cache.absorbs:
+                return self.o_proj(self.absorbed(q_latent, seen, angles, mask))
+            latent, k_rope = seen.split((self.latent, self.rope), -1)
+            k_rope = k_rope.unsqueeze(2)
         q, k, v = self.memory.again("mla_up", self.up, q_latent, latent, k_rope, *angles)
         # the kernel keeps its output, o_proj what is cut out of it: one tensor where values were not padded
         out = self.memory.swap("attn_out", attention(q, k, v, self.scale, mask))
@@ -1133,15 +1139,37 @@ class Attention(Part):
 
     def up(self, q_latent, latent, k_rope, cos, sin):
         """Latents (B,T,*), one rope key (B,T,1,D) for all heads -> q, k, v (B,T,H,*)."""
-        # heads are counted from the weight by -1: tensor parallelism gives a rank a part of them
-        q = self.q_b_proj(q_latent).unflatten(-1, (-1, self.nope + self.rope))
-        q_nope, q_rope = q.split((self.nope, self.rope), -1)
-        q = torch.cat((q_nope, rope(q_rope, cos, sin)), -1)
+        q = torch.cat(self.queries(q_latent, cos, sin), -1)
         kv = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.v))
         k_nope, v = kv.split((self.nope, self.v), -1)
         heads = k_nope.size(2)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, heads, -1)), -1)
         return q, k, as_wide_as_keys(v, k)
+
+    def queries(self, q_latent, cos, sin):
+        """q_latent (B,T,*) -> queries (B,T,H,*), in two parts: without position, and turned."""
+        # heads are counted from the weight by -1: tensor parallelism gives a rank a part of them
+        q = self.q_b_proj(q_latent).unflatten(-1, (-1, self.nope + self.rope))
+        q_nope, q_rope = q.split((self.nope, self.rope), -1)
+        return q_nope, rope(q_rope, cos, sin)
+
+    def absorbed(self, q_latent, seen, angles, mask):
+        """Attention among latents, which are never expanded (DS section 2.1.1): q_latent (B,T,*), seen (B,S,latent+D)
+        of a Cache -> (B,T,H*D). The up-projections of keys and values, W and U, pass to queries and outputs:
+
+            q . (W latent_j) = (W^T q) . latent_j        sum_j p_j (U latent_j) = U (sum_j p_j latent_j)
+        """
+        q_nope, q_rope = self.queries(q_latent, *angles)
+        T, heads = q_nope.shape[1:3]
+        self.kv_b_proj(seen[:, :0, :self.latent])                         # on nothing: FSDP's hooks bring its weight
+        kv_b = self.kv_b_proj.weight.to(q_nope.dtype).unflatten(0, (heads, -1))           # (H, nope+v, latent)
+        w, u = kv_b.split((self.nope, self.v), 1)
+        q = torch.cat((torch.einsum("bthd,hdl->bthl", q_nope, w), q_rope), -1)            # (B,T,H,latent+D)
+        # all heads share the keys, so they are queries of one head: (B,T*H,1,latent+D)
+        q, keys = q.flatten(1, 2).unsqueeze(2), seen.unsqueeze(2)
+        out = attention(q, keys, keys, self.scale, mask.repeat_interleave(heads, 2))
+        out = out[:, :, 0, :self.latent].unflatten(1, (T, heads))         # values: keys without their position
+        return torch.einsum("bthl,hdl->bthd", out, u).flatten(2)
 
 
 class MLP(Part):
@@ -1191,7 +1219,7 @@ class Router(Part):
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
         weights = self.weigh(logits, scores, ids)
         counts = self.count(ids, n_sequences=len(x))
-        if self.c.balance == "none" or self.c.aux_loss_alpha == 0:
+        if self.c.balance == "none" or self.c.aux_loss_alpha == 0 or not self.training:
             self.aux_loss = scores.new_zeros(())
             return ids, weights
         aux_loss = self.balance_loss(counts, logits, scores)
@@ -1447,8 +1475,8 @@ class Block(Part):
         self.mlp = MoE(c) if self.is_moe else MLP(c.hidden_size, c.intermediate_size)
         self.post_mlp_layernorm = Norm(c.hidden_size, c.rms_norm_eps) if sandwich else nn.Identity()
 
-    def forward(self, x, angles, mask=None, routing=None):
-        x = self.attend(x, angles, mask)
+    def forward(self, x, angles, mask=None, routing=None, cache=None):
+        x = self.attend(x, angles, mask, cache)
         sent = self.dispatch(x, routing)
         done = self.compute(sent)
         return self.combine(x, done)
@@ -1457,10 +1485,10 @@ class Block(Part):
         """What a sublayer made of x, onto the residual stream."""
         return x + post_norm(y)
 
-    def attend(self, x, angles, mask=None):
+    def attend(self, x, angles, mask=None, cache=None):
         def attention(x):
             h = self.memory.again("norm", self.input_layernorm, x)
-            return self.self_attn(h, angles, mask)
+            return self.self_attn(h, angles, mask, cache)
 
         return self.add(x, self.memory.region("attention", attention, x), self.post_attention_layernorm)
 
@@ -1517,6 +1545,7 @@ class Output:
     total_loss: torch.Tensor | None = None    # for backward; aux_loss adds its value here, its gradient by itself
     logits: torch.Tensor | None = None        # (B,T,V)
     mtp_logits: list | None = None            # one (B,T,V) a depth
+    x: torch.Tensor | None = None             # with a cache: (B,T,C) before the last norm, from which MTP goes on
 
 
 class Model(nn.Module):
@@ -1534,9 +1563,10 @@ class Model(nn.Module):
         self.compute_dtype = None                                         # None: the embedding's own
         self.cross_entropy = cross_entropy                                # parallel.py: with a part of the head
         self.token_loss = None                                            # see output; of reinforcement learning
+        self.gather_logits = lambda logits: logits                        # parallel.py: of all parts of the head
 
     def forward(self, ids, *, targets=None, labels=None, positions=None, doc_ids=None, next_ids=None, routing=None,
-                policy=None, return_logits=False, loss_tokens=None):
+                policy=None, return_logits=False, loss_tokens=None, cache=None, place=None):
         """ids (B,T), or without embedding a hidden state (B,T,C) -> Output, or without last norm the hidden state.
 
         targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored. labels (B,T): unshifted ids, shifted here.
@@ -1544,6 +1574,7 @@ class Model(nn.Module):
         token i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,):
         target tokens of the global batch per depth, by default of this call. policy (B,T,n): what token_loss makes
         losses of at depth 0, beside each token's own. Logits without targets or on request.
+        cache: ids go on behind the tokens in it, positions are its; no MTP. place (B,): logits there alone, (B,1,V).
         """
         c, mtp_layers = self.config, self.mtp_layers()
         T = ids.size(1)
@@ -1551,15 +1582,20 @@ class Model(nn.Module):
                                                 f"{c.max_position_embeddings}: shorten the one or raise the other")
         if labels is not None:
             targets = shifted(labels, range(1, 2 + c.num_nextn_predict_layers), -100)
-        positions, next_ids = fill_inputs(ids, targets, len(mtp_layers), positions, next_ids)
+        if cache is not None:
+            positions, mask = cache.extend(T)
+        else:
+            positions, next_ids = fill_inputs(ids, targets, len(mtp_layers), positions, next_ids)
+            mask = document_mask(doc_ids)
         x = ids if self.embed_tokens is None else self.embed(ids)         # (B,T,C)
         angles = rope_table(c, positions, x.dtype)
-        mask = document_mask(doc_ids)
         for block in self.layers.values():
             if not isinstance(block, MTPLayer):
-                x = block(x, angles, mask, routing)
+                x = block(x, angles, mask, routing, cache)
         if self.norm is None:
             return x
+        if cache is not None:
+            return self.read_out(x, self.norm, place)
         hiddens = []                                                      # what the head reads, one (B,T,C) a depth
         for depth, layer in enumerate(mtp_layers):
             hidden, x = self.join(depth, x, next_ids)
@@ -1567,6 +1603,26 @@ class Model(nn.Module):
             x = layer(x, angles, mask, routing)
         hiddens.append(self.head_norm(len(mtp_layers))(x))
         return self.output(hiddens, targets, loss_tokens, return_logits or targets is None, policy)
+
+    def draft(self, depth, x, next_ids, cache, place=None):
+        """Depth `depth` of MTP on what is new to its cache: x (B,T,C) which `depth` layers made, next_ids (B,T) token
+        i+1+depth at i -> Output as of forward with a cache. Past the last layer, the last one goes on with its own x.
+        """
+        positions, mask = cache.extend(x.size(1))
+        layers = self.mtp_layers()
+        layer = layers[min(depth, len(layers) - 1)]
+        if self.config.mtp_hidden == "post_norm":
+            x = self.head_norm(min(depth, len(layers)))(x)
+        x = layer.join(self.embed(next_ids), x)
+        x = layer(x, rope_table(self.config, positions, x.dtype), mask, cache=cache)
+        return self.read_out(x, layer.shared_head["norm"], place)
+
+    def read_out(self, x, norm, place):
+        """Logits of the stream x (B,T,C), of all of it or in one place (B,) of each sequence."""
+        at = x if place is None else x[torch.arange(len(x)), place].unsqueeze(1)
+        out = self.output([norm(at)], None, None, True)
+        out.x = x
+        return out
 
     def embed(self, ids):
         x = self.embed_tokens(ids)
@@ -1599,7 +1655,7 @@ class Model(nn.Module):
         out = Output()
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if want_logits:
-            out.logits, *out.mtp_logits = [F.linear(h, head.to(h.dtype)) for h in hiddens]
+            out.logits, *out.mtp_logits = [self.gather_logits(F.linear(h, head.to(h.dtype))) for h in hiddens]
         if targets is None:
             return out
         if loss_tokens is None:
@@ -1900,36 +1956,304 @@ def is_mtp(config, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generation
+# Generation: the cache
+
+CHUNK = 512               # tokens of a prompt that pass the model at a time
+ABSORBS = None            # attention reads a cache True: absorbed, False: expanded, None: by what multiplies less
 
 
-@torch.no_grad()
-def generate(model, ids, new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Continue ids (1,T) by new_tokens, without a cache -> (1, T + new_tokens). temperature 0: the likeliest token.
+class Cache:
+    """What attention keeps of the tokens seen: a latent and a turned rope key, kv_lora_rank + qk_rope_head_dim numbers
+    a token and layer (DS section 2.1.1). Keys and values of all heads can be made of them.
 
-    top_k: the k likeliest tokens only (0: all). top_p: the fewest tokens that hold this much probability.
+    Token i of a sequence lies in slot i, however long the others of the batch are. What lies past a sequence's length
+    is never seen, and is written over: so padding behind a short one, or a draft that was refused, is cropped away.
     """
-    was_training = model.training
-    model.eval()
-    generator = torch.Generator(ids.device).manual_seed(seed)
-    for _ in range(new_tokens):
-        seen = ids[:, -model.config.max_position_embeddings:]
-        logits = model(seen).logits[:, -1].float()                        # (1,V)
-        token = draw_token(logits, temperature, top_k, top_p, generator)
-        ids = torch.cat((ids, token), 1)
-    model.train(was_training)
-    return ids
+
+    def __init__(self, model, layers, sequences, size, spare=0):
+        """Room for `size` tokens of each of `sequences` in these layers of a model, and for `spare` drafts more."""
+        c = self.config = model.config
+        require(size <= c.max_position_embeddings,
+                f"{size} tokens, prompt and answer, above max_position_embeddings={c.max_position_embeddings}, and a "
+                f"window does not slide: shorten one of them")
+        self.size, self.slots = size, size + spare
+        weight = model.embed_tokens.weight
+        self.options = dict(dtype=model.compute_dtype or weight.dtype, device=weight.device)
+        self.lengths = torch.zeros(sequences, dtype=torch.int64)          # (B,) on the host
+        self.kept = {}                                                    # (B,slots,n) by attention
+        for layer in layers:
+            self.add(layer.self_attn, c.kv_lora_rank + c.qk_rope_head_dim)
+
+    def add(self, key, width):
+        # zeros: slots never written meet probabilities of 0, and 0 * NaN would be NaN
+        self.kept[key] = torch.zeros(len(self.lengths), self.slots, width, **self.options)
+
+    def extend(self, n_tokens):
+        """T = n_tokens more for each sequence -> their positions (B,T), and which slots they see: (B,1,T,S), or None in
+        an empty cache, where they see each other, causally."""
+        longest = max(self.lengths.tolist(), default=0)
+        require(longest + n_tokens <= self.slots,
+                f"{longest} tokens in a cache for {self.size}, and {n_tokens} more: make it larger")
+        device = self.options["device"]
+        self.positions = (self.lengths.unsqueeze(1) + torch.arange(n_tokens)).to(device)
+        self.lengths = self.lengths + n_tokens
+        self.seen = min(self.slots, 64 * math.ceil((longest + n_tokens) / 64))            # S; kernels like few sizes
+        self.is_fresh = longest == 0
+        if self.is_fresh:
+            self.absorbs = False
+            return self.positions, None
+        self.absorbs = self.absorbing_is_cheaper(n_tokens, self.seen) if ABSORBS is None else ABSORBS
+        mask = torch.arange(self.seen, device=device) <= self.positions.unsqueeze(2)
+        return self.positions, mask.unsqueeze(1)
+
+    def absorbing_is_cheaper(self, T, S):
+        """By products for each head: T queries against S latents and rope keys, or against keys made of S latents."""
+        c = self.config
+        projection = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)             # of one token, down or up
+        absorbed = T * projection + T * S * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        expanded = S * projection + T * S * (c.qk_head_dim + c.v_head_dim)
+        return absorbed < expanded
+
+    def put(self, key, new):
+        """Write what `key`, an attention, has of the new tokens (B,T,n) -> the same of all slots they see (B,S,n)."""
+        rows = torch.arange(len(new), device=new.device).unsqueeze(1)
+        self.kept[key][rows, self.positions] = new.detach()
+        return new if self.is_fresh else self.kept[key][:, :self.seen]
+
+    def crop(self, lengths):
+        """Forget what lies past lengths (B,)."""
+        self.lengths = torch.minimum(self.lengths, lengths)
+
+    def keep(self, rows):
+        """These sequences only, by number."""
+        self.lengths = self.lengths[rows]
+        rows = rows.to(self.options["device"])
+        self.kept = {key: tensor[rows] for key, tensor in self.kept.items()}
 
 
-def draw_token(logits, temperature, top_k, top_p, generator):
-    """logits (B,V) -> (B,1); the other arguments as in generate."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation: drawing tokens
+
+
+def distribution(logits, temperature, top_k, top_p):
+    """logits (...,V) -> probabilities (...,V) to draw by; the other arguments as in generate."""
+    logits = logits.to(at_least_float32(logits.dtype))
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits, order = logits.div(temperature).sort(descending=True)         # likeliest first
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    logits = logits / temperature
+    if top_k == 0 and top_p >= 1:
+        return logits.softmax(-1)
+    logits, order = logits.sort(descending=True)                          # likeliest first
     if top_k:
-        logits[:, top_k:] = -math.inf
+        logits[..., top_k:] = -math.inf
     probabilities = logits.softmax(-1)
     likelier = probabilities.cumsum(-1) - probabilities                   # probability of all likelier tokens
     probabilities = logits.masked_fill(likelier >= top_p, -math.inf).softmax(-1)
-    place = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(1, place)
+    return torch.zeros_like(logits).scatter_(-1, order, probabilities)
+
+
+def draw(probabilities, generator):
+    """(B,V), which need not sum to 1 -> (B,)."""
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+def check_drafts(p, q, drafts, generator):
+    """Speculative sampling (arXiv:2211.17192): p (B,1+k,V) the model's distributions of the next tokens, q (B,k,V)
+    those that drafts (B,k) were drawn from -> how many drafts of each sequence hold (B,), the token behind them (B,).
+
+    A draft x holds with probability min(1, p(x)/q(x)); in place of the first that does not, a token is drawn from what
+    p has more than q. What comes out is distributed by p. With temperature 0 both have one token each: equal ones hold.
+    """
+    k = drafts.size(1)
+    ratio = p[:, :k].gather(2, drafts.unsqueeze(2)) / q.gather(2, drafts.unsqueeze(2))
+    coins = torch.rand(ratio.shape, generator=generator, device=p.device, dtype=p.dtype)
+    held = (coins < ratio).squeeze(2).long().cumprod(1).sum(1)            # up to the first that does not
+    q = F.pad(q, (0, 0, 0, 1))                                            # behind the last draft nothing was drawn
+    rows = torch.arange(len(p), device=p.device)
+    p, q = p[rows, held], q[rows, held]                                   # (B,V)
+    rest = (p - q).clamp(min=0)
+    some = rest.sum(1, keepdim=True) > 0                                  # none is left of equal ones but by rounding
+    return held, draw(torch.where(some, rest, p), generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation: sequences that are continued together
+
+
+@dataclass
+class Answer:
+    """What was written to one prompt."""
+    ids: list = field(default_factory=list)   # a stop id that ended it included
+    log_probs: list = field(default_factory=list)   # of each, by the whole softmax of logits / temperature
+    routing: dict | None = None               # layer -> experts (T,K) of all tokens fed: prompt and ids but the last
+
+
+@dataclass
+class Answers:
+    answers: list                             # one Answer a prompt
+    rounds: int = 0                           # forwards that checked drafts, counted for each sequence
+    held: list | None = None                  # of these, the ones in which draft 1, 2, ... held
+
+
+@torch.no_grad()
+def generate(model, prompts, new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, stop=(), drafts=0,
+             note_routing=False, on_tokens=None, anybody=bool):
+    """Continue prompts, a list of ids (T,) of any lengths, by up to new_tokens each, or to an id of stop -> Answers.
+
+    temperature 0: the likeliest token. top_k: the k likeliest tokens only (0: all). top_p: the fewest tokens that hold
+    this much probability. drafts: tokens that MTP drafts in each round; they change the speed, not what is drawn from.
+    on_tokens(number of a prompt, new ids) is called as they come. anybody(whether this rank has something to do) ->
+    whether any rank has: see parallel.generating. ValueError where prompt and answer exceed the model's window. With
+    capacity_factor, what is dropped depends on the batch.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        choice = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
+        generator = torch.Generator(prompts[0].device).manual_seed(seed)
+        writer = Writer(model, prompts, new_tokens, drafts, choice, generator, note_routing, anybody)
+        result = Answers([Answer() for _ in prompts], held=[0] * drafts)
+        going = range(len(prompts) if new_tokens else 0)
+        while anybody(len(going) > 0):
+            writer.keep(going)
+            logits, tokens, new = writer.round()
+            wide = logits.to(at_least_float32(logits.dtype)) / (temperature or 1)
+            log_probs = wide.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
+            going = add_to(result, writer.rows, tokens, log_probs, new, new_tokens, stop, on_tokens)
+        for row, answer in enumerate(result.answers):
+            fed = len(prompts[row]) + len(answer.ids) - 1
+            answer.routing = {layer: ids[row, :fed] for layer, ids in writer.routing.items()} if note_routing else None
+    finally:
+        model.train(was_training)
+    return result
+
+
+def add_to(result, rows, tokens, log_probs, new, new_tokens, stop, on_tokens):
+    """A round's tokens and log_probs (B,1+k), of which `new` (B,) hold, to the answers of prompts `rows` (B,) -> places
+    in the batch of those that go on."""
+    going = []
+    for place, (row, count, ids, values) in enumerate(zip(*(x.tolist() for x in (rows, new, tokens, log_probs)))):
+        result.rounds += 1
+        result.held = [held + (i < count - 1) for i, held in enumerate(result.held)]
+        answer = result.answers[row]
+        ids = ids[:min(count, new_tokens - len(answer.ids))]
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        ids = ids if end is None else ids[:end + 1]
+        answer.ids += ids
+        answer.log_probs += values[:len(ids)]
+        if on_tokens is not None:
+            on_tokens(row, ids)
+        if end is None and len(answer.ids) < new_tokens:
+            going.append(place)
+    return going
+
+
+class Writer:
+    """Sequences that are continued together, by rounds: MTP drafts tokens, one forward of the model checks them and
+    adds one. Without drafts a round is one token.
+
+    A sequence has known tokens 0..n, of which the last has not been fed: n is main's length. MTP's layer of depth d has
+    at i the stream of the layer before it at i, and token i+1+d. So with D layers all before i = n-D+1 is final; what
+    follows came of drafts, and is cropped and computed again in the next round, from tokens that are certain.
+    """
+
+    def __init__(self, model, prompts, new_tokens, drafts, choice, generator, note_routing, anybody):
+        """choice: logits (...,V) -> probabilities. The rest as in generate."""
+        self.model, self.drafts, self.choice, self.generator = model, drafts, choice, generator
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        require(min(lengths.tolist()) > 0, "a prompt has no tokens: give one at least")
+        layers = model.mtp_layers()[:drafts]                              # D of them
+        require(drafts == 0 or layers, "drafts are made by MTP, and the model has no such layer: use 0 drafts")
+
+        trunk = [layer for layer in model.layers.values() if not isinstance(layer, MTPLayer)]
+        room = dict(sequences=len(prompts), size=int(lengths.max()) + new_tokens, spare=drafts)
+        self.main = Cache(model, trunk, **room)
+        self.mtp = [Cache(model, [layer], **room) for layer in layers]
+        if drafts:
+            self.main.add("x", model.config.hidden_size)                  # the residual stream that MTP starts from
+        tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        self.tokens = F.pad(tokens, (0, new_tokens + drafts + len(layers)))
+        self.rows = torch.arange(len(prompts))                            # numbers of the prompts that are still here
+        self.routing = {} if note_routing else None                       # layer -> (prompts,slots,K)
+        self.read(lengths - 1, anybody)
+
+    def at(self, start, count):
+        """start (B,) on the host -> rows (B,1) and places (B,count) of the next `count` slots: to index with."""
+        places = start.unsqueeze(1) + torch.arange(count)
+        return torch.arange(len(start), device=self.tokens.device).unsqueeze(1), places.to(self.tokens.device)
+
+    def read(self, last, anybody):
+        """All tokens of the prompts but their last, number `last` (B,), in chunks."""
+        done, end = 0, int(last.max())
+        while anybody(done < end):
+            size = min(CHUNK, end - done) or 1                            # others still read: a token to be cropped
+            done = min(done + size, end)
+            self.feed(size, place=torch.zeros_like(last))
+            self.main.crop(last.clamp(max=done))
+            if self.drafts:
+                self.draft(size, last, is_reading=True)
+
+    def feed(self, size, place=None):
+        """The next `size` tokens through the model -> logits (B,size,V), or in one place (B,1,V)."""
+        noted = None if self.routing is None else {}
+        ids = self.tokens[self.at(self.main.lengths, size)]
+        out = self.model(ids, cache=self.main, routing=noted, place=place)
+        if self.drafts:
+            self.main.put("x", out.x)
+        for layer, chosen in (noted or {}).items():
+            if layer not in self.routing:
+                self.routing[layer] = chosen.new_zeros(len(self.rows), self.main.slots, chosen.size(2))
+            self.routing[layer][self.rows.to(chosen.device).unsqueeze(1), self.main.positions] = chosen
+        return out.logits
+
+    def draft(self, size, n, is_reading=False):
+        """MTP's layers over the next `size` places, the last of them again and again: drafts of tokens n+1, n+2, ...
+        (n (B,)) in self.tokens -> the distributions (B,V) that they were drawn from. Reading: over a prompt, no drafts.
+        """
+        depths, start, drawn_by = len(self.mtp), self.mtp[0].lengths, []
+        rows, places = self.at(start, size)
+        every, behind = rows[:, 0], n.to(rows.device) + 1
+        x = self.main.kept["x"][rows, places]
+        place = (n - start - 1).clamp(0, size - 1).to(rows.device)        # n-1, of which the drafts are made
+        for depth in range(depths if is_reading else self.drafts):
+            cache = self.mtp[min(depth, depths - 1)]
+            if depth < depths:
+                ids = self.tokens[rows, places + 1 + depth]
+            else:                                                         # on from the last draft and its own stream
+                x, ids, place = x[every, place].unsqueeze(1), token.unsqueeze(1), torch.zeros_like(place)
+                cache.crop(n + depth - depths)
+            out = self.model.draft(depth, x, ids, cache, place)
+            x = out.x
+            if not is_reading:
+                drawn_by.append(self.choice(out.logits.squeeze(1)))
+                token = draw(drawn_by[-1], self.generator)
+                self.tokens[every, behind + depth] = token
+        final = torch.minimum(start + size, n - depths + 1).clamp(min=0)
+        for cache in self.mtp:
+            cache.crop(final)
+        return drawn_by
+
+    def round(self):
+        """-> logits (B,1+k,V) of the next tokens, these tokens (B,1+k), and how many of them hold (B,), at least 1."""
+        n, drawn_by = self.main.lengths, []
+        if self.drafts:                                                   # D+k places at most; one where there is none
+            size = max((n - self.mtp[0].lengths).tolist(), default=0)
+            drawn_by = self.draft(max(size, 1), n)
+        logits = self.feed(1 + self.drafts)                               # the last known token, and drafts
+        p = self.choice(logits)
+        q = torch.stack(drawn_by, 1) if drawn_by else p[:, :0]
+        rows, places = self.at(n + 1, 1 + self.drafts)
+        held, token = check_drafts(p, q, self.tokens[rows, places[:, :-1]], self.generator)
+        self.tokens[rows[:, 0], places[:, 0] + held] = token
+        new = held.cpu() + 1
+        self.main.crop(n + new)
+        return logits, self.tokens[rows, places], new
+
+    def keep(self, places):
+        """Go on with these sequences only, by their places in the batch."""
+        if len(places) < len(self.rows):
+            places = torch.tensor(list(places), dtype=torch.int64)
+            for cache in (self.main, *self.mtp):
+                cache.keep(places)
+            self.rows = self.rows[places]
+            self.tokens = self.tokens[places.to(self.tokens.device)]

@@ -48,7 +48,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -310,6 +311,7 @@ class Group:
 
     def __init__(self, group):
         self.group, self.size, self.rank = group, group.size(), group.rank()
+        self.whole = False                 # of a tensor group: members hold all tokens, not parts; see generating
 
     def all_to_all(self, x, send=None, recv=None):
         """x (sum(send), ...) -> (sum(recv), ...); send[i] rows go to member i. Without sizes: equal parts."""
@@ -685,6 +687,7 @@ class Grid:
         self.pp_rank = rank() * pp // plan.world_size
         self.embedding_twice = False       # on the first pipeline rank and on the last; keep_own_stages says
         self.live = None                   # a LiveBalance; parallelize makes it
+        self.tensor_group = None           # the Group that cut_matrices gave to the model's hooks
 
     def replicate_and_shard(self, n):
         """Sizes of these two dimensions for n ranks that hold the same weights."""
@@ -891,6 +894,8 @@ def cut_matrices(model, grid):
     n_own = model.config.vocab_size // group.size
     model.embed = partial(embed_part, group, model.embed, n_own)
     model.cross_entropy = partial(cross_entropy_part, group, n_own)
+    model.gather_logits = partial(gather_logits, group)
+    grid.tensor_group = group
 
 
 def gather_input(group, module, args):
@@ -906,6 +911,8 @@ def scatter_output(group, module, args, partial_sums):
 
 def gather_sequence(group, x):
     """Parts of members one after the other: (B, t, ...) -> (B, size * t, ...)."""
+    if group.whole:
+        return x
     parts = Flight(group.all_gather, group.reduce_scatter).whole(x)       # (size * B, t, ...)
     return parts.unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1, 2)
 
@@ -919,6 +926,8 @@ def gather_together(group, *parts):
 
 def scatter_sequence(group, x):
     """Each member gets its part of the sum over members: (B, size * t, C) -> (B, t, C)."""
+    if group.whole:
+        return group.all_reduce(x)
     parts = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1)                # (size * B, t, C)
     return Flight(group.reduce_scatter, group.all_gather).whole(parts)
 
@@ -937,6 +946,35 @@ def cross_entropy_part(group, n_own, h, weight, targets):
     all_max = partial(group.all_reduce, op=dist.ReduceOp.MAX)
     vocabulary = Vocabulary(group.rank * n_own, group.size, all_max, group.all_reduce)
     return HeadCrossEntropy.apply(h, weight, targets, vocabulary)
+
+
+def gather_logits(group, logits):
+    """Of all parts of the vocabulary, where members hold the same tokens: (B, T, V / size) -> (B, T, V)."""
+    if not group.whole:
+        return logits
+    parts, work = group.all_gather(logits.movedim(2, 0))
+    work.wait()
+    return parts.movedim(0, 2)
+
+
+@contextmanager
+def generating(grid):
+    """In here model.generate runs, on all ranks: those of a tensor group are given the same prompts, others their own.
+
+    Yields its `anybody`: experts are exchanged in every step, so that ranks which are done go on with empty batches.
+    With tp > 1 each rank of a tensor group sends every token to its experts: the same result, tp times their work.
+    """
+    if grid is None:
+        yield bool
+        return
+    if grid.plan.pp > 1 or grid.plan.cp > 1:
+        raise ValueError(f"pp={grid.plan.pp} cp={grid.plan.cp}: text is written with pp=1 and cp=1 alone")
+    tensor_group = grid.tensor_group or Group(dist.group.WORLD)           # of a size of 1: any, it is not used
+    try:
+        tensor_group.whole = True
+        yield lambda busy: all_sum(torch.tensor(int(busy), device=grid.device_type)).item() > 0
+    finally:
+        tensor_group.whole = False
 
 
 def gather_contexts(model, grid):
@@ -1015,6 +1053,7 @@ def shard(model, grid):
     if model.norm is not None:
         wrap(model.norm)
     wrap(model, tensor, free=False)
+    register_fsdp_forward_method(model, "draft")
     model.register_forward_pre_hook(hand_on_routing, with_kwargs=True)
     for part in fsdp_parts(model):
         # the loss is a sum over the global batch's tokens, so gradients are summed; gloo has nothing but plain sums
@@ -1370,12 +1409,12 @@ class OnHost:
 ONCE_MORE = dict(use_reentrant=False, preserve_rng_state=False)           # of checkpoint; nothing here is random
 
 
-def run_layer_twice(block, x, angles, mask=None, routing=None):
+def run_layer_twice(block, x, angles, mask=None, routing=None, cache=None):
     """Block.forward that keeps its input and the chosen experts alone."""
     chosen = {} if routing is None else routing                           # noted in the first run, forced in the second
 
     def run(x):
-        return Block.forward(block, x, angles, mask, chosen)
+        return Block.forward(block, x, angles, mask, chosen, cache)
 
     return checkpoint(run, x, context_fn=lambda: (nullcontext(), uncounted(block)), **ONCE_MORE)
 

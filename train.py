@@ -6,7 +6,7 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     python train.py pretrain --resume runs/a               # continues exactly
     torchrun --nproc-per-node 4 train.py --ep 4 --node-size 2 --dispatch hierarchical   # --resume may take another plan
     python train.py pretrain --init runs/a                 # a new run from its weights, or from a Hugging Face folder's
-    python train.py sample --init runs/a --prompt "def "
+    python train.py sample --init runs/a --prompt "def " --draft 2    # or --file, a pipe, or line by line at a terminal
     python train.py export --init runs/a --out HF_DIR      # a folder that transformers loads
 
 In this order: settings, tokenizer, files of text, corpus, phases, data order, one step,
@@ -21,6 +21,7 @@ data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 import argparse
 import base64
 import bisect
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -1256,6 +1257,7 @@ class Stage:
     """A kind of training, opened for a run: where batches come from, and what held-out data says of the model."""
     name = ""                              # of the command, and first on each line of metrics.jsonl
     options = {}                           # its settings: name -> Option
+    example = ""                           # a prompt, for the sample at the end
     recipe = None                          # values of settings where the command line says nothing; None: the preset's
 
     def __init__(self, run):
@@ -1285,7 +1287,7 @@ class Stage:
 
 class Pretrain(Stage):
     """Text, of which every token is predicted."""
-    name, options = "pretrain", OPTIONS | PLAN_OPTIONS
+    name, options, example = "pretrain", OPTIONS | PLAN_OPTIONS, "def "
 
     def open_data(self):
         run = self.run
@@ -2475,8 +2477,12 @@ def conclude(run, checkpoint):
         print(f"stopped after step {run.progress['step']}; go on with: python train.py {run.kind.name} --resume {run.folder}")
         return
     try:
-        text = continue_text(dict(init=str(checkpoint), prompt="def ", device=run.settings["device"]))
-    except RuntimeError as error:                                         # a model that fits on several devices only
+        settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()}
+        opened = open_model(str(checkpoint), parallel.pick_device(run.settings["device"]))
+        prompt = run.stage.example
+        (text,), _ = continue_texts(opened, [prompt], settings, chat=run.kind is not Pretrain)
+    except (RuntimeError, ValueError) as error:                           # it fits on several devices only, or its
+        # window is shorter than this prompt
         print(f"no sample: {str(error).splitlines()[0]}")
         return
     write_whole(run.folder / "sample.txt", text)
@@ -2488,8 +2494,13 @@ def conclude(run, checkpoint):
 
 SAMPLE_OPTIONS = dict(
     init=option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
-    prompt=option("", "text to continue; default: the beginning of a document"),
-    new_tokens=option(200, "tokens to write", least=0, most=10**9),
+    prompt=option([], "text to continue, of a model after sft words to answer, or several at once; \"\": the beginning of a document. Default: what a pipe "
+                      "brings, and at a terminal line after line"),
+    file=option("", "FILE with the text to continue"),
+    new_tokens=option(0, "tokens to write, or up to the end of the document; 0: 200, or what the model's window holds",
+                      least=0, most=10**9),
+    draft=option(0, "tokens that multi-token prediction drafts in each step and the model checks: faster where drafts "
+                    "hold, and as likely as without", least=0, most=64),
     temperature=option(0.8, "below 0.01: always the likeliest token", least=0, most=100),
     top_k=option(0, "choose among the k likeliest; 0: all", least=0, most=2**31),
     top_p=option(0.95, "choose among the likeliest that hold this probability together", least=0.001, most=1),
@@ -2499,8 +2510,57 @@ SAMPLE_OPTIONS = dict(
 
 
 def sample(given):
+    settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()} | given
+    if not settings["init"]:
+        raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
     with refusals():
-        print(continue_text(given))
+        opened = open_model(settings["init"], parallel.pick_device(settings["device"]))
+        chat = is_chat(settings["init"])
+        for prompts in prompts_of(settings):
+            write_texts(opened, prompts, settings, chat)
+
+
+def prompts_of(settings):
+    """Lists of prompts to continue at once: what was typed and a file's text; without them a pipe's, or a list for
+    each line of a terminal."""
+    prompts = [os.fsencode(prompt) for prompt in settings["prompt"]]      # as the terminal gave them
+    if settings["file"]:
+        prompts.append(Path(settings["file"]).read_bytes())
+    if prompts:
+        yield [prompt.decode(errors="replace") for prompt in prompts]
+    elif not sys.stdin.isatty():
+        yield [sys.stdin.buffer.read().decode(errors="replace")]
+    else:
+        print("a line is a prompt; Ctrl-D ends", file=sys.stderr)
+        while True:
+            try:
+                yield [input("> ")]
+            except EOFError:
+                return
+
+
+def is_chat(init):
+    """Whether the model of --init learnt to answer, rather than to continue."""
+    folder = folder_of(init)
+    return bool(newest(folder)) and read_config(folder)["stage"] != Pretrain.name
+
+
+def write_texts(opened, prompts, settings, chat):
+    """On the screen: one text as it comes, several when they are whole; how drafts did."""
+    start = time.perf_counter()
+    if len(prompts) == 1:
+        print(prompts[0], end="\n" * chat, flush=True)
+        _, result = continue_texts(opened, prompts, settings, chat, partial(print, end="", flush=True))
+        print()
+    else:
+        texts, result = continue_texts(opened, prompts, settings, chat)
+        for number, text in enumerate(texts, 1):
+            print(f"--- {number}\n{text}")
+    rate = sum(len(answer.ids) for answer in result.answers) / (time.perf_counter() - start)
+    if settings["draft"] and result.rounds:
+        shares = ", ".join(f"{held / result.rounds:.0%}" for held in result.held)
+        mean = 1 + sum(result.held) / result.rounds
+        print(f"{rate:.0f} tokens/s; drafts that held: {shares}; {mean:.2f} tokens a step", file=sys.stderr)
 
 
 def open_model(init, device):
@@ -2513,21 +2573,37 @@ def open_model(init, device):
     return model, encoding, encoding.encode_single_token(END)
 
 
-def continue_text(given):
-    """The prompt, and what the model of a checkpoint writes after it. given: some of SAMPLE_OPTIONS."""
-    settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()} | given
-    if not settings["init"]:
-        raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
-    device = parallel.pick_device(settings["device"])
-    model, encoding, end = open_model(settings["init"], device)
-    prompt = os.fsencode(settings["prompt"]).decode(errors="replace")     # as the terminal gave it
-    ids = torch.tensor([[end, *encoding.encode_ordinary(prompt)]], device=device)
-    how = {name: settings[name] for name in ("new_tokens", "temperature", "top_k", "top_p", "seed")}
+def continue_texts(opened, prompts, settings, chat, on_text=None):
+    """-> ([each prompt with what the model writes after it], model.Answers). opened: of open_model; settings: those of
+    SAMPLE_OPTIONS; chat: prompts are a user's words, which the assistant answers; on_text takes what is written after a
+    single prompt, piece by piece."""
+    model, encoding, end = opened
+    device = next(model.parameters()).device
+    if chat:
+        ids, stop = [question(encoding, end, prompt) for prompt in prompts], special_id(encoding, TURN_END)
+    else:
+        ids, stop = [[end, *encoding.encode_ordinary(prompt)] for prompt in prompts], end
+    ids = [torch.tensor(prompt, device=device) for prompt in ids]
+    how = {name: settings[name] for name in ("temperature", "top_k", "top_p", "seed")}
     if how["temperature"] < 0.01:
         how["temperature"] = 0                                            # so near to it that a division overflows
-    ids = generate(model, ids, **how)
-    known = [i for i in ids[0, 1:].tolist() if i <= end]                  # the model may have more rows than tokens
-    return encoding.decode_bytes(known).decode(errors="replace")
+    room = model.config.max_position_embeddings - max(map(len, ids))
+    new_tokens = settings["new_tokens"] or max(1, min(200, room))
+    # a character may end in a later token: what it lacks waits in its decoder
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
+    texts = [prompt + "\n" * chat for prompt in prompts]
+
+    def on_tokens(number, ids, final=False):
+        known = [i for i in ids if i < encoding.n_vocab and i != stop]     # the model may have more rows than tokens
+        piece = decoders[number].decode(encoding.decode_bytes(known), final)
+        texts[number] += piece
+        if on_text is not None:
+            on_text(piece)
+
+    result = generate(model, ids, new_tokens, **how, drafts=settings["draft"], stop=(stop,), on_tokens=on_tokens)
+    for number in range(len(prompts)):
+        on_tokens(number, [], final=True)
+    return texts, result
 
 
 EXPORT_OPTIONS = dict(
