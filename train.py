@@ -505,6 +505,12 @@ def conversation(encoding, end, messages):
     return ids, counted
 
 
+def answered_fast(following):
+    """Whether the message after a user's is an answer without thinking."""
+    answer = following[0] if following else {}
+    return answer.get("role") == "assistant" and not answer.get("thinking", "").strip()
+
+
 def question(encoding, end, words):
     """The ids after which the assistant speaks."""
     ids, _ = conversation(encoding, end, [dict(role="user", content=words)])
@@ -1639,7 +1645,7 @@ class RL(Stage):
 
     def sample(self, prompts, seed):
         device = self.run.device
-        with parallel.generating(self.pipeline.model) as anybody:
+        with parallel.generating(self.pipeline.grid) as anybody:
             found = generate(self.pipeline.model, [torch.tensor(prompt, device=device) for prompt in prompts],
                              self.run.settings["new_tokens"], seed=self.seed_of(seed), stop=(self.turn_end,),
                              note_routing=True, anybody=anybody)
@@ -1653,7 +1659,7 @@ class RL(Stage):
     def examples(self, prompts, answers, advantages):
         """Prompt and answer, one each row, padded behind: what Model.forward takes, of which nothing but depth 0 of the
         answer's tokens is a target."""
-        run, settings = self.run, self.run.settings
+        run = self.run
         whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers)]
         B, T = len(whole), max(map(len, whole)) - 1
         ids = torch.full((B, T), run.corpus.end)

@@ -254,6 +254,7 @@ def test_sft_and_rl_resume_exactly(base, tmp_path, monkeypatch):
     last = metrics("rl")[-1]
     assert last["stage"] == "rl" and last["router_diff"] < 0.2 and last["far"] == 0 and last["not_finite"] == 0
     run("sample", "--init", "rl", "--prompt", "Sort: b a", "--new-tokens", 4)
+    assert tasks.score("rl", base / "tasks" / "test.jsonl", new_tokens=4)
 
 
 def test_bad_conversations(base, tmp_path, capsys, monkeypatch):
