@@ -144,6 +144,29 @@ def test_saved_encoding_is_the_same(at):
     assert again.n_vocab == encoding.n_vocab
 
 
+def test_ids_reserved_for_conversations(text, at):
+    """END and 16 ids follow the learnt ones and count as part of the vocabulary; no text is encoded as one of them."""
+    corpus = corpus_of([text], at)
+    encoding = corpus.encoding
+    assert encoding.n_vocab == 300 and len(train.RESERVED) == 16
+    ids = [encoding.encode_single_token(word) for word in (train.END, *train.RESERVED)]
+    assert ids == list(range(283, 300)) and corpus.end == 283
+    assert max(encoding.encode_ordinary("".join((train.END, *train.RESERVED)))) < 283
+    # a file of ranks has room for the same, so another run can take this one's vocabulary
+    train.save_encoding(encoding, at / "t.tiktoken")
+    assert train.load_encoding(at / "t.tiktoken")._special_tokens == encoding._special_tokens
+
+
+def test_end_behind_a_gap(at):
+    """p50k_base leaves out id 50256, END's, and goes on; a file of such ranks has END after the highest."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 300}
+    train.save_encoding(train.make_encoding(ranks), at / "t.tiktoken")
+    encoding = train.load_encoding(at / "t.tiktoken")
+    assert encoding.encode_ordinary("ab") == [300] and encoding.encode_single_token(train.END) == 301
+    named = train.make_encoding(ranks, special={train.END: 256})
+    assert named.decode([256, 300]) == train.END + "ab"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -689,8 +712,8 @@ def test_log_of_a_run_without_checkpoint_is_kept(text, at, capsys):
     parallel.shutil.rmtree(at / "r/ckpt")
     capsys.readouterr()
     run(*options)
-    assert "its log is now in r/aside_" in capsys.readouterr().out
-    assert next(at.glob("r/aside_*/metrics.jsonl")).read_text() == log
+    assert "its log is now r/aside_" in capsys.readouterr().out
+    assert next(at.glob("r/aside_*.jsonl")).read_text() == log
     assert len(losses(at / "r")) == 2
 
 
