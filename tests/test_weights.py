@@ -205,8 +205,9 @@ def test_a_tied_model_takes_a_head_and_one_without_mtp_says_what_to_set(tmp_path
     read(tmp_path / "out", replace(DEEPSEEK, num_nextn_predict_layers=0))
 
 
-def read_on_ranks(folder, config, plan, trained):
-    """On each rank: whether its part of a model, read from the folder, is that of the whole one, filled in memory."""
+def read_on_ranks(folder, checkpoint, config, plan, trained):
+    """On each rank: parts of a model, read from a folder and from a checkpoint, that are not those of the whole one,
+    filled in memory; and how many numbers it holds."""
     model, twin = Model(config), Model(config)
     fill_random(model.state_dict(), 1)
     whole = Model(replace(config, num_nextn_predict_layers=trained))
@@ -214,11 +215,16 @@ def read_on_ranks(folder, config, plan, trained):
     whole = whole.state_dict()
     twin.load_state_dict({name: whole[parallel.trained_name(config, trained, name)] for name in twin.state_dict()})
     for each in (model, twin):
-        parallel.parallelize(each, plan)
-    parallel.load_published(model, parallel.published_pieces(folder, config, trained))
-    expected = twin.state_dict()
-    differing = [name for name, tensor in model.state_dict().items()
-                 if not torch.equal(parallel.local(tensor), parallel.local(expected[name]))]
+        grid = parallel.parallelize(each, plan)
+    expected, differing = twin.state_dict(), []
+    for source in (folder, checkpoint):
+        if source == folder:
+            parallel.load_published(model, parallel.published_pieces(folder, config, trained))
+        else:
+            fill_random({name: parallel.local(tensor) for name, tensor in model.state_dict().items()}, 1)
+            parallel.load_trained(checkpoint, model, trained, grid)
+        differing += [(source, name) for name, tensor in model.state_dict().items()
+                      if not torch.equal(parallel.local(tensor), parallel.local(expected[name]))]
     return differing, sum(parallel.local(tensor).numel() for tensor in expected.values())
 
 
@@ -228,8 +234,158 @@ PLANS = [dict(tp=2, sp=1), dict(dp=2, ep=2), dict(pp=2), dict(dp=2, zero=3), dic
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_each_rank_reads_its_part(plan, tmp_path):
     config = replace(PANGU, num_nextn_predict_layers=3)
-    write(tmp_path / "out", replace(config, num_nextn_predict_layers=2))
+    source = write(tmp_path / "out", replace(config, num_nextn_predict_layers=2))
+    saver = parallel.Saver(tmp_path, 1)
+    saver.save(dict(model=source.state_dict()), dict(step=1))
+    saver.wait()
     plan = Plan(**dict(micro_batch=2, global_batch=4, seq_len=16, precision="fp32") | plan)
-    results = dist.run(2, read_on_ranks, tmp_path / "out", config, plan, 2)
+    results = dist.run(2, read_on_ranks, tmp_path / "out", tmp_path / "step_1", config, plan, 2)
     assert [differing for differing, _ in results] == [[], []]
     assert sum(count for _, count in results) >= sum(t.numel() for t in Model(config).state_dict().values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: --init, export, tokenizers of folders
+
+TINY = ("--seq-len 16 --global-batch 4 --micro-batch 2 --threads 1 --precision fp32 --eval-every 0 --heldout 0 --set "
+        "hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
+        "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
+        "qk_rope_head_dim=4 v_head_dim=8").split()
+
+
+def run(*argv):
+    train.main([str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 3 steps on words in a random order, and its text beside it."""
+    folder, rng = tmp_path_factory.mktemp("weights"), random.Random(0)
+    words = "the model reads a word and guesses which one follows é 12 (x_y)\n".split(" ")
+    (folder / "text.txt").write_text(" ".join(rng.choices(words, k=2000)))
+    run("pretrain", *TINY, "rope_theta=500", "--data", folder / "text.txt", "--out", folder / "run", "--steps", 3)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    run("export", "--init", trained, "--out", trained.parent / "hf", "--dtype", "fp32")
+    return trained.parent / "hf"
+
+
+@pytest.fixture
+def opened(trained, tmp_path, monkeypatch):
+    """A function: flags of pretrain -> the Run that they open and its model, as it is before the first step."""
+    monkeypatch.chdir(tmp_path)
+
+    def open_with(*flags):
+        words = "pretrain --threads 1 --precision fp32 --global-batch 4 --micro-batch 2 --steps 2 --data".split()
+        _, given = train.parse([*words, str(trained.parent / "text.txt"), *map(str, flags)])
+        new = train.open_run(given)
+        new.lock.close()
+        pipeline, optimizer = train.build(new, new.phases[0], None)
+        return new, pipeline.model, optimizer
+    return open_with
+
+
+def refusal(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1, error
+    return error[0]
+
+
+def test_a_new_run_begins_with_the_weights_of_a_run(trained, opened):
+    source, encoding, end = train.open_model(str(trained), "cpu")
+    new, model, _ = opened("--init", trained, "--seq-len", 24, "--set", "rope_theta=900", "balance=sequence")
+    assert_same(source, model)
+    assert new.folder.name == "run" and new.settings["init"].endswith("ckpt/step_3")
+    assert new.encoding._mergeable_ranks == encoding._mergeable_ranks and new.corpus.end == end
+    assert new.config == replace(source.config, rope_theta=900.0, balance="sequence", balance_group=1,
+                                 max_position_embeddings=24)
+    assert new.progress == train.beginning()
+
+
+def test_it_trains_and_goes_on_without_its_source(trained, tmp_path, monkeypatch, capsys):
+    """The second run is resumed when the first one is gone: tokenizer and config are its own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "a")
+    how = "--lr 1e-3 --global-batch 4 --micro-batch 2 --seq-len 16 --threads 1 --precision fp32 --heldout 0".split()
+    data = "--data", trained.parent / "text.txt"
+    run("pretrain", "--init", "a", *how, *data, "--steps", 2, "--out", "b")
+    shutil.rmtree("a")
+    run("pretrain", "--resume", "b", "--steps", 3)
+    log = [json.loads(line) for line in Path("b/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3]
+    config = json.loads(Path("b/config.json").read_text())
+    assert config["settings"]["init"] == str(tmp_path / "a/ckpt/step_3")
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--set hidden_size=32", "only what owns no tensor"), ("--set router_bias=true", "only what owns no tensor"),
+    ("--preset tiny", "leave --preset away"), ("--set num_nextn_predict_layers=2", "--mtp-depth 2"),
+    ("--tokenizer gpt2.tiktoken", "no tiktoken file"), ("--train mtp --schedule paired", "--train mtp is for plans"),
+    ("--set num_nextn_predict_layers=0 --mtp-depth 2 --set vocab_size=600", "only what owns no tensor")])
+def test_what_init_refuses(flags, words, trained, opened, capsys):
+    with pytest.raises(ValueError, match=words):
+        opened("--init", trained, *flags.split())
+    assert "no such folder" in refusal(capsys, "pretrain", "--init", "nowhere")
+    assert "no complete checkpoint" in refusal(capsys, "sample", "--init", trained.parent)
+
+
+def test_an_exported_folder_gives_the_same_model_tokenizer_and_text(trained, exported, opened, capsys):
+    source, encoding, end = train.open_model(str(trained), "cpu")
+    other, again, its_end = train.open_model(str(exported), "cpu")
+    assert other.config == source.config and its_end == end
+    assert_same(source, other)
+    text = (trained.parent / "text.txt").read_text() + "Schön — 1234567 ½ \u200b\U0001f600\n\n  x"
+    assert again.encode_ordinary(text) == encoding.encode_ordinary(text)
+    capsys.readouterr()
+    run("sample", "--init", trained, "--new-tokens", 20, "--device", "cpu")
+    first = capsys.readouterr().out
+    run("sample", "--init", exported, "--new-tokens", 20, "--device", "cpu")
+    assert capsys.readouterr().out == first
+    new, model, _ = opened("--init", exported, "--seq-len", 16)
+    assert_same(source, model)
+    assert new.corpus.end == end and new.folder.name == "hf"
+
+
+def test_export_is_whole_or_not_at_all(trained, exported, tmp_path, monkeypatch, capsys):
+    """A disk that is full leaves nothing; a folder that is there is not touched; bf16 is what float32 rounds to."""
+    assert "choose a new folder" in refusal(capsys, "export", "--init", trained, "--out", exported)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert "No space left" in refusal(capsys, "export", "--init", trained, "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    run("export", "--init", trained, "--out", tmp_path / "out")
+    assert "transformers has no model with norm=dssn" in capsys.readouterr().out
+    source, _, _ = train.open_model(str(trained), "cpu")
+    rounded, _, _ = train.open_model(str(tmp_path / "out"), "cpu")
+    for name, tensor in rounded.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name].bfloat16().float()), name
+
+
+@pytest.mark.parametrize("init", ["run", "hf"])
+def test_mtp_layers_are_copied_and_trained_alone(init, trained, exported, opened):
+    """Three depths from one; a step with --train mtp moves only them, and only they have moments."""
+    new, model, optimizer = opened("--init", trained.parent / init, "--mtp-depth", 3, "--train", "mtp", "--seq-len", 16)
+    source, _, _ = train.open_model(str(trained), "cpu")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in before.items():
+        assert torch.equal(tensor, source.state_dict()[parallel.trained_name(source.config, 1, name)]), name
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    windows = train.order_of(new, new.phases[0]).batch(0, 4)
+    pipeline = parallel.Pipeline(model, new.plan)
+    train.train_step(pipeline, optimizer, train.examples(windows, 4, torch.device("cpu")), clip=1.0)
+    for name, tensor in model.state_dict().items():
+        is_mtp = name.startswith(("layers.2", "layers.3", "layers.4"))
+        assert torch.equal(tensor, before[name]) != is_mtp, name
+    assert len(optimizer.state) == sum(name.startswith("layers.") and int(name.split(".")[1]) > 1
+                                       for name, _ in model.named_parameters())
+
+
+def test_an_exported_model_without_its_mtp_layers(exported, opened):
+    _, model, _ = opened("--init", exported, "--set", "num_nextn_predict_layers=0", "--seq-len", 16)
+    assert not model.mtp_layers()
