@@ -5,8 +5,10 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -245,6 +247,89 @@ def test_each_rank_reads_its_part(plan, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The largest model
+
+
+def test_every_tensor_of_the_largest_model_has_a_place():
+    """45,459 of the model, 787 of its MTP layer: each is a part of one tensor of ours, by its published name."""
+    config = PRESETS["pangu-ultra-moe-718b"]
+    with torch.device("meta"):
+        published = to_hf(Model(config))
+    mtp = [name for name in published if name.startswith("model.layers.61.")]
+    assert (len(published) - len(mtp), len(mtp)) == (45_459, 787)
+    assert sum(tensor.numel() for tensor in published.values()) == 719_093_767_680 + 12_443_343_360
+
+
+LARGE = replace(PRESETS["pangu-ultra-moe-718b"], num_hidden_layers=2, first_k_dense_replace=1,
+                num_nextn_predict_layers=0)
+
+
+def write_sparse(folder):
+    """One dense and one MoE layer of true shapes in bf16, 29 GB of zeros that take no room, a file a layer."""
+    folder.mkdir()
+    weight_map, files = {}, {}
+    with torch.device("meta"):
+        for name, tensor in to_hf(Model(LARGE)).items():
+            layer = "-".join(name.split(".")[1:3]) if "layers" in name else "ends"
+            files.setdefault(f"{layer}.safetensors", {})[name] = tensor
+    for file, tensors in files.items():
+        weight_map |= dict.fromkeys(tensors, file)
+        header, place = {}, 0
+        for name, tensor in tensors.items():
+            end = place + 2 * tensor.numel()
+            header[name] = dict(dtype="BF16", shape=list(tensor.shape), data_offsets=[place, end])
+            place = end
+        text = json.dumps(header).encode()
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + place)
+            for name, (start, end) in ((name, entry["data_offsets"]) for name, entry in header.items()):
+                out.seek(8 + len(text) + end - 2)         # the last number of each tensor is 1
+                out.write(torch.ones(1, dtype=torch.bfloat16).view(torch.uint8).numpy())
+    (folder / parallel.INDEX).write_text(json.dumps(dict(weight_map=weight_map)))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(LARGE)))
+
+
+def peak_bytes():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def read_one_rank_of_32(folder):
+    """In a process of its own: prints what rank 5 of ep=32 holds, in bytes, and what its memory rose by."""
+    parallel.rank = lambda: 5
+    with torch.device("meta"):
+        stage = Model(LARGE)
+    stage.embed_tokens = stage.norm = stage.lm_head = None
+    parallel.keep_own_experts(stage.layers["1"].mlp.experts, Plan(dp=32, ep=32))
+    stage.to(torch.bfloat16)
+    before = peak_bytes()
+    pieces = parallel.published_pieces(Path(folder), LARGE, 0)
+    stage.to_empty(device="cpu")
+    parallel.load_published(stage, pieces)
+    risen = peak_bytes() - before
+    experts = stage.layers["1"].mlp.experts
+    assert experts.first_expert == 40 and experts.gate_up_proj.shape == (8, 4096, 7680)
+    for name, tensor in stage.state_dict().items():
+        halves = 2 if "gate_up_proj" in name else 1       # each a tensor of the files
+        assert tensor.count_nonzero() == (8 if ".experts." in name else 1) * halves, name
+        assert tensor.flatten()[-1] == 1, name
+    print(sum(tensor.nbytes for tensor in stage.state_dict().values()), risen)
+
+
+@pytest.mark.slow
+def test_a_rank_of_the_largest_model_takes_little_more_than_its_own(tmp_path):
+    write_sparse(tmp_path / "large")
+    code = f"import test_weights; test_weights.read_one_rank_of_32({str(tmp_path / 'large')!r})"
+    paths = f"{Path(__file__).parent}:{Path(__file__).parent.parent}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    own, risen = map(int, done.stdout.split())
+    print(f"{own / 2**30:.2f} GiB of parameters, memory rose by {risen / 2**30:.2f} GiB")
+    assert own > 2**31 and risen < own + 2**29
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # train.py: --init, export, tokenizers of folders
 
 TINY = ("--seq-len 16 --global-batch 4 --micro-batch 2 --threads 1 --precision fp32 --eval-every 0 --heldout 0 --set "
@@ -389,3 +474,153 @@ def test_mtp_layers_are_copied_and_trained_alone(init, trained, exported, opened
 def test_an_exported_model_without_its_mtp_layers(exported, opened):
     _, model, _ = opened("--init", exported, "--set", "num_nextn_predict_layers=0", "--seq-len", 16)
     assert not model.mtp_layers()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile folders
+
+NASTY = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1.5, float("nan"), float("inf"), "", "x", "F32", "../x",
+         "/etc/passwd", "a\0b.safetensors", "x\ny", [], [0], [-1, 4], [0, 2**70], [[1]], {}, {"a": 1}, ["F32"],
+         "\ud800", "9" * 5000]
+SECONDS = 20                               # that one folder may take
+
+
+def nastier(content, rng):
+    """A JSON value with one value in it, at any depth, changed, removed, moved or doubled."""
+    holders, todo = [], [content]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, (dict, list)) and item:
+            holders.append(item)
+            todo += item.values() if isinstance(item, dict) else item
+    if not holders:
+        return rng.choice(NASTY)
+    holder = rng.choice(holders)
+    keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+    key, other = rng.choice(keys), rng.choice(keys)
+    kind = rng.choice(["change", "change", "change", "remove", "swap", "copy", "add"])
+    if kind == "change":
+        holder[key] = rng.choice(NASTY)
+    elif kind == "remove":
+        del holder[key]
+    elif kind == "swap":
+        holder[key], holder[other] = holder[other], holder[key]
+    elif kind == "copy":
+        holder[key] = holder[other]
+    elif isinstance(holder, dict):
+        holder[str(rng.choice(NASTY))] = holder[key]
+    return content
+
+
+def noisy(data, rng):
+    """Bytes with a few of them changed, put in, or left out."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randrange(len(data) + 1)
+        kind = rng.choice(["change", "insert", "cut"])
+        if kind == "insert" or not data:
+            data[place:place] = rng.randbytes(rng.randint(1, 20))
+        elif kind == "change":
+            data[min(place, len(data) - 1)] = rng.choice([0, 255, rng.randrange(256), ord('"'), ord("9"), ord("}")])
+        else:
+            del data[place:place + rng.choice([1, 8, 10**6])]
+    return bytes(data)
+
+
+def mutate(folder, rng):
+    """Change one thing in a folder -> what, in words."""
+    shard = rng.choice(sorted(folder.glob("*.safetensors")))
+    kind = rng.choice(["config", "config", "config bytes", "index", "index bytes", "header", "header", "header bytes",
+                       "length", "cut", "longer", "gone", "folder", "pipe", "link", "pickle", "exchanged"])
+    path = folder / ("config.json" if "config" in kind else parallel.INDEX)
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    if kind in ("config", "index"):
+        path.write_text(json.dumps(nastier(json.loads(path.read_text()), rng)))
+    elif kind in ("config bytes", "index bytes"):
+        path.write_bytes(noisy(path.read_bytes(), rng))
+    elif kind == "header":
+        header = json.dumps(nastier(json.loads(data[8:8 + length]), rng)).encode()
+        shard.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length:])
+    elif kind == "header bytes":
+        header = noisy(data[8:8 + length], rng)
+        shard.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length:])
+    elif kind == "length":
+        wrong = rng.choice([0, 1, length - 1, length + 1, len(data), 2**32, 2**63, 2**64 - 1, rng.randrange(2**20)])
+        shard.write_bytes(wrong.to_bytes(8, "little") + data[8:])
+    elif kind == "cut":
+        shard.write_bytes(data[:rng.choice([0, 3, 8, length, len(data) - 1, rng.randrange(len(data))])])
+    elif kind == "longer":
+        shard.write_bytes(data + bytes(rng.randint(1, 100)))
+    elif kind == "exchanged":
+        other = rng.choice(sorted(folder.glob("*.safetensors")))
+        data, theirs = shard.read_bytes(), other.read_bytes()
+        shard.write_bytes(theirs)
+        other.write_bytes(data)
+    else:
+        shard.unlink()
+        if kind == "folder":
+            shard.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(shard)
+        elif kind == "link":
+            shard.symlink_to(rng.choice(["nowhere", shard.name, "/dev/zero", "/etc/hostname"]))
+        elif kind == "pickle":
+            shard.write_bytes(pickle.dumps(Bomb(folder)))
+    return f"{kind} of {shard.name}"
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.made = folder.parent / "bomb"
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.made),)
+
+
+def play_mutations(seeds, tmp_path):
+    """Each is a load that the format allows, or an error in one line. -> how many loaded."""
+    def too_long(*_):
+        raise TimeoutError(f"no answer in {SECONDS} s")
+    signal.signal(signal.SIGALRM, too_long)
+    sources, loaded = [], 0
+    for number, config in enumerate((PANGU, DEEPSEEK)):
+        source = tmp_path / f"source{number}"
+        write(source, config, shard_bytes=40_000, dtype=torch.bfloat16)
+        sources.append(source)
+    names = to_hf(Model(DEEPSEEK))
+    small = dict(item for name, tensor in names.items() if "experts" in name
+                 for item in quantised(name, torch.zeros_like(tensor))[0].items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "in_shards", lambda tensors, dtype: [{n: (t, t.dtype) for n, t in tensors.items()}])
+        write(tmp_path / "fp8", DEEPSEEK, names | small)
+    sources.append(tmp_path / "fp8")
+    for seed in seeds:
+        rng, folder = random.Random(seed), tmp_path / "mutated"
+        shutil.copytree(rng.choice(sources), folder)
+        what = mutate(folder, rng)
+        signal.alarm(SECONDS)                             # ends the test where a folder makes it hang
+        try:
+            read(folder)
+            loaded += 1
+        except ValueError as error:
+            assert isinstance(error, (parallel.CheckpointError, train.UserError)), (seed, what, error)
+            assert "\n" not in str(error) and len(str(error)) < 20_000, (seed, what, error)
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}, {what}: {type(error).__name__}: {error}") from error
+        finally:
+            signal.alarm(0)
+        assert not (tmp_path / "bomb").exists(), (seed, what)
+        shutil.rmtree(folder)
+    return loaded
+
+
+def test_hostile_folders(tmp_path):
+    assert 0 < play_mutations(range(150), tmp_path) < 75
+
+
+@pytest.mark.slow
+def test_a_thousand_hostile_folders(tmp_path):
+    assert 0 < play_mutations(range(150, 1150), tmp_path) < 500
