@@ -2015,7 +2015,7 @@ def open_source(init):
 
 
 def encoding_of_run(folder, stored):
-    return load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], stored["corpus"]["end"])
+    return load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], stored["corpus"]["special"])
 
 
 def open_init(run):
