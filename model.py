@@ -34,13 +34,17 @@ model carries only for that sake is this. Replaced there:
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
     weights                 may be slices: Attention.up counts its heads by -1
 
+Written in another way than one device needs:
+
+    aux_scale, loss_tokens  losses are shares of a global batch, of which one forward sees a part
+    AddGradient             the balance loss sends its gradient by itself: only the last stage has the final loss
+
 Called there one by one, where one forward would do here:
 
     Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them; of
                             MoE also compute_routed, and the dispatcher's wait, where an exchange ends
     LocalDispatcher.resend  repeats in backward the rows that were not kept
     Model.join, head_norm, output   the ends of a pipeline stage
-    loss_tokens, aux_scale, AddGradient   losses are shares of a global batch; only the last stage has the final loss
     Router.load, MoE.dropped   put back when a layer has run again in backward
     fill_inputs, document_mask   made of whole sequences before ranks take their parts: forward takes a mask too
     fill_initial            one whole tensor at a time, of which a rank keeps its part
@@ -136,7 +140,7 @@ class Config:
     vocab_size: int = 2048
     hidden_size: int = 192
     num_hidden_layers: int = 3
-    first_k_dense_replace: int = setting(1, least=0)# leading layers with a dense MLP in place of experts
+    first_k_dense_replace: int = setting(1, least=0)  # leading layers with a dense MLP in place of experts
     intermediate_size: int = 512              # width of the dense MLP
     # multi-head latent attention
     num_attention_heads: int = 4
@@ -158,23 +162,23 @@ class Config:
     routed_scaling_factor: float = 2.5        # ... and multiplied by this
     n_group: int = 1                          # groups of experts
     topk_group: int = 1                       # groups a token may choose from (group_choice=limited)
-    group_choice: str = setting("limited", "equal")# of topk_group groups (DS) | K/n_group of each (PP)
+    group_choice: str = setting("limited", "equal")  # of topk_group groups (DS) | K/n_group of each (PP)
     router_bias: bool = False                 # added to scores for the choice alone; moved by load, not by a loss (DS)
     bias_update_speed: float = setting(0.001, least=0)
-    capacity_factor: float = setting(0.0, least=0)# 0: dropless; else an expert takes capacity_factor * N * K / E rows
-    expert_weight: str = setting("before_down", "after_down")# where it multiplies: expert-wide | model-wide
+    capacity_factor: float = setting(0.0, least=0)  # 0: dropless; else an expert takes capacity_factor * N * K / E rows
+    expert_weight: str = setting("before_down", "after_down")  # where it multiplies: expert-wide | model-wide
     # balance loss
-    balance: str = setting("ep_group", "dp_group", "micro_batch", "sequence", "none")# the group it looks at
+    balance: str = setting("ep_group", "dp_group", "micro_batch", "sequence", "none")  # the group it looks at
     balance_group: int = setting(0, least=0)  # sequences in a group; 0: made definite when a run starts, from its Plan
-    aux_loss_alpha: float = setting(0.01, least=0)# the paper's best of those it tried, for ep_group
-    aux_scores: str = setting("normalized", "softmax", "raw")# s / sum s | of the logits (PP) | s; not published
+    aux_loss_alpha: float = setting(0.01, least=0)  # the paper's best of those it tried, for ep_group
+    aux_scores: str = setting("normalized", "softmax", "raw")  # s / sum s | of the logits (PP) | s; not published
     # multi-token prediction
     num_nextn_predict_layers: int = setting(1, least=0)
-    mtp_loss_weight: float = setting(0.3, least=0)# not published for this model; DS starts with 0.3
-    mtp_hidden: str = setting("pre_norm", "post_norm")# h entering hnorm; pre_norm: the raw residual stream
-    mtp_concat: str = setting("embed_first", "hidden_first")# halves of eh_proj's input
+    mtp_loss_weight: float = setting(0.3, least=0)  # not published for this model; DS starts with 0.3
+    mtp_hidden: str = setting("pre_norm", "post_norm")  # h entering hnorm; pre_norm: the raw residual stream
+    mtp_concat: str = setting("embed_first", "hidden_first")  # halves of eh_proj's input
     # norms and initialisation
-    norm: str = setting("dssn", "sandwich", "pre")# dssn: depth-scaled sandwich
+    norm: str = setting("dssn", "sandwich", "pre")  # dssn: depth-scaled sandwich
     dssn_c_attn: float = 0.283                # PU's, for its 135B model; those of the 718B model are not published
     dssn_c_mlp: float = 0.432
     init: str = setting("tiny", "small")      # tiny: TinyInit
@@ -1118,7 +1122,7 @@ class Router(Part):
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
         scores = self.score(logits)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
-        weights = self.weigh(logits, scores, ids)
+        weights = self.weigh(scores, ids)
         counts = self.count(ids, n_sequences=len(x))
         if self.c.balance == "none" or self.c.aux_loss_alpha == 0:
             self.aux_loss = scores.new_zeros(())
@@ -1135,8 +1139,8 @@ class Router(Part):
         """(N,E) -> (N,E): what experts are chosen by, what weights and the balance loss are made of."""
         return logits.sigmoid() if self.c.scoring_func == "sigmoid" else logits.softmax(-1)
 
-    def weigh(self, logits, scores, ids):
-        """Routing weights (N,K) of the chosen experts ids (N,K), from logits and scores (N,E), whichever is wanted."""
+    def weigh(self, scores, ids):
+        """Routing weights (N,K) of the chosen experts ids (N,K), from all scores (N,E)."""
         weights = scores.gather(1, ids)
         if self.c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -1382,16 +1386,12 @@ class Block(Part):
         done = self.compute(sent)
         return self.combine(x, done)
 
-    def add(self, x, y, post_norm):
-        """What a sublayer made of x, onto the residual stream."""
-        return x + post_norm(y)
-
     def attend(self, x, angles, mask=None):
         def attention(x):
             h = self.memory.again("norm", self.input_layernorm, x)
             return self.self_attn(h, angles, mask)
 
-        return self.add(x, self.memory.region("attention", attention, x), self.post_attention_layernorm)
+        return x + self.post_attention_layernorm(self.memory.region("attention", attention, x))
 
     def dispatch(self, x, routing=None):
         """x (B,T,C) -> Sent, or of a dense layer the MLP's input, which goes nowhere.
@@ -1412,7 +1412,7 @@ class Block(Part):
 
     def combine(self, x, done):
         y = self.mlp.combine(done) if self.is_moe else done
-        return self.add(x, y, self.post_mlp_layernorm)
+        return x + self.post_mlp_layernorm(y)
 
 
 class MTPLayer(Block):
@@ -1555,7 +1555,7 @@ class Model(nn.Module):
             router.aux_scale = share
 
     def pop_stats(self):
-        """Counted in training since last asked, on the device: loads (MoE layers, E), copies dropped, copies in all."""
+        """Counted in training since last asked, on the device: loads (MoE layers, E), and copies dropped."""
         moes = [block.mlp for block in self.moe_blocks()]
         device = next(self.parameters()).device
         loads = torch.zeros(len(moes), self.config.n_routed_experts, dtype=torch.int64, device=device)
@@ -1564,7 +1564,7 @@ class Model(nn.Module):
             own += moe.gate.load
             dropped += moe.dropped
             moe.gate.load = moe.dropped = 0
-        return dict(loads=loads, dropped=dropped, rows=loads.sum())
+        return dict(loads=loads, dropped=dropped)
 
     @torch.no_grad()
     def update_router_bias(self, loads):
