@@ -6,7 +6,7 @@ multi-token prediction and a balance loss over groups of sequences. Sections, in
 
     Settings                Config, its check, PRESETS
     Counts                  parameters and FLOPs, from a Config alone
-    Operators               what torch.compile makes of them
+    Operators               elementwise steps as one, and what torch.compile makes of them
                             norm, SwiGLU, rotary position, attention
                             matmuls expert by expert, and weight gradients that can wait
                             rows to experts and back
@@ -34,13 +34,17 @@ model carries only for that sake is this. Replaced there:
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
     weights                 may be slices: Attention.up counts its heads by -1
 
+Written in another way than one device needs:
+
+    aux_scale, loss_tokens  losses are shares of a global batch, of which one forward sees a part
+    AddGradient             the balance loss sends its gradient by itself: only the last stage has the final loss
+
 Called there one by one, where one forward would do here:
 
     Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them; of
                             MoE also compute_routed, and the dispatcher's wait, where an exchange ends
     LocalDispatcher.resend  repeats in backward the rows that were not kept
     Model.join, head_norm, output   the ends of a pipeline stage
-    loss_tokens, aux_scale, AddGradient   losses are shares of a global batch; only the last stage has the final loss
     Router.load, MoE.dropped   put back when a layer has run again in backward
     fill_inputs, document_mask   made of whole sequences before ranks take their parts: forward takes a mask too
     fill_initial            one whole tensor at a time, of which a rank keeps its part
@@ -138,7 +142,7 @@ class Config:
     vocab_size: int = 2048
     hidden_size: int = 192
     num_hidden_layers: int = 3
-    first_k_dense_replace: int = setting(1, least=0)# leading layers with a dense MLP in place of experts
+    first_k_dense_replace: int = setting(1, least=0)  # leading layers with a dense MLP in place of experts
     intermediate_size: int = 512              # width of the dense MLP
     # multi-head latent attention
     num_attention_heads: int = 4
@@ -160,23 +164,23 @@ class Config:
     routed_scaling_factor: float = 2.5        # ... and multiplied by this
     n_group: int = 1                          # groups of experts
     topk_group: int = 1                       # groups a token may choose from (group_choice=limited)
-    group_choice: str = setting("limited", "equal")# of topk_group groups (DS) | K/n_group of each (PP)
+    group_choice: str = setting("limited", "equal")  # of topk_group groups (DS) | K/n_group of each (PP)
     router_bias: bool = False                 # added to scores for the choice alone; moved by load, not by a loss (DS)
     bias_update_speed: float = setting(0.001, least=0)
-    capacity_factor: float = setting(0.0, least=0)# 0: dropless; else an expert takes capacity_factor * N * K / E rows
-    expert_weight: str = setting("before_down", "after_down")# where it multiplies: expert-wide | model-wide
+    capacity_factor: float = setting(0.0, least=0)  # 0: dropless; else an expert takes capacity_factor * N * K / E rows
+    expert_weight: str = setting("before_down", "after_down")  # where it multiplies: expert-wide | model-wide
     # balance loss
-    balance: str = setting("ep_group", "dp_group", "micro_batch", "sequence", "none")# the group it looks at
+    balance: str = setting("ep_group", "dp_group", "micro_batch", "sequence", "none")  # the group it looks at
     balance_group: int = setting(0, least=0)  # sequences in a group; 0: made definite when a run starts, from its Plan
-    aux_loss_alpha: float = setting(0.01, least=0)# the paper's best of those it tried, for ep_group
-    aux_scores: str = setting("normalized", "softmax", "raw")# s / sum s | of the logits (PP) | s; not published
+    aux_loss_alpha: float = setting(0.01, least=0)  # the paper's best of those it tried, for ep_group
+    aux_scores: str = setting("normalized", "softmax", "raw")  # s / sum s | of the logits (PP) | s; not published
     # multi-token prediction
     num_nextn_predict_layers: int = setting(1, least=0)
-    mtp_loss_weight: float = setting(0.3, least=0)# not published for this model; DS starts with 0.3
-    mtp_hidden: str = setting("pre_norm", "post_norm")# h entering hnorm; pre_norm: the raw residual stream
-    mtp_concat: str = setting("embed_first", "hidden_first")# halves of eh_proj's input
+    mtp_loss_weight: float = setting(0.3, least=0)  # not published for this model; DS starts with 0.3
+    mtp_hidden: str = setting("pre_norm", "post_norm")  # h entering hnorm; pre_norm: the raw residual stream
+    mtp_concat: str = setting("embed_first", "hidden_first")  # halves of eh_proj's input
     # norms and initialisation
-    norm: str = setting("dssn", "sandwich", "pre")# dssn: depth-scaled sandwich
+    norm: str = setting("dssn", "sandwich", "pre")  # dssn: depth-scaled sandwich
     dssn_c_attn: float = 0.283                # PU's, for its 135B model; those of the 718B model are not published
     dssn_c_mlp: float = 0.432
     init: str = setting("tiny", "small")      # tiny: TinyInit
@@ -378,7 +382,7 @@ def flops_per_token(config, seq_len):
 # Operators, plain with a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's)
 
 FUSED = True              # False: every operator takes its plain body, which explains it; tests compare the two
-COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile makes; see compile_operators
+COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile made; see compile_operators
 LOGIT_ELEMENTS = 2**20    # float32 logits that cross_entropy holds at a time (4 MiB), but at least 512 rows of them
 SCORE_ELEMENTS = 2**18    # float32 scores that ShortAttention holds twice (1 MiB each): what stays in a core's cache
 
@@ -389,28 +393,65 @@ def backend(x):
     return kind if FUSED and kind in ("cpu", "cuda", "npu") else "plain"
 
 
-def elementwise_backend(x):
-    """The same for norms and SwiGLU, which can be 'compiled', too. A trace of more than them wants their plain body."""
-    kind = backend(x)
-    if kind in ("cpu", "cuda") and torch.compiler.is_compiling():
-        return "plain"
-    if kind in ("cpu", "cuda") and COMPILED and x.dtype != torch.float64:
-        return "compiled"
-    return kind
-
-
 def at_least_float32(dtype):
     """Norms, softmax, rotary position, router and loss compute in float32 or better; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators: what torch.compile makes of them
+# Operators: elementwise steps as one, and what torch.compile makes of them
+
+
+def one_kernel(body, x, *others):
+    """body(x, *others), elementwise but for sums over the last dimension: x (..., n) -> (..., m)."""
+    if backend(x) == "plain" or torch.compiler.is_compiling():            # whole layers are traced: the body alone
+        return body(x, *others)
+    return OneKernel.apply(body, x.flatten(0, -2), *others).unflatten(0, x.shape[:-1])
+
+
+class OneKernel(torch.autograd.Function):
+    """Keeps its inputs alone, where autograd would keep a tensor for most steps; backward computes the body again.
+
+    Compiled, each way is one pass over memory, where each step alone takes its own.
+    """
+
+    @staticmethod
+    def forward(ctx, body, *inputs):
+        ctx.body = body
+        ctx.save_for_backward(*inputs)
+        return maybe_compiled(value, inputs[0])(body, *inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *maybe_compiled(gradients, grad)(ctx.body, grad, *ctx.saved_tensors)
+
+
+def value(body, *inputs):
+    return body(*inputs)
+
+
+def gradients(body, grad, *inputs):
+    """Of the inputs, from that of body's output."""
+    if torch.compiler.is_compiling():
+        return torch.func.vjp(body, *inputs)[1](grad)
+    with torch.enable_grad():                                             # the same, faster where nothing is compiled
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(body(*inputs), inputs, grad)
+
+
+def maybe_compiled(function, x):
+    """For operators on x; float64 is never compiled."""
+    return compiled(function) if COMPILED and x.dtype != torch.float64 else function
+
+
+@lru_cache(None)
+def compiled(function):
+    """Sizes stay open: other numbers of rows, which experts have at every step, compile nothing anew."""
+    return torch.compile(function, dynamic=True)
 
 
 def compile_operators(wanted=True, device=None):
-    """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process; float64 stays as it is.
-    Not wanted: they are what they were.
+    """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process. Not wanted: no longer.
 
     Returns None, or why it does not work here (no C++ compiler, on a GPU no Triton): then nothing changes. Each kernel
     is made when it is first used, which takes some 10 s in all, less where torch's cache holds it.
@@ -429,12 +470,6 @@ def compile_operators(wanted=True, device=None):
     return None
 
 
-@lru_cache(None)
-def compiled(function):
-    """Sizes stay open: other numbers of rows, which experts have at every step, compile nothing anew."""
-    return torch.compile(function, dynamic=True)
-
-
 def compile_model(model):
     """Each layer's four calls by torch.compile, in place: layers of one kind share what is compiled for the first of
     them. What depends on the number of rows of each expert stays out of the trace, as do embedding, head and loss."""
@@ -445,47 +480,18 @@ def compile_model(model):
             setattr(block, name, torch.compile(getattr(block, name)))
 
 
-class OneKernel(torch.autograd.Function):
-    """body(*inputs) of elementwise steps, each way in one pass over memory, where each step alone would take its own.
-
-    The inputs alone are kept; backward computes the body again, inside its kernel.
-    """
-
-    @staticmethod
-    def forward(ctx, body, *inputs):
-        ctx.body = body
-        ctx.save_for_backward(*inputs)
-        return compiled(value)(body, *inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, *compiled(gradients)(ctx.body, grad, *ctx.saved_tensors)
-
-
-def value(body, *inputs):
-    return body(*inputs)
-
-
-def gradients(body, grad, *inputs):
-    return torch.func.vjp(body, *inputs)[1](grad)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators: norm, SwiGLU, rotary position, attention
 
 
 def rms_norm(x, weight, eps):
     """weight * (x / rms(x) in float32, cast back): x (..., C), weight (C,)."""
-    kind = elementwise_backend(x)
+    kind = backend(x)
     if kind == "npu":
         return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
-    if kind == "cuda":
+    if kind == "cuda" and not COMPILED:
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    if kind == "cpu":
-        return RMSNorm.apply(x, weight, eps)
-    if kind == "compiled":
-        return OneKernel.apply(partial(plain_rms_norm, eps=eps), x.flatten(0, -2), weight).view(x.shape)
-    return plain_rms_norm(x, weight, eps)
+    return one_kernel(partial(plain_rms_norm, eps=eps), x, weight)
 
 
 def plain_rms_norm(x, weight, eps):
@@ -494,76 +500,19 @@ def plain_rms_norm(x, weight, eps):
     return weight.to(x.dtype) * (x32 * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
 
-class RMSNorm(torch.autograd.Function):
-    """The plain body with its backward written out: half the passes over memory of autograd's, which a CPU feels."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        x32 = x.to(at_least_float32(x.dtype))
-        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        mean_square = norm.square_() / x.size(-1)
-        scale = mean_square.add_(eps).rsqrt_()                            # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (x32 * scale).to(x.dtype).mul_(weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        wide = scale.dtype                                                # float32 or better: mixed dtypes are slow
-        gain, grad32 = weight.to(wide), grad.to(wide)
-        normed = x.to(wide) * scale
-        product = grad32 * normed
-        mean = (product @ gain / x.size(-1)).unsqueeze(-1)
-        grad_x = (grad32 * gain).addcmul_(normed, mean, value=-1).mul_(scale)
-        grad_weight = product.flatten(0, -2).sum(0)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
-
-
 def swiglu(gate_up, row_weights=None):
     """silu(gate) * up, times a weight per row: gate_up (..., 2I) with gate first, row_weights (M,) -> (..., I)."""
-    kind = elementwise_backend(gate_up)
-    if kind in ("cpu", "cuda"):
-        return SwiGLU.apply(gate_up, row_weights)
-    if kind == "npu":
+    if backend(gate_up) == "npu":
         hidden = torch.ops.npu.npu_swiglu(gate_up, -1)
         return hidden if row_weights is None else hidden * row_weights.unsqueeze(-1)
-    if kind == "compiled":
-        weights = () if row_weights is None else (row_weights,)
-        return OneKernel.apply(plain_swiglu, gate_up.flatten(0, -2), *weights).unflatten(0, gate_up.shape[:-1])
-    return plain_swiglu(gate_up, row_weights)
+    weights = () if row_weights is None else (row_weights,)
+    return one_kernel(plain_swiglu, gate_up, *weights)
 
 
 def plain_swiglu(gate_up, row_weights=None):
     gate, up = gate_up.chunk(2, -1)
     hidden = F.silu(gate) * up
     return hidden if row_weights is None else hidden * row_weights.unsqueeze(-1)
-
-
-class SwiGLU(torch.autograd.Function):
-    """Keeps its inputs alone; autograd would keep silu(gate) and the unweighted product too."""
-
-    @staticmethod
-    def forward(ctx, gate_up, row_weights):
-        ctx.save_for_backward(gate_up, row_weights)
-        gate, up = gate_up.chunk(2, -1)
-        hidden = F.silu(gate).mul_(up)
-        return hidden if row_weights is None else hidden.mul_(row_weights.unsqueeze(-1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate_up, row_weights = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-        scale = 1.0 if row_weights is None else row_weights.unsqueeze(-1)
-        product = F.silu(gate).mul_(grad)                                 # one buffer: memory passes are the cost
-        torch.mul(product, scale, out=grad_up)
-        grad_weights = None
-        if row_weights is not None:
-            grad_weights = product.mul_(up).sum(-1, dtype=at_least_float32(grad.dtype)).to(row_weights.dtype)
-        grad_silu = torch.mul(grad, up, out=product).mul_(scale)
-        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_gate)
-        return grad_gate_up, grad_weights
 
 
 def rope(x, cos, sin):
@@ -1217,7 +1166,7 @@ class Router(Part):
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
         scores = self.score(logits)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
-        weights = self.weigh(logits, scores, ids)
+        weights = self.weigh(scores, ids)
         counts = self.count(ids, n_sequences=len(x))
         if self.c.balance == "none" or self.c.aux_loss_alpha == 0 or not self.training:
             self.aux_loss = scores.new_zeros(())
@@ -1234,8 +1183,8 @@ class Router(Part):
         """(N,E) -> (N,E): what experts are chosen by, what weights and the balance loss are made of."""
         return logits.sigmoid() if self.c.scoring_func == "sigmoid" else logits.softmax(-1)
 
-    def weigh(self, logits, scores, ids):
-        """Routing weights (N,K) of the chosen experts ids (N,K), from logits and scores (N,E), whichever is wanted."""
+    def weigh(self, scores, ids):
+        """Routing weights (N,K) of the chosen experts ids (N,K), from all scores (N,E)."""
         weights = scores.gather(1, ids)
         if self.c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -1481,16 +1430,12 @@ class Block(Part):
         done = self.compute(sent)
         return self.combine(x, done)
 
-    def add(self, x, y, post_norm):
-        """What a sublayer made of x, onto the residual stream."""
-        return x + post_norm(y)
-
     def attend(self, x, angles, mask=None, cache=None):
         def attention(x):
             h = self.memory.again("norm", self.input_layernorm, x)
             return self.self_attn(h, angles, mask, cache)
 
-        return self.add(x, self.memory.region("attention", attention, x), self.post_attention_layernorm)
+        return x + self.post_attention_layernorm(self.memory.region("attention", attention, x))
 
     def dispatch(self, x, routing=None):
         """x (B,T,C) -> Sent, or of a dense layer the MLP's input, which goes nowhere.
@@ -1511,7 +1456,7 @@ class Block(Part):
 
     def combine(self, x, done):
         y = self.mlp.combine(done) if self.is_moe else done
-        return self.add(x, y, self.post_mlp_layernorm)
+        return x + self.post_mlp_layernorm(y)
 
 
 class MTPLayer(Block):
@@ -1689,7 +1634,7 @@ class Model(nn.Module):
             router.aux_scale = share
 
     def pop_stats(self):
-        """Counted in training since last asked, on the device: loads (MoE layers, E), copies dropped, copies in all."""
+        """Counted in training since last asked, on the device: loads (MoE layers, E), and copies dropped."""
         moes = [block.mlp for block in self.moe_blocks()]
         device = next(self.parameters()).device
         loads = torch.zeros(len(moes), self.config.n_routed_experts, dtype=torch.int64, device=device)
@@ -1698,7 +1643,7 @@ class Model(nn.Module):
             own += moe.gate.load
             dropped += moe.dropped
             moe.gate.load = moe.dropped = 0
-        return dict(loads=loads, dropped=dropped, rows=loads.sum())
+        return dict(loads=loads, dropped=dropped)
 
     @torch.no_grad()
     def update_router_bias(self, loads):

@@ -1039,8 +1039,7 @@ class Work:
         tokens = self.plan.tokens
         self.vector(part, name, (5 if residual else 2) * tokens * width, again)
         self.params["dp"] += width
-        self.keep(name, tokens * width, owner)                             # its input ...
-        self.keep(name + ".scale", tokens, owner, size=self.wide)          # ... and 1 / rms of each token
+        self.keep(name, tokens * width, owner)             # its input; fused kernels keep 4 bytes a token beside it
 
     def keep(self, name, elements, owner, size=0, again=(), swap=""):
         """A saved tensor; kept twice under one name, it is what was said first. size: bytes of an element that is not

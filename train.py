@@ -139,9 +139,9 @@ OPTIONS = dict(
     beta1=option(0.9, "of AdamW", least=0, most=0.99999),
     beta2=option(0.95, "of AdamW", least=0, most=0.99999),
     clip=option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
-    compile=option("none", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
-                           "for one process without recompute and swap)",
-                   choices=("none", "operators", "layers")),
+    compile=option("auto", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
+                           "for one process without recompute and swap); auto: operators where that works, which takes "
+                           "a C++ compiler or a GPU's Triton", choices=("auto", "none", "operators", "layers")),
     precision=option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
                      choices=("auto", "fp32", "bf16")),
 )
@@ -156,7 +156,7 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
 )
 # what --resume lets one change; with --data the text must be the same
 CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_every", "device", "threads", "peak_tflops",
-              "max_skips", "timeout", "record_loads", "fit", "hardware", "resume"}
+              "max_skips", "timeout", "record_loads", "fit", "hardware", "resume", "compile"}
 CHANGEABLE |= set(PLAN_OPTIONS) - {"global_batch", "seq_len"}
 # what describes many processes, and means nothing for one
 CUTS = ("pp", "dp", "cp", "tp", "sp", "ep", "vpp", "schedule", "overlap", "layer_split", "balance_live")
@@ -1827,7 +1827,8 @@ def open_run(kind, given):
     run.config = replace(run.config, balance_group=balance_group(run.config, run.plan))
     # 5. the phases, each of which must fit the plan
     run.phases = phases_of(run, given)
-    # 6. the other processes
+    # 6. what is compiled, and the other processes
+    fix_compiled(run.settings, run.plan, run.device)
     parallel.join_world(run.device, timedelta(seconds=run.settings["timeout"]))
     refuse_unequal_ranks(run)
     # 7. the folder
@@ -1890,7 +1891,7 @@ def resume_settings(kind, given):
                         f"it with that version, or start a new run")
     if Path(given.get("out", folder)).resolve() != folder.resolve():
         raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away")
-    given = {name: value for name, value in given.items() if (name, value) != ("precision", "auto")}
+    given = {name: value for name, value in given.items() if name not in ("precision", "compile") or value != "auto"}
     for name, value in given.items():
         if name not in CHANGEABLE and value != settings[name]:
             raise UserError(f"{flag(name)} {value}: the run in {folder} has {settings[name]!r}, and resuming cannot "
@@ -1910,6 +1911,19 @@ def fix_automatic(settings, device):
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     settings["threads"] = torch.get_num_threads()
+
+
+def fix_compiled(settings, plan, device):
+    """--compile, from here on in this process; what `auto` becomes is stored, and kept on resume."""
+    wanted = settings["compile"]
+    why_not = compile_operators(wanted != "none", device)
+    if wanted == "auto":
+        settings["compile"] = "none" if why_not else "operators"
+    elif why_not:
+        raise UserError(f"--compile {wanted}: {why_not}; --compile none does without, also with --resume: the losses "
+                        f"are then the same within rounding, no longer bit for bit")
+    if wanted == "layers" and (plan.world_size > 1 or not plan.is_plain or plan.recompute or plan.swap):
+        raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
 
 
 def fit_plan(run):
@@ -2259,7 +2273,8 @@ def build(run, phase, checkpoint):
     if settings["train"] == "mtp":
         freeze_trunk(model, plan)
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
-    compile_parts(settings["compile"], model, plan)
+    if settings["compile"] == "layers":
+        compile_model(model)
     # 2. the optimizer; its rate is set at each step
     kind = parallel.HostAdamW if "optimizer" in plan.swap else torch.optim.AdamW
     optimizer = kind(parallel.param_groups(model), lr=0.0, eps=1e-8, fused=True,
@@ -2281,19 +2296,6 @@ def freeze_trunk(model, plan):
     model.requires_grad_(False)
     for layer in model.mtp_layers():
         layer.requires_grad_(True)
-
-
-def compile_parts(wanted, model, plan):
-    """--compile, for a model that is built."""
-    why_not = compile_operators(wanted == "operators", next(model.parameters()).device)
-    if why_not:
-        raise UserError(f"--compile operators: {why_not}; leave it away")
-    if wanted == "layers":
-        if plan.world_size > 1 or not plan.is_plain or plan.recompute or plan.swap:
-            raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
-        compile_model(model)
-    if wanted != "none":
-        print(f"the first step compiles {wanted} too: some seconds, less with what is in its cache", flush=True)
 
 
 def train(kind, given):
@@ -2453,6 +2455,9 @@ class Log:
 
     def write(self, line):
         self.file.write(json.dumps(line) + "\n")
+        compiled = self.run.settings["compile"]
+        if self.busy == 0 and compiled != "none":
+            print(f"the first step, which compiled {compiled}, took {line['step_ms'] / 1e3:.1f} s", flush=True)
         self.busy += line["step_ms"] / 1e3
         seconds_a_token = self.busy / (line["tokens"] - self.first_token)
         left = clock(max(0, self.total - line["tokens"]) * seconds_a_token)

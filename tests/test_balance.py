@@ -352,7 +352,7 @@ def test_recording_grows_and_is_cut_back(tmp_path):
 
 
 RUN = """--dp 4 --ep 4 --steps 6 --micro-batch 1 --global-batch 8 --seq-len 32 --save-every 3 --set n_routed_experts=16
-         num_experts_per_tok=2 balance=none""".split()
+         num_experts_per_tok=2 balance=none --compile none""".split()
 
 
 @pytest.mark.slow
