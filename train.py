@@ -525,9 +525,8 @@ def question(encoding, end, words):
 
 def answer_of(encoding, ids):
     """What the assistant said, without its thinking and the end of the turn; None if it is not in the format."""
-    think_end, turn_end = special_id(encoding, THINK_END), special_id(encoding, TURN_END)
-    right = ids[:1] == [special_id(encoding, THINK)] and ids.count(think_end) == 1 and ids[-1:] == [turn_end]
-    if not right:
+    think, think_end, turn_end = (special_id(encoding, name) for name in (THINK, THINK_END, TURN_END))
+    if ids[:1] != [think] or ids[-1:] != [turn_end] or ids.count(think) != 1 or ids.count(think_end) != 1:
         return None
     return encoding.decode(ids[ids.index(think_end) + 1:-1])
 
@@ -2302,9 +2301,16 @@ def train(kind, given):
     """Opens a run and trains it to its end, or until it is asked to stop."""
     with refusals():
         run = open_run(kind, given)
-    introduce(run)
-    if is_done(run):
-        return
+    try:
+        introduce(run)
+        if not is_done(run):
+            train_to_end(run)
+    finally:
+        if run.lock:
+            run.lock.close()
+
+
+def train_to_end(run):
     settings, progress, checkpoint = run.settings, run.progress, run.checkpoint
     stop, log = Stopper(), Log(run)
     saver = parallel.Saver(run.folder / "ckpt", settings["keep"])

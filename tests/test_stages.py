@@ -121,23 +121,28 @@ def test_packed_is_each_alone():
     model.init_weights()
     rng = np.random.default_rng(0)
     conversations = []
-    for length in (9, 5, 12, 6, 3):
-        conversations.append((rng.integers(0, 64, length).tolist(), (rng.random(length) < 0.6).tolist()))
+    for length in (9, 5, 12, 6, 3):                                       # END, which begins each, is never a target
+        counted = [False, *(rng.random(length - 1) < 0.6).tolist()]
+        conversations.append((rng.integers(0, 64, length).tolist(), counted))
 
-    def losses(some, seq_len):
-        packed = train.Packed(some, seq_len, 3, end=0)
+    def losses(some):
+        packed = train.Packed(some, 20, 3, end=0)
         batch = packed.examples(list(range(len(packed))), 3, torch.device("cpu"))
-        model.zero_grad()
         out = model(**batch, loss_tokens=torch.ones(3))
         out.total_loss.backward()
-        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
-        return len(packed), out.loss.item(), out.mtp_loss.item(), norm
+        return len(packed), out.loss.item(), out.mtp_loss.item()
 
-    n_together, *together = losses(conversations, 20)
+    def gradients():
+        found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        model.zero_grad()
+        return found
+
+    n_together, *together = losses(conversations)
     assert n_together == 2
-    alone = [losses([each], 20) for each in conversations]
-    assert together[0] == pytest.approx(sum(each[1] for each in alone), abs=1e-9)
-    assert together[1] == pytest.approx(sum(each[2] for each in alone), abs=1e-9)
+    wanted = gradients()
+    alone = np.sum([losses([each])[1:] for each in conversations], 0)
+    assert together == pytest.approx(alone, abs=1e-9)
+    torch.testing.assert_close(gradients(), wanted, rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
