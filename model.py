@@ -1221,7 +1221,7 @@ class Router(Part):
         E = self.c.n_routed_experts
         G = n_sequences // sequences_of_group(self.c, n_sequences) if self.training else 1
         first = torch.arange(G, device=ids.device).unsqueeze(1) * E       # group by group in one count
-        counts = count_ids(ids.view(G, -1) + first, G * E).view(G, E)
+        counts = count_ids(ids.reshape(G, -1) + first, G * E).view(G, E)
         if self.training:
             self.load = self.load + counts.sum(0)
         return counts

@@ -3,8 +3,12 @@ The stages after pre-training: template and packing of conversations, GRPO's los
 """
 import json
 import math
+import os
 import random
+import subprocess
 import sys
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +19,11 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import dist  # noqa: E402
+import parallel  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
 from model import Config, Model, token_cross_entropy  # noqa: E402
+from sim import Plan  # noqa: E402
 
 SMALL = ("--set hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=320 n_routed_experts=4 "
          "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
@@ -235,13 +241,70 @@ def test_a_bandit_finds_the_best_arm():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs
+# Several ranks
 
 SFT = ("--global-batch", 4, "--micro-batch", 2, "--seq-len", 96, "--threads", 1, "--compile", "none", "--precision",
        "fp32")
 RL = ("--global-batch", 8, "--answers", 4, "--micro-batch", 4, "--new-tokens", 8, "--seq-len", 96, "--threads", 1,
       "--compile", "none", "--precision", "fp32")
 
+RANKS_CONFIG = Config(vocab_size=64, hidden_size=16, num_hidden_layers=2, intermediate_size=32, n_routed_experts=4,
+                      moe_intermediate_size=8, q_lora_rank=8, kv_lora_rank=8, num_attention_heads=2, qk_nope_head_dim=8,
+                      qk_rope_head_dim=4, v_head_dim=8, balance="none", init="small")
+
+
+def measures_of_rl(plan):
+    """Two updates from the same answers with forced experts: losses and gradient norms."""
+    rng = torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(64, (8, 12), generator=rng), torch.full((8, 2, 12), -100)
+    targets[:, 0, 4:] = torch.randint(64, (8, 8), generator=rng)
+    policy = torch.rand(8, 12, 5, generator=rng) - 4.5
+    policy[..., train.COUNTED] = (targets[:, 0] != -100).float()
+    policy[..., train.ADVANTAGE] = torch.randn(8, 1, generator=rng)
+    batch = dict(ids=ids, targets=targets, policy=policy,
+                 routing={1: torch.rand(8, 12, 4, generator=rng).argsort(-1)[..., :2]})
+    with torch.device("meta"):
+        model = Model(RANKS_CONFIG)
+    grid = parallel.parallelize(model, plan, "cpu", timedelta(seconds=60))
+    model.to_empty(device="cpu")
+    parallel.init_weights(model, 0)
+    model.token_loss = lambda nats, policy: train.policy_losses(-nats, policy, SETTINGS | dict(kl=0.1))[0]
+    optimizer = torch.optim.AdamW(parallel.param_groups(model), lr=1e-3, fused=True)
+    share = 8 // plan.dp
+    own = train.part_of(batch, slice(parallel.data_rank(plan) * share, (parallel.data_rank(plan) + 1) * share))
+    pipeline = parallel.Pipeline(model, plan, grid)
+    return [train.train_step(pipeline, optimizer, own, 0.0)[0][:4].tolist() for _ in range(2)]
+
+
+@pytest.mark.parametrize("changes", [dict(dp=2), dict(dp=2, ep=2, zero=1)])
+def test_an_update_of_rl_is_that_of_one_process(changes):
+    plan = Plan(seq_len=12, global_batch=8, micro_batch=2, precision="fp32")
+    alone = measures_of_rl(plan)
+    for measures in dist.run(2, measures_of_rl, replace(plan, **changes)):
+        np.testing.assert_allclose(measures, alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_stages_under_torchrun(base, tmp_path):
+    """sft follows one process; rl samples with an exchange at each token, though answers end at different lengths."""
+    def torchrun(*argv):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "train.py", *argv]
+        subprocess.run([str(word) for word in command], check=True, cwd=tmp_path, timeout=300,
+                       env=os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"))
+
+    data = ("--init", base / "base", "--data", base / "tasks" / "sft.jsonl", "--steps", 4)
+    run("sft", *data, "--out", tmp_path / "one", *SFT)
+    torchrun("sft", *data, "--out", "two", *SFT, "--ep", 2)
+    keys = ("loss", "grad_norm", "val_loss")
+    for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
+        assert [ours.get(key, 0) for key in keys] == pytest.approx([theirs.get(key, 0) for key in keys], rel=1e-5)
+    torchrun("rl", "--init", "two", "--tasks", base / "tasks" / "rl.jsonl", "--out", "rl", "--steps", 2, *RL, "--ep", 2,
+             "--replay", "sampler")
+    assert all(math.isfinite(line["loss"]) and line["length"] > 1 for line in metrics(tmp_path / "rl"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
 
 def test_sft_and_rl_resume_exactly(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
