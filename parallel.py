@@ -2456,7 +2456,7 @@ def restore(folder, model, optimizer, progress, grid=None):
 #                                     numbers begin and end; the numbers
 #     model.safetensors.index.json    "weight_map": name -> file; not needed where all is in model.safetensors
 #
-# It may come from anywhere: nothing is read before every length, offset, dtype, shape and path has been checked.
+# It may come from anywhere: no number is read before every length, offset, dtype, shape and path has been checked.
 #
 # Read by this file's own few lines: torch.distributed.checkpoint's HuggingFaceStorageReader fills tensors of the same
 # names, where half of a stack of ours lies in another file, checks no header, and turns a Python loop for each block of
@@ -2479,39 +2479,36 @@ class Piece(NamedTuple):
     scale: "Piece | None" = None           # of fp8: a factor for each block, (rows / BLOCK, columns / BLOCK)
 
 
-def read_published_config(folder):
-    """The Config of such a folder; ValueError for what is none, or of another kind of model."""
+@contextmanager
+def faults_of(folder):
+    """What is found amiss, as CheckpointError with the folder's name; also where JSON has another structure."""
     try:
-        return config_from_hf(read_json(folder, "config.json"))
+        yield
     except CheckpointError:
         raise
-    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: {in_one_line(error)}") from None
+
+
+def read_published_config(folder):
+    """The Config of such a folder; CheckpointError for what is none, or of another kind of model."""
+    with faults_of(folder / "config.json"):
+        return config_from_hf(read_json(folder, "config.json"))
 
 
 def published_pieces(folder, config, trained):
-    """{published name: Piece} of all that a model of this Config needs. ValueError that names all that does not fit.
+    """{published name: Piece} of all that a model of this Config needs; CheckpointError names all that does not fit.
 
     trained: MTP layers in the folder. A config that has more of them gets the last one again and again.
     """
-    pieces = read_index(folder)
-    pieces = with_scales(apart(config, pieces))
     kept = replace(config, num_nextn_predict_layers=min(trained, config.num_nextn_predict_layers))
     with faults_of(folder):
+        pieces = with_scales(apart(config, read_index(folder)))
         refuse_other_size(kept, pieces)
         with torch.device("meta"):
-            wanted = to_hf(Model(kept))
-            needed = to_hf(Model(config))
+            wanted, needed = to_hf(Model(kept)), to_hf(Model(config))
         check_published(kept, wanted, pieces, unreadable(wanted, pieces))
     return {name: pieces[trained_name(config, trained, name)] for name in needed}
-
-
-@contextmanager
-def faults_of(folder):
-    try:
-        yield
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
 
 
 def trained_name(config, trained, name):
@@ -2523,101 +2520,63 @@ def trained_name(config, trained, name):
 def read_index(folder):
     """{name: Piece} of all files that the index names."""
     if not (folder / INDEX).exists():
-        require_sound((folder / ONE_FILE).exists(),
-                      f"{folder} has neither {INDEX} nor {ONE_FILE}; other formats are not read: convert them")
+        require((folder / ONE_FILE).exists(), f"neither {INDEX} nor {ONE_FILE} is there; other formats are not read")
         return read_header(folder / ONE_FILE)
-    named = read_json(folder, INDEX).get("weight_map")
-    right = isinstance(named, dict) and all(isinstance(file, str) for file in named.values())
-    require_sound(right, f"{folder / INDEX} has no weight_map of names and files")
-    pieces = {}
+    named, pieces = read_json(folder, INDEX)["weight_map"], {}
     for file in sorted(set(named.values())):
-        require_sound(Path(file).name == file and file.endswith(".safetensors"),
-                      f"{folder / INDEX} names the file {file!r}, which is no .safetensors of this folder")
+        require(Path(file).name == file and file.endswith(".safetensors"),
+                f"{INDEX} names the file {file!r}, which is no .safetensors of this folder")
         pieces |= read_header(folder / file)
-    wrong = [name for name in named.keys() | pieces.keys()
-             if name not in pieces or named.get(name) != pieces[name].path.name]
-    require_sound(not wrong, f"{folder / INDEX} and the headers of its files do not agree about {len(wrong)} tensors: "
-                             f"{alike({name: repr(name) for name in sorted(wrong)})}")
+    wrong = {name: repr(name) for name in named.keys() | pieces.keys()
+             if name not in pieces or named.get(name) != pieces[name].path.name}
+    require(not wrong, f"{INDEX} and the files do not agree about {len(wrong)} tensors: {alike(wrong)}")
     return pieces
-
-
-def require_sound(ok, message):
-    if not ok:
-        raise CheckpointError(message)
 
 
 def read_header(path):
-    """{name: Piece} of a file. CheckpointError unless its tensors fill it one after the other, as the format says."""
-    require_sound(path.is_file(), f"{path} is missing, or no file")
+    """{name: Piece} of a file, whose tensors fill it one after the other, as the format says."""
+    require(path.is_file(), f"{path.name} is missing, or no file")
     size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            require_sound(length <= min(size - 8, MAX_HEADER), f"{path} is damaged: its header has {length} bytes, the "
-                                                               f"file {size}")
-            header = json.loads(file.read(length))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is damaged: its header cannot be read ({in_one_line(error)})") from None
-    require_sound(isinstance(header, dict), f"{path} is damaged: its header is no object")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        require(length <= min(size - 8, MAX_HEADER), f"{path.name} is damaged: a header of {length} in {size} bytes")
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    pieces, ends = {}, {}
-    for name, entry in header.items():
-        piece, end = read_entry(path, name, entry)
-        pieces[name] = piece._replace(start=8 + length + piece.start)
-        ends[piece.start] = end
-    # from the first byte behind the header to the last one of the file, none twice and none left out
-    place = 0
-    for start in sorted(ends):
-        require_sound(start == place, f"{path} is damaged: tensors overlap or leave a hole at byte {start}")
-        place = ends[start]
-    require_sound(len(ends) == len(pieces) and place == size - 8 - length,
-                  f"{path} is damaged: its tensors have {place} bytes, the file {size - 8 - length}")
+    pieces, place = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        where = f"{path.name} is damaged: {name!r}, {dtype!r} {shape!r} at {start!r} to {end!r}"
+        require(all(type(n) is int and 0 < n < 2**40 for n in [*shape, end]) and isinstance(dtype, str), where)
+        require(start == place < end, f"{where}, overlaps another, or leaves a hole")
+        require(dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].itemsize == end - start, where)
+        pieces[name] = Piece(path, dtype, torch.Size(shape), 8 + length + start)
+        place = end
+    require(8 + length + place == size, f"{path.name} is damaged: its tensors end at byte {place}, it has {size}")
     return pieces
-
-
-def read_entry(path, name, entry):
-    """A tensor of a header -> its Piece, which starts where the header says, and its end."""
-    entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    right = isinstance(dtype, str) and is_whole(shape) and is_whole(span) and len(span) == 2 and 0 <= span[0] < span[1]
-    require_sound(right and all(0 < n < 2**40 for n in shape), f"{path} is damaged: {name!r} has {dtype!r}, shape "
-                                                               f"{shape!r}, data_offsets {span!r}")
-    numbers = math.prod(shape)
-    require_sound(dtype not in DTYPES or numbers * DTYPES[dtype].itemsize == span[1] - span[0],
-                  f"{path} is damaged: {name!r} has {numbers} numbers of {dtype} in {span[1] - span[0]} bytes")
-    return Piece(path, dtype, torch.Size(shape), span[0]), span[1]
-
-
-def is_whole(x):
-    """A list of whole numbers."""
-    return isinstance(x, list) and all(type(item) is int for item in x)
 
 
 def apart(config, pieces):
     """The same with fused experts, e.g. mlp.experts.gate_up_proj (E, 2I, C), one by one: parts of the same bytes."""
     single = {}
     for name, piece in pieces.items():
-        n_experts, *matrix = piece.shape
-        names = published_names(config, name.removeprefix("model."), 0)   # of the first expert
-        fused = re.search(r"\.experts\.(gate_up_proj|down_proj)$", name) and len(matrix) == 2 and piece.dtype in DTYPES
-        if not fused or n_experts != config.n_routed_experts or matrix[0] % len(names):
+        first = published_names(config, name.removeprefix("model."), 0)   # the one or two of the first expert
+        n_experts, rows = (*piece.shape, 0)[:2]
+        is_fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj")) and len(piece.shape) == 3
+        if not is_fused or piece.dtype not in DTYPES or n_experts != config.n_routed_experts or rows % len(first):
             single[name] = piece
             continue
-        shape = torch.Size((matrix[0] // len(names), matrix[1]))
-        part_bytes = shape.numel() * DTYPES[piece.dtype].itemsize
+        shape, start = torch.Size((rows // len(first), piece.shape[2])), piece.start
         for expert in range(n_experts):
-            for half, own in enumerate(published_names(config, name.removeprefix("model."), expert)):
-                start = piece.start + (expert * len(names) + half) * part_bytes
+            for own in published_names(config, name.removeprefix("model."), expert):
                 single[own] = piece._replace(shape=shape, start=start)
+                start += shape.numel() * DTYPES[piece.dtype].itemsize
     return single
 
 
 def with_scales(pieces):
-    """The same with each `NAME_scale_inv` at its weight."""
-    scales = {name: piece for name, piece in pieces.items() if name.endswith("_scale_inv")}
-    return {name: piece._replace(scale=scales.get(f"{name}_scale_inv"))
+    """The same with the `NAME_scale_inv` of an fp8 weight at it."""
+    scales = {f"{name}_scale_inv" for name, piece in pieces.items() if piece.dtype == "F8_E4M3"}
+    return {name: piece._replace(scale=pieces.get(f"{name}_scale_inv"))
             for name, piece in pieces.items() if name not in scales}
 
 
@@ -2625,16 +2584,14 @@ def unreadable(wanted, pieces):
     """{what is amiss: {name: in words}} of numbers that cannot be read, for check_published."""
     unknown, unscaled = {}, {}
     for name in wanted.keys() & pieces.keys():
-        piece = pieces[name]
+        piece, scale = pieces[name], pieces[name].scale
         blocks = tuple(-(-n // BLOCK) for n in piece.shape)
         if piece.dtype not in DTYPES:
             unknown[name] = f"{name!r} {piece.dtype!r}"
-        elif piece.dtype.startswith("F8") != (piece.scale is not None):
-            unscaled[name] = f"{name!r} {piece.dtype}"
-        elif piece.scale and (piece.scale.shape != blocks or piece.scale.dtype != "F32"):
-            unscaled[name] = f"{name!r} {piece.dtype}, its scales {piece.scale.dtype} {tuple(piece.scale.shape)}"
+        elif piece.dtype == "F8_E4M3" and (scale is None or scale.shape != blocks or scale.dtype != "F32"):
+            unscaled[name] = f"{name!r} {tuple(piece.shape)}"
     return {f"of another dtype than {', '.join(DTYPES)}": unknown,
-            f"that are not fp8 with a float32 scale for each block of {BLOCK} x {BLOCK}": unscaled}
+            f"in fp8 without a float32 scale for each block of {BLOCK} x {BLOCK}": unscaled}
 
 
 def refuse_other_size(config, pieces):
@@ -2651,73 +2608,70 @@ def refuse_other_size(config, pieces):
 def load_published(model, pieces):
     """Fills a model that may be cut: a rank reads the rows that it holds, a few MiB at a time."""
     for name, tensor in model.state_dict().items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        own, begins = local(tensor), offsets_of(module, name, tensor)
-        first, matrices = 0, [own]
+        begins = begin_of(model.get_submodule(name.rpartition(".")[0]), name, tensor)
+        first, matrices = 0, [local(tensor)]
         if ".experts." in name:
             first, *begins = begins
-            matrices = own
+            matrices = local(tensor)
         for expert, matrix in enumerate(matrices, first):
             names = published_names(model.config, name, expert)
             fill_rows(matrix, [pieces[name] for name in names], begins)
 
 
-def offsets_of(module, name, tensor):
+def begin_of(module, name, tensor):
     """Where in the whole tensor this rank's part begins, by dimension."""
-    begins = [0] * tensor.dim()
+    begin = [0] * tensor.dim()
     if isinstance(tensor, DTensor):                                       # of zero, inside what tp or ep left
         mesh = tensor.device_mesh
         for place, parts, placement in zip(mesh.get_coordinate(), mesh.shape, tensor.placements):
             if placement.is_shard():
-                begins[placement.dim] = place * -(-tensor.size(placement.dim) // parts)
+                begin[placement.dim] = place * -(-tensor.size(placement.dim) // parts)
     if hasattr(module, "slice"):
-        begins[module.slice.dim] += module.slice.place * tensor.size(module.slice.dim)
+        begin[module.slice.dim] += module.slice.place * tensor.size(module.slice.dim)
     if cut_of(name).axis == "ep":
-        begins[0] += module.first_expert
-    return begins
+        begin[0] += module.first_expert
+    return begin
 
 
-def fill_rows(out, pieces, begins):
+def fill_rows(out, pieces, begin):
     """out, a part of matrices that lie one below the other; it begins there in them."""
-    top, first = 0, begins[0]
+    top, first = 0, begin[0]
     for piece in pieces:
         start, stop = max(first, top), min(first + len(out), top + piece.shape[0])
         if start < stop:
-            fill_part(out[start - first:stop - first], piece, [start - top, *begins[1:]])
+            fill_part(out[start - first:stop - first], piece, [start - top, *begin[1:]])
         top += piece.shape[0]
 
 
-def fill_part(out, piece, begins):
+def fill_part(out, piece, begin):
     """out, (n,) or (n, m), from the numbers of a piece from there on, in out's dtype; fp8 times its scales."""
     dtype, width = DTYPES[piece.dtype], piece.shape[1:].numel()           # of a whole row
-    if piece.scale:
+    is_scaled = piece.dtype == "F8_E4M3"
+    if is_scaled:
         scales = torch.empty(piece.scale.shape)
         fill_part(scales, piece.scale, [0, 0])
-    n_rows = max(1, BAND // width)
     with open(piece.path, "rb") as file:
-        for first in range(0, len(out), n_rows):
-            part = out[first:first + n_rows]
-            row = begins[0] + first
-            file.seek(piece.start + row * width * dtype.itemsize)
+        for part in out.split(max(1, BAND // width)):
+            file.seek(piece.start + begin[0] * width * dtype.itemsize)
             raw = np.fromfile(file, np.uint8, len(part) * width * dtype.itemsize)
-            require_sound(len(raw) == len(part) * width * dtype.itemsize, f"{piece.path} has become shorter")
+            if len(raw) < len(part) * width * dtype.itemsize:
+                raise CheckpointError(f"{piece.path} has become shorter")
             numbers = torch.from_numpy(raw).view(dtype).view(len(part), *piece.shape[1:])
             if part.dim() == 2:
-                numbers = numbers[:, begins[1]:begins[1] + part.size(1)]
-            if piece.scale:
-                rows = torch.arange(row, row + len(part)) // BLOCK
-                columns = torch.arange(begins[1], begins[1] + part.size(1)) // BLOCK
+                numbers = numbers[:, begin[1]:begin[1] + part.size(1)]
+            if is_scaled:
+                rows, columns = [(first + torch.arange(n)) // BLOCK for first, n in zip(begin, part.shape)]
                 numbers = numbers.float() * scales[rows][:, columns]
             part.copy_(numbers)
+            begin = [begin[0] + len(part), *begin[1:]]
 
 
 def load_trained(checkpoint, model, trained, grid=None):
     """Fills a model that may be cut from a checkpoint of ours. trained: as in published_pieces."""
-    config = model.config
     # what is read twice is read by two calls, as many on each rank, for they wait for each other
-    rounds = [{} for _ in range(1 + max(0, config.num_nextn_predict_layers - trained))]
+    rounds = [{} for _ in range(1 + max(0, model.config.num_nextn_predict_layers - trained))]
     for name, tensor in model.state_dict().items():
-        source = trained_name(config, trained, name)
+        source = trained_name(model.config, trained, name)
         free = next(state for state in rounds if source not in state)
         free[source] = tensor
     for state in rounds:
@@ -2730,14 +2684,13 @@ def load_trained(checkpoint, model, trained, grid=None):
 def write_published(folder, model, dtype, texts):
     """Such a folder, whole or not at all. texts: {name: what a small file of it holds}, config.json among them."""
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: choose a new folder")
+    require(not folder.is_file() and not (folder.is_dir() and any(folder.iterdir())),
+            f"{folder} is there already: choose a new folder")
     unfinished = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        shards = in_shards(to_hf(model), dtype)
-        weight_map = {}
+        shards, weight_map = in_shards(to_hf(model), dtype), {}
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(shard, file)
@@ -2755,14 +2708,14 @@ def write_published(folder, model, dtype, texts):
 
 def in_shards(tensors, dtype):
     """[{name: (tensor, the dtype it gets)}], a file each. A router's bias stays float32: its steps are small."""
-    shards, room = [{}], SHARD_BYTES
+    shards, held = [{}], 0
     for name, tensor in tensors.items():
         entry = tensor, torch.float32 if "e_score_correction_bias" in name else dtype
-        if n_bytes(*entry) > room and shards[-1]:
+        if held and held + n_bytes(*entry) > SHARD_BYTES:
             shards.append({})
-            room = SHARD_BYTES
+            held = 0
         shards[-1][name] = entry
-        room -= n_bytes(*entry)
+        held += n_bytes(*entry)
     return shards
 
 

@@ -415,8 +415,12 @@ def encoding_from_json(content, end):
     ids = [*ranks.values(), *special.values()]
     require(all(type(id) is int and 0 <= id < 2**31 for id in ids) and len(set(ids)) == len(ids), "its ids are no "
                                                                                                   "numbers, or twice")
-    return tiktoken.Encoding("folder", pat_str=words_of(content["pre_tokenizer"]), mergeable_ranks=ranks,
-                             special_tokens=special)
+    encoding = tiktoken.Encoding("folder", pat_str=words_of(content["pre_tokenizer"]), mergeable_ranks=ranks,
+                                 special_tokens=special)
+    # tiktoken leaves out what its pattern does not match
+    letters = "".join(map(chr, range(0x3000)))
+    require(encoding.decode(encoding.encode_ordinary(letters)) == letters, "its pattern does not match all text")
+    return encoding
 
 
 def words_of(pre_tokenizer):
@@ -2042,17 +2046,20 @@ def open_init(run):
         raise UserError("--init brings a model's shape: leave --preset away")
     run.source = open_source(settings["init"])
     settings["init"] = str(run.source.path)                               # stored with the run
-    run.config = replace(config_of(run.source, settings), balance_group=0)
+    run.config = config_of(run.source, settings)
     run.encoding = run.source.encoding() if learn else find_encoding(settings["tokenizer"])
-    if run.encoding.n_vocab > run.config.vocab_size:
-        raise UserError(f"the tokenizer has {run.encoding.n_vocab} tokens, the model of --init {settings['init']} only "
-                        f"{run.config.vocab_size}: give one with fewer to --tokenizer")
+    refuse_larger(run.encoding, run.config)
+
+
+def refuse_larger(encoding, config):
+    require(encoding.n_vocab <= config.vocab_size,
+            f"the tokenizer has {encoding.n_vocab} tokens, the model of --init {config.vocab_size}: it needs its own")
 
 
 def config_of(source, settings):
     """The source's, with what --set and --mtp-depth change of it, once its tensors are found to fit."""
     trained = source.config.num_nextn_predict_layers
-    config = make_config(settings, source.config)
+    config = make_config(settings, replace(source.config, balance_group=0))    # its own plan will say
     depth = config.num_nextn_predict_layers
     require(depth <= trained, f"--set num_nextn_predict_layers={depth}: --init has {trained}; --mtp-depth {depth} adds "
                               f"to them")
@@ -2601,6 +2608,7 @@ def open_model(init, device):
     model = Model(source.config).to(device)
     source.fill(model)
     encoding = source.encoding()
+    refuse_larger(encoding, source.config)
     return model, encoding, encoding.encode_single_token(END)
 
 

@@ -266,9 +266,10 @@ def test_a_folder_in_blocks_of_fp8_gives_its_logits(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
 def test_transformers_loads_an_export(bias, tmp_path):
-    """The folder as it is, by the Auto classes: config, weights, tokenizer. Without a router bias theirs is zero."""
+    """The folder as it is, by the Auto classes: config, weights, tokenizer. Without a router bias theirs is zero; MTP
+    layers it passes over."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    config = replace(DEEPSEEK, router_bias=bias, vocab_size=400)
+    config = replace(DEEPSEEK, router_bias=bias, vocab_size=400, num_nextn_predict_layers=int(bias))
     ours = Model(config).eval()
     fill_random(ours.state_dict(), seed=0)
     text = (Path(__file__).parent / "test_transformers.py").read_text() + "Schön — 1234567 ½ \U0001f600  \n\n x"
@@ -284,3 +285,25 @@ def test_transformers_loads_an_export(bias, tmp_path):
     assert tokenizer(text)["input_ids"] == encoding.encode_ordinary(text)
     assert tokenizer.eos_token_id == encoding.encode_single_token(train.END)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "ours"])
+def test_a_tokenizer_of_others_gives_its_ids(pattern, tmp_path):
+    """Byte-level BPE as the tokenizers library learns it, with special tokens before the bytes."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern == "ours":
+        byte_level.use_regex = False
+        byte_level = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(train.PATTERN), "isolated"), byte_level])
+    tokenizer.pre_tokenizer = byte_level
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet,
+                                  show_progress=False)
+    root = Path(__file__).parent.parent
+    tokenizer.train([str(root / "model.py")], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="</s>")))
+    encoding = train.encoding_of_folder(tmp_path)
+    text = (root / "train.py").read_text()
+    assert encoding.encode_ordinary(text) == tokenizer.encode(text).ids
+    assert encoding.encode_single_token(train.END) == 1 and encoding.n_vocab == 1500

@@ -1,8 +1,6 @@
 """
 Weights in and out: folders in the layout of transformers, written, read under any plan, hostile; --init and export.
 """
-import contextlib
-import io
 import json
 import os
 import pickle
@@ -11,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ import train
 from model import OTHER_KEYS, PRESETS, Config, Model, config_from_hf, config_to_hf, load_hf, to_hf
 from reference import fill_random
 from sim import Plan
+from test_torchrun import finish, lines, start
 
 SIZES = dict(
     vocab_size=320, hidden_size=32, num_hidden_layers=3, intermediate_size=48, num_attention_heads=4, q_lora_rank=16,
@@ -383,11 +382,11 @@ def refusal(capsys, *argv):
 
 def test_a_new_run_begins_with_the_weights_of_a_run(trained, opened):
     source, encoding, end = train.open_model(str(trained), "cpu")
-    new, model, _ = opened("--init", trained, "--seq-len", 24, "--set", "rope_theta=900", "balance=sequence")
+    new, model, _ = opened("--init", trained, "--seq-len", 24, "--set", "rope_theta=900", "balance_group=1")
     assert_same(source, model)
     assert new.folder.name == "run" and new.settings["init"].endswith("ckpt/step_3")
     assert new.encoding._mergeable_ranks == encoding._mergeable_ranks and new.corpus.end == end
-    assert new.config == replace(source.config, rope_theta=900.0, balance="sequence", balance_group=1,
+    assert new.config == replace(source.config, rope_theta=900.0, balance_group=1,
                                  max_position_embeddings=24)
     assert new.progress == train.beginning()
 
@@ -474,6 +473,53 @@ def test_mtp_layers_are_copied_and_trained_alone(init, trained, exported, opened
 def test_an_exported_model_without_its_mtp_layers(exported, opened):
     _, model, _ = opened("--init", exported, "--set", "num_nextn_predict_layers=0", "--seq-len", 16)
     assert not model.mtp_layers()
+
+
+@pytest.mark.slow
+def test_ranks_begin_with_the_same_weights(trained, exported, tmp_path):
+    """One process from a run, and two from the folder that was exported of it, under several plans: equal losses."""
+    how = "--global-batch 4 --seq-len 16 --threads 1 --precision fp32 --heldout 0 --steps 2 --lr 1e-3 --data".split()
+    how += [trained.parent / "text.txt", "--set", "balance_group=2", "--micro-batch", 2]
+    for train_what, plans in dict(all=["--ep 2 --zero 3", "--pp 2"], mtp=["--tp 2 --sp 1 --zero 1"]).items():
+        alone = tmp_path / f"alone_{train_what}"
+        run("pretrain", "--init", trained, "--mtp-depth", 2, "--train", train_what, *how, "--out", alone)
+        for number, plan in enumerate(plans):
+            out = tmp_path / f"{train_what}{number}"
+            finish(start("--init", exported, "--mtp-depth", 2, "--train", train_what, *how, *plan.split(), "--out", out,
+                         ranks=2))
+            for mine, theirs in zip(lines(out), lines(alone), strict=True):
+                assert abs(mine["loss"] - theirs["loss"]) < 1e-5, (plan, mine, theirs)
+                assert abs(mine["mtp_loss"] - theirs["mtp_loss"]) < 1e-5, (plan, mine, theirs)
+                assert abs(mine["grad_norm"] - theirs["grad_norm"]) < 1e-4, (plan, mine, theirs)
+
+
+TOKENIZERS = {
+    "normalizer": lambda c: c.update(normalizer=dict(type="NFC")),
+    "more than one pattern": lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, dict(type="Digits")),
+    "not follow its merges": lambda c: c["model"]["merges"].reverse(),
+    "made by no merge": lambda c: c["model"]["merges"].pop(),
+    "lacks some bytes": lambda c: c["model"]["vocab"].pop("!"),
+    "none of its added_tokens": lambda c: c.update(added_tokens=[]),
+    "not match all text": lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern=dict(Regex="[a-z]+")),
+    "Parsing error": lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern=dict(Regex="(")),
+    "twice": lambda c: c["added_tokens"][0].update(id=7),
+    "TypeError": lambda c: c.update(model=None)}
+
+
+@pytest.mark.parametrize("words", TOKENIZERS)
+def test_tokenizers_that_tiktoken_cannot_run(words, exported, tmp_path, opened):
+    """Each is refused in one line that names --tokenizer, which may then bring another one."""
+    folder = tmp_path / "hf"
+    shutil.copytree(exported, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    TOKENIZERS[words](content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(train.UserError, match=f"{words}.*--tokenizer"):
+        train.encoding_of_folder(folder)
+    if words == "normalizer":
+        own = exported.parent / "run" / "tokenizer.tiktoken"
+        new, _, _ = opened("--init", folder, "--tokenizer", own, "--seq-len", 16)
+        assert new.encoding.n_vocab <= new.config.vocab_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
