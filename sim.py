@@ -364,6 +364,8 @@ def check_live(config, plan):
     cut_inside_experts = config.hidden_size % plan.edp == 0 or config.moe_intermediate_size % plan.edp == 0
     require(plan.zero == 0 or cut_inside_experts,
             f"zero={plan.zero} over {plan.edp} ranks would cut between experts, which then cannot move: use zero=0")
+    require("optimizer" not in plan.swap,
+            "swap=optimizer keeps moments where balance_live cannot move them: use one of both")
 
 
 def check_devices(plan, devices):
@@ -958,6 +960,13 @@ def on_hardware(config, hardware):
     return replace(shape, value_padded=True) if hardware.value_padded else shape
 
 
+class Gather(NamedTuple):
+    """An all-gather or a reduce-scatter of activations, before or after a part of a layer."""
+    axis: str
+    part: str
+    again: frozenset               # items of Plan.recompute under which backward runs it again
+
+
 class Saved(NamedTuple):
     """A tensor that forward leaves for backward."""
     size: float                    # bytes
@@ -981,7 +990,7 @@ class Work:
         self.ops = []
         self.tensors = {}                                  # name -> Saved
         self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
-        self.sent = Counter()                              # (axis, part) -> bytes sent in that group, forward
+        self.collectives = Counter()                       # Gather -> bytes sent in that group, forward
         self.regions = ()                                  # items of Plan.recompute that run what is recorded now again
         if kind == "embedding":
             self.embedding()
@@ -1054,11 +1063,12 @@ class Work:
 
     def gather(self, axis, part, tokens, width):
         """All-gather of each rank's `tokens`, or the reduce-scatter that is as long; an all-reduce is both."""
-        self.sent[axis, part] += (getattr(self.plan, axis) - 1) * tokens * width * self.element
+        where = Gather(axis, part, self.items(()))
+        self.collectives[where] += (getattr(self.plan, axis) - 1) * tokens * width * self.element
 
-    def gather_stream(self, part):
-        """Residual stream to all tokens and the result back (sp=1), or the all-reduce of the result (sp=0)."""
-        self.gather("tp", part, 2 * self.plan.gathered_tokens / self.plan.tp, self.shape.hidden_size)
+    def gather_stream(self, part, times=1):
+        """Residual stream to all tokens, or their sums back (sp=1); an all-reduce of sums (sp=0) is as long as both."""
+        self.gather("tp", part, times * self.plan.gathered_tokens / self.plan.tp, self.shape.hidden_size)
 
     # -- the embedding
 
@@ -1127,7 +1137,6 @@ class Work:
         if "mla_up" in plan.recompute and plan.cp == 1:
             self.keep("k_rope", keys * c.qk_rope_head_dim, "attention")    # what keys are made from again
         self.core_attention(heads, heads, c.qk_head_dim, c.v_head_dim)
-        self.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
 
     def keep_latent(self, name, tokens, width):
         """A latent that was gathered is kept: running its norm again is no way to it."""
@@ -1140,7 +1149,8 @@ class Work:
         c, plan = self.shape, self.plan
         tokens, heads = plan.gathered_tokens, c.num_attention_heads // plan.tp
         kv_heads = max(1, c.num_key_value_heads // plan.tp)
-        self.gather_stream("attend")
+        if plan.sp:
+            self.gather_stream("attend")
         self.keep_input("attn_in", tokens * c.hidden_size, "attention", again=("norm",))
         self.matmul("attend", "qkv_proj", tokens, cut="out", again=("mla_up",))
         self.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
@@ -1174,11 +1184,12 @@ class Work:
         # a matmul whose weight gradient may be deferred keeps its input last: attention runs again to this point
         again = () if self.plan.is_plain else ("attention",)
         self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
+        self.gather_stream("attend", times=1 if self.plan.sp else 2)
 
     def mlp(self, part, name):
         """A dense MLP or the shared experts, their inner width cut by tensor ranks."""
         tokens, width = self.plan.gathered_tokens, self.shape.hidden_size
-        self.gather_stream(part)
+        self.gather_stream(part, times=2)
         if self.plan.tp == 1:
             self.keep_input("mlp_in", tokens * width, "MLP", again=("norm",))
         else:
@@ -1433,15 +1444,14 @@ class LayerTime:
                 self.compute["recompute", "F"] += busiest * seconds.forward
 
     def _time_collectives(self):
-        for (axis, part), sent in self.work.sent.items():
+        for (axis, part, again), sent in self.work.collectives.items():
             tier = tier_of(self.plan, axis)
             seconds = axis_seconds(self.plan, self.hardware, axis, sent)
             seconds *= 1 - self.plan.hidden_share(axis, self.hardware)     # the rest runs beside its matmul
-            one = Collective(axis, tier, seconds)
-            self.collectives[part].append(one)
             passes = 2
-            if self.whole_again or (not self.name and part == "attend" and "attention" in self.items):
-                self.collectives["recompute"].append(one)
+            self.collectives[part].append(Collective(axis, tier, seconds))
+            if not again.isdisjoint(self.items):
+                self.collectives["recompute"].append(Collective(axis, tier, seconds))
                 passes = 3
             self.sent[tier] += passes * sent
 
@@ -1488,51 +1498,72 @@ def cached(cache, key, make):
 
 class Task(NamedTuple):
     """What a device does for a while."""
-    name: str
-    stream: str                    # compute | inner | outer | host
     start: float                   # seconds, in Streams from the action's start
     end: float
+    name: str
+    stream: str                    # compute | inner | outer | host
+
+
+class Manner(NamedTuple):
+    """How a plan's actions run."""
+    flat: bool                     # the exchange uses both kinds of link at once
+    deferred: bool                 # weight gradients are put off, to hide an exchange
+    paired: bool                   # a forward and a backward take turns
 
 
 class Streams:
     """A device's queues: compute, links inside the node, links between nodes, the host's link; each runs in order."""
 
-    def __init__(self, flat):
-        self.flat = flat                                   # the exchange uses both kinds of link at once
+    def __init__(self, manner):
+        self.manner = manner
         self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}      # seconds from which a stream is idle
         self.tasks = []
+        self.waiting = []                                  # (layer, part) whose weight gradients are put off
 
     def queue(self, name, stream, seconds, after=0.0):
         """Queue a task that starts when its stream is free and not before `after`; returns its end."""
         if seconds == 0:
             return after
-        start = max(self.free[stream], after)
+        start = self.free[stream]
+        if after > start:
+            start = after
         end = start + seconds
         self.free[stream] = end
-        self.tasks.append(Task(name, stream, start, end))
+        self.tasks.append(Task(start, end, name, stream))
         return end
 
     def compute(self, layer, part, which, after):
         """One part of a layer behind its collectives. which: F, I, W or B, the two halves of a backward together."""
-        if which != "W":                                   # weight gradients need nothing from other ranks
-            for axis, tier, seconds in layer.collectives.get(part, ()):
+        if which != "W" and part in layer.collectives:     # weight gradients need nothing from other ranks
+            for axis, tier, seconds in layer.collectives[part]:
                 after = self.queue(f"{axis} {part}", tier, seconds, after)
-        seconds = layer.compute.get((part, which), 0.0)
-        return self.queue(f"{layer.name or part} {which}", "compute", seconds, after)
+        return self.queue(f"{layer.name or part} {which}", "compute", layer.compute[part, which], after)
+
+    def backward(self, layer, part, after):
+        """Backward of a part, for its inputs alone if its weight gradients are put off."""
+        if not self.manner.deferred:
+            return self.compute(layer, part, "B", after)
+        self.waiting.append((layer, part))
+        return self.compute(layer, part, "I", after)
+
+    def make_weight_gradients(self):
+        """All that were put off."""
+        for layer, part in self.waiting:
+            self.compute(layer, part, "W", 0.0)
+        self.waiting.clear()
 
     def exchange(self, layer, which, way, after):
         """Rows to the experts (way=out: outer hop first) or back; flat sends over both kinds of link at once."""
         name, seconds = f"exchange {way} {which}", layer.exchange[which]
-        hops = ("outer", "inner") if way == "out" else ("inner", "outer")
-        ends = [self.queue(name, hops[0], seconds[hops[0]], after)]
-        ends.append(self.queue(name, hops[1], seconds[hops[1]], after if self.flat else ends[0]))
-        return max(ends)
+        first, second = ("outer", "inner") if way == "out" else ("inner", "outer")
+        arrived = self.queue(name, first, seconds[first], after)
+        return max(arrived, self.queue(name, second, seconds[second], after if self.manner.flat else arrived))
 
     def forward_steps(self, layers):
         """Four steps a layer, as backward_steps, so that a pair's layers can take turns.
 
-        In a pair, attention F and shared expert B hide combine B, experts B dispatch F, experts F dispatch B, and all
-        weight gradients with attention B and shared expert F combine F. Alone, the shared expert hides a part of it.
+        In a pair, attention F and shared expert B hide combine B, experts I dispatch F, experts F and W dispatch B, and
+        attention I, shared expert F and attention W combine F. Alone, the shared expert hides a part of it.
         """
         ready = 0.0
         for layer in layers:
@@ -1549,11 +1580,13 @@ class Streams:
             returned = self.exchange(layer, "F", "back", computed)
             yield
             self.compute(layer, "shared", "F", attended)
+            self.make_weight_gradients()
             ready = self.compute(layer, "combine", "F", returned)
             yield
 
-    def backward_steps(self, layers, defer):
-        """defer: the experts' weight gradients wait, to hide the way back."""
+    def backward_steps(self, layers):
+        """Weight gradients that are put off hide the experts' way back: a layer's own, and those of the attention that
+        ran before; in a pair the shared expert's hide the way out."""
         backward = layers[::-1]
         ready = self.free["compute"]
         gathered = self.queue("weights", *backward[0].weights) if backward else 0.0
@@ -1569,15 +1602,16 @@ class Streams:
             again = self.recompute(layer, ready)
             arrived = self.exchange(layer, "B", "out", self.compute(layer, "combine", "I", ready))
             yield
-            self.compute(layer, "shared", "B", again)
+            self.backward(layer, "shared", again)
+            if self.manner.paired:
+                self.make_weight_gradients()
             yield
             rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "for experts" else ready
-            computed = self.compute(layer, "experts", "I" if defer else "B", max(arrived, again, rows))
+            computed = self.backward(layer, "experts", max(arrived, again, rows))
             returned = self.exchange(layer, "B", "back", computed)
             yield
-            if defer:
-                self.compute(layer, "experts", "W", computed)
-            ready = self.compute(layer, "attend", "B", returned)
+            self.make_weight_gradients()
+            ready = self.backward(layer, "attend", returned)
             self.queue("gradients", *layer.gradients, ready)
             yield
 
@@ -1588,17 +1622,14 @@ class Streams:
         return self.exchange(layer, "F", "back", again) if layer.whole_again else again
 
 
-def play_action(forward, backward, flat, adaptive):
+def play_action(forward, backward, manner):
     """Streams of one action: a forward of a stage, a backward of one, or a pair. Each: its LayerTimes, or ()."""
-    streams = Streams(flat)
-    forwards = streams.forward_steps(forward)
-    backwards = streams.backward_steps(backward, defer=adaptive)
-    if adaptive:
-        for _ in zip_longest(backwards, forwards):         # the two take turns, a step each
-            pass
-    else:
-        for _ in chain(forwards, backwards):
-            pass
+    streams = Streams(manner)
+    forwards, backwards = streams.forward_steps(forward), streams.backward_steps(backward)
+    steps = zip_longest(backwards, forwards) if manner.paired else chain(forwards, backwards)
+    for _ in steps:                                        # in a pair the two take turns, a step each
+        pass
+    streams.make_weight_gradients()
     return streams
 
 
@@ -1612,33 +1643,36 @@ class Account(NamedTuple):
 
 
 @lru_cache(2**15)
-def action_account(forward, backward, flat, adaptive, tax=0.0):
+def action_account(forward, backward, manner, tax=0.0):
     """Account of play_action. tax: seconds of computation lost for a second in which a link is busy beside it."""
-    streams = play_action(forward, backward, flat, adaptive)
-    computing = [task for task in streams.tasks if task.stream == "compute"]
-    on_links = [task for task in streams.tasks if task.stream in ("inner", "outer")]
-    travelling = [task for task in streams.tasks if task.name.startswith("exchange")]
-    parts = Counter()
-    for task in computing:
-        name, _ = task.name.split()
-        parts[name] += task.end - task.start
+    streams = play_action(forward, backward, manner)
+    parts, travel, computing, travelling, on_links = Counter(), 0.0, [], [], []
+    for task in streams.tasks:
+        start, end, name, stream = task
+        if stream == "compute":
+            computing.append(task)
+            parts[name[:-2]] += end - start                # without the pass
+        elif stream != "host":
+            on_links.append(task)
+        if name.startswith("exchange"):
+            travelling.append(task)
+            travel += end - start
     computed = sum(parts.values())
-    both = busy_seconds(computing) + busy_seconds(on_links) - busy_seconds(computing + on_links)
+    both = computed + busy_seconds(on_links) - busy_seconds(computing + on_links)
     busy = busy_seconds(computing + travelling)
     played = max(streams.free.values())
     parts["exchange"] = max(0.0, busy - computed)          # rounding aside
     parts["collectives"] = max(0.0, played - busy)
     parts["overlap tax"] = tax * both
-    travel = sum(task.end - task.start for task in travelling)
     return Account(played + tax * both, parts, travel)
 
 
 def busy_seconds(tasks):
     """Seconds in which at least one of the tasks runs."""
     total, last = 0.0, 0.0
-    for start, end in sorted(task[2:] for task in tasks):
+    for start, end, _, _ in sorted(tasks):
         if end > last:
-            total += end - max(start, last)
+            total += end - (start if start > last else last)
             last = end
     return total
 
@@ -1648,31 +1682,25 @@ def busy_seconds(tasks):
 
 
 class Action(NamedTuple):
-    """One entry of a table. kind: F forward, B backward, FB a pair of both.
+    """What a rank does at a time: a forward, a backward, or a pair of both, each as (stage, micro-batch).
 
     str() is the notation of torch.distributed.pipelining, whose runtime runs the table: 3F0, 3B0, (3F1;2B0)OVERLAP_F_B.
     """
-    kind: str
-    stage: int                     # of a pair: the forward's
-    microbatch: int
-    backward: tuple = ()           # of a pair: (stage, microbatch) of the backward
+    forward: tuple = None
+    backward: tuple = None
 
     @property
     def stages(self):
         """(stage of the forward, of the backward), None where there is none: all that the action's seconds depend on"""
-        if self.kind == "FB":
-            return self.stage, self.backward[0]
-        return (self.stage, None) if self.kind == "F" else (None, self.stage)
+        return self.forward and self.forward[0], self.backward and self.backward[0]
 
     def parts(self):
-        """The action as plain (kind, stage, microbatch): two for a pair, forward first."""
-        if self.kind != "FB":
-            return (self[:3],)
-        return ("F", self.stage, self.microbatch), ("B", *self.backward)
+        """The action as plain (kind, stage, microbatch), kind F or B: two for a pair, forward first."""
+        return tuple((kind, *part) for kind, part in zip("FB", self) if part)
 
     def __str__(self):
         names = [f"{stage}{kind}{microbatch}" for kind, stage, microbatch in self.parts()]
-        return f"({';'.join(names)})OVERLAP_F_B" if self.kind == "FB" else names[0]
+        return f"({';'.join(names)})OVERLAP_F_B" if len(names) == 2 else names[0]
 
 
 def schedule_table(plan):
@@ -1689,14 +1717,14 @@ def rank_actions(plan, rank):
     stages = plan.stages_of(rank)
     forwards, backwards = in_turns(plan, stages), in_turns(plan, stages[::-1])
     first = min(len(forwards), warm_up(plan, rank))
-    actions = [Action("F", *forward) for forward in forwards[:first]]
+    actions = [Action(forward) for forward in forwards[:first]]
     for forward, backward in zip(forwards[first:], backwards):
         if plan.schedule == "paired":
-            actions.append(Action("FB", *forward, backward))
+            actions.append(Action(forward, backward))
         else:
-            actions += [Action("F", *forward), Action("B", *backward)]
+            actions += [Action(forward), Action(None, backward)]
     left = backwards[len(forwards) - first:]
-    return actions + [Action("B", *backward) for backward in left]
+    return actions + [Action(None, backward) for backward in left]
 
 
 def in_turns(plan, stages):
@@ -1722,43 +1750,51 @@ def in_flight(schedule, pp, vpp, n_micro, rank):
     plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
     live, grown, peaks = dict.fromkeys(plan.stages_of(rank), 0), False, set()
     for action in rank_actions(plan, rank):
-        for kind, stage, _ in action.parts():
-            if kind == "B" and grown:                      # one less from here on: a peak lies behind
+        forward, backward = action.stages
+        if forward is not None:
+            live[forward] += 1
+            grown = True
+        if backward is not None:
+            if grown:                                      # one less from here on: a peak lies behind
                 peaks.add(tuple(live.values()))
-            live[stage] += 1 if kind == "F" else -1
-            grown = kind == "F"
+            live[backward] -= 1
+            grown = False
     return np.array(list(peaks))
 
 
 class Step(NamedTuple):
     """An action of a table, in an order in which each finds its inputs."""
     rank: int
-    action: Action
     stages: tuple                  # Action.stages
     needs: tuple                   # numbers of the steps, on other ranks, whose outputs it waits for
+    action: Action
 
 
 def in_order(plan, table):
     """list of Step: each rank runs as far as its inputs allow, until all are done."""
     home, last = plan.homes(), plan.n_stages - 1
-    # (kind, stage, micro-batch) that can run -> number of the step that makes its input; None if the input is at hand,
-    # as are the tokens of the first stage and the losses of the last
-    makers = {}
-    for microbatch in range(plan.n_micro):
-        makers["F", 0, microbatch] = makers["B", last, microbatch] = None
+    # (stage, micro-batch) whose forward, or backward, can run -> number of the step that makes its input; None if the
+    # input is at hand, as are the tokens of the first stage and the losses of the last
+    forwards = {(0, microbatch): None for microbatch in range(plan.n_micro)}
+    backwards = {(last, microbatch): None for microbatch in range(plan.n_micro)}
     steps, done, progress = [], [0] * len(table), True
     while progress:
         progress = False
         for rank, actions in enumerate(table):
             for action in islice(actions, done[rank], None):
-                parts = action.parts()
-                if parts[0] not in makers or parts[-1] not in makers:      # one or two parts
+                forward, backward = action
+                if (forward and forward not in forwards) or (backward and backward not in backwards):
                     break
-                needs = tuple([makers[part] for part in parts if makers[part] is not None])
-                for kind, stage, microbatch in parts:
-                    to = stage + 1 if kind == "F" else stage - 1
-                    makers[kind, to, microbatch] = None if home.get(to) == rank else len(steps)
-                steps.append(Step(rank, action, action.stages, needs))
+                needs = ()
+                if forward:
+                    stage, microbatch = forward
+                    needs += outside(forwards[forward])
+                    forwards[stage + 1, microbatch] = None if home.get(stage + 1) == rank else len(steps)
+                if backward:
+                    stage, microbatch = backward
+                    needs += outside(backwards[backward])
+                    backwards[stage - 1, microbatch] = None if home.get(stage - 1) == rank else len(steps)
+                steps.append(Step(rank, action.stages, needs, action))
                 done[rank] += 1
                 progress = True
     waiting = [str(actions[n]) for actions, n in zip(table, done) if n < len(actions)]
@@ -1766,39 +1802,40 @@ def in_order(plan, table):
     return steps
 
 
+def outside(maker):
+    return () if maker is None else (maker,)
+
+
+class Timetable(NamedTuple):
+    """The steps of a schedule, and how often each Action.stages is among them."""
+    steps: list
+    times: Counter
+
+
 @lru_cache(8)
-def cached_steps(schedule, pp, vpp, n_micro):
-    """The steps of schedule_table, for many plans, one after the other, that differ in other things alone."""
+def timetable(schedule, pp, vpp, n_micro):
+    """For many plans, one after the other, that differ in other things alone."""
     plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
-    return in_order(plan, schedule_table(plan))
+    steps = in_order(plan, schedule_table(plan))
+    return Timetable(steps, Counter(step.stages for step in steps))
 
 
-class Span(NamedTuple):
-    start: float                   # seconds from the step's start
-    end: float
-    action: Action
-
-
-def play(plan, steps, duration, link=0.0):
-    """The clock: list (pp) of lists of Span. duration(action): seconds, the same for all with the same stages.
+def play(steps, seconds, pp, link=0.0):
+    """The clock: (seconds at which each step ends, and each rank). seconds: of each Action.stages.
 
     link: seconds that an output travels to another rank; sends are asynchronous, only the receiver waits. A pair starts
     when both of its inputs are there.
     """
-    spans, free = [[] for _ in range(plan.pp)], [0.0] * plan.pp
-    seconds, reached = {}, []                              # reached: when a step's output is on another rank
-    for rank, action, stages, needs in steps:
-        if stages not in seconds:
-            seconds[stages] = duration(action)
+    ends, free = [], [0.0] * pp
+    for rank, stages, needs, _ in steps:
         start = free[rank]
         for step in needs:
-            if reached[step] > start:
-                start = reached[step]
-        end = start + seconds[stages]
-        spans[rank].append(Span(start, end, action))
-        free[rank] = end
-        reached.append(end + link)
-    return spans
+            arrival = ends[step] + link
+            if arrival > start:
+                start = arrival
+        free[rank] = start + seconds[stages]
+        ends.append(free[rank])
+    return ends, free
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1816,7 +1853,6 @@ class Simulation:
         self.max_vio, self.work = max_vio, work
         self.stages = stage_kinds(self.shape, plan)        # of each stage: embedding, kinds of layers, head
         self.kinds = set(chain(*self.stages))
-        self.accounts = {}                                 # Action.stages -> Account
 
     @cached_property
     def works(self):
@@ -1857,26 +1893,24 @@ class Simulation:
 
     @property
     def manner(self):
-        """play_action's (flat, adaptive)."""
-        return self.plan.hops_together, self.plan.overlap == "adaptive"
+        return Manner(self.plan.hops_together, not self.plan.is_plain, self.plan.overlap == "adaptive")
 
     def play_layers(self, forward, backward):
         """Account of an action. forward, backward: LayerTimes, or ()."""
-        return action_account(forward, backward, *self.manner, self.hardware.overlap_tax)
+        return action_account(forward, backward, self.manner, self.hardware.overlap_tax)
 
     def tasks_of(self, action):
         forward, backward = map(self.layers_of, action.stages)
-        return play_action(forward, backward, *self.manner).tasks
+        return play_action(forward, backward, self.manner).tasks
 
-    def account(self, action):
-        """Account of an action, made once for all that differ in the micro-batch alone."""
-        stages = action.stages
-        if stages not in self.accounts:
-            self.accounts[stages] = self.play_layers(*map(self.layers_of, stages))
-        return self.accounts[stages]
+    @property
+    def timetable(self):
+        return timetable(self.plan.schedule, self.plan.pp, self.plan.vpp, self.plan.n_micro)
 
-    def seconds_of(self, action):
-        return self.account(action).seconds
+    @cached_property
+    def accounts(self):
+        """Action.stages -> Account."""
+        return {stages: self.play_layers(*map(self.layers_of, stages)) for stages in self.timetable.times}
 
     def stream_bytes(self):
         """What a device sends to the next stage."""
@@ -1889,17 +1923,20 @@ class Simulation:
         return seconds * (1 - self.plan.hidden_share("pp", self.hardware))
 
     @cached_property
-    def spans(self):
-        """The pipeline played: list (pp) of lists of Span."""
-        plan = self.plan
-        steps = cached_steps(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
-        return play(plan, steps, self.seconds_of, self.link)
+    def seconds(self):
+        """Action.stages -> seconds."""
+        return {stages: account.seconds for stages, account in self.accounts.items()}
+
+    @cached_property
+    def played(self):
+        """The pipeline played: seconds at which each step of the timetable ends, and each rank."""
+        return play(self.timetable.steps, self.seconds, self.plan.pp, self.link)
 
     # what follows the pipeline on a rank
 
     def gradient_seconds(self, rank):
         """To reduce gradients and to gather the new weights."""
-        plan, (held, _) = self.plan, self.params(rank)
+        plan, held = self.plan, self.params[rank]
         if plan.zero == 3:                                 # in LayerTime
             return 0.0
         gradients = weights_seconds(plan, self.hardware, held, gradient_bytes(plan))
@@ -1909,28 +1946,25 @@ class Simulation:
             gradients += weights_seconds(plan, self.hardware, held, BYTES_OF[plan.precision])
         hidden = plan.hidden_share("dp", self.hardware) * gradients
         if hidden:                                         # beside the last backwards
-            hidden = min(hidden, sum(self.seconds_of(Action("B", stage, 0)) for stage in plan.stages_of(rank)))
+            backwards = [self.play_layers((), self.layers_of(stage)).seconds for stage in plan.stages_of(rank)]
+            hidden = min(hidden, sum(backwards))
         return gradients - hidden
 
     def optimizer_seconds(self, rank):
         seconds = self.optimizer_bytes(rank) / self.hardware.memory_rate
         if "optimizer" in self.plan.swap:                  # two moments come and go
-            _, cut = self.params(rank)
-            seconds += 2 * 8 * cut / self.hardware.host_bandwidth
+            seconds += 2 * 8 * self.params_cut[rank] / self.hardware.host_bandwidth
         return seconds
 
     def optimizer_bytes(self, rank):
         """Moved by AdamW: reads gradient, master, two moments; writes three of them and the weight."""
-        _, cut = self.params(rank)
-        return cut * (7 * 4 + BYTES_OF[self.plan.precision])
+        return self.params_cut[rank] * (7 * 4 + BYTES_OF[self.plan.precision])
 
     @cached_property
     def ends(self):
         """list (pp): seconds at which each pipeline rank is done, optimizer included; the last ends the step ..."""
-        ends = []
-        for rank, row in enumerate(self.spans):
-            ends.append(row[-1].end + self.gradient_seconds(rank) + self.optimizer_seconds(rank))
-        return ends
+        _, ends = self.played
+        return [end + self.gradient_seconds(rank) + self.optimizer_seconds(rank) for rank, end in enumerate(ends)]
 
     @property
     def straggling(self):
@@ -1940,14 +1974,14 @@ class Simulation:
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
         parts, travel = Counter(), 0.0
-        for rank, row in enumerate(self.spans):
+        for rank in range(self.plan.pp):
             parts["gradients"] += self.gradient_seconds(rank)
             parts["optimizer"] += self.optimizer_seconds(rank)
-            for stages, times in Counter(span.action.stages for span in row).items():
-                account = self.accounts[stages]
-                for name, seconds in account.parts.items():
-                    parts[name] += times * seconds
-                travel += times * account.travel
+        for stages, times in self.timetable.times.items():
+            account = self.accounts[stages]
+            for name, seconds in account.parts.items():
+                parts[name] += times * seconds
+            travel += times * account.travel
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
         parts["stragglers"] = self.straggling * max(self.ends)
         parts["bubble"] = max(0.0, max(self.ends) + parts["stragglers"] - sum(parts.values()))     # rounding aside
@@ -1964,13 +1998,18 @@ class Simulation:
         total[tier_of(plan, "pp")] += 2 * crossings * self.stream_bytes()
         return {tier: sent * plan.n_micro / plan.pp for tier, sent in total.items()}
 
-    def params(self, rank):
-        """({axis of Plan.holders: parameters that a pipeline rank holds}, how many it keeps where they are cut)."""
-        counts = Counter(self.kinds_of[rank])
-        held = {axis: sum(n * self.works[kind].params[axis] for kind, n in counts.items())
-                for axis in self.plan.holders}
-        cut = sum(held[axis] / (ranks if self.plan.zero else 1) for axis, ranks in self.plan.holders.items())
-        return held, cut
+    @cached_property
+    def params(self):
+        """list (pp) of {axis of Plan.holders: parameters that a pipeline rank holds}."""
+        return [{axis: sum(work.params[axis] for work in self.works_of(rank)) for axis in self.plan.holders}
+                for rank in range(self.plan.pp)]
+
+    @cached_property
+    def params_cut(self):
+        """list (pp): parameters that a rank keeps where they are cut over those that hold the same."""
+        if not self.plan.zero:
+            return [sum(held.values()) for held in self.params]
+        return [sum(held[axis] / ranks for axis, ranks in self.plan.holders.items()) for held in self.params]
 
     def activations(self, rank):
         """Most bytes that micro-batches in flight keep."""
@@ -1982,8 +2021,8 @@ class Simulation:
 
     def memory(self, rank):
         """Bytes of a pipeline rank at its peak, by part."""
-        plan, hardware, (held, cut) = self.plan, self.hardware, self.params(rank)
-        element, whole = BYTES_OF[plan.precision], sum(held.values())
+        plan, hardware, cut = self.plan, self.hardware, self.params_cut[rank]
+        element, whole = BYTES_OF[plan.precision], sum(self.params[rank].values())
         kept = cut if plan.zero == 3 else whole
         # float32 masters and two moments; whole float32 weights are their own masters
         optimizer = cut * (8 if element >= 4 and cut == whole else 12)
@@ -2063,10 +2102,12 @@ def predict(config, plan, hardware, max_vio=0.0):
 # What to recompute and swap, so that a plan fits
 
 
-def memory_choices(config):
+def memory_choices(config, balance_live=0):
     """Each choice of items to recompute and swap that makes a difference: (recompute, swap), smaller ones first."""
     fine = [item for item in RECOMPUTE if item != "layer"]
-    swaps = [item for item in SWAP if item != "expert_out" or config.expert_weight == "after_down"]
+    useless = set() if config.expert_weight == "after_down" else {"expert_out"}
+    refused = {"optimizer"} if balance_live else set()
+    swaps = [item for item in SWAP if item not in useless | refused]
     choices = []
     for recompute in [("layer",), *subsets(fine)]:
         if not {"attention", "mla_up"} <= set(recompute):                  # the first runs the second again
@@ -2081,9 +2122,8 @@ def subsets(items):
 def fit_memory(config, plan, hardware, budget):
     """predict of the plan with the cheapest items to recompute and swap, by simulated time, that needs at most `budget`
     bytes. ValueError says what is missing and what would help."""
-    results = []
-    for recompute, swap in memory_choices(config):
-        results.append(predict(config, replace(plan, recompute=recompute, swap=swap), hardware))
+    results = [predict(config, replace(plan, recompute=recompute, swap=swap), hardware)
+               for recompute, swap in memory_choices(config, plan.balance_live)]
     fitting = [result for result in results if result["mem_gib"] * GIB <= budget]
     if fitting:
         return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
@@ -2098,7 +2138,7 @@ def fit_memory(config, plan, hardware, budget):
 
 def what_would_fit(config, plan, hardware, budget):
     """The first of a few changes that brings a plan below the budget, with everything recomputed and swapped."""
-    smallest = replace(plan, recompute=("layer",), swap=("optimizer",))
+    smallest = replace(plan, recompute=("layer",), swap=() if plan.balance_live else ("optimizer",))
     sharded = dict(zero=3) if max(plan.holders.values()) > 1 else {}
     for change in (dict(micro_batch=1), sharded, dict(micro_batch=1, **sharded)):
         with contextlib.suppress(ValueError):              # a plan that cannot run
@@ -2467,13 +2507,12 @@ def print_predecessor(hardware):
 def print_hidden(hardware):
     """Which actions expose the exchange."""
     simulation = Simulation(PANGU, Plan(seq_len=PAPER_LENGTH, **PAPER["optimised"]["plan"]), hardware)
-    exposed = Counter()
-    for span in chain(*simulation.spans):
-        exposed[span.action.kind == "FB"] += simulation.account(span.action).parts["exchange"]
-    alone, paired = exposed[False] / simulation.plan.pp, exposed[True] / simulation.plan.pp
-    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {alone:.2f} s in passes "
+    exposed = Counter()                                    # whether in a pair -> seconds, a mean over pipeline ranks
+    for stages, times in simulation.timetable.times.items():
+        exposed[None not in stages] += times * simulation.accounts[stages].parts["exchange"] / simulation.plan.pp
+    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {exposed[False]:.2f} s in passes "
           "that have\nno partner, before and after the steady steps, where the shared expert alone hides a part, and "
-          f"{paired:.2f} s in pairs,\nwhere an exchange is longer than what runs beside it. The paper states no share; "
+          f"{exposed[True]:.2f} s in pairs,\nwhere an exchange is longer than what runs beside it. The paper states no share; "
           "later press says more than 98 %.")
 
 
@@ -2498,39 +2537,56 @@ def print_prediction(result):
 # The step as a picture
 
 
-def tails_of(simulation):
-    """list (pp) of lists of Task, seconds from the step's start: what a rank does when its pipeline is done."""
-    tails, last = [], max(simulation.ends)
-    for rank, row in enumerate(simulation.spans):
-        start = row[-1].end
-        reduced = start + simulation.gradient_seconds(rank)
-        tails.append([
-            Task("gradients", tier_of(simulation.plan, "dp"), start, reduced),
-            Task("optimizer", "compute", reduced, simulation.ends[rank]),
-            Task("stragglers", "schedule", last, last * (1 + simulation.straggling))])
-    return tails
+class Span(NamedTuple):
+    """What a rank does for a while: an action, or what follows the pipeline, which has a name alone."""
+    start: float                   # seconds from the step's start
+    end: float
+    name: str
+    action: Action = None
+
+
+def action_spans(steps, ends, seconds, pp):
+    """list (pp) of lists of Span, of a table that was played. seconds: of each Action.stages."""
+    rows = [[] for _ in range(pp)]
+    for (rank, stages, _, action), end in zip(steps, ends):
+        rows[rank].append(Span(end - seconds[stages], end, str(action), action))
+    return rows
+
+
+def step_spans(simulation):
+    """list (pp) of lists of Span: a rank's actions, then what it does when its pipeline is done."""
+    ends, _ = simulation.played
+    rows = action_spans(simulation.timetable.steps, ends, simulation.seconds, simulation.plan.pp)
+    last = max(simulation.ends)
+    for rank, row in enumerate(rows):
+        begin = row[-1].end
+        reduced = begin + simulation.gradient_seconds(rank)
+        row += [Span(begin, reduced, "gradients"), Span(reduced, simulation.ends[rank], "optimizer"),
+                Span(last, last * (1 + simulation.straggling), "stragglers")]
+    return rows
 
 
 def write_trace(simulation, path, about):
     """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds. about: a dict
     of what the file says of itself."""
     threads, events = ["schedule", "compute", "inner", "outer", "host"], []
+    stream_of = dict(gradients=tier_of(simulation.plan, "dp"), optimizer="compute", stragglers="schedule")
 
     def add(rank, name, stream, start, end):
         events.append(dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream), ts=1e6 * start,
                            dur=1e6 * (end - start)))
 
-    for rank, (row, tail) in enumerate(zip(simulation.spans, tails_of(simulation))):
+    for rank, row in enumerate(step_spans(simulation)):
         events.append(dict(ph="M", name="process_name", pid=rank, tid=0, args={"name": f"pipeline rank {rank}"}))
         for number, stream in enumerate(threads):
             events.append(dict(ph="M", name="thread_name", pid=rank, tid=number, args={"name": stream}))
-        for start, end, action in row:
-            add(rank, str(action), "schedule", start, end)
+        for start, end, name, action in row:
+            if action is None:
+                add(rank, name, stream_of[name], start, end)
+                continue
+            add(rank, name, "schedule", start, end)
             for task in simulation.tasks_of(action):
                 add(rank, task.name, task.stream, start + task.start, start + task.end)
-        for name, stream, start, end in tail:
-            for each in {"schedule", stream}:
-                add(rank, name, each, start, end)
     with open(path, "w") as file:
         json.dump(dict(traceEvents=events, displayTimeUnit="ms", otherData=about), file)
 
@@ -2539,23 +2595,24 @@ TEXT_LEGEND = ("forwards are the last digit of their micro-batch, backwards a le
                "gradients,\nO optimizer, S stragglers; blank: the rank waits")
 
 
-def draw_text(spans, tails=(), columns=120):
-    """A played table as text, a line per rank."""
-    rows = []
-    for row in spans:
-        bars = []
-        for start, end, (kind, _, microbatch, _) in row:
-            letter = chr(ord("a") + microbatch % 26)
-            bars.append((start, end, {"F": str(microbatch % 10), "FB": "=", "B": letter}[kind]))
-        rows.append(bars)
-    for bars, tail in zip(rows, tails):
-        bars += [(one.start, one.end, one.name[0].upper()) for one in tail]
-    scale, lines = columns / max(bars[-1][1] for bars in rows), []
-    for bars in rows:
+def mark_of(span):
+    if span.action is None:
+        return span.name[0].upper()
+    forward, backward = span.action
+    if forward and backward:
+        return "="
+    _, microbatch = forward or backward
+    return str(microbatch % 10) if forward else chr(ord("a") + microbatch % 26)
+
+
+def draw_text(rows, columns=120):
+    """Spans as text, a line per rank."""
+    scale, lines = columns / max(row[-1].end for row in rows), []
+    for row in rows:
         line = [" "] * columns
-        for start, end, mark in bars:
-            first, last = round(start * scale), round(end * scale)
-            line[first:last] = mark * (last - first)
+        for span in row:
+            first, last = round(span.start * scale), round(span.end * scale)
+            line[first:last] = mark_of(span) * (last - first)
         lines.append("".join(line))
     return "\n".join(lines)
 
@@ -2574,13 +2631,15 @@ def draw_png(simulation, path, title):
         return colors.to_rgba(COLOURS[kind], 0.4 + 0.6 * (1 + chunk) / plan.vpp)
 
     bars = []                                              # (middle in ranks, height, start, end, colour)
-    for rank, (row, tail) in enumerate(zip(simulation.spans, tails_of(simulation))):
-        for start, end, action in row:
+    for rank, row in enumerate(step_spans(simulation)):
+        for start, end, name, action in row:
+            if action is None:
+                bars.append((rank, 0.8, start, end, COLOURS[name]))
+                continue
             parts = action.parts()
             for i, (kind, stage, _) in enumerate(parts):
                 middle, height = rank + 0.4 * ((2 * i + 1) / len(parts) - 1), 0.8 / len(parts)
                 bars.append((middle, height, start, end, colour(kind, plan.stages_of(rank).index(stage))))
-        bars += [(rank, 0.8, start, end, COLOURS[name]) for name, _, start, end in tail]
     figure, axes = pyplot.subplots(figsize=(16, 2 + 0.4 * plan.pp), layout="constrained")
     middle, height, start, end, colours = zip(*bars)
     axes.barh(middle, np.subtract(end, start), height, start, color=colours)
@@ -2768,7 +2827,7 @@ def run_trace(args, simulation, why):
     about = dict(model=args.model, hardware=simulation.hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
                  plan=describe(asdict(plan)), source="simulated by sim.py, nothing was run")
     write_trace(simulation, args.out, about)
-    print(draw_text(simulation.spans, tails_of(simulation)))
+    print(draw_text(step_spans(simulation)))
     print(TEXT_LEGEND)
     print(f"\nwrote {args.out}, for https://ui.perfetto.dev or chrome://tracing")
     if args.png:
