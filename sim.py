@@ -1533,8 +1533,12 @@ class Streams:
         return end
 
     def compute(self, layer, part, which, after):
-        """One part of a layer behind its collectives. which: F, I, W or B, the two halves of a backward together."""
+        """One part of a layer behind its collectives, which are called after all computation that was queued before.
+
+        which: F, I, W or B, the two halves of a backward together.
+        """
         if which != "W" and part in layer.collectives:     # weight gradients need nothing from other ranks
+            after = max(after, self.free["compute"])
             for axis, tier, seconds in layer.collectives[part]:
                 after = self.queue(f"{axis} {part}", tier, seconds, after)
         return self.queue(f"{layer.name or part} {which}", "compute", layer.compute[part, which], after)
