@@ -194,6 +194,11 @@ class Plan:
         """The exchange uses the links inside the node and between nodes at once, not one after the other."""
         return self.dispatch == "flat"
 
+    @property
+    def defers_weight_gradients(self):
+        """Weight gradients are put off, to hide an exchange."""
+        return not self.is_plain
+
     def hidden_share(self, axis, hardware):
         """Share of the time of an axis' collectives (tp, dp or pp) that runs beside computation: none, as run here."""
         return 0.0
@@ -1897,7 +1902,7 @@ class Simulation:
 
     @property
     def manner(self):
-        return Manner(self.plan.hops_together, not self.plan.is_plain, self.plan.overlap == "adaptive")
+        return Manner(self.plan.hops_together, self.plan.defers_weight_gradients, self.plan.overlap == "adaptive")
 
     def play_layers(self, forward, backward):
         """Account of an action. forward, backward: LayerTimes, or ()."""

@@ -78,6 +78,11 @@ class RowPlan(Plan):
     def hops_together(self):
         return self.pipelined or super().hops_together
 
+    @property
+    def defers_weight_gradients(self):
+        """Elsewhere only where passes are paired."""
+        return self.overlap == "adaptive"
+
     def hidden_share(self, axis, hardware):
         if axis not in self.hide:
             return 0.0
