@@ -32,6 +32,7 @@ import re
 import signal
 import sys
 import time
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
@@ -204,11 +205,11 @@ class Plan:
         return 0.0
 
     @property
-    def layer_key(self):
-        """All that the counts and the time of a layer depend on: plans that agree in it share them."""
-        gathered_from = (self.dp, self.edp) if self.zero == 3 else ()      # ranks that hold a part of each weight
-        return (self.cp, self.tp, self.sp, self.ep, self.node_size, self.micro_batch, self.seq_len, self.dispatch,
-                self.recompute, self.swap, self.precision, self.is_plain, self.embedding_twice, gathered_from)
+    def layer_plan(self):
+        """This plan without all that makes no difference to a layer: plans that agree in it share counts and times."""
+        return replace(
+            self, pp=min(2, self.pp), dp=self.dp if self.zero == 3 else 1, vpp=1, global_batch=1, layer_split=(),
+            schedule="1f1b" if self.is_plain else "paired", overlap="none", balance_live=0)
 
 
 def plan_value(name, text):
@@ -448,14 +449,14 @@ def share_that_crosses(config, plan):
     return 1 - missed
 
 
-class Sent(NamedTuple):
+class PeerBytes(NamedTuple):
     """Bytes of dispatch and combine together."""
     forward: float
     backward: float
 
 
 def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
-    """Sent by a rank to one peer. inside: of its own node; rows: that it dispatches to the peer and gets back;
+    """PeerBytes by a rank to one peer. inside: of its own node; rows: that it dispatches to the peer and gets back;
     rows_of_peer: that the peer dispatches to it and it sends back."""
     element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row = element * config.hidden_size
@@ -466,7 +467,7 @@ def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
         if plan.dispatch == "dedup":                       # tokens that come, rows for each expert of the peer's node
             header = INDEX_BYTES + counts * plan.inner
-    return Sent(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
+    return PeerBytes(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
                 backward=rows * row + rows_of_peer * (row + weights))
 
 
@@ -972,7 +973,7 @@ class Gather(NamedTuple):
     again: frozenset               # items of Plan.recompute under which backward runs it again
 
 
-class Saved(NamedTuple):
+class SavedTensor(NamedTuple):
     """A tensor that forward leaves for backward."""
     size: float                    # bytes
     owner: str                     # part of the model that keeps it, in a report
@@ -990,10 +991,10 @@ class Work:
     def __init__(self, shape, plan, kind):
         self.shape, self.plan, self.kind = shape, plan, kind
         self.element = BYTES_OF[plan.precision]
-        self.wide = max(4, self.element)                   # bytes of what is computed in float32 or better
+        self.precise = max(4, self.element)                # bytes of what is computed in float32 or better
         self.matmuls = {} if kind == "embedding" else shape.matmuls(kind)
         self.ops = []
-        self.tensors = {}                                  # name -> Saved
+        self.tensors = {}                                  # name -> SavedTensor
         self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
         self.collectives = Counter()                       # Gather -> bytes sent in that group, forward
         self.regions = ()                                  # items of Plan.recompute that run what is recorded now again
@@ -1054,12 +1055,12 @@ class Work:
         self.vector(part, name, (5 if residual else 2) * tokens * width, again)
         self.params["dp"] += width
         self.keep(name, tokens * width, owner)                             # its input ...
-        self.keep(name + ".scale", tokens, owner, size=self.wide)          # ... and 1 / rms of each token
+        self.keep(name + ".scale", tokens, owner, size=self.precise)          # ... and 1 / rms of each token
 
     def keep(self, name, elements, owner, size=0, again=(), swap=""):
         """A saved tensor; kept twice under one name, it is what was said first. size: bytes of an element that is not
         in the plan's precision."""
-        saved = Saved(elements * (size or self.element), owner, self.items(again), swap)
+        saved = SavedTensor(elements * (size or self.element), owner, self.items(again), swap)
         self.tensors.setdefault(name, saved)
 
     def keep_input(self, name, elements, owner, again=(), swap=""):
@@ -1173,7 +1174,7 @@ class Work:
         self.attention_kernel(heads, qk + v, moved=(tokens * heads + keys * kv_heads) * (qk + v))
         if plan.cp > 1:                                    # pieces of a ring are merged one by one, in float32
             merged = (plan.cp - 1) * tokens * heads * v
-            self.vector("attend", "ring_merge", 4 * merged * self.wide / self.element)
+            self.vector("attend", "ring_merge", 4 * merged * self.precise / self.element)
         if padded != v:
             self.keep("attn_padded", tokens * heads * padded, "attention", swap="attn_out")
         self.keep_input("attn_out", tokens * heads * v, "attention", swap="attn_out")
@@ -1183,7 +1184,7 @@ class Work:
         tokens, seq_len = self.plan.gathered_tokens, self.plan.seq_len
         causal_flops = 2 * tokens * seq_len * heads * width / 2            # half of the square of scores
         self.ops.append(Attention("attend", "attention", causal_flops, moved * self.element, seq_len, self.items(())))
-        self.keep("log_sum", tokens * heads, "attention", size=self.wide)
+        self.keep("log_sum", tokens * heads, "attention", size=self.precise)
 
     def output_projection(self):
         # a matmul whose weight gradient may be deferred keeps its input last: attention runs again to this point
@@ -1228,32 +1229,33 @@ class Work:
 
     def route(self):
         """Scores, choice and balance loss, computed in float32 or better."""
-        c, plan, own, wide = self.shape, self.plan, self.plan.tokens, self.wide
+        c, plan, own, precise = self.shape, self.plan, self.plan.tokens, self.precise
         k, experts = c.num_experts_per_tok, c.n_routed_experts
-        if wide > self.element:
-            self.keep("router_in", own * c.hidden_size, "routing", size=wide, again=("norm",))     # cast
+        if precise > self.element:
+            self.keep("router_in", own * c.hidden_size, "routing", size=precise, again=("norm",))     # cast
         # without a cast the router keeps its input, and so do rows that are made again; else only a shared expert may
-        if wide == self.element or "permute" in plan.recompute:
+        if precise == self.element or "permute" in plan.recompute:
             self.keep_input("mlp_in", own * c.hidden_size, "routing", again=("norm",))
         self.matmul("attend", "router", own, wide=True)
-        self.vector("attend", "choose", 6 * own * experts * wide / self.element)
-        self.keep("scores", own * experts, "routing", size=wide)
+        self.vector("attend", "choose", 6 * own * experts * precise / self.element)
+        self.keep("scores", own * experts, "routing", size=precise)
         self.keep("slot", own * k, "routing", size=8)
         if c.norm_topk_prob:
-            self.keep("weights", own * k, "routing", size=wide)
-            self.keep("weights.sum", own, "routing", size=wide)
+            self.keep("weights", own * k, "routing", size=precise)
+            self.keep("weights.sum", own, "routing", size=precise)
         if c.balance != "none" and c.aux_loss_alpha:
             groups = plan.micro_batch // sequences_of_group(c, plan.micro_batch)
-            self.keep("balance", groups * experts, "routing", size=wide)   # load of each group's experts
+            self.keep("balance", groups * experts, "routing", size=precise)   # load of each group's experts
             if c.aux_scores == "normalized":
-                self.keep("balance.sum", own, "routing", size=wide)
+                self.keep("balance.sum", own, "routing", size=precise)
 
     def experts(self, rows):
         """All of a rank's experts, which share the rows."""
         c = self.shape
         self.keep_input("rows", rows * c.hidden_size, "experts", again=("permute",))
         self.swiglu("experts", "expert", rows, "experts", cuts=("experts", "experts"), again=("expert",))
-        self.keep("row_weights", rows + (self.wide == self.element), "experts")        # a cast drops the spare last one
+        spare_row = self.precise == self.element           # a cast drops it
+        self.keep("row_weights", rows + spare_row, "experts")
         self.keep("counts", c.n_routed_experts // self.plan.ep, "experts", size=8)
         if c.expert_weight == "after_down":
             self.keep("expert_out", rows * c.hidden_size, "experts", swap="expert_out")
@@ -1287,18 +1289,18 @@ class Work:
 
     def predict_tokens(self, depth, tokens, vocab):
         # in forward alone: targets (int64), all-reduces of the highest logit and of the sum of the softmax
-        forward_alone = 8 + 2 * 2 * self.wide              # bytes of a token
+        forward_alone = 8 + 2 * 2 * self.precise              # bytes of a token
         width = self.shape.hidden_size + forward_alone / 2 / self.element
         self.gather("tp", "attend", tokens / self.plan.tp, width)
         self.matmul("attend", "lm_head", tokens, cut="out", wide=True)
-        self.vector("attend", "loss", 4 * tokens * vocab * self.wide / self.element, cached=True)
+        self.vector("attend", "loss", 4 * tokens * vocab * self.precise / self.element, cached=True)
         self.keep_loss(depth, tokens, vocab)
 
     def keep_loss(self, depth, tokens, vocab):
         """The loss makes its gradients in forward: of its input, and of the head's weight in float32 or better."""
         width = self.shape.hidden_size
         self.keep(f"grad_h.{depth}", tokens * width, "head")
-        self.keep(f"grad_w.{depth}", vocab * width, "head", size=self.wide)
+        self.keep(f"grad_w.{depth}", vocab * width, "head", size=self.precise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1358,28 +1360,22 @@ class SavedBytes(NamedTuple):
     swapped: float
 
 
-def saved_bytes(work):
-    """SavedBytes of a layer, the embedding or the head, under its plan's recompute and swap."""
-    items, kept, swapped = items_in_force(work.plan), 0, 0
-    for tensor in work.tensors.values():
-        if not tensor.again.isdisjoint(items):
-            continue
-        if tensor.swap in items:
-            swapped += tensor.size
-        else:
-            kept += tensor.size
-    return SavedBytes(kept, swapped)
-
-
 def saved_by_part(works):
-    """Bytes that backward keeps of one micro-batch, by the tensors' owners; `host`: what is swapped."""
-    parts = Counter()
+    """Bytes that backward needs of one micro-batch, by the tensors' owners; `host`: what is swapped."""
+    sizes = Counter()
     for work in works:
         items = items_in_force(work.plan)
         for tensor in work.tensors.values():
             if tensor.again.isdisjoint(items):
-                parts["host" if tensor.swap in items else tensor.owner] += tensor.size
-    return parts
+                sizes["host" if tensor.swap in items else tensor.owner] += tensor.size
+    return sizes
+
+
+def saved_bytes(work):
+    """SavedBytes of a layer, the embedding or the head, under its plan's recompute and swap."""
+    sizes = saved_by_part([work])
+    swapped = sizes.pop("host", 0)
+    return SavedBytes(sum(sizes.values()), swapped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1474,27 +1470,15 @@ class LayerTime:
                 self.sent[tier] += times * one_way
 
 
-WORKS, LAYER_TIMES = {}, {}        # of layer_work and layer_time
-MOST_CACHED = 2**14                # entries after which each starts anew
+@lru_cache(2**14)
+def layer_work(shape, layer_plan, kind, work=Work):
+    """work: Work or a class made from it."""
+    return work(shape, layer_plan, kind)
 
 
-def layer_work(shape, plan, kind, work=Work):
-    """work(shape, plan, kind), made once for all plans with the same layer_key. work: Work or a class made from it."""
-    return cached(WORKS, (shape, plan.layer_key, kind, work), lambda: work(shape, plan, kind))
-
-
-def layer_time(shape, plan, kind, hardware, max_vio, work=Work):
-    """LayerTime, made once for all plans with the same layer_key."""
-    return cached(LAYER_TIMES, (shape, plan.layer_key, kind, hardware, max_vio, work),
-                  lambda: LayerTime(layer_work(shape, plan, kind, work), plan, hardware, max_vio))
-
-
-def cached(cache, key, make):
-    if key not in cache:
-        if len(cache) >= MOST_CACHED:
-            cache.clear()
-        cache[key] = make()
-    return cache[key]
+@lru_cache(2**14)
+def layer_time(shape, layer_plan, kind, hardware, max_vio, work=Work):
+    return LayerTime(layer_work(shape, layer_plan, kind, work), layer_plan, hardware, max_vio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1865,16 +1849,18 @@ class Simulation:
 
     @cached_property
     def works(self):
-        return {kind: layer_work(self.shape, self.plan, kind, self.work) for kind in self.kinds}
+        layer_plan = self.plan.layer_plan
+        return {kind: layer_work(self.shape, layer_plan, kind, self.work) for kind in self.kinds}
 
     @cached_property
-    def saved(self):
+    def kept(self):
         """kind -> bytes that a micro-batch's forward keeps on the device."""
         return {kind: saved_bytes(work).kept for kind, work in self.works.items()}
 
     @cached_property
     def times(self):
-        return {kind: layer_time(self.shape, self.plan, kind, self.hardware, self.max_vio, self.work)
+        layer_plan = self.plan.layer_plan
+        return {kind: layer_time(self.shape, layer_plan, kind, self.hardware, self.max_vio, self.work)
                 for kind in self.kinds}
 
     @cached_property
@@ -2023,7 +2009,7 @@ class Simulation:
     def activations(self, rank):
         """Most bytes that micro-batches in flight keep."""
         plan = self.plan
-        by_chunk = [sum(self.saved[kind] for kind in self.stages[stage]) for stage in plan.stages_of(rank)]
+        by_chunk = [sum(self.kept[kind] for kind in self.stages[stage]) for stage in plan.stages_of(rank)]
         enough = min(plan.n_micro, 4 * plan.turn)          # later turns repeat what was in flight
         moments = in_flight(plan.schedule, plan.pp, plan.vpp, enough, rank)
         return float(np.max(moments @ by_chunk))
@@ -2055,31 +2041,19 @@ class Simulation:
                 rows = max(rows, 4 * work.saved.get("rows", 0))
             if plan.zero == 3:                             # weights of two layers, float32 gradients of one
                 layer = max(layer, sum(work.params.values()) * (2 * BYTES_OF[plan.precision] + 4))
-            again = max(again, sum(work.saved.values()) - self.saved[kind])
+            again = max(again, sum(work.saved.values()) - self.kept[kind])
         return rows + layer + again
 
-    @cached_property
-    def memories(self):
-        return [self.memory(rank) for rank in range(self.plan.pp)]
-
-    def overflows(self, parts):
-        """Whether a rank needs more than there is when the allocator has given unused pieces back."""
-        return sum(parts.values()) - parts["allocator"] > self.hardware.memory
-
     def refusal(self):
-        """Why the step does not fit; "" if it does."""
-        if not any(map(self.overflows, self.memories)):
-            return ""
-        rank = peak_rank(self.memories)
-        parts = self.memories[rank]
-        return (f"pipeline rank {rank} needs {sum(parts.values()) / GIB:.1f} of {self.hardware.memory / GIB:.1f} GiB, "
-                f"most of it {max(parts, key=parts.get)}: use more recompute, pp, tp or zero=3, or a smaller "
-                "micro_batch")
-
-
-def peak_rank(memories):
-    needs = [sum(parts.values()) for parts in memories]
-    return needs.index(max(needs))
+        """Why the step does not fit when the allocator has given unused pieces back; "" if it does."""
+        for rank in self.unlike_ranks:
+            sizes = self.memory(rank)
+            needed = sum(sizes.values())
+            if needed - sizes["allocator"] > self.hardware.memory:
+                return (f"pipeline rank {rank} needs {needed / GIB:.1f} of {self.hardware.memory / GIB:.1f} GiB, most "
+                        f"of it {max(sizes, key=sizes.get)}: use more recompute, pp, tp or zero=3, or a smaller "
+                        "micro_batch")
+        return ""
 
 
 def predict(config, plan, hardware, max_vio=0.0):
@@ -2087,23 +2061,24 @@ def predict(config, plan, hardware, max_vio=0.0):
 
     max_vio: load of the busiest rank over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
     included, nothing recomputed) over the peak of the plan's precision. hidden_comm_fraction: of the expert exchange.
-    memory_by_stage: one entry per pipeline rank. bytes_by_tier: sent by a device in a step.
+    memory_by_stage: a list by pipeline rank, of all its stages. bytes_by_tier: sent by a device in a step.
     """
     check_plan(config, plan, hardware)
     simulation = Simulation(config, plan, hardware, max_vio)
     parts, travel = simulation.breakdown()
     step, why_not = sum(parts.values()), simulation.refusal()
-    peak = peak_rank(simulation.memories)
+    memories = [simulation.memory(rank) for rank in range(plan.pp)]
+    needs = [sum(sizes.values()) for sizes in memories]
     rate = plan.global_batch * plan.seq_len / step
     flops = flops_per_token(simulation.shape, plan.seq_len) * rate / plan.world_size       # FLOP/s of a device
     return dict(
         step_time_s=step, tokens_per_s=rate, tokens_per_s_per_device=rate / plan.world_size,
         mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12,
-        mem_gib=sum(simulation.memories[peak].values()) / GIB, bubble=parts["bubble"] / step,
+        mem_gib=max(needs) / GIB, bubble=parts["bubble"] / step,
         exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
         hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0,
-        fits=not why_not, why_not=why_not, peak_rank=peak, breakdown=parts,
-        memory_by_stage=[{name: size / GIB for name, size in rank.items()} for rank in simulation.memories],
+        fits=not why_not, why_not=why_not, peak_rank=needs.index(max(needs)), breakdown=parts,
+        memory_by_stage=[{name: size / GIB for name, size in sizes.items()} for sizes in memories],
         bytes_by_tier=simulation.bytes_by_tier(), max_vio=max_vio, plan=asdict(plan))
 
 
@@ -2111,12 +2086,14 @@ def predict(config, plan, hardware, max_vio=0.0):
 # What to recompute and swap, so that a plan fits
 
 
-def memory_choices(config, balance_live=0):
-    """Each choice of items to recompute and swap that makes a difference: (recompute, swap), smaller ones first."""
+def memory_choices(config, optimizer=True):
+    """Each choice of items to recompute and swap that makes a difference: (recompute, swap), smaller ones first.
+
+    optimizer: whether it may be swapped.
+    """
     fine = [item for item in RECOMPUTE if item != "layer"]
-    useless = set() if config.expert_weight == "after_down" else {"expert_out"}
-    refused = {"optimizer"} if balance_live else set()
-    swaps = [item for item in SWAP if item not in useless | refused]
+    useful = dict(expert_out=config.expert_weight == "after_down", attn_out=True, optimizer=optimizer)
+    swaps = [item for item in SWAP if useful[item]]
     choices = []
     for recompute in [("layer",), *subsets(fine)]:
         if not {"attention", "mla_up"} <= set(recompute):                  # the first runs the second again
@@ -2132,7 +2109,7 @@ def fit_memory(config, plan, hardware, budget):
     """predict of the plan with the cheapest items to recompute and swap, by simulated time, that needs at most `budget`
     bytes. ValueError says what is missing and what would help."""
     results = [predict(config, replace(plan, recompute=recompute, swap=swap), hardware)
-               for recompute, swap in memory_choices(config, plan.balance_live)]
+               for recompute, swap in memory_choices(config, optimizer=not plan.balance_live)]
     fitting = [result for result in results if result["mem_gib"] * GIB <= budget]
     if fitting:
         return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
@@ -2202,61 +2179,37 @@ def exchange_choices(plan):
     return ("flat", "hierarchical", "dedup") if plan.ep > plan.node_size else ("flat",)
 
 
-class Saving(NamedTuple):
-    """What layers recompute and swap, and what that makes of the model's most frequent layer."""
-    recompute: tuple
-    swap: tuple
-    seconds: float                 # of a forward and a backward
-    kept: float                    # bytes of a micro-batch
-
-
 def rank_savings(config, plan, hardware):
-    """list of Saving, cheapest first, each of which keeps less than all before it; a swapped optimizer apart."""
-    found, best = [], []
+    """list of dict(recompute, swap), cheapest first, each of which keeps less than all before it, as the model's most
+    frequent layer tells; a swapped optimizer apart."""
+    found, best, least = [], [], math.inf
     kind = Counter(layer_kinds(config)).most_common(1)[0][0]
-    for recompute, swap in memory_choices(config):
-        if "optimizer" not in swap:
-            simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
-            alone, _ = layer_seconds(simulation, layer_time(config, simulation.plan, kind, hardware, 0.0))
-            kept = saved_bytes(layer_work(config, simulation.plan, kind)).kept
-            found.append(Saving(recompute, swap, alone, kept))
-    for saving in sorted(found, key=lambda saving: (saving.seconds, saving.kept)):
-        if not best or saving.kept < best[-1].kept:
+    for recompute, swap in memory_choices(config, optimizer=False):
+        simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
+        layer = layer_time(config, simulation.plan.layer_plan, kind, hardware, 0.0)
+        seconds, _ = layer_seconds(simulation, layer)
+        found.append((seconds, saved_bytes(layer.work).kept, dict(recompute=recompute, swap=swap)))
+    for _, kept, saving in sorted(found, key=itemgetter(0, 1)):
+        if kept < least:
             best.append(saving)
+            least = kept
     return best
 
 
 def fitted(config, plan, hardware, savings):
     """([this plan with the cheapest saving that fits, for each way to hold the optimizer], or why none fits)."""
-    plans, why_not = [], ""
-    for zero, swapped in product(zero_choices(plan), ((), ("optimizer",))):
-        tried = [replace(plan, zero=zero, recompute=saving.recompute, swap=saving.swap + swapped) for saving in savings]
-        first, why_not = first_that_fits(config, tried, hardware)
+    def refusal(one):
+        return Simulation(config, one, hardware).refusal()
+
+    plans = []
+    for zero, optimizer in product(zero_choices(plan), ((), ("optimizer",))):
+        tried = [replace(plan, zero=zero, recompute=saving["recompute"], swap=saving["swap"] + optimizer)
+                 for saving in savings]
+        first = bisect_left(tried, True, key=lambda one: not refusal(one))     # each needs less than those before
         plans += tried[first:first + 1]
         if first == 0:                                     # nothing is recomputed: less memory gains nothing more
             break
-    return plans, "" if plans else "recomputed and swapped as much as can be, " + why_not
-
-
-def first_that_fits(config, plans, hardware):
-    """(index of the first that fits, found by halving, since each needs less memory than those before; why not all)."""
-    def simulate(index):
-        return Simulation(config, plans[index], hardware)
-
-    low, high = 0, len(plans) - 1
-    if not fits(simulate(high)):
-        return len(plans), simulate(high).refusal()
-    while low < high:
-        middle = (low + high) // 2
-        if fits(simulate(middle)):
-            high = middle
-        else:
-            low = middle + 1
-    return low, ""
-
-
-def fits(simulation):
-    return not any(simulation.overflows(simulation.memory(rank)) for rank in simulation.unlike_ranks)
+    return plans, "" if plans else "recomputed and swapped as much as can be, " + refusal(tried[-1])
 
 
 def price(simulation):
@@ -2432,7 +2385,8 @@ def print_shapes(hardware, devices, budget, seq_len, top, experts):
     shapes = [one for one in candidate_shapes(budget) if experts in (0, one[0].n_routed_experts)]
     plans, rows = list(shape_plans(hardware, devices, seq_len)), []
     require(shapes, f"budget={budget}: no shape within 3 % of both, use another ratio of active to total")
-    require(plans, f"devices={devices}: use a multiple of 8 * 16 = 128")
+    tp = min(8, hardware.node_size)
+    require(plans, f"devices={devices}: use a multiple of tp*pp={tp}*8={8 * tp}")
     for config, active, total in with_progress("shapes tried", shapes):
         result = fastest(config, plans, hardware)
         if result:
@@ -2519,10 +2473,10 @@ def print_hidden(hardware):
     exposed = Counter()                                    # whether in a pair -> seconds, a mean over pipeline ranks
     for stages, times in simulation.timetable.times.items():
         exposed[None not in stages] += times * simulation.accounts[stages].parts["exchange"] / simulation.plan.pp
-    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {exposed[False]:.2f} s in passes "
-          "that have\nno partner, before and after the steady steps, where the shared expert alone hides a part, and "
-          f"{exposed[True]:.2f} s in pairs,\nwhere an exchange is longer than what runs beside it. The paper states no share; "
-          "later press says more than 98 %.")
+    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {exposed[False]:.2f} s in "
+          "passes that have\nno partner, before and after the steady steps, where the shared expert alone hides a part, "
+          f"and {exposed[True]:.2f} s in pairs,\nwhere an exchange is longer than what runs beside it. The paper states "
+          "no share; later press says more than 98 %.")
 
 
 def print_prediction(result):
@@ -2535,10 +2489,12 @@ def print_prediction(result):
     sent = result["bytes_by_tier"]
     print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
           "between nodes")
-    print("\nGiB at the peak\nrank ", *(f"{name:>11}" for name in result["memory_by_stage"][0]), "        sum")
-    for rank, parts in enumerate(result["memory_by_stage"]):
-        sizes = [*parts.values(), sum(parts.values())]
-        print(f"{rank:5}", *(f"{size:11.2f}" for size in sizes), " <- peak" if rank == result["peak_rank"] else "")
+    names = result["memory_by_stage"][0]
+    print("\nGiB at the peak of each pipeline rank, with all its stages\nrank ", *(f"{name:>11}" for name in names),
+          "        sum")
+    for rank, sizes in enumerate(result["memory_by_stage"]):
+        peak = " <- peak" if rank == result["peak_rank"] else ""
+        print(f"{rank:5}", *(f"{size:11.2f}" for size in sizes.values()), f"{sum(sizes.values()):11.2f}", peak)
     print(f"\nfits: {'yes' if result['fits'] else 'no, ' + result['why_not']}")
 
 
@@ -2754,16 +2710,18 @@ def positive(text):
 def parse_arguments(argv):
     parser = Parser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
-    for name, about in (("predict", "one plan: seconds, tokens/s, memory"),
-                        ("plans", "the fastest plans that fit; two minutes on two cores for thousands of devices"),
-                        ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
+    own = f"{PAPER_DEVICES} for the paper's model on its hardware, else a node"
+    for name, about, default_devices in (
+            ("predict", "one plan: seconds, tokens/s, memory", own),
+            ("plans", "the fastest plans that fit; two minutes on two cores for thousands of devices", "a node"),
+            ("trace", "one step as a timeline", own),
+            ("shapes", "the fastest shapes of a budget", str(PAPER_DEVICES))):
         command = commands.add_parser(name, help=about, description=about)
         if name != "shapes":
             command.add_argument("--model", default="pangu-ultra-moe-718b",
                                  help="preset, or JSON file of Config's fields")
         command.add_argument("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
-        command.add_argument("--devices", type=positive, help="number of devices; default: the plan's, for plans one "
-                             f"node, for shapes {PAPER_DEVICES}")
+        command.add_argument("--devices", type=positive, help="number of devices; default: " + default_devices)
         if name in ("plans", "shapes"):
             command.add_argument("--seq-len", type=positive, default=4096, help="tokens in a sequence")
             command.add_argument("--top", type=positive, default=10, help="rows to print")

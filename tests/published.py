@@ -88,10 +88,6 @@ class RowPlan(Plan):
             return 0.0
         return 1.0 if axis == "pp" else hardware.hidden_share
 
-    @property
-    def layer_key(self):
-        return (*super().layer_key, self.etp, self.hide)
-
 
 @dataclass(frozen=True)
 class RowShape(Shape):
@@ -148,7 +144,7 @@ class RowWork(Work):
         """Logits in float32, beside those of the matmul, and its input. torch's own loss does not work in place."""
         copies = 2 if self.shape.attn_kernel == "portable" else 1
         self.keep(f"head_in.{depth}", self.plan.tokens * self.shape.hidden_size, "head")
-        self.keep(f"logits.{depth}", tokens * vocab, "head", size=self.element + copies * self.wide)
+        self.keep(f"logits.{depth}", tokens * vocab, "head", size=self.element + copies * self.precise)
 
     def attention_kernel(self, heads, width, moved):
         with self.runs_again("core_attention"):

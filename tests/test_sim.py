@@ -71,7 +71,7 @@ def test_in_flight_is_what_a_walk_of_the_whole_table_finds():
         sizes = [generator.random() for _ in range(plan.n_stages)]
         simulation = sim.Simulation(replace(TINY, num_hidden_layers=64), plan, ASCEND)
         simulation.stages = [(stage,) for stage in range(plan.n_stages)]
-        simulation.__dict__["saved"] = sizes
+        simulation.__dict__["kept"] = sizes
         for rank, actions in enumerate(schedule_table(plan)):
             kept, most = 0.0, 0.0
             for kind, stage, _ in (part for action in actions for part in action.parts()):
