@@ -156,7 +156,7 @@ class Plan:
         return self.n_stages == 1 and self.schedule == "1f1b"
 
     @property
-    def embedding_twice(self):
+    def ends_apart(self):
         """The first and the last stage are on different ranks: where both read the embedding, both hold it."""
         return self.pp > 1
 
@@ -201,7 +201,7 @@ class Plan:
         return not self.is_plain
 
     def hidden_share(self, axis, hardware):
-        """Share of the time of an axis' collectives (tp, dp or pp) that runs beside computation: none, as run here."""
+        """Share of the time of a layer's collectives on an axis that runs beside its matmuls: none, as run here."""
         return 0.0
 
     @property
@@ -793,52 +793,52 @@ class Attention(NamedTuple):
 
 
 class Matmul(NamedTuple):
-    """(rows, inner) by (inner, columns); or by several matrices, each with its share of the rows, as experts are."""
+    """(rows, summed) by (summed, columns); or by several matrices, each with its share of the rows, as experts are."""
     part: str
     name: str
     rows: float
-    inner: int
+    summed: int
     columns: int
     matrices: int
     element: int                   # bytes
-    wide: bool = False             # stays in 16 bits where others read 8
+    in_16_bits: bool = False       # where others read 8
     again: frozenset = frozenset()
 
     @property
     def flops(self):
-        return 2 * self.rows * self.inner * self.columns
+        return 2 * self.rows * self.summed * self.columns
 
     @property
     def moved(self):
-        elements = self.rows * self.inner + self.matrices * self.inner * self.columns + self.rows * self.columns
+        elements = self.rows * self.summed + self.matrices * self.summed * self.columns + self.rows * self.columns
         return self.element * elements
 
     def seconds(self, plan, hardware):
         """Each half of the backward does as much arithmetic as the forward, in another shape."""
-        rows, inner, columns, matrices = self.rows, self.inner, self.columns, self.matrices
+        rows, summed, columns, matrices = self.rows, self.summed, self.columns, self.matrices
         start = hardware.static_matmul
         if matrices > 1:
             start += matrices * hardware.static_expert
-        forward = self.product_seconds(plan, hardware, rows, inner, columns) + start
-        inputs = self.product_seconds(plan, hardware, rows, columns, inner) + start
-        weights = self.product_seconds(plan, hardware, inner * matrices, rows / matrices, columns, tokens_inside=True)
+        forward = self.product_seconds(plan, hardware, rows, summed, columns) + start
+        inputs = self.product_seconds(plan, hardware, rows, columns, summed) + start
+        weights = self.product_seconds(plan, hardware, summed * matrices, rows / matrices, columns, tokens_inside=True)
         # the sum over micro-batches is read and written
-        weights += start + 2 * gradient_bytes(plan) * inner * columns * matrices / hardware.memory_rate
+        weights += start + 2 * gradient_bytes(plan) * summed * columns * matrices / hardware.memory_rate
         if plan.precision in NARROW:                       # inputs and gradients are cast, in two layouts
-            forward += 2 * rows * inner / hardware.memory_rate
+            forward += 2 * rows * summed / hardware.memory_rate
             inputs += 2 * rows * columns / hardware.memory_rate
         return Passes(forward, inputs, weights)
 
-    def product_seconds(self, plan, hardware, rows, inner, columns, tokens_inside=False):
-        """One pass, as (rows, inner) by (inner, columns). tokens_inside: the sum is over tokens, as the weights' is."""
+    def product_seconds(self, plan, hardware, rows, summed, columns, tokens_inside=False):
+        """One pass, (rows, summed) by (summed, columns). tokens_inside: the sum is over tokens, as the weights' is."""
         half, tokens = hardware.matmul_half, hardware.tokens_half
         halves = (half, tokens, half) if tokens_inside else (tokens, half, half)
-        share = matmul_share(rows, inner, columns, self.matrices, halves, hardware.cores)
+        share = matmul_share(rows, summed, columns, self.matrices, halves, hardware.cores)
         return slower_of(self.flops, self.rate(plan, hardware) * share, self.moved, hardware)
 
     def rate(self, plan, hardware):
         """FLOP/s of a large matmul."""
-        narrow = plan.precision in NARROW and not self.wide
+        narrow = plan.precision in NARROW and not self.in_16_bits
         rate = peak_of(hardware, plan.precision, narrow) * hardware.matmul_efficiency * hardware.power
         if narrow:
             rate *= hardware.fp8_efficiency
@@ -853,10 +853,10 @@ def slower_of(flops, rate, moved, hardware):
 
 
 @lru_cache(None)
-def matmul_share(rows, inner, columns, matrices, halves, cores):
+def matmul_share(rows, summed, columns, matrices, halves, cores):
     """Share of its best rate that a matmul reaches: short sides, and a last wave of tiles that leaves cores idle."""
     share = 1.0
-    for side, half in zip((rows / matrices, inner, columns), halves):
+    for side, half in zip((rows / matrices, summed, columns), halves):
         share *= side / (side + half)
     if not cores:
         return share
@@ -1039,9 +1039,9 @@ class Work:
         """All items of Plan.recompute under which what is recorded now runs, or is made, again."""
         return frozenset((*self.regions, *again))
 
-    def matmul(self, part, name, rows, cut="", again=(), wide=False):
+    def matmul(self, part, name, rows, cut="", again=(), in_16_bits=False):
         own = self.own_part(name, cut)
-        self.ops.append(Matmul(part, name, rows, own.n_in, own.n_out, own.copies, self.element, wide,
+        self.ops.append(Matmul(part, name, rows, own.n_in, own.n_out, own.copies, self.element, in_16_bits,
                                self.items(again)))
         self.params["edp" if cut == "experts" else "dp"] += own.copies * own.n_in * own.n_out
 
@@ -1236,7 +1236,7 @@ class Work:
         # without a cast the router keeps its input, and so do rows that are made again; else only a shared expert may
         if precise == self.element or "permute" in plan.recompute:
             self.keep_input("mlp_in", own * c.hidden_size, "routing", again=("norm",))
-        self.matmul("attend", "router", own, wide=True)
+        self.matmul("attend", "router", own, in_16_bits=True)
         self.vector("attend", "choose", 6 * own * experts * precise / self.element)
         self.keep("scores", own * experts, "routing", size=precise)
         self.keep("slot", own * k, "routing", size=8)
@@ -1269,7 +1269,7 @@ class Work:
         self.norm("attend", "enorm", c.hidden_size, "MTP")
         self.norm("attend", "hnorm", c.hidden_size, "MTP")
         self.norm("attend", "shared_head.norm", c.hidden_size, "head")
-        if not self.plan.embedding_twice:                  # else the copy counts it
+        if not self.plan.ends_apart:                  # else the copy counts it
             self.look_up()
         self.keep_input("eh_in", own * 2 * c.hidden_size, "MTP")
         self.matmul("attend", "eh_proj", own)
@@ -1283,7 +1283,7 @@ class Work:
         for depth in range(1 + c.num_nextn_predict_layers):
             self.predict_tokens(depth, plan.gathered_tokens, c.vocab_size // plan.tp)
         # all depths share one matrix, which may be the embedding's
-        tied = c.tie_word_embeddings and not plan.embedding_twice
+        tied = c.tie_word_embeddings and not plan.ends_apart
         matrix = 0 if tied else c.vocab_size // plan.tp * c.hidden_size
         self.params["dp"] = c.hidden_size + matrix
 
@@ -1292,7 +1292,7 @@ class Work:
         forward_alone = 8 + 2 * 2 * self.precise              # bytes of a token
         width = self.shape.hidden_size + forward_alone / 2 / self.element
         self.gather("tp", "attend", tokens / self.plan.tp, width)
-        self.matmul("attend", "lm_head", tokens, cut="out", wide=True)
+        self.matmul("attend", "lm_head", tokens, cut="out", in_16_bits=True)
         self.vector("attend", "loss", 4 * tokens * vocab * self.precise / self.element, cached=True)
         self.keep_loss(depth, tokens, vocab)
 
@@ -1344,7 +1344,7 @@ def stage_kinds(shape, plan):
     kinds = layer_kinds(shape)
     stages = [[kinds[i] for i in layers] for layers in stage_layers(shape, plan)]
     stages[0].insert(0, "embedding")
-    if "mtp" in kinds and plan.embedding_twice:            # a copy of the embedding feeds the MTP layers
+    if "mtp" in kinds and plan.ends_apart:            # a copy of the embedding feeds the MTP layers
         stages[-1].insert(stages[-1].index("mtp"), "embedding")
     stages[-1].append("head")
     return [tuple(stage) for stage in stages]
@@ -1388,11 +1388,6 @@ class Collective(NamedTuple):
     seconds: float
 
 
-class Transfer(NamedTuple):
-    tier: str
-    seconds: float
-
-
 class LayerTime:
     """Seconds of one layer, embedding or head on one rank. What a backward runs again is the part `recompute`.
 
@@ -1416,7 +1411,7 @@ class LayerTime:
         if self.has_experts:
             self._time_exchange()
         self.swap = saved_bytes(work).swapped / hardware.host_bandwidth
-        # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it
+        # (tier, seconds) with zero=3: weights are gathered in forward and in backward, gradients scattered after it
         self.weights = self._of_weights(work.element)
         self.gradients = self._of_weights(4)
 
@@ -1431,7 +1426,7 @@ class LayerTime:
         seconds = 0.0
         if self.plan.zero == 3:
             seconds = weights_seconds(self.plan, self.hardware, self.work.params, size)
-        return Transfer(tier_of(self.plan, "dp"), seconds)
+        return tier_of(self.plan, "dp"), seconds
 
     def _time_operators(self):
         for op in self.work.ops:
@@ -1448,7 +1443,7 @@ class LayerTime:
         for (axis, part, again), sent in self.work.collectives.items():
             tier = tier_of(self.plan, axis)
             seconds = axis_seconds(self.plan, self.hardware, axis, sent)
-            seconds *= 1 - self.plan.hidden_share(axis, self.hardware)     # the rest runs beside its matmul
+            seconds *= 1 - self.plan.hidden_share(axis, self.hardware)
             passes = 2
             self.collectives[part].append(Collective(axis, tier, seconds))
             if not again.isdisjoint(self.items):
@@ -1631,7 +1626,7 @@ class Account(NamedTuple):
     seconds: float
     # add up to `seconds`: computation by name; `exchange`, while rows travel and nothing is computed; `overlap tax`;
     # `collectives`, all other waits
-    parts: dict
+    by_name: dict
     travel: float                  # seconds of exchange on either link, hidden or not
 
 
@@ -1639,25 +1634,25 @@ class Account(NamedTuple):
 def action_account(forward, backward, manner, tax=0.0):
     """Account of play_action. tax: seconds of computation lost for a second in which a link is busy beside it."""
     streams = play_action(forward, backward, manner)
-    parts, travel, computing, travelling, on_links = Counter(), 0.0, [], [], []
+    by_name, travel, computing, travelling, on_links = Counter(), 0.0, [], [], []
     for task in streams.tasks:
         start, end, name, stream = task
         if stream == "compute":
             computing.append(task)
-            parts[name[:-2]] += end - start                # without the pass
+            by_name[name[:-2]] += end - start                # without the pass
         elif stream != "host":
             on_links.append(task)
         if name.startswith("exchange"):
             travelling.append(task)
             travel += end - start
-    computed = sum(parts.values())
+    computed = sum(by_name.values())
     both = computed + busy_seconds(on_links) - busy_seconds(computing + on_links)
     busy = busy_seconds(computing + travelling)
     played = max(streams.free.values())
-    parts["exchange"] = max(0.0, busy - computed)          # rounding aside
-    parts["collectives"] = max(0.0, played - busy)
-    parts["overlap tax"] = tax * both
-    return Account(played + tax * both, parts, travel)
+    by_name["exchange"] = max(0.0, busy - computed)          # rounding aside
+    by_name["collectives"] = max(0.0, played - busy)
+    by_name["overlap tax"] = tax * both
+    return Account(played + tax * both, by_name, travel)
 
 
 def busy_seconds(tasks):
@@ -1914,8 +1909,7 @@ class Simulation:
     @property
     def link(self):
         """Seconds that it travels and that the next stage waits for it."""
-        seconds = collective_seconds(self.hardware, tier_of(self.plan, "pp"), 2, self.stream_bytes())
-        return seconds * (1 - self.plan.hidden_share("pp", self.hardware))
+        return collective_seconds(self.hardware, tier_of(self.plan, "pp"), 2, self.stream_bytes())
 
     @cached_property
     def seconds(self):
@@ -1936,14 +1930,8 @@ class Simulation:
             return 0.0
         gradients = weights_seconds(plan, self.hardware, held, gradient_bytes(plan))
         if plan.zero == 0:                                 # the second half of an all-reduce
-            gradients *= 2
-        else:
-            gradients += weights_seconds(plan, self.hardware, held, BYTES_OF[plan.precision])
-        hidden = plan.hidden_share("dp", self.hardware) * gradients
-        if hidden:                                         # beside the last backwards
-            backwards = [self.play_layers((), self.layers_of(stage)).seconds for stage in plan.stages_of(rank)]
-            hidden = min(hidden, sum(backwards))
-        return gradients - hidden
+            return 2 * gradients
+        return gradients + weights_seconds(plan, self.hardware, held, BYTES_OF[plan.precision])
 
     def optimizer_seconds(self, rank):
         seconds = self.optimizer_bytes(rank) / self.hardware.memory_rate
@@ -1974,7 +1962,7 @@ class Simulation:
             parts["optimizer"] += self.optimizer_seconds(rank)
         for stages, times in self.timetable.times.items():
             account = self.accounts[stages]
-            for name, seconds in account.parts.items():
+            for name, seconds in account.by_name.items():
                 parts[name] += times * seconds
             travel += times * account.travel
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
@@ -2472,11 +2460,11 @@ def print_hidden(hardware):
     simulation = Simulation(PANGU, Plan(seq_len=PAPER_LENGTH, **PAPER["optimised"]["plan"]), hardware)
     exposed = Counter()                                    # whether in a pair -> seconds, a mean over pipeline ranks
     for stages, times in simulation.timetable.times.items():
-        exposed[None not in stages] += times * simulation.accounts[stages].parts["exchange"] / simulation.plan.pp
-    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {exposed[False]:.2f} s in "
-          "passes that have\nno partner, before and after the steady steps, where the shared expert alone hides a part, "
-          f"and {exposed[True]:.2f} s in pairs,\nwhere an exchange is longer than what runs beside it. The paper states "
-          "no share; later press says more than 98 %.")
+        exposed[None not in stages] += times * simulation.accounts[stages].by_name["exchange"] / simulation.plan.pp
+    print("\nHidden is the share of the exchange that runs beside computation. Not hidden: "
+          f"{exposed[False]:.2f} s in passes without\na partner, before and after the steady steps, where the shared "
+          f"expert and weight gradients hide a part, and\n{exposed[True]:.2f} s in pairs, where an exchange is longer "
+          "than what runs beside it. The paper states no share; later press\nsays more than 98 %.")
 
 
 def print_prediction(result):

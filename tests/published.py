@@ -184,6 +184,19 @@ class RowWork(Work):
 
 
 class RowSimulation(Simulation):
+    @property
+    def link(self):
+        return super().link * (1 - self.plan.hidden_share("pp", self.hardware))
+
+    def gradient_seconds(self, rank):
+        """But for what runs beside the last backwards."""
+        seconds = super().gradient_seconds(rank)
+        hidden = self.plan.hidden_share("dp", self.hardware) * seconds
+        if hidden:
+            backwards = [self.play_layers((), self.layers_of(stage)).seconds for stage in self.plan.stages_of(rank)]
+            hidden = min(hidden, sum(backwards))
+        return seconds - hidden
+
     def stream_bytes(self):
         """Whole tensors are sent in parts by the tensor ranks."""
         whole = super().stream_bytes()

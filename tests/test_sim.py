@@ -838,7 +838,7 @@ def test_a_short_side_and_idle_cores_cost_a_matmul_its_rate():
 
 
 def matmul(rows):
-    return sim.Matmul("attend", "o_proj", rows, inner=1024, columns=1024, matrices=1, element=2)
+    return sim.Matmul("attend", "o_proj", rows, summed=1024, columns=1024, matrices=1, element=2)
 
 
 def test_two_ranks_of_a_mesh_use_one_link_and_eight_use_seven():
