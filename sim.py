@@ -137,10 +137,6 @@ class Plan:
     def stages_of(self, rank):
         return list(range(rank, self.n_stages, self.pp))
 
-    def homes(self):
-        """Stage -> the pipeline rank that holds it."""
-        return {stage: stage % self.pp for stage in range(self.n_stages)}
-
     @property
     def turn(self):
         """Micro-batches that a rank runs of one chunk before the next chunk has its turn: pp, or what divides n_micro.
@@ -1760,11 +1756,10 @@ class Step(NamedTuple):
 
 def in_order(plan, table):
     """list of Step: each rank runs as far as its inputs allow, until all are done."""
-    home, last = plan.homes(), plan.n_stages - 1
-    # (stage, micro-batch) whose forward, or backward, can run -> number of the step that makes its input; None if the
-    # input is at hand, as are the tokens of the first stage and the losses of the last
-    forwards = {(0, microbatch): None for microbatch in range(plan.n_micro)}
-    backwards = {(last, microbatch): None for microbatch in range(plan.n_micro)}
+    # (stage, micro-batch) whose forward, or backward, can run -> numbers of the steps on other ranks that make its
+    # input: none for the tokens of the first stage and the losses of the last, which are at hand
+    forwards = {(0, microbatch): () for microbatch in range(plan.n_micro)}
+    backwards = {(plan.n_stages - 1, microbatch): () for microbatch in range(plan.n_micro)}
     steps, done, progress = [], [0] * len(table), True
     while progress:
         progress = False
@@ -1773,25 +1768,21 @@ def in_order(plan, table):
                 forward, backward = action
                 if (forward and forward not in forwards) or (backward and backward not in backwards):
                     break
-                needs = ()
+                needs, own = (), (len(steps),) if plan.pp > 1 else ()
                 if forward:
                     stage, microbatch = forward
-                    needs += outside(forwards[forward])
-                    forwards[stage + 1, microbatch] = None if home.get(stage + 1) == rank else len(steps)
+                    needs += forwards[forward]
+                    forwards[stage + 1, microbatch] = own
                 if backward:
                     stage, microbatch = backward
-                    needs += outside(backwards[backward])
-                    backwards[stage - 1, microbatch] = None if home.get(stage - 1) == rank else len(steps)
+                    needs += backwards[backward]
+                    backwards[stage - 1, microbatch] = own
                 steps.append(Step(rank, action.stages, needs, action))
                 done[rank] += 1
                 progress = True
     waiting = [str(actions[n]) for actions, n in zip(table, done) if n < len(actions)]
     assert not waiting, f"ranks wait for each other at {', '.join(waiting)}"
     return steps
-
-
-def outside(maker):
-    return () if maker is None else (maker,)
 
 
 class Timetable(NamedTuple):
@@ -1974,11 +1965,11 @@ class Simulation:
 
     def bytes_by_tier(self):
         """Bytes that a device sends while the pipeline runs, a mean over pipeline ranks; zero=3's weights apart."""
-        plan, home, total = self.plan, self.plan.homes(), Counter(inner=0, outer=0)
+        plan, total = self.plan, Counter(inner=0, outer=0)
         for kind in chain(*self.stages):
             total.update(self.times[kind].sent)
-        crossings = sum(home[stage] != home[stage + 1] for stage in range(plan.n_stages - 1))
-        total[tier_of(plan, "pp")] += 2 * crossings * self.stream_bytes()
+        if plan.pp > 1:                                    # each stage and the next are on two ranks
+            total[tier_of(plan, "pp")] += 2 * (plan.n_stages - 1) * self.stream_bytes()
         return {tier: sent * plan.n_micro / plan.pp for tier, sent in total.items()}
 
     @cached_property
@@ -2627,10 +2618,14 @@ def describe(plan):
     return ",".join(chosen)
 
 
+def print_setting(model, hardware, devices, batch, seq_len, precision="bf16"):
+    print(f"{model} on {devices} {hardware.name}, {peak_words(hardware, precision)}; a step of {batch} sequences of "
+          f"{seq_len} tokens; simulated, nothing was run", flush=True)
+
+
 def print_header(model, hardware, plan, why):
-    print(f"{model} on {plan.world_size} {hardware.name}, {peak_words(hardware, plan.precision)}; a step of "
-          f"{plan.global_batch} sequences of {plan.seq_len} tokens; simulated, nothing was run\n"
-          f"plan: {describe(asdict(plan))}\n      ({why})\n")
+    print_setting(model, hardware, plan.world_size, plan.global_batch, plan.seq_len, plan.precision)
+    print(f"plan: {describe(asdict(plan))}\n      ({why})\n")
 
 
 def choose_plan(text, model, hardware, devices):
@@ -2756,8 +2751,7 @@ def main(argv=None):
 
 def run_plans(args, config, hardware):
     devices = args.devices or hardware.node_size
-    print(f"{args.model} on {devices} {hardware.name}, {peak_words(hardware)}; a step of {args.global_batch} sequences "
-          f"of {args.seq_len} tokens; all simulated", flush=True)
+    print_setting(args.model, hardware, devices, args.global_batch, args.seq_len)
     begin = time.monotonic()
     search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=args.seq_len)
     ending = "interrupted after" if search.interrupted else "in"
