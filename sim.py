@@ -2093,8 +2093,8 @@ def fit_memory(config, plan, hardware, budget):
     if fitting:
         return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
     least = min(results, key=itemgetter("mem_gib"))
-    parts = least["memory_by_stage"][least["peak_rank"]]
-    sizes = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
+    needs = least["memory_by_stage"][least["peak_rank"]]
+    sizes = ", ".join(f"{name} {size:.2f}" for name, size in needs.items() if size >= 0.005)
     items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
     raise ValueError(f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB "
                      f"(simulated: {sizes}), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
@@ -2122,14 +2122,14 @@ SEARCHED = (("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved",
 PLAYED = 400                               # plans that are played in full, at least
 
 
-def candidate_groups(config, hardware, devices, **batch):
+def candidate_groups(config, hardware, devices, **alike):
     """Plans to search, but for zero, dispatch and what is saved, in lists of those that cut a layer alike.
 
-    At most a node of tp, at least 1024 tokens a rank of a context group, micro-batches of at most 8.
+    alike: fields that all have the same, global_batch and seq_len among them. At most a node of tp, at least 1024 tokens a rank of a context group, micro-batches of at most 8.
     """
     powers = [2**i for i in range(devices.bit_length())]
     tensor = [n for n in powers if n <= hardware.node_size]
-    contexts = [n for n in powers if n == 1 or n * 1024 <= batch["seq_len"]]
+    contexts = [n for n in powers if n == 1 or n * 1024 <= alike["seq_len"]]
     experts = divisors(config.n_routed_experts) if has_experts(config) else [1]
     stages = [n for n in divisors(devices) if n <= config.num_hidden_layers + 1]
     for tp, cp, micro_batch, ep in product(tensor, contexts, (1, 2, 4, 8), experts):
@@ -2141,7 +2141,7 @@ def candidate_groups(config, hardware, devices, **batch):
             group.append(Plan(
                 tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=ranks // (tp * cp), ep=ep, micro_batch=micro_batch,
                 schedule=schedule, vpp=vpp, overlap="adaptive" if schedule == "paired" else "none",
-                node_size=hardware.node_size, **batch))
+                node_size=hardware.node_size, **alike))
         yield group
 
 
@@ -2248,12 +2248,12 @@ class Search(NamedTuple):
     interrupted: bool
 
 
-def search_plans(config, hardware, devices, top=10, **batch):
+def search_plans(config, hardware, devices, top=10, **alike):
     """The best plans by price are played, PLAYED or `top` of them; interrupted while it prices, the `top` best so far.
 
     A search, not a proof: a plan is missed whose price is too high by more than that of the others.
     """
-    groups = list(candidate_groups(config, hardware, devices, **batch))
+    groups = list(candidate_groups(config, hardware, devices, **alike))
     priced, refused, found, interrupted = [], {}, [], False
     try:
         for more, reasons in in_processes("groups of plans priced", partial(price_group, config, hardware), groups):
@@ -2611,10 +2611,10 @@ def peak_words(hardware, precision="bf16"):
 def describe(plan):
     """What of a plan (a dict) is not the default, as --plan takes it."""
     chosen = []
-    for setting in fields(Plan):
-        value = plan[setting.name]
-        if value != setting.default:
-            chosen.append(f"{setting.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+    for one in fields(Plan):
+        value = plan[one.name]
+        if value != one.default:
+            chosen.append(f"{one.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
     return ",".join(chosen)
 
 
