@@ -99,13 +99,8 @@ class Plan:
     def __post_init__(self):
         for name in ("recompute", "swap", "layer_split"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.schedule:
-            object.__setattr__(self, "schedule", self._usual_schedule())
-
-    def _usual_schedule(self):
-        if self.overlap == "adaptive":
-            return "paired"
-        return "1f1b" if self.vpp == 1 else "interleaved"
+        usual = "paired" if self.overlap == "adaptive" else "1f1b" if self.vpp == 1 else "interleaved"
+        object.__setattr__(self, "schedule", self.schedule or usual)
 
     # -- sizes of the step
 
@@ -1452,10 +1447,10 @@ class LayerTime:
         outer_ranks = plan.ep if plan.dispatch == "flat" else plan.ep // plan.inner
         ranks = dict(inner=plan.inner, outer=outer_ranks)
         forwards = 2 + bool(self.rows_again) + self.whole_again            # how often rows travel one way
-        sent = exchange_bytes(self.work.shape, plan)
+        sent = uniform_exchange(self.work.shape, plan)
         for which, both_ways, times in (("F", sent["forward"], forwards), ("B", sent["backward"], 2)):
             for tier in ("inner", "outer"):
-                one_way = both_ways[tier][0] / 2
+                one_way = both_ways[tier] / 2
                 seconds = collective_seconds(self.hardware, tier, ranks[tier], self.slower * one_way)
                 self.exchange[which][tier] = seconds
                 self.sent[tier] += times * one_way
@@ -1855,9 +1850,6 @@ class Simulation:
         return [tuple(chain.from_iterable(self.stages[stage] for stage in self.plan.stages_of(rank)))
                 for rank in range(self.plan.pp)]
 
-    def works_of(self, rank):
-        return [self.works[kind] for kind in self.kinds_of[rank]]
-
     @cached_property
     def unlike_ranks(self):
         """list: of the pipeline ranks that hold layers of the same kinds the first, which has the most in flight."""
@@ -1975,8 +1967,8 @@ class Simulation:
     @cached_property
     def params(self):
         """list (pp) of {axis of Plan.holders: parameters that a pipeline rank holds}."""
-        return [{axis: sum(work.params[axis] for work in self.works_of(rank)) for axis in self.plan.holders}
-                for rank in range(self.plan.pp)]
+        return [{axis: sum(self.works[kind].params[axis] for kind in kinds) for axis in self.plan.holders}
+                for kinds in self.kinds_of]
 
     @cached_property
     def params_cut(self):
@@ -2125,7 +2117,8 @@ PLAYED = 400                               # plans that are played in full, at l
 def candidate_groups(config, hardware, devices, **alike):
     """Plans to search, but for zero, dispatch and what is saved, in lists of those that cut a layer alike.
 
-    alike: fields that all have the same, global_batch and seq_len among them. At most a node of tp, at least 1024 tokens a rank of a context group, micro-batches of at most 8.
+    alike: fields that all have the same, global_batch and seq_len among them. At most a node of tp, at least 1024
+    tokens a rank of a context group, micro-batches of at most 8.
     """
     powers = [2**i for i in range(devices.bit_length())]
     tensor = [n for n in powers if n <= hardware.node_size]
