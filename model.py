@@ -375,7 +375,8 @@ def flops_per_token(config, seq_len):
     Backward is two forwards. The head counts once per depth of prediction, recomputation never.
     """
     heads = ["head"] * (1 + config.num_nextn_predict_layers)
-    return 3 * sum(layer_flops(config, kind, seq_len) for kind in layer_kinds(config) + heads)
+    kinds = Counter(layer_kinds(config) + heads)
+    return 3 * sum(count * layer_flops(config, kind, seq_len) for kind, count in kinds.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

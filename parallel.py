@@ -856,7 +856,7 @@ def keep_own_stages(model, grid):
         del model.layers[index]
     first, last = 0 in own, plan.n_stages - 1 in own
     read_at_end = config.num_nextn_predict_layers > 0 or config.tie_word_embeddings
-    grid.embedding_twice = read_at_end and plan.embedding_twice
+    grid.embedding_twice = read_at_end and plan.ends_apart
     if not first and not (last and read_at_end):
         model.embed_tokens = None
     if not last:

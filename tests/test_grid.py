@@ -354,7 +354,7 @@ def test_bytes_and_parameters_are_those_that_sim_predicts(axes):
         mean = sum(sent[tier] for sent, _ in answers) / plan.world_size
         assert mean == pytest.approx(predicted, rel=1e-12), tier
     per_stage = plan.world_size // plan.pp
-    assert [held for _, held in answers] == [sum(run.params(rank // per_stage)[0].values())
+    assert [held for _, held in answers] == [sum(run.params[rank // per_stage].values())
                                              for rank in range(plan.world_size)]
 
 
