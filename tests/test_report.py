@@ -1,0 +1,232 @@
+"""
+The study of the experts: metrics on routings made by hand, whose values are known, and pages of runs that lack something.
+"""
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import report  # noqa: E402
+import routing  # noqa: E402
+import train  # noqa: E402
+from model import Config, Model  # noqa: E402
+
+TINY = ("--set hidden_size=16 num_hidden_layers=3 intermediate_size=32 vocab_size=300 n_routed_experts=8 "
+        "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
+        "qk_rope_head_dim=4 v_head_dim=8 --seq-len 32 --global-batch 2 --micro-batch 2 --threads 1").split()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def even_routing(tokens=64, experts=8, k=2):
+    """Token n has experts n, n+1, ..., n+k-1, round and round: (N,K)."""
+    return (np.arange(tokens)[:, None] + np.arange(k)) % experts
+
+
+def coupled_routing(tokens=64, experts=8):
+    """Experts 0 and 1 always together, 2 and 3, ...: (N,2)."""
+    first = 2 * (np.arange(tokens) % (experts // 2))
+    return np.stack([first, first + 1], 1)
+
+
+def copies(ids, experts=8):
+    return np.bincount(ids.ravel(), minlength=experts)
+
+
+def test_load_of_an_even_and_of_a_collapsed_router():
+    """Even: every expert has K/E of the tokens, MaxVio 0. All tokens to experts 0 and 1 of 8: MaxVio 8/2 - 1."""
+    even, collapsed = even_routing(), np.tile([0, 1], (64, 1))
+    assert np.allclose(routing.expert_shares(even, 8), 2 / 8)
+    assert routing.max_vio(copies(even)) == 0
+    assert routing.max_vio(np.stack([copies(even), copies(collapsed)])).tolist() == [0, 3]
+    assert routing.best_experts(collapsed, 8).tolist() == [True, True] + [False] * 6
+    assert routing.best_experts(np.arange(64)[:, None] % 8, 8, 0.5).sum() == 4
+
+
+def test_specialisation_is_1_without_a_shared_expert_and_0_without_a_difference():
+    alike = np.stack([copies(even_routing()), 3 * copies(even_routing())])
+    apart = np.array([[5, 5, 0, 0, 0, 0], [0, 0, 1, 9, 0, 0], [0, 0, 0, 0, 4, 1]])
+    half = np.array([[1, 1, 0], [0, 1, 1]])                               # one of two experts is shared
+    assert routing.specialisation(alike) == 0
+    assert routing.specialisation(apart) == pytest.approx(1)
+    assert routing.specialisation(half) == pytest.approx(0.5)
+
+
+def test_spread_and_chance_of_specialisation():
+    """Sequences of one domain that are all the same have no spread; those of random routing have the index of chance."""
+    one, other = np.tile([4, 4, 0, 0], (10, 1)), np.tile([0, 0, 4, 4], (10, 1))
+    index, spread, chance = routing.specialisation_spread([one, other])
+    assert (index, spread) == (1, 0) and 0 < chance < 0.6
+    noise = np.random.default_rng(0).multinomial(64, [1 / 8] * 8, size=(2, 20))
+    index, spread, chance = routing.specialisation_spread(list(noise))
+    assert abs(index - chance) < 3 * spread and spread > 0
+
+
+def test_coactivation_of_coupled_and_even_routers():
+    """Coupled: 1 for the partner, else 0. Neighbours round a ring: 1/2 for each of the two, whatever their rank in K."""
+    coupled = routing.coactivation(coupled_routing(), 8)
+    ring = routing.coactivation(even_routing(), 8)
+    for i in range(8):
+        assert np.isnan(coupled[i, i]) and np.nansum(coupled[i]) == 1 and coupled[i, i ^ 1] == 1
+        assert ring[i, (i + 1) % 8] == ring[i, (i - 1) % 8] == 0.5
+    # all pairs of three count, not neighbours in rank alone
+    assert routing.coactivation(np.array([[2, 0, 1]]), 3)[2].tolist()[:2] == [1, 1]
+
+
+def test_saturation():
+    """Order within K does not matter: the same set 1, half of it 0.5, none 0."""
+    final = np.array([[0, 1], [2, 3]])
+    assert routing.saturation(final[:, ::-1], final) == 1
+    assert routing.saturation(np.array([[0, 5], [6, 3]]), final) == 0.5
+    assert routing.saturation(final[::-1], final) == 0
+
+
+def test_vocabulary_specialisation():
+    """A router by token alone: 1. One by position alone: each token id meets all 8 experts alike, so K/E."""
+    tokens = np.arange(64) % 4
+    assert routing.favourite_share(np.stack([tokens, tokens + 4], 1), tokens, 8) == 1
+    assert routing.favourite_share(even_routing(64), np.zeros(64, int), 8) == 2 / 8
+    assert np.isnan(routing.favourite_share(even_routing(4), np.arange(4), 8))     # no id occurs 8 times
+
+
+def test_entropy_of_scores():
+    assert routing.entropy(np.full((3, 8), 0.7)) == pytest.approx(1)
+    assert routing.entropy(np.eye(8)) == 0
+    assert routing.entropy(np.array([[1.0, 1, 0, 0]])) == pytest.approx(0.5)      # log 2 of log 4
+
+
+def test_spikes():
+    """Three times the median before; a level that stays high is a spike until the window's median has risen."""
+    assert report.spikes([1] * 10 + [4] + [1] * 10) == [10]
+    assert report.spikes([1] * 10 + [2.9] + [100]) == [11]
+    assert report.spikes([1, 1, 9]) == []                                 # too little before it
+    assert report.spikes([1] * 4 + [9] * 60, window=8) == [5, 6, 7]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = Model(Config(hidden_size=16, num_hidden_layers=3, intermediate_size=32, vocab_size=300, q_lora_rank=8,
+                         kv_lora_rank=8, num_attention_heads=2, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
+                         moe_intermediate_size=8))
+    model.init_weights(1)
+    return model
+
+
+def test_a_part_of_the_experts(model):
+    """With half of them kept no other is chosen; with all of them, and afterwards, nothing differs."""
+    windows = np.random.default_rng(0).integers(300, size=(3, 20))
+    loss, ids = routing.route(model, windows, at_once=2)
+    assert ids.shape == (3, 3, 20, 2) and ids.max() == 7                  # two layers and MTP
+    keep = np.arange(8) % 2 == 0
+    with routing.only(model, [keep] * 3):
+        other, even = routing.route(model, windows)
+    assert set(even.ravel()) == {0, 2, 4, 6} and other != loss
+    with routing.only(model, [keep | True] * 3):
+        assert routing.route(model, windows)[0] == pytest.approx(loss, abs=1e-6)
+    assert (routing.route(model, windows)[1] == ids).all()
+
+
+def test_scores_are_noted(model):
+    """Of 8 experts that score alike, each has an eighth, and the entropy is the most."""
+    study = routing.Study(1, 8, {})
+    weights = [router.weight.detach().clone() for router in model.routers()]
+    for router in model.routers():
+        router.weight.data.zero_()
+    with routing.noting_scores(model, study):
+        routing.route(model, np.ones((2, 8), int))
+    for router, weight in zip(model.routers(), weights):
+        router.weight.data.copy_(weight)
+    assert np.allclose(study.scores, 1 / 8) and np.allclose(study.entropy, 1) and np.shape(study.scores) == (3, 8)
+    assert not any(router._forward_hooks for router in model.routers())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of made-up text: 9 steps with everything, and one step without experts."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(f"the model {name} reads a word and guesses which one follows\n" * 300)
+    text = ["--data", *[str(folder / f"{name}.txt") for name in "ab"]]
+    train.main([*text, "--steps", "9", "--save-every", "1", "--keep", "1", "--keep-growing", "1", "--record-loads", "1",
+                "--out", str(folder / "full"), *TINY])
+    train.main([*text, "--steps", "1", "--out", str(folder / "dense"), *TINY, "--set", "first_k_dense_replace=3",
+                "num_nextn_predict_layers=0"])
+    return folder
+
+
+def make(runs, *argv):
+    report.main([str(word) for word in (*argv, "--out", runs / "out", "--tokens", 256)])
+    numbers = json.loads((runs / "out/numbers.json").read_text())
+    return numbers, (runs / "out/page.html").read_text()
+
+
+def test_checkpoints_at_growing_distances(runs):
+    """With every step saved and the newest kept: the first of 1, 2-3, 4-7, 8-15, and that."""
+    assert train.parallel.steps_in(runs / "full/ckpt") == [1, 2, 4, 8, 9]
+    assert train.first_of_doublings([6, 12, 18, 24, 30, 36]) == [6, 12, 18, 36]
+
+
+def test_a_whole_page(runs):
+    """All but the picture of a later stage, of two runs of which one lacks experts; each has caption and unit."""
+    pytest.importorskip("matplotlib")
+    numbers, page = make(runs, runs / "full", runs / "dense", "--domain", f"own={runs / 'a.txt'}")
+    assert {picture.name for picture in report.PICTURES} - set(numbers["pictures"]) == {"rl"}
+    assert page.count("data:image/png;base64,") == len(numbers["pictures"]) == page.count("Theirs: ")
+    assert (runs / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list(numbers["pictures"]["domains"]) == ["full"] and set(numbers["pictures"]["loss"]) == {"full", "dense"}
+    assert [panel["title"] for panel in numbers["pictures"]["domains"]["full"]] == ["code", "prose", "tables", "own"]
+    assert "dense: no pictures of experts: the model has none" in numbers["notes"]
+    assert len(numbers["pictures"]["saturation"]["full"]["x"]) == 4       # checkpoints before the newest
+    assert len(numbers["pictures"]["balance"]["full"]["text_vio"]["value"]) == 9
+    assert "http" not in page                                             # self-contained
+
+
+def test_half_written_run(runs, tmp_path, monkeypatch):
+    """A run that is being written: a cut line, loads.npy shorter than its header says, no checkpoint, no matplotlib."""
+    run = tmp_path / "half"
+    run.mkdir()
+    for name in ("config.json", "metrics.jsonl", "loads.npy"):
+        data = (runs / "full" / name).read_bytes()
+        (run / name).write_bytes(data if name == "config.json" else data[:-20])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)                  # importing it fails
+    numbers, page = make(runs, run)
+    notes = "\n".join(numbers["notes"])
+    assert "1 of 9 lines are not whole" in notes and "loads.npy is not whole" in notes
+    assert "no complete checkpoint" in notes and "pip install matplotlib" in notes
+    assert "base64" not in page and len(numbers["pictures"]["loss"]["half"]["loss"]["value"]) == 8
+
+
+def test_curves_of_a_later_stage(runs, tmp_path):
+    """Keys of rl are drawn where they are there; experts that moved are marked."""
+    lines = [dict(stage="rl", step=i, tokens=10 * i, loss=1.0, grad_norm=1.0, max_vio=0.5, reward=i / 9, solved=0.0,
+                  balance_moved=int(i == 3)) for i in range(5)]
+    stored = json.loads((runs / "full/config.json").read_text())
+    run = report.Run("r", tmp_path, stored, Config(), lines, None, [])
+    found = report.gather([run])
+    assert found["rl"]["r"] == {"reward": dict(tokens=[0, 10, 20, 30, 40], value=[round(i / 9, 6) for i in range(5)])}
+    assert found["balance"]["r"]["max_vio"]["moves"] == [30] and report.facts_of(run)["stage"] == "rl"
+    if importlib.util.find_spec("matplotlib"):
+        assert set(report.draw_all(found)) == set(found)
+
+
+@pytest.mark.parametrize("argv, words", [(["nowhere"], "give a run"), (["full", "--domain", "x"], "write NAME=PATH"),
+                                         (["full", "--tokens", "0"], "--tokens 0: use 1 or more")])
+def test_refusals(runs, monkeypatch, argv, words):
+    monkeypatch.chdir(runs)
+    with pytest.raises(ValueError, match=words):
+        report.main(argv)
