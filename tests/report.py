@@ -8,7 +8,7 @@ What a run learnt and how its experts behave: one HTML page of one run, or of se
 It may be called while a run goes on. What a run does not hold is left out, and a line on the page says why. The page
 needs no other file; numbers.json holds the numbers behind each picture, and a picture is drawn from these alone.
 
-Routing is studied (tests/routing.py) on text of domains: Python code, English prose and tables of names from Python's
+Routing is studied (tests/study.py) on text of domains: Python code, English prose and tables of names from Python's
 own library, and whatever --domain names. A run on the default text has been trained on most of that.
 """
 import argparse
@@ -19,110 +19,19 @@ import json
 import math
 import sys
 import warnings
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-from routing import (Study, coactivation, expert_shares, favourite_share, find_domains, flat, max_vio,
-                     specialisation_spread, study_checkpoints)
+from study import (Missing, coactivation, expert_shares, favourite_share, find_domains, flat, max_vio, read_run,
+                   specialisation_spread, spikes, study_checkpoints)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import parallel  # noqa: E402
 import train  # noqa: E402
-from model import Config, count_params, require  # noqa: E402
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A run's folder
-
-
-class Missing(Exception):
-    """Why a run has no numbers for a picture, in one line; empty where it is said elsewhere, or goes without saying."""
-
-
-@dataclass
-class Run:
-    name: str
-    folder: Path
-    stored: dict                           # config.json
-    config: Config
-    lines: list                            # of metrics.jsonl
-    loads: np.ndarray | None               # (steps, layers, E) of loads.npy
-    notes: list                            # what is left out, and why
-    study: Study | None = None
-
-    @property
-    def layers(self):
-        """Names of the layers with experts."""
-        c = self.config
-        names = [f"{i} MTP" if i >= c.num_hidden_layers else f"{i}"
-                 for i in range(c.num_hidden_layers + c.num_nextn_predict_layers)]
-        return names[c.first_k_dense_replace:]
-
-    def need_experts(self):
-        if not self.layers:
-            raise Missing
-
-    def studied(self):
-        if self.study is None or not self.study.ids:
-            raise Missing
-        return self.study
-
-
-def read_run(folder):
-    folder, notes = Path(folder), []
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-        config = Config(**stored["config"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{folder} has no config.json of train.py ({type(error).__name__}): give a run") from None
-    lines, loads = read_lines(folder / "metrics.jsonl", notes), read_loads(folder / "loads.npy", notes)
-    run = Run(folder.resolve().name, folder, stored, config, lines, loads, notes)
-    if not run.layers:
-        notes.append("no pictures of experts: the model has none")
-    return run
-
-
-def read_lines(path, notes):
-    """The lines that are whole: of a run that goes on, or was killed, the last one may be cut."""
-    lines, broken = [], 0
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-            lines.append(dict(line, step=int(line["step"]), tokens=int(line["tokens"])))
-        except (ValueError, TypeError, LookupError):
-            broken += 1
-    if broken:
-        notes.append(f"metrics.jsonl: {broken} of {broken + len(lines)} lines are not whole and were left out")
-    if not lines:
-        notes.append("no curves: metrics.jsonl has no whole line yet")
-    return lines
-
-
-def read_loads(path, notes):
-    """Without steps that were not recorded, which are zeros; None if there are no others."""
-    if not path.exists():
-        return None
-    try:
-        loads = np.load(path)
-        loads = loads[loads.sum((1, 2)) > 0]
-    except (OSError, ValueError):
-        notes.append("loads.npy is not whole, perhaps it is being written: loads are those of the domains' text")
-        return None
-    return loads if loads.size else None
-
-
-def spikes(values, window=50, factor=3.0, least=5):
-    """Indices of values above `factor` times the median of the `window` before them, of which there must be `least`."""
-    found = []
-    for i, value in enumerate(values):
-        before = values[max(0, i - window):i]
-        if len(before) >= least and value > factor * np.median(before):
-            found.append(i)
-    return found
-
+from model import count_params, require  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers of a picture, from a run; what they look like, the function that draws them says
@@ -224,8 +133,8 @@ def of_coactivation(run):
 
 def of_specialisation(run):
     study = run.studied()
-    if len(study.ids) < 2:
-        raise Missing("it takes two domains: give --domain NAME=PATH")
+    if len(study.ids) < 2 or min(map(len, study.tokens.values())) < 8:
+        raise Missing("it takes two domains of eight sequences: give --domain NAME=PATH, or more --tokens")
     found = []
     for layer in range(len(run.layers)):
         copies = []

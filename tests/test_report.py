@@ -1,5 +1,5 @@
 """
-The study of the experts: metrics on routings made by hand, whose values are known, and pages of runs that lack something.
+The study of the experts: metrics on routings made by hand, whose values are known; pages of runs that lack something.
 """
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import report  # noqa: E402
-import routing  # noqa: E402
+import study  # noqa: E402
 import train  # noqa: E402
 from model import Config, Model  # noqa: E402
 
@@ -43,71 +43,71 @@ def copies(ids, experts=8):
 def test_load_of_an_even_and_of_a_collapsed_router():
     """Even: every expert has K/E of the tokens, MaxVio 0. All tokens to experts 0 and 1 of 8: MaxVio 8/2 - 1."""
     even, collapsed = even_routing(), np.tile([0, 1], (64, 1))
-    assert np.allclose(routing.expert_shares(even, 8), 2 / 8)
-    assert routing.max_vio(copies(even)) == 0
-    assert routing.max_vio(np.stack([copies(even), copies(collapsed)])).tolist() == [0, 3]
-    assert routing.best_experts(collapsed, 8).tolist() == [True, True] + [False] * 6
-    assert routing.best_experts(np.arange(64)[:, None] % 8, 8, 0.5).sum() == 4
+    assert np.allclose(study.expert_shares(even, 8), 2 / 8)
+    assert study.max_vio(copies(even)) == 0
+    assert study.max_vio(np.stack([copies(even), copies(collapsed)])).tolist() == [0, 3]
+    assert study.best_experts(collapsed, 8).tolist() == [True, True] + [False] * 6
+    assert study.best_experts(np.arange(64)[:, None] % 8, 8, 0.5).sum() == 4
 
 
 def test_specialisation_is_1_without_a_shared_expert_and_0_without_a_difference():
     alike = np.stack([copies(even_routing()), 3 * copies(even_routing())])
     apart = np.array([[5, 5, 0, 0, 0, 0], [0, 0, 1, 9, 0, 0], [0, 0, 0, 0, 4, 1]])
     half = np.array([[1, 1, 0], [0, 1, 1]])                               # one of two experts is shared
-    assert routing.specialisation(alike) == 0
-    assert routing.specialisation(apart) == pytest.approx(1)
-    assert routing.specialisation(half) == pytest.approx(0.5)
+    assert study.specialisation(alike) == 0
+    assert study.specialisation(apart) == pytest.approx(1)
+    assert study.specialisation(half) == pytest.approx(0.5)
 
 
 def test_spread_and_chance_of_specialisation():
-    """Sequences of one domain that are all the same have no spread; those of random routing have the index of chance."""
+    """Sequences that are all the same within a domain have no spread; random routing has the index of chance."""
     one, other = np.tile([4, 4, 0, 0], (10, 1)), np.tile([0, 0, 4, 4], (10, 1))
-    index, spread, chance = routing.specialisation_spread([one, other])
+    index, spread, chance = study.specialisation_spread([one, other])
     assert (index, spread) == (1, 0) and 0 < chance < 0.6
     noise = np.random.default_rng(0).multinomial(64, [1 / 8] * 8, size=(2, 20))
-    index, spread, chance = routing.specialisation_spread(list(noise))
+    index, spread, chance = study.specialisation_spread(list(noise))
     assert abs(index - chance) < 3 * spread and spread > 0
 
 
 def test_coactivation_of_coupled_and_even_routers():
-    """Coupled: 1 for the partner, else 0. Neighbours round a ring: 1/2 for each of the two, whatever their rank in K."""
-    coupled = routing.coactivation(coupled_routing(), 8)
-    ring = routing.coactivation(even_routing(), 8)
+    """Coupled: 1 for the partner, else 0. Neighbours round a ring: 1/2 for each of the two, whatever their rank."""
+    coupled = study.coactivation(coupled_routing(), 8)
+    ring = study.coactivation(even_routing(), 8)
     for i in range(8):
         assert np.isnan(coupled[i, i]) and np.nansum(coupled[i]) == 1 and coupled[i, i ^ 1] == 1
         assert ring[i, (i + 1) % 8] == ring[i, (i - 1) % 8] == 0.5
     # all pairs of three count, not neighbours in rank alone
-    assert routing.coactivation(np.array([[2, 0, 1]]), 3)[2].tolist()[:2] == [1, 1]
+    assert study.coactivation(np.array([[2, 0, 1]]), 3)[2].tolist()[:2] == [1, 1]
 
 
 def test_saturation():
     """Order within K does not matter: the same set 1, half of it 0.5, none 0."""
     final = np.array([[0, 1], [2, 3]])
-    assert routing.saturation(final[:, ::-1], final) == 1
-    assert routing.saturation(np.array([[0, 5], [6, 3]]), final) == 0.5
-    assert routing.saturation(final[::-1], final) == 0
+    assert study.saturation(final[:, ::-1], final) == 1
+    assert study.saturation(np.array([[0, 5], [6, 3]]), final) == 0.5
+    assert study.saturation(final[::-1], final) == 0
 
 
 def test_vocabulary_specialisation():
     """A router by token alone: 1. One by position alone: each token id meets all 8 experts alike, so K/E."""
     tokens = np.arange(64) % 4
-    assert routing.favourite_share(np.stack([tokens, tokens + 4], 1), tokens, 8) == 1
-    assert routing.favourite_share(even_routing(64), np.zeros(64, int), 8) == 2 / 8
-    assert np.isnan(routing.favourite_share(even_routing(4), np.arange(4), 8))     # no id occurs 8 times
+    assert study.favourite_share(np.stack([tokens, tokens + 4], 1), tokens, 8) == 1
+    assert study.favourite_share(even_routing(64), np.zeros(64, int), 8) == 2 / 8
+    assert np.isnan(study.favourite_share(even_routing(4), np.arange(4), 8))     # no id occurs 8 times
 
 
 def test_entropy_of_scores():
-    assert routing.entropy(np.full((3, 8), 0.7)) == pytest.approx(1)
-    assert routing.entropy(np.eye(8)) == 0
-    assert routing.entropy(np.array([[1.0, 1, 0, 0]])) == pytest.approx(0.5)      # log 2 of log 4
+    assert study.entropy(np.full((3, 8), 0.7)) == pytest.approx(1)
+    assert study.entropy(np.eye(8)) == 0
+    assert study.entropy(np.array([[1.0, 1, 0, 0]])) == pytest.approx(0.5)      # log 2 of log 4
 
 
 def test_spikes():
     """Three times the median before; a level that stays high is a spike until the window's median has risen."""
-    assert report.spikes([1] * 10 + [4] + [1] * 10) == [10]
-    assert report.spikes([1] * 10 + [2.9] + [100]) == [11]
-    assert report.spikes([1, 1, 9]) == []                                 # too little before it
-    assert report.spikes([1] * 4 + [9] * 60, window=8) == [5, 6, 7]
+    assert study.spikes([1] * 10 + [4] + [1] * 10) == [10]
+    assert study.spikes([1] * 10 + [2.9] + [100]) == [11]
+    assert study.spikes([1, 1, 9]) == []                                 # too little before it
+    assert study.spikes([1] * 4 + [9] * 60, window=8) == [5, 6, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,28 +126,28 @@ def model():
 def test_a_part_of_the_experts(model):
     """With half of them kept no other is chosen; with all of them, and afterwards, nothing differs."""
     windows = np.random.default_rng(0).integers(300, size=(3, 20))
-    loss, ids = routing.route(model, windows, at_once=2)
+    loss, ids = study.route(model, windows, at_once=2)
     assert ids.shape == (3, 3, 20, 2) and ids.max() == 7                  # two layers and MTP
     keep = np.arange(8) % 2 == 0
-    with routing.only(model, [keep] * 3):
-        other, even = routing.route(model, windows)
+    with study.only(model, [keep] * 3):
+        other, even = study.route(model, windows)
     assert set(even.ravel()) == {0, 2, 4, 6} and other != loss
-    with routing.only(model, [keep | True] * 3):
-        assert routing.route(model, windows)[0] == pytest.approx(loss, abs=1e-6)
-    assert (routing.route(model, windows)[1] == ids).all()
+    with study.only(model, [keep | True] * 3):
+        assert study.route(model, windows)[0] == pytest.approx(loss, abs=1e-6)
+    assert (study.route(model, windows)[1] == ids).all()
 
 
 def test_scores_are_noted(model):
     """Of 8 experts that score alike, each has an eighth, and the entropy is the most."""
-    study = routing.Study(1, 8, {})
+    found = study.Study(1, 8, {})
     weights = [router.weight.detach().clone() for router in model.routers()]
     for router in model.routers():
         router.weight.data.zero_()
-    with routing.noting_scores(model, study):
-        routing.route(model, np.ones((2, 8), int))
+    with study.noting_scores(model, found):
+        study.route(model, np.ones((2, 8), int))
     for router, weight in zip(model.routers(), weights):
         router.weight.data.copy_(weight)
-    assert np.allclose(study.scores, 1 / 8) and np.allclose(study.entropy, 1) and np.shape(study.scores) == (3, 8)
+    assert np.allclose(found.scores, 1 / 8) and np.allclose(found.entropy, 1) and np.shape(found.scores) == (3, 8)
     assert not any(router._forward_hooks for router in model.routers())
 
 
@@ -157,12 +157,12 @@ def test_scores_are_noted(model):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of made-up text: 9 steps with everything, and one step without experts."""
+    """Runs of made-up text: 5 steps with everything, and one step without experts."""
     folder = tmp_path_factory.mktemp("runs")
     for name in "ab":
         (folder / f"{name}.txt").write_text(f"the model {name} reads a word and guesses which one follows\n" * 300)
     text = ["--data", *[str(folder / f"{name}.txt") for name in "ab"]]
-    train.main([*text, "--steps", "9", "--save-every", "1", "--keep", "1", "--keep-growing", "1", "--record-loads", "1",
+    train.main([*text, "--steps", "5", "--save-every", "1", "--keep", "1", "--keep-growing", "1", "--record-loads", "1",
                 "--out", str(folder / "full"), *TINY])
     train.main([*text, "--steps", "1", "--out", str(folder / "dense"), *TINY, "--set", "first_k_dense_replace=3",
                 "num_nextn_predict_layers=0"])
@@ -176,8 +176,8 @@ def make(runs, *argv):
 
 
 def test_checkpoints_at_growing_distances(runs):
-    """With every step saved and the newest kept: the first of 1, 2-3, 4-7, 8-15, and that."""
-    assert train.parallel.steps_in(runs / "full/ckpt") == [1, 2, 4, 8, 9]
+    """With every step saved and the newest kept: that, and the first of 1, 2-3, 4-7."""
+    assert train.parallel.steps_in(runs / "full/ckpt") == [1, 2, 4, 5]
     assert train.first_of_doublings([6, 12, 18, 24, 30, 36]) == [6, 12, 18, 36]
 
 
@@ -191,8 +191,8 @@ def test_a_whole_page(runs):
     assert list(numbers["pictures"]["domains"]) == ["full"] and set(numbers["pictures"]["loss"]) == {"full", "dense"}
     assert [panel["title"] for panel in numbers["pictures"]["domains"]["full"]] == ["code", "prose", "tables", "own"]
     assert "dense: no pictures of experts: the model has none" in numbers["notes"]
-    assert len(numbers["pictures"]["saturation"]["full"]["x"]) == 4       # checkpoints before the newest
-    assert len(numbers["pictures"]["balance"]["full"]["text_vio"]["value"]) == 9
+    assert len(numbers["pictures"]["saturation"]["full"]["x"]) == 3       # checkpoints before the newest
+    assert len(numbers["pictures"]["balance"]["full"]["text_vio"]["value"]) == 5
     assert "http" not in page                                             # self-contained
 
 
@@ -206,9 +206,9 @@ def test_half_written_run(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)                  # importing it fails
     numbers, page = make(runs, run)
     notes = "\n".join(numbers["notes"])
-    assert "1 of 9 lines are not whole" in notes and "loads.npy is not whole" in notes
+    assert "1 of 5 lines are not whole" in notes and "loads.npy is not whole" in notes
     assert "no complete checkpoint" in notes and "pip install matplotlib" in notes
-    assert "base64" not in page and len(numbers["pictures"]["loss"]["half"]["loss"]["value"]) == 8
+    assert "base64" not in page and len(numbers["pictures"]["loss"]["half"]["loss"]["value"]) == 4
 
 
 def test_curves_of_a_later_stage(runs, tmp_path):
@@ -216,12 +216,12 @@ def test_curves_of_a_later_stage(runs, tmp_path):
     lines = [dict(stage="rl", step=i, tokens=10 * i, loss=1.0, grad_norm=1.0, max_vio=0.5, reward=i / 9, solved=0.0,
                   balance_moved=int(i == 3)) for i in range(5)]
     stored = json.loads((runs / "full/config.json").read_text())
-    run = report.Run("r", tmp_path, stored, Config(), lines, None, [])
+    run = study.Run("r", tmp_path, stored, Config(), lines, None, [])
     found = report.gather([run])
     assert found["rl"]["r"] == {"reward": dict(tokens=[0, 10, 20, 30, 40], value=[round(i / 9, 6) for i in range(5)])}
     assert found["balance"]["r"]["max_vio"]["moves"] == [30] and report.facts_of(run)["stage"] == "rl"
     if importlib.util.find_spec("matplotlib"):
-        assert set(report.draw_all(found)) == set(found)
+        assert set(report.draw_all(dict(rl=found["rl"]))) == {"rl"}
 
 
 @pytest.mark.parametrize("argv, words", [(["nowhere"], "give a run"), (["full", "--domain", "x"], "write NAME=PATH"),

@@ -1,10 +1,12 @@
 """
-How experts are chosen: metrics of routing, and what a run's checkpoints do with text of several domains.
+What can be measured of a run: metrics of routing, its folder, and what its checkpoints do with text of several domains.
 
-tests/report.py draws it. Metrics are as in OLMoE (2409.02060, section 5) where it has them, but co-activation counts
-all pairs of a token's experts. E experts, K of them a token, N tokens, S sequences of T tokens, D domains.
+tests/report.py draws it, tests/ablate.py compares by it. Metrics of routing are as in OLMoE (2409.02060, section 5)
+where it has them, but co-activation counts all pairs of a token's experts. E experts, K of them a token, N tokens,
+S sequences of T tokens, D domains.
 """
 import contextlib
+import json
 import math
 import sys
 import sysconfig
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import parallel  # noqa: E402
 import train  # noqa: E402
-from model import require  # noqa: E402
+from model import Config, require  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics: plain arrays in, numbers out
@@ -111,6 +113,96 @@ def best_experts(ids, experts, share=0.25):
     keep = max(ids.shape[1], math.ceil(share * experts))
     best = np.argsort(-expert_shares(ids, experts), kind="stable")[:keep]
     return np.isin(np.arange(experts), best)
+
+
+def spikes(values, window=50, factor=3.0, least=5):
+    """Indices of values above `factor` times the median of the `window` before them, of which there must be `least`."""
+    found = []
+    for i, value in enumerate(values):
+        before = values[max(0, i - window):i]
+        if len(before) >= least and value > factor * np.median(before):
+            found.append(i)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's folder
+
+
+class Missing(Exception):
+    """Why a run has no numbers for a picture, in one line; empty where it is said elsewhere, or goes without saying."""
+
+
+@dataclass
+class Run:
+    name: str
+    folder: Path
+    stored: dict                           # config.json
+    config: Config
+    lines: list                            # of metrics.jsonl
+    loads: np.ndarray | None               # (steps, layers, E) of loads.npy
+    notes: list                            # what is left out, and why
+    study: "Study | None" = None           # of its checkpoints
+
+    @property
+    def layers(self):
+        """Names of the layers with experts."""
+        c = self.config
+        names = [f"{i} MTP" if i >= c.num_hidden_layers else f"{i}"
+                 for i in range(c.num_hidden_layers + c.num_nextn_predict_layers)]
+        return names[c.first_k_dense_replace:]
+
+    def need_experts(self):
+        if not self.layers:
+            raise Missing
+
+    def studied(self):
+        if self.study is None or not self.study.ids:
+            raise Missing
+        return self.study
+
+
+def read_run(folder):
+    folder, notes = Path(folder), []
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        config = Config(**stored["config"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{folder} has no config.json of train.py ({type(error).__name__}): give a run") from None
+    lines, loads = read_lines(folder / "metrics.jsonl", notes), read_loads(folder / "loads.npy", notes)
+    run = Run(folder.resolve().name, folder, stored, config, lines, loads, notes)
+    if not run.layers:
+        notes.append("no pictures of experts: the model has none")
+    return run
+
+
+def read_lines(path, notes):
+    """The lines that are whole: of a run that goes on, or was killed, the last one may be cut."""
+    lines, broken = [], 0
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+            lines.append(dict(line, step=int(line["step"]), tokens=int(line["tokens"])))
+        except (ValueError, TypeError, LookupError):
+            broken += 1
+    if broken:
+        notes.append(f"metrics.jsonl: {broken} of {broken + len(lines)} lines are not whole and were left out")
+    if not lines:
+        notes.append("no curves: metrics.jsonl has no whole line yet")
+    return lines
+
+
+def read_loads(path, notes):
+    """Without steps that were not recorded, which are zeros; None if there are no others."""
+    if not path.exists():
+        return None
+    try:
+        loads = np.load(path)
+        loads = loads[loads.sum((1, 2)) > 0]
+    except (OSError, ValueError):
+        notes.append("loads.npy is not whole, perhaps it is being written: loads are those of the domains' text")
+        return None
+    return loads if loads.size else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
