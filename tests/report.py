@@ -293,16 +293,17 @@ def draw_lines(figure, runs, xlabel, ylabel, logarithmic):
 def draw_retention(figure, runs):
     """{domain: loss}, {domain: rise} and {domain: [rises]}."""
     for axis, (name, numbers) in zip(new_axes(figure, len(runs), columns=2), runs.items()):
-        domains = [domain for domain in numbers["loss"]]
+        domains = list(numbers["loss"])
         places = np.arange(len(domains))
         axis.bar(places - 0.2, list(numbers["own"].values()), 0.35, label="kept: the quarter it uses most")
         for place, rises in zip(places, numbers["others"].values()):
             axis.bar(place + 0.2, np.mean(rises) if rises else 0, 0.35, color="C1",
                      label=None if place else "kept: another domain's quarter, mean (dots: each)")
             axis.plot([place + 0.2] * len(rises), rises, "k.")
-        axis.set_xticks(places, [f"{domain} (all experts: {numbers['loss'][domain]:.2f})" for domain in domains])
+        axis.set_xticks(places, [f"{domain}\nall experts: {numbers['loss'][domain]:.2f}" for domain in domains])
         axis.set(title=name, ylabel="rise of the loss, nats a token")
-        axis.margins(y=0.25)
+        axis.axhline(0, color="black", lw=1)
+        axis.margins(y=0.3)
         axis.legend()
 
 
