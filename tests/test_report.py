@@ -4,6 +4,7 @@ The study of the experts: metrics on routings made by hand, whose values are kno
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import ablate  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
 import train  # noqa: E402
-from model import Config, Model  # noqa: E402
+from model import Config, Model, count_params  # noqa: E402
 
 TINY = ("--set hidden_size=16 num_hidden_layers=3 intermediate_size=32 vocab_size=300 n_routed_experts=8 "
         "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
@@ -232,3 +234,62 @@ def test_refusals(runs, monkeypatch, argv, words):
     monkeypatch.chdir(runs)
     with pytest.raises(ValueError, match=words):
         report.main(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ablations
+
+
+def by_seed(*values):
+    return {seed: dict(bpb=value) if value else {} for seed, value in enumerate(values)}
+
+
+def test_verdicts_are_paired_by_seed():
+    """Seeds differ by 1, arms by 0.1 within each: what the pairs show, the means with their spread would not."""
+    claim = ablate.Claim("less", "bpb", "ours", "theirs")
+    results = dict(ours=by_seed(1.0, 2.0, 3.0), theirs=by_seed(1.1, 2.11, 3.1))
+    assert "**shows at this size**" in ablate.verdict(claim, results) and "3 pairs" in ablate.verdict(claim, results)
+    assert "**shows the opposite**" in ablate.verdict(claim._replace(lower="theirs", higher="ours"), results)
+    results["theirs"] = by_seed(1.1, 1.8, 3.1)
+    assert "**is within the spread**" in ablate.verdict(claim, results)
+    results["theirs"] = by_seed(None, 2.1, None)
+    assert "**no verdict**" in ablate.verdict(claim, results) and "2 runs diverged" in ablate.verdict(claim, results)
+
+
+def test_interval_of_pairs():
+    """Differences 1, 2, 3: mean 2, standard deviation 1, so 4.30 / sqrt(3) on each side."""
+    mean, half, pairs = ablate.paired(by_seed(1, 1, 1), by_seed(2, 3, 4), "bpb")
+    assert (mean, pairs) == (2, 3) and half == pytest.approx(4.30 / 3**0.5)
+
+
+def test_questions_are_consistent():
+    """Claims name arms; every arm can be built; what is said to be equal is equal."""
+    counts = {}
+    for name, question in ablate.QUESTIONS.items():
+        for label, arm in question.arms.items():
+            counts[name, label] = count_params(replace(ablate.SHAPES[arm.shape], **arm.changes))
+        assert {arm for claim in question.claims for arm in claim[2:]} <= set(question.arms), name
+        assert all(claim.metric in ablate.METRICS for claim in question.claims)
+    for name in ("experts", "shared"):
+        active = [found["active"] for (asked, _), found in counts.items() if asked == name]
+        assert max(active) < 1.02 * min(active), (name, active)           # the router's weights differ
+
+
+def test_ablation_goes_on_where_it_stopped(runs, tmp_path, monkeypatch, capsys):
+    """One question, two seeds: a table, a picture, numbers; a second call makes no run, a third one those of a new seed.
+
+    A run that diverged is counted, not averaged.
+    """
+    monkeypatch.setattr(train, "continue_text", lambda given: "")
+    words = ["--tiny", "--only", "bias", "--out", str(tmp_path), "--data", str(runs / "a.txt"), str(runs / "b.txt")]
+    ablate.main([*words, "--seeds", "1"])
+    assert capsys.readouterr().out.count(" ...\n") == 4                   # three rates, and the other arm
+    ablate.main([*words, "--seeds", "1"])
+    assert " ...\n" not in capsys.readouterr().out
+    next(tmp_path.glob("*router_bias*seed0")).joinpath("diverged").write_text("loss not finite")
+    ablate.main([*words, "--seeds", "2"])
+    out = capsys.readouterr().out
+    assert out.count(" ...\n") == 2 and "| router bias | " in out and "| 1 of 2 |" in out and "**no verdict**" in out
+    results = json.loads((tmp_path / "numbers.json").read_text())["results"]["bias"]
+    assert set(results["loss"]["1"]) == set(ablate.METRICS) and results["router bias"]["0"] == {}
+    assert (tmp_path / "table.png").exists() == bool(importlib.util.find_spec("matplotlib"))
