@@ -47,6 +47,7 @@ SHAPES = dict(
                 q_lora_rank=32, kv_lora_rank=32, n_routed_experts=8, moe_intermediate_size=48),
     large=Config(**_SMALL, hidden_size=256, num_hidden_layers=8, intermediate_size=768, q_lora_rank=96, kv_lora_rank=64,
                  n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=128))
+TINY = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, intermediate_size=32)      # for --tiny
 BATCH, SEQ_LEN = 12, 128
 RATES = 1e-3, 3e-3, 9e-3                   # that the sweep tries; `large` takes narrow's
 HIGH = 3.0                                 # times the swept rate: where spikes are looked for
@@ -184,7 +185,7 @@ class Lab:
         """Chooses the steps of a run, so that `runs` [Arm] take about `budget` minutes: each shape is timed once."""
         if "steps" in self.plan:
             return
-        costs = {}                                                        # shape -> seconds a step and FLOP
+        costs, evaluation = {}, 0                                         # seconds a step for a FLOP a token; steps
         for shape in {arm.shape for arm in runs}:
             folder = self.out / f"timed-{shape}"
             if not is_finished(folder, 5):
@@ -192,9 +193,12 @@ class Lab:
                 require(not status, f"{folder}: train.py refused; see above, and {self.out / 'log.txt'}")
             times = [line["step_ms"] for line in read_lines(folder / "metrics.jsonl", [])]
             costs[shape] = np.median(times[2:]) / 1e3 / flops_per_token(self.shapes[shape], SEQ_LEN)
+            # held-out text is read twice, forward alone: as long as so many steps
+            heldout = json.loads((folder / "config.json").read_text())["corpus"]["tokens"]["heldout"]
+            evaluation = 2 / 3 * heldout / (BATCH * SEQ_LEN)
         step = sum(costs[arm.shape] * flops_per_token(self.config(arm), SEQ_LEN) for arm in runs)
-        steps = int((60 * budget - 10 * len(runs)) / step)                # ten seconds to start a run and to end it
-        least = (20 * step + 10 * len(runs)) / 60
+        begin_and_end = evaluation * step + 10 * len(runs)                # seconds, of all runs
+        steps, least = int((60 * budget - begin_and_end) / step), (20 * step + begin_and_end) / 60
         require(steps >= 20, f"--budget {budget:g}: {len(runs)} runs of 20 steps take {least:.0f} minutes, use more")
         self.store(steps=steps)
 
@@ -205,7 +209,7 @@ class Lab:
             found = {}
             for rate in RATES:
                 folder = self.make(Arm(shape=shape), rate, 0)
-                require(folder, "another process sweeps the rate: start again when it is done")
+                require(folder, "the learning rate is not swept, see above: start again when no other process does")
                 found[rate] = measure(folder).get("bpb", np.inf)
             self.store(rates=self.plan["rates"] | {shape: min(found, key=found.get)})
         return self.plan["rates"][shape]
@@ -320,7 +324,7 @@ def ablate(lab, names, seeds, budget):
 
 def write(lab, questions, results):
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    text = [f"`python tests/ablate.py {' '.join(sys.argv[1:])}`, commit {git.stdout.strip()}, torch {torch.__version__}: "
+    text = [f"`python {' '.join(sys.argv)}`, commit {git.stdout.strip()}, torch {torch.__version__}: "
             f"{lab.plan['steps']} steps of {BATCH} × {SEQ_LEN} tokens a run, learning rates {lab.plan['rates']}. "
             f"Mean ± standard deviation over seeds; differences ± half of their 95 % interval, paired by seed."]
     for name, question in questions.items():
@@ -348,8 +352,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     lab = Lab(args.out, SHAPES, ["--device", args.device, *(["--data", *args.data] if args.data else [])])
     if args.tiny:
-        small = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, intermediate_size=32, q_lora_rank=8)
-        lab.shapes = {name: replace(shape, **small) for name, shape in SHAPES.items()}
+        lab.shapes = {name: replace(shape, **TINY) for name, shape in SHAPES.items()}
         lab.store(steps=2)
     ablate(lab, args.only, args.seeds, args.budget)
     print((lab.out / "table.md").read_text())

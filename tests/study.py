@@ -272,8 +272,8 @@ def study_checkpoints(folder, domains, tokens, device):
     require(steps, "there is no complete checkpoint yet")
     *earlier, newest = [str(Path(folder, "ckpt", f"step_{step}")) for step in steps]
     model, encoding, _ = train.open_model(newest, device)
-    oldest = train.open_model(earlier[0], device)[0] if earlier else model
-    study = Study(steps[-1], model.config.n_routed_experts, gains_by_depth(oldest, model))
+    oldest = open_earlier(earlier[0], device) if earlier else None
+    study = Study(steps[-1], model.config.n_routed_experts, gains_by_depth(oldest or model, model))
     if not model.routers():
         return study
     # 1. the newest checkpoint
@@ -289,14 +289,20 @@ def study_checkpoints(folder, domains, tokens, device):
     # 3. the past
     final = flat(study.ids.values())
     for step, checkpoint in zip(steps, earlier):
-        try:
-            ids = route_all(train.open_model(checkpoint, device)[0], study.tokens)[1]
-        except (ValueError, OSError):
-            if Path(checkpoint).is_dir():
-                raise
-            continue                                                      # the run goes on, and has deleted it
-        study.past.append((step, [saturation(*layer) for layer in zip(flat(ids.values()), final)]))
+        before = open_earlier(checkpoint, device)
+        if before:
+            _, ids = route_all(before, study.tokens)
+            study.past.append((step, [saturation(*layer) for layer in zip(flat(ids.values()), final)]))
     return study
+
+
+def open_earlier(checkpoint, device):
+    """Its model, or None if the run that goes on has deleted it meanwhile."""
+    try:
+        return train.open_model(checkpoint, device)[0]
+    except (ValueError, OSError):
+        if Path(checkpoint).is_dir():
+            raise
 
 
 def windows_of(encoding, text, length, tokens, name):

@@ -212,6 +212,7 @@ def test_half_written_run(runs, tmp_path, monkeypatch):
     notes = "\n".join(numbers["notes"])
     assert "1 of 5 lines are not whole" in notes and "loads.npy is not whole" in notes
     assert "no complete checkpoint" in notes and "pip install matplotlib" in notes
+    assert study.open_earlier(str(runs / "full/ckpt/step_3"), "cpu") is None       # deleted by the run that goes on
     assert "base64" not in page and len(numbers["pictures"]["loss"]["half"]["loss"]["value"]) == 4
 
 
@@ -275,15 +276,31 @@ def test_questions_are_consistent():
         assert max(active) < 1.02 * min(active), (name, active)           # the router's weights differ
 
 
-def test_ablation_goes_on_where_it_stopped(runs, tmp_path, monkeypatch, capsys):
-    """One question, two seeds: a table, a picture, numbers; a second call makes no run, a third one those of a new seed.
-
-    A run that diverged is counted, not averaged.
-    """
+def test_budget_chooses_the_steps(runs, tmp_path, monkeypatch):
+    """Twice the runs get half of the time each; what was chosen stays; too little is refused with what would do."""
     monkeypatch.setattr(train, "continue_text", lambda given: "")
+    shapes = dict(narrow=replace(ablate.SHAPES["narrow"], **ablate.TINY))
+    lab = ablate.Lab(tmp_path, shapes, ["--data", str(runs / "a.txt"), str(runs / "b.txt")])
+    with pytest.raises(ValueError, match="--budget 0.1: 9 runs of 20 steps take [0-9]+ minutes"):
+        lab.fix_steps([ablate.Arm()] * 9, 0.1)
+    steps = []
+    for n in (4, 8):
+        lab.plan.pop("steps", None)
+        lab.fix_steps([ablate.Arm()] * n, 1000)
+        steps.append(lab.plan["steps"])
+    assert steps[0] / steps[1] == pytest.approx(2, rel=0.01)
+    lab.fix_steps([ablate.Arm()], 0.1)
+    assert json.loads((tmp_path / "plan.json").read_text())["steps"] == steps[1]
+
+
+def test_ablation_goes_on_where_it_stopped(runs, tmp_path, monkeypatch, capsys):
+    """Table, picture and numbers; a second call makes no run, a third one those of a new seed. A run that diverged is
+    counted, not averaged."""
+    monkeypatch.setattr(train, "continue_text", lambda given: "")
+    monkeypatch.setattr(ablate, "RATES", (1e-3, 3e-3))
     words = ["--tiny", "--only", "bias", "--out", str(tmp_path), "--data", str(runs / "a.txt"), str(runs / "b.txt")]
     ablate.main([*words, "--seeds", "1"])
-    assert capsys.readouterr().out.count(" ...\n") == 4                   # three rates, and the other arm
+    assert capsys.readouterr().out.count(" ...\n") == 3                   # two rates, and the other arm
     ablate.main([*words, "--seeds", "1"])
     assert " ...\n" not in capsys.readouterr().out
     next(tmp_path.glob("*router_bias*seed0")).joinpath("diverged").write_text("loss not finite")
