@@ -2205,8 +2205,9 @@ class Saver:
     So a folder without .tmp was whole. SaveFailed tells of the disk's refusal at the next call of any method.
     """
 
-    def __init__(self, folder, keep):
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder, keep, keep_too=lambda steps: ()):
+        """keep: newest checkpoints that stay; keep_too: of all steps, ascending, those whose checkpoints stay, too."""
+        self.folder, self.keep, self.keep_too = Path(folder), keep, keep_too
         # the thread that writes talks over a group of its own
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -2261,7 +2262,8 @@ class Saver:
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         sync_folder(self.folder)
-        for step in steps_in(self.folder)[:-self.keep]:
+        steps = steps_in(self.folder)
+        for step in set(steps[:-self.keep]).difference(self.keep_too(steps)):
             shutil.rmtree(self.folder / f"step_{step}")
 
     def poll(self):

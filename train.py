@@ -116,6 +116,8 @@ OPTIONS = dict(
     threads=option(0, "CPU threads; 0: torch's choice, stored with the run", least=0, most=1024),
     save_every=option(500, "steps between checkpoints; one is always written at the end, 0: only that", least=0),
     keep=option(3, "newest checkpoints kept"),
+    keep_growing=option(0, "1: beside them the first one of steps 1, 2-3, 4-7, 8-15, ..., so that a run's past can be "
+                           "studied (tests/report.py)", choices=(0, 1)),
     eval_every=option(0, "steps between evaluations on the whole held-out text; 0: at the end only. With "
                          "capacity_factor, padding of the last batch takes experts' room too", least=0),
     timeout=option(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends",
@@ -155,8 +157,9 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
     small=dict(steps=10000, lr=6e-4, warmup_steps=500, seq_len=2048, global_batch=64, micro_batch=8),
 )
 # what --resume lets one change; with --data the text must be the same
-CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_every", "device", "threads", "peak_tflops",
-              "max_skips", "timeout", "record_loads", "fit", "hardware", "resume", "compile"}
+CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "keep_growing", "eval_every", "device", "threads",
+              "peak_tflops", "max_skips", "timeout", "record_loads", "fit", "hardware", "resume",
+              "compile"}
 CHANGEABLE |= set(PLAN_OPTIONS) - {"global_batch", "seq_len"}
 # what describes many processes, and means nothing for one
 CUTS = ("pp", "dp", "cp", "tp", "sp", "ep", "vpp", "schedule", "overlap", "layer_split", "balance_live")
@@ -2320,7 +2323,8 @@ def train(kind, given):
 def train_to_end(run):
     settings, progress, checkpoint = run.settings, run.progress, run.checkpoint
     stop, log = Stopper(), Log(run)
-    saver = parallel.Saver(run.folder / "ckpt", settings["keep"])
+    saver = parallel.Saver(run.folder / "ckpt", settings["keep"],
+                           keep_too=first_of_doublings if settings["keep_growing"] else lambda steps: ())
 
     while not is_done(run) and not stop.agreed:
         # a phase has batches of its own, and a model that is built for it, as the checkpoint left it
@@ -2387,6 +2391,14 @@ def is_done(run):
 def is_due(every, step):
     """Whether something falls on this step that is done every so many; 0: never."""
     return every > 0 and step % every == 0
+
+
+def first_of_doublings(steps):
+    """Of ascending steps the first in each of 1, 2-3, 4-7, 8-15, ...: what is once among them stays among them."""
+    first = {}
+    for step in steps:
+        first.setdefault(step.bit_length(), step)
+    return list(first.values())
 
 
 def watch_loads(run, grid, optimizer, loads):
