@@ -36,6 +36,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -1098,30 +1099,29 @@ def param_groups(model):
 # Autograd gives every tensor that backward will need to Memory.pack and stores what pack returns; in backward it gives
 # that to unpack and takes back a tensor. pack returns a note, which says where backward finds the tensor's memory:
 #
-#     Kept       on the device, where it stays
+#     Stored     on the device, where it stays, or in the host's memory, where it waits
 #     Remade     nowhere: a recipe, that is an operator and what it was given, makes it again
-#     OnHost     in the host's memory, where it waits
 #
 # Example: recompute=act in an MLP, whose forward is  hidden = again("act", swiglu, gate_up); y = down_proj(hidden)
 #
-#     forward    swiglu saves gate_up           pack returns Kept, which holds gate_up
-#                again leaves a note at hidden  Remade by the recipe swiglu(gate_up)
-#                down_proj saves hidden         pack finds this note and returns it; the recipe packs gate_up: same Kept
+#     forward    swiglu saves gate_up           pack returns Stored, which holds gate_up
+#                again leaves a note at hidden  Remade by the recipe swiglu(gate_up), which has the same Stored
+#                down_proj saves hidden         pack finds this note and returns it
 #                down_proj returns              nothing holds hidden any more, so its memory is free
-#     backward   down_proj asks for hidden      the recipe takes gate_up from its Kept and runs swiglu, nothing else
-#                swiglu asks for gate_up        its Kept has it
+#     backward   down_proj asks for hidden      the recipe takes gate_up from its Stored and runs swiglu, nothing else
+#                swiglu asks for gate_up        its Stored has it
 #
 # Who holds what: autograd's graph holds the notes, so they live until backward has passed. A note is found from the
 # memory it is of, a storage, which is one for a tensor and its views: what is saved twice has one note, and what is
-# swapped after an operator saved it finds that note and moves the memory. The storage holds a Remade and an OnHost
-# itself, as nobody else does before the first save. It knows its Kept by a weak reference: that one holds the storage,
-# and the two would keep each other alive.
+# swapped after an operator saved it finds that note and moves the memory. The storage holds a Remade itself, as nobody
+# else does before the first save. It knows its Stored by a weak reference: that one holds the storage, and the two
+# would keep each other alive.
 
 
 class Memory(KeepAll):
     """KeepAll with the names that a plan recomputes and swaps in force.
 
-    observer: None, or a function that is given each Kept and OnHost when it is made; its nbytes are what it holds now.
+    observer: None, or a function that is given each Stored when it is made.
     """
 
     def __init__(self, plan, device):
@@ -1129,8 +1129,8 @@ class Memory(KeepAll):
         self.observer = None
         self.streams = torch.get_device_module(device)                    # torch.cpu's streams do nothing
         self.side_stream = self.streams.Stream()                          # where copies to the host and back run
-        self.swapped_now = []                                             # weak references to this layer's OnHost ...
-        self.swapped_before = []                                          # ... and to those of the layer before
+        self.swapped_now = WeakSet()                                      # this layer's Stored that were swapped ...
+        self.swapped_before = WeakSet()                                   # ... and those of the layer before
 
     def attach(self, model):
         for module in model.modules():
@@ -1148,17 +1148,20 @@ class Memory(KeepAll):
     def pack(self, x):
         if not torch.is_tensor(x) or is_weight(x):
             return x
-        note = note_of(x)
-        if note is None:
-            note = Kept(x)
-            leave_note(x, note)
-            self.observe(note)
-        note.count_use()
-        return Packed(note, x.size(), x.stride(), x.storage_offset())
+        return Packed(self.note_of(x), x.size(), x.stride(), x.storage_offset())
 
-    def observe(self, note):
-        if self.observer is not None:
-            self.observer(note)
+    def note_of(self, x):
+        """The note of x's storage: a new Stored, if it has none."""
+        storage = x.untyped_storage()
+        note = getattr(storage, "note", None)
+        if isinstance(note, weakref.ref):
+            note = note()
+        if note is None:
+            note = Stored(self, x)
+            storage.note = weakref.ref(note)
+            if self.observer is not None:
+                self.observer(note)
+        return note
 
     # what model.py calls
 
@@ -1169,11 +1172,11 @@ class Memory(KeepAll):
     def remake(self, names, made, make, *inputs):
         if self.names.isdisjoint(names.split()) or not torch.is_grad_enabled():
             return made
-        recipe = Recipe(self, make, inputs)
+        recipe = Recipe(make, [self.pack(x) for x in inputs])
         given = {id(x.untyped_storage()) for x in inputs if torch.is_tensor(x)}
         for index, x in enumerate(as_tuple(made)):
             if id(x.untyped_storage()) not in given:                      # else a view of what is kept anyway
-                leave_note(x, Remade(recipe, index))
+                x.untyped_storage().note = Remade(recipe, index)
         return made
 
     def region(self, name, run, x):
@@ -1185,23 +1188,18 @@ class Memory(KeepAll):
     def swap(self, name, x):
         if name not in self.names or not torch.is_grad_enabled():
             return x
-        note = note_of(x)
-        if isinstance(note, OnHost):                                      # x is a view of what was swapped
-            return x
-        on_host = OnHost(self, x)
-        if note is not None:                                              # the operator that made x has saved it
-            note.move_to(on_host)
-        leave_note(x, on_host)
-        self.swapped_now.append(weakref.ref(on_host))
-        self.observe(on_host)
+        note = self.note_of(x)
+        if note.host is None:                                             # else x is a view of what was swapped
+            note.send_to_host()
+            self.swapped_now.add(note)
+            x.note = note                                                 # nobody else holds it before the first save
         return x
 
     def begin_layer(self):
         """So tensors of one layer at a time are on their way out, and in backward those of one layer on the way in."""
-        for reference in self.swapped_now:
-            if on_host := reference():
-                on_host.leave_device()
-        self.swapped_before, self.swapped_now = self.swapped_now, []
+        for stored in self.swapped_now:
+            stored.leave_device()
+        self.swapped_before, self.swapped_now = self.swapped_now, WeakSet()
 
     def copy_aside(self, to, source):
         """A copy on the side stream, behind all that was queued so far -> event of its end."""
@@ -1225,15 +1223,6 @@ def unpack(packed):
     return packed.note.get().as_strided(packed.size, packed.stride, packed.offset)
 
 
-def leave_note(x, note):
-    x.untyped_storage().note = weakref.ref(note) if isinstance(note, Kept) else note
-
-
-def note_of(x):
-    note = getattr(x.untyped_storage(), "note", None)
-    return note() if isinstance(note, weakref.ref) else note
-
-
 def whole_storage(x):
     """The storage of x as a vector."""
     return x.new_empty(0).set_(x.untyped_storage())
@@ -1251,55 +1240,58 @@ def is_weight(x):
     return isinstance(x, torch.nn.Parameter) or hasattr(node, "variable")
 
 
-# Notes. count_use: autograd has stored the note once more. get: backward asks, once for each use -> the whole storage.
+class Stored:
+    """A storage on the device, or one that waits in the host's memory; get gives backward the whole of it.
 
+    Swapped in four steps. On a CPU it is copied too, so that tests run the same code.
+    1. send_to_host: a copy sets out. 2. leave_device: it has arrived, the device's memory is free. 3. fetch: a copy sets
+    out back, when backward comes to the layer behind. 4. get: backward waits for it.
+    """
 
-class Kept:
-    """Memory that stays on the device, or that a swap took from there after it had been saved."""
+    def __init__(self, memory, x):
+        self.memory, self.device = memory, x.device
+        self.whole, self.host = whole_storage(x), None                    # what is where; None: it is not there
 
-    def __init__(self, x):
-        self.whole, self.on_host = whole_storage(x), None                 # one of both
-        self.uses = 0
+    def send_to_host(self):
+        self.host = torch.empty_like(self.whole, device="cpu", pin_memory=self.device.type != "cpu")
+        self.layer_before = self.memory.swapped_before                    # backward comes to it next
+        self.copied = self.memory.copy_aside(self.host, self.whole)
+        if self.device.type == "cpu":
+            self.leave_device()
 
-    @property
-    def nbytes(self):
-        return 0 if self.whole is None else self.whole.nbytes
+    def leave_device(self):
+        self.wait_for_copy()
+        self.whole = None
 
-    def count_use(self):
-        self.uses += 1
-
-    def move_to(self, on_host):
-        self.whole, self.on_host = None, on_host
-        on_host.uses += self.uses
+    def fetch(self):
+        if self.whole is None:
+            self.whole = torch.empty_like(self.host, device=self.device)
+            self.copied = self.memory.copy_aside(self.whole, self.host)
 
     def get(self):
-        return self.on_host.get() if self.whole is None else self.whole
+        if self.host is not None:
+            self.fetch()
+            for stored in self.layer_before:
+                stored.fetch()
+            self.wait_for_copy()
+        return self.whole
+
+    def wait_for_copy(self):
+        self.memory.streams.current_stream().wait_event(self.copied)
 
 
 class Recipe:
-    """make(*inputs), which backward runs once for all that ask for what it makes, other recipes among them."""
+    """make of packed inputs, which backward runs once for all that ask for what it makes, other recipes among them."""
 
-    def __init__(self, memory, make, inputs):
-        self.memory, self.make, self.inputs = memory, make, inputs
-        self.packed = None                                                # the inputs, once anything made was saved
-        self.uses = 0                                                     # how often backward will ask
-        self.made = None                                                  # from the first time to the last
-
-    def count_use(self):
-        if self.packed is None:
-            self.packed = [self.memory.pack(x) for x in self.inputs]
-            self.inputs = None
-        self.uses += 1
+    def __init__(self, make, inputs):
+        self.make, self.inputs = make, inputs
+        self.made = None
 
     @torch.no_grad()
     def get(self, index):
         if self.made is None:
-            self.made = as_tuple(self.make(*[unpack(x) for x in self.packed]))
-        whole = whole_storage(self.made[index])
-        self.uses -= 1
-        if self.uses <= 0:
-            self.made = None
-        return whole
+            self.made = as_tuple(self.make(*[unpack(x) for x in self.inputs]))
+        return whole_storage(self.made[index])
 
 
 class Remade(NamedTuple):
@@ -1307,58 +1299,8 @@ class Remade(NamedTuple):
     recipe: Recipe
     index: int
 
-    def count_use(self):
-        self.recipe.count_use()
-
     def get(self):
         return self.recipe.get(self.index)
-
-
-class OnHost:
-    """Memory that waits in the host's, in four steps. On a CPU it is copied too, so that tests run the same code.
-
-    1. made: a copy sets out. 2. leave_device: it has arrived, the device's memory is free. 3. fetch: a copy sets out
-    back, when backward comes to the layer behind. 4. get: backward waits for it.
-    """
-
-    def __init__(self, memory, x):
-        whole = whole_storage(x)
-        self.memory, self.device = memory, whole.device
-        self.host = torch.empty_like(whole, device="cpu", pin_memory=whole.device.type != "cpu")
-        self.nbytes = self.host.nbytes
-        self.layer_before = memory.swapped_before                         # backward comes to it next
-        self.uses = 0
-        self.leaving = whole                                              # held until its copy has arrived
-        self.has_left = memory.copy_aside(self.host, whole)
-        self.back = None
-        if whole.device.type == "cpu":
-            self.leave_device()
-
-    def count_use(self):
-        self.uses += 1
-
-    def leave_device(self):
-        if self.leaving is not None:
-            self.memory.streams.current_stream().wait_event(self.has_left)
-            self.leaving = None
-
-    def fetch(self):
-        self.leave_device()
-        if self.back is None and self.uses > 0:
-            self.back = torch.empty_like(self.host, device=self.device)
-            self.is_back = self.memory.copy_aside(self.back, self.host)
-
-    def get(self):
-        self.fetch()
-        for reference in self.layer_before:
-            if other := reference():
-                other.fetch()
-        self.memory.streams.current_stream().wait_event(self.is_back)
-        back = self.back
-        self.uses -= 1
-        if self.uses == 0:
-            self.back = None
-        return back
 
 
 # a layer that runs again as a whole

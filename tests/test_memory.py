@@ -104,16 +104,12 @@ def kept_by_layer(config, plan, kind):
     of_model = {table.data_ptr() for table in angles}
     held = watch.held()
     away = held.pop("host", 0)
-    here = sum(held.values()) - sum(note.nbytes for note, _ in watch.alive()
-                                    if isinstance(note, parallel.Kept) and address_of(note) in of_model)
+    here = sum(held.values()) - sum(note.whole.nbytes for note, _ in watch.alive()
+                                    if note.whole is not None and note.whole.data_ptr() in of_model)
     if "layer" in plan.recompute:
         here += sum(ids.nbytes for ids in routing.values())                # noted, seen by no hook
     assert out.requires_grad
     return here, away
-
-
-def address_of(kept):
-    return None if kept.whole is None else kept.whole.data_ptr()
 
 
 @pytest.mark.parametrize("precision", list(DTYPES))
