@@ -1244,8 +1244,8 @@ class Stored:
     """A storage on the device, or one that waits in the host's memory; get gives backward the whole of it.
 
     Swapped in four steps. On a CPU it is copied too, so that tests run the same code.
-    1. send_to_host: a copy sets out. 2. leave_device: it has arrived, the device's memory is free. 3. fetch: a copy sets
-    out back, when backward comes to the layer behind. 4. get: backward waits for it.
+    1. send_to_host: a copy sets out. 2. leave_device: it has arrived, the device's memory is free. 3. fetch: when
+    backward comes to the layer behind, a copy sets out back. 4. get: backward waits for it.
     """
 
     def __init__(self, memory, x):
@@ -1395,7 +1395,8 @@ class LayerSegments:
         shared       h               ->  shared                  by the shared expert, or a dense layer's MLP
         combine      x, shared, out  ->  x
 
-    A dense layer has no rows, weights and out, and its relay, experts and relay_back do nothing.
+    Rows, weights and out are None in a dense layer, and nothing is under way where experts are here: then a relay does
+    nothing.
     """
     is_layer = True
 
@@ -1404,29 +1405,18 @@ class LayerSegments:
         self.chosen = {} if routing is None else routing                  # noted; forced if the layer runs again
         self.add_aux_loss = add_aux_loss
         self.has_run = False
-        self.segments = self.moe_segments() if block.is_moe else self.dense_segments()
-
-    def moe_segments(self):
-        sent = ("rows", "weights")
-        travels = hasattr(self.mlp.dispatcher, "relay")                   # else experts are here, nothing is under way
-        return [Segment(self.attend, ("x",), ("x", "h", *sent)),
-                Segment(self.relay if travels else pass_on, sent, sent),
-                Segment(self.experts_and_send_back if travels else self.experts, sent, ("out",)),
-                Segment(self.relay_back if travels else pass_on, ("out",), ("out",)),
-                Segment(self.shared, ("h",), ("shared",)),
-                Segment(self.combine, ("x", "shared", "out"), ("x",))]
-
-    def dense_segments(self):
-        nothing = Segment(pass_on, (), ())
-        return [Segment(self.attend_dense, ("x",), ("x", "h")),
-                nothing,
-                nothing,
-                nothing,
-                Segment(self.shared_dense, ("h",), ("shared",)),
-                Segment(self.combine_dense, ("x", "shared"), ("x",))]
+        self.travels = block.is_moe and hasattr(self.mlp.dispatcher, "relay")
+        self.segments = [Segment(self.attend, ("x",), ("x", "h", "rows", "weights")),
+                         Segment(self.relay, ("rows", "weights"), ("rows", "weights")),
+                         Segment(self.experts, ("rows", "weights"), ("out",)),
+                         Segment(self.relay_back, ("out",), ("out",)),
+                         Segment(self.shared, ("h",), ("shared",)),
+                         Segment(self.combine, ("x", "shared", "out"), ("x",))]
 
     def attend(self, x):
         x = self.block.attend(x, self.angles, self.mask)
+        if not self.block.is_moe:
+            return x, self.block.dispatch(x), None, None
         with uncounted(self.block) if self.has_run else nullcontext():
             h, _, rows, weights, self.counts, self.route = self.block.dispatch(x, self.chosen)
         if not self.has_run:
@@ -1436,39 +1426,25 @@ class LayerSegments:
         return x, h, rows, weights
 
     def relay(self, rows, weights):
-        return self.mlp.dispatcher.relay(rows, weights, self.route)
+        return self.mlp.dispatcher.relay(rows, weights, self.route) if self.travels else (rows, weights)
 
     def experts(self, rows, weights):
+        if not self.block.is_moe:
+            return (None,)
         h, self.h = self.h, None
-        return (self.mlp.compute_routed(h, rows, weights, self.counts, self.route),)
-
-    def experts_and_send_back(self, rows, weights):
-        out, = self.experts(rows, weights)
-        return (self.mlp.dispatcher.send_back(out, self.route),)
+        out = self.mlp.compute_routed(h, rows, weights, self.counts, self.route)
+        return (self.mlp.dispatcher.send_back(out, self.route) if self.travels else out,)
 
     def relay_back(self, out):
-        return (self.mlp.dispatcher.relay_back(out, self.route),)
+        return (self.mlp.dispatcher.relay_back(out, self.route) if self.travels else out,)
 
     def shared(self, h):
-        expert = self.mlp.shared_experts
-        return (None if expert is None else expert(h),)
+        mlp = self.mlp.shared_experts if self.block.is_moe else self.mlp
+        return (None if mlp is None else mlp(h),)
 
     def combine(self, x, shared, out):
-        return (self.block.combine(x, (out, shared, x.shape, self.route)),)
-
-    def attend_dense(self, x):
-        x = self.block.attend(x, self.angles, self.mask)
-        return x, self.block.dispatch(x)
-
-    def shared_dense(self, h):
-        return (self.mlp(h),)
-
-    def combine_dense(self, x, shared):
-        return (self.block.combine(x, shared),)
-
-
-def pass_on(*tensors):
-    return tensors
+        done = (out, shared, x.shape, self.route) if self.block.is_moe else shared
+        return (self.block.combine(x, done),)
 
 
 class Chunk:
@@ -1584,13 +1560,9 @@ def run_pair(forward, backward, store):
     """A forward of one micro-batch among a backward of another, layer by layer: each hides the other's exchanges."""
     to_forward, to_backward = list(forward.pieces), backward.pieces[::-1]
     while to_forward or to_backward:
-        if not to_forward:
+        if to_backward and not (to_forward and to_backward[0].is_layer):
             backward_piece(backward, to_backward.pop(0), store)
-        elif not to_backward:
-            forward.forward(len(to_forward.pop(0).segments))
-        elif not to_backward[0].is_layer:
-            backward_piece(backward, to_backward.pop(0), store)
-        elif not to_forward[0].is_layer:
+        elif not (to_backward and to_forward[0].is_layer):
             forward.forward(len(to_forward.pop(0).segments))
         else:
             pair_layer(forward, backward, store)
@@ -1694,48 +1666,28 @@ class Pipeline:
 
     def perform(self, parts):
         """parts: one or two of (kind, stage, microbatch), kind F or B; two are a pair, its forward first."""
-        if len(parts) == 2 and self.plan.overlap == "adaptive" and self.train:
-            self.perform_pair(*parts)
+        if not self.train:
+            parts = [part for part in parts if part[0] == "F"]
+        if len(parts) == 2 and self.plan.overlap == "adaptive":
+            chunks = [self.begin(*part) for part in parts]
+            run_pair(*chunks, self.store)
+            for chunk, part in zip(chunks, parts):
+                self.end(chunk, *part)
             return
-        for kind, stage, microbatch in parts:
-            if kind == "F":
-                self.perform_forward(stage, microbatch)
-            elif self.train:
-                self.perform_backward(stage, microbatch)
+        for part in parts:
+            chunk = self.begin(*part)
+            if part[0] == "F":
+                chunk.forward(len(chunk.segments))
+            else:
+                run_backward(chunk, self.store)
+            self.end(chunk, *part)
 
-    def perform_forward(self, stage, microbatch):
-        chunk = self.begin_forward(stage, microbatch)
-        chunk.forward(len(chunk.segments))
-        self.end_forward(chunk, stage, microbatch)
-
-    def perform_backward(self, stage, microbatch):
-        chunk = self.begin_backward(stage, microbatch)
-        run_backward(chunk, self.store)
-        self.end_backward(chunk, stage, microbatch)
-
-    def perform_pair(self, forward_part, backward_part):
-        _, *forward_of = forward_part                                     # stage, microbatch
-        _, *backward_of = backward_part
-        forward, backward = self.begin_forward(*forward_of), self.begin_backward(*backward_of)
-        run_pair(forward, backward, self.store)
-        self.end_forward(forward, *forward_of)
-        self.end_backward(backward, *backward_of)
-
-    def begin_forward(self, stage, microbatch):
-        batch = self.batches[microbatch]
-        if stage == 0:
-            x = batch["ids"]
-        else:
-            x = self.runtime.received_input(stage, microbatch).detach().requires_grad_(self.train)
-        return Chunk(self.pieces(stage, **batch), x, self.memory)
-
-    def end_forward(self, chunk, stage, microbatch):
-        if self.train:
-            self.chunks[stage, microbatch] = chunk
-        if stage < self.last_stage:
-            self.runtime.send_output(stage, microbatch, chunk.values.pop("x").detach().contiguous())
-
-    def begin_backward(self, stage, microbatch):
+    def begin(self, kind, stage, microbatch):
+        """The Chunk of an action, with what the neighbour sent: an input, or the gradient of the output."""
+        if kind == "F":
+            batch = self.batches[microbatch]
+            x = self.runtime.received_input(stage, microbatch) if stage > 0 else batch["ids"]
+            return Chunk(self.pieces(stage, **batch), x, self.memory)
         chunk = self.chunks.pop((stage, microbatch))
         if stage == self.last_stage:                                      # where nothing comes from behind
             chunk.grads["loss"] = torch.ones_like(chunk.values["loss"])
@@ -1743,10 +1695,16 @@ class Pipeline:
             chunk.grads["x"] = self.runtime.received_gradient(stage, microbatch)
         return chunk
 
-    def end_backward(self, chunk, stage, microbatch):
+    def end(self, chunk, kind, stage, microbatch):
+        if kind == "F":
+            if self.train:
+                self.chunks[stage, microbatch] = chunk
+            if stage < self.last_stage:
+                self.runtime.send_output(stage, microbatch, chunk.values.pop("x").detach().contiguous())
+            return
         self.end_fsdp_backward()
         if stage > 0:
-            self.runtime.send_gradient(stage, microbatch, chunk.grads.pop("x").detach().contiguous())
+            self.runtime.send_gradient(stage, microbatch, chunk.grads.pop("x").contiguous())
 
     # a stage's segments
 
