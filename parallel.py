@@ -233,9 +233,9 @@ def all_sum(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Joining the world and leaving it; which rank died or stands still
 #
-# Each process has a pulse: a thread of its own writes a new number into torchrun's store every second, whatever the
-# process itself waits for. Who loses contact looks twice which numbers stay. torchrun names no rank when it starts a
-# run again, and dist.monitored_barrier none that died: it ends at the first closed connection (measured, torch 2.13).
+# Who loses contact calls the roll in torchrun's store, and a thread of its own answers for each process, whatever the
+# process itself waits for. torchrun names no rank when it starts a run again, and dist.monitored_barrier none that
+# died: it ends at the first closed connection (measured, torch 2.13).
 
 
 def open_store():
@@ -244,19 +244,15 @@ def open_store():
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def beat():
-    store, count = open_store(), 0
-    while not LEAVING.is_set():
-        store.set(pulse_of(rank()), str(count))
-        count += 1
-        LEAVING.wait(1)
+def answer_roll_call():
+    store = open_store()
+    while not LEAVING.wait(1):
+        if store.check(["roll call"]):
+            store.set(f"here: {rank()}", "")
+            return
 
 
-def pulse_of(other):
-    return f"pulse of {other}"
-
-
-PULSE = threading.Thread(target=beat, daemon=True)
+ANSWERING = threading.Thread(target=answer_roll_call, daemon=True)
 LEAVING = threading.Event()
 
 
@@ -268,13 +264,13 @@ def join_world(device, timeout):
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     dist.init_process_group(backend, timeout=timeout, store=open_store(), rank=rank(), world_size=world_size())
-    PULSE.start()
+    ANSWERING.start()
 
 
 def leave_world():
     if dist.is_initialized():
         LEAVING.set()
-        PULSE.join()
+        ANSWERING.join()
         dist.destroy_process_group()
 
 
@@ -284,14 +280,12 @@ def is_lost_contact(error):
 
 
 def missing_ranks(patience=4.0):
-    """Ranks without a pulse for so many seconds, as text. Who asks first decides for all: then these leave, too."""
+    """Ranks that do not answer for so many seconds, as text. Who asks first decides for all: then these leave, too."""
     store = open_store()
     if not store.check(["missing"]):
-        pulses = [pulse_of(other) for other in range(world_size())]
-        before = store.multi_get(pulses)
+        store.set("roll call", "")
         time.sleep(patience)
-        after = store.multi_get(pulses)
-        silent = [str(other) for other in range(world_size()) if before[other] == after[other]]
+        silent = [str(other) for other in range(world_size()) if not store.check([f"here: {other}"])]
         store.compare_set("missing", "", ", ".join(silent))               # kept if somebody was faster
     return store.get("missing").decode()
 
@@ -306,8 +300,10 @@ scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 class Group:
     """Ranks that exchange with each other. Every collective is started, not awaited: it returns (out, work)."""
 
-    def __init__(self, group):
-        self.group, self.size, self.rank = group, group.size(), group.rank()
+    def __init__(self, mesh):
+        """mesh: DeviceMesh of one dimension."""
+        self.group = mesh.get_group()
+        self.size, self.rank = self.group.size(), self.group.rank()
 
     def all_to_all(self, x, send=None, recv=None):
         """x (sum(send), ...) -> (sum(recv), ...); send[i] rows go to member i. Without sizes: equal parts."""
@@ -467,8 +463,6 @@ class Route:
     slot: torch.Tensor = None              # (N,K) row of each copy that starts the last hop
     # by wait
     order: torch.Tensor = None             # (M,1) row, sorted by expert, of each copy that arrived
-    # which of the calls in brackets were made
-    relayed: bool = False
     sent_back: bool = False
     relayed_back: bool = False
 
@@ -529,19 +523,18 @@ class FlatDispatcher(LocalDispatcher):
         return route.to_experts.start(rows, row_weights)
 
     def relay(self, rows, row_weights, route):
-        route.relayed = True
         return rows, row_weights
 
     def wait(self, rows, row_weights, route):
         """Rows arrive sorted by (sender, expert) and leave here sorted by expert."""
-        if not route.relayed:
+        if route.to_experts is None:
             rows, row_weights = self.relay(rows, row_weights, route)
         rows, row_weights = route.to_experts.finish(rows, row_weights)
         rows, route.order = permute(rows, route.expert.unsqueeze(1))
         return rows, torch.zeros_like(row_weights).scatter(0, route.order.flatten().long(), row_weights)
 
     def resend(self, x, route):
-        again = replace(route, relayed=False)                             # its hops are on their way back by now
+        again = replace(route, to_experts=None)                           # its hops are on their way back by now
         no_weights = x.new_zeros(len(x), route.ids.size(1))
         rows, _ = self.wait(*self.start_first_hop(x, no_weights, again), again)
         return rows
@@ -551,7 +544,6 @@ class FlatDispatcher(LocalDispatcher):
         return route.to_experts.rows_back.start(unpermute(rows, route.order))
 
     def relay_back(self, rows, route):
-        route.relayed_back = True
         return rows
 
     def combine(self, rows, route):
@@ -594,7 +586,6 @@ class HierarchicalDispatcher(FlatDispatcher):
         return route.between_nodes.start(x, weights)
 
     def relay(self, tokens, weights, route):
-        route.relayed = True
         tokens, weights = route.between_nodes.finish(tokens, weights)
         return self.start_last_hop(tokens, weights, route)
 
@@ -706,18 +697,15 @@ class Grid:
         mesh = self.expert if axis == "ep" else self.tensor
         return mesh["replicate", axis, "shard"]
 
-    def group(self, mesh, name):
-        return Group(mesh[name].get_group())
-
     def dispatcher(self, config):
         """What the plan says; the local one with no rank to exchange with; flat where the group lies in one node."""
         plan = self.plan
         if plan.ep == 1:
             return LocalDispatcher(config)
         if plan.dispatch == "flat" or plan.ep == plan.inner:
-            return FlatDispatcher(config, self.group(self.expert, "ep"))
+            return FlatDispatcher(config, Group(self.expert["ep"]))
         kind = HierarchicalDispatcher if plan.dispatch == "hierarchical" else DedupDispatcher
-        return kind(config, self.group(self.exchange, "inner"), self.group(self.exchange, "outer"))
+        return kind(config, Group(self.exchange["inner"]), Group(self.exchange["outer"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -875,7 +863,7 @@ def mean_over(group, counts):
 
 
 def cut_matrices(model, grid):
-    group = grid.group(grid.sequence, "tp")
+    group = Group(grid.sequence["tp"])
     for name, module in model.named_modules():
         matrix = name.rpartition(".")[2]
         if matrix in TENSOR_CUTS:
@@ -938,7 +926,7 @@ def cross_entropy_part(group, n_own, h, weight, targets):
 
 
 def gather_contexts(model, grid):
-    group = grid.group(grid.sequence, "cp")
+    group = Group(grid.sequence["cp"])
     for block in model.layers.values():
         block.self_attn.gather_context = partial(gather_together, group)
 
@@ -1884,7 +1872,7 @@ class LiveBalance:
     def __init__(self, model, grid):
         config, self.plan = model.config, grid.plan
         n_layers = config.num_hidden_layers + config.num_nextn_predict_layers - config.first_k_dense_replace
-        self.group = Group(grid.expert["ep"].get_group())
+        self.group = Group(grid.expert["ep"])
         self.moes = {block.index - config.first_k_dense_replace: block.mlp for block in model.moe_blocks()}
         for moe in self.moes.values():
             moe.dispatcher = PlacedDispatcher(moe.dispatcher)
@@ -2054,12 +2042,11 @@ class Saver:
 
         1. save copies the state and returns; the rest happens in threads
         2. every rank writes its parts into step_N.tmp
-        3. rank 0 adds progress.json, then the list of all files
-        4. all ranks tell whether they failed; if one did, the folder goes, and all have failed
-        5. rank 0 renames the folder to step_N and deletes the oldest
-        6. all wait for that, so nobody looks for it before it has its name
+        3. rank 0 adds progress.json, then the list of all files, renames the folder to step_N and deletes the oldest
 
-    So a folder without .tmp was whole. SaveFailed tells of the disk's refusal at the next call of any method.
+    After 2 and after 3 each rank waits until all have told whether they failed; if one did, the folder goes, and all
+    have failed. So a folder without .tmp was whole, and nobody looks for it before it has its name. SaveFailed tells of
+    the disk's refusal at the next call of any method.
     """
 
     def __init__(self, folder, keep):
@@ -2082,38 +2069,29 @@ class Saver:
         self.pending = self.pool.submit(self.complete, written, unfinished, json.dumps(progress))
 
     def complete(self, written, unfinished, progress):
+        self.on_all_ranks(unfinished, written.result)
+        self.on_all_ranks(unfinished, partial(self.publish, unfinished, progress))
+
+    def on_all_ranks(self, unfinished, work):
+        """work() here, and SaveFailed on all ranks if it failed on one."""
         error = None
         try:
-            written.result()
-            if rank() == 0:
-                write_synced(unfinished / PROGRESS, progress)
-                write_manifest(unfinished)
+            work()
         except (OSError, CheckpointException, RuntimeError) as caught:
             error = caught
-        self.agree(unfinished, error)
-        try:
-            if rank() == 0:
-                self.publish(unfinished)
-        except OSError as caught:
-            error = caught
-        self.agree(unfinished, error)
-
-    def agree(self, unfinished, error):
-        """SaveFailed on all ranks, where one has an error."""
-        if self.of_all_ranks(error is not None):
+        failed = torch.tensor(error is not None, dtype=torch.int32)
+        if self.group is not None:
+            dist.all_reduce(failed, group=self.group)
+        if failed:
             shutil.rmtree(unfinished, ignore_errors=True)                 # gives its space back
             cause = in_one_line(cause_of(error)) if error else "on another rank"
             raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({cause})") from error
 
-    def of_all_ranks(self, failed):
-        """Whether any rank failed; nobody goes on before all have said so."""
-        if self.group is None:
-            return failed
-        failed = torch.tensor(int(failed))
-        dist.all_reduce(failed, group=self.group)
-        return failed.item() > 0
-
-    def publish(self, unfinished):
+    def publish(self, unfinished, progress):
+        if rank() > 0:
+            return
+        write_synced(unfinished / PROGRESS, progress)
+        write_manifest(unfinished)
         final = unfinished.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
@@ -2189,16 +2167,23 @@ def read_json(folder, name):
 
 def check_files(folder):
     """CheckpointError with the file's name, if one is missing or not as written."""
-    for name, written in read_json(folder, MANIFEST).items():
-        if Path(name).name != name or not name.isprintable() or not is_numbers(written) or len(written) != 2:
-            raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not a list of files with sizes and checksums")
-        path, (size, crc) = folder / name, written
+    for name, (size, crc) in listed_files(folder).items():
+        path = folder / name
         if not path.exists():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
         if path.stat().st_size != size:
             raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes")
         if checksum(path) != crc:
             raise CheckpointError(f"{folder} is damaged: the content of {name} is not what was written")
+
+
+def listed_files(folder):
+    """What write_manifest wrote: {name: [size, checksum]}."""
+    files = read_json(folder, MANIFEST)
+    for name, written in files.items():
+        if Path(name).name != name or not name.isprintable() or not is_numbers(written) or len(written) != 2:
+            raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not a list of files with sizes and checksums")
+    return files
 
 
 def is_numbers(x):
@@ -2217,7 +2202,7 @@ def load_progress(folder, progress):
 
 
 class DCPList(pickle.Unpickler):
-    """Reads .metadata, a pickle, which could call anything: here no more than what DCP writes into it."""
+    """Reads .metadata, a pickle, which could call anything: here no more than what DCP writes into it of tensors."""
     known = {"torch": "Size float64 float32 bfloat16 float16 int64 uint8",
              "torch.serialization": "_get_layout",
              "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata TensorProperties "
@@ -2232,19 +2217,18 @@ class DCPList(pickle.Unpickler):
 
 
 def read_parts(folder):
-    """DCP's Metadata of a checkpoint, whose files all lie in it."""
+    """DCP's Metadata of a checkpoint, which names no file but those of the manifest."""
     try:
         with open(folder / DCP_LIST, "rb") as file:
             metadata = DCPList(file).load()
-        files = {part.relative_path for part in metadata.storage_data.values()}
-        outside = [name for name in files if Path(name).name != name]
+        named = {part.relative_path for part in metadata.storage_data.values()}
         metadata.storage_meta = StorageMeta()
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from None
     except Exception as error:                                            # a pickle that is none fails in any way
         raise CheckpointError(f"{folder} is damaged: {DCP_LIST} cannot be read ({in_one_line(error)})") from error
-    if outside:
-        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {outside[0]!r}, which is not in the folder")
+    for name in named - listed_files(folder).keys():
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {name!r}, which is not in {MANIFEST}")
     return metadata
 
 
@@ -2259,12 +2243,6 @@ class SafeReader(dcp.FileSystemReader):
         return self.parts
 
 
-class TensorsOnly(dcp.DefaultLoadPlanner):
-    def load_bytes(self, read_item, value):
-        """Called for what the list says is no tensor; DCP would unpickle it."""
-        raise CheckpointError(f"{DCP_LIST} says that {read_item.dest_index.fqn} is no tensor")
-
-
 def load_state(folder, state, grid=None):
     """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it.
 
@@ -2272,7 +2250,7 @@ def load_state(folder, state, grid=None):
     """
     reader = SafeReader(folder)
     try:
-        dcp.load(whole_tensors(state, grid), storage_reader=reader, planner=TensorsOnly(), no_dist=grid is None)
+        dcp.load(whole_tensors(state, grid), storage_reader=reader, no_dist=grid is None)
     except CheckpointException as error:
         cause = cause_of(error)
         if isinstance(cause, (CheckpointError, pickle.UnpicklingError)):

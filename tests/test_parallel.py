@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -390,6 +391,17 @@ def test_refused_before_anybody_waits(plan, words):
     """Every rank refuses by itself, in one line."""
     for message in dist.run(2, refusal, plan):
         assert words in message and "\n" not in message
+
+
+def test_ranks_that_do_not_answer_are_named(monkeypatch):
+    """Rank 1 died before it said anything, rank 2 answers, rank 0 asks and answers; who asks later hears the same."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_RESTART_COUNT=0, RANK=0,
+                            WORLD_SIZE=3).items():
+        monkeypatch.setenv(name, str(value))
+    parallel.open_store().set("here: 2", "")
+    threading.Thread(target=parallel.answer_roll_call, daemon=True).start()
+    assert parallel.missing_ranks(patience=1.5) == parallel.missing_ranks() == "1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
