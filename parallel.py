@@ -13,11 +13,6 @@ sim.py plans, parallel.py executes: the bytes counted there are the bytes sent h
 In this order: device; what torch does not publish; world; joining and leaving it; groups and their collectives;
 collectives with autograd; dispatchers; grid; cuts; parallelize; a sequence over ranks (tensor, context); data
 parallelism; memory; segments; pipeline; live load balance; checkpoints.
-
-A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written
-under the name `step_N.tmp`; when it is complete, a list of its files with sizes and checksums is added and the folder
-renamed. So a folder without `.tmp` is whole, or it was damaged later, which the list shows. It holds whole tensors by
-names that no plan changes, so any plan reads what any other wrote.
 """
 import json
 import os
@@ -31,6 +26,7 @@ import zlib
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -180,7 +176,8 @@ def prepare_sharding(model):
 
 def end_sharded_backward(model):
     """What FSDP2 does at the end of a backward: gradients are added up in float32, or after the last one reduced."""
-    fully_shard.state(model)._root_post_backward_final_callback()
+    if isinstance(model, FSDPModule):
+        fully_shard.state(model)._root_post_backward_final_callback()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,9 +478,10 @@ class FlatDispatcher(LocalDispatcher):
         super().__init__(config)
         self.group = group                                                # of the last hop
         self.n_reached = config.n_routed_experts                          # experts on its ranks
+        self.slot_of = None                # (E,) of each expert, where LiveBalance moves them: its number on the ranks
 
     def dispatch(self, x, ids, weights):
-        ids = self.choices_here(self.within_capacity(ids, weights))
+        ids = self.choices_here(self.places(ids, weights))
         leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
         send, recv = host_sizes(leaving.sum(1), arriving.sum(1))
         route = Route(ids, send, recv, experts_of_copies(arriving, sum(recv)))
@@ -494,8 +492,10 @@ class FlatDispatcher(LocalDispatcher):
         """Experts (N,K) of this rank's tokens -> Route.ids."""
         return ids
 
-    def within_capacity(self, ids, weights):
-        """A copy above capacity gets an expert that does not exist, and travels nowhere."""
+    def places(self, ids, weights):
+        """Experts (N,K) -> where they are; a copy above capacity is at a place that does not exist, and stays here."""
+        if self.slot_of is not None:
+            ids = self.slot_of[ids]
         if self.capacity_factor == 0:
             return ids
         capacity = self.capacity(ids)
@@ -610,7 +610,7 @@ class DedupDispatcher(HierarchicalDispatcher):
 
     def dispatch(self, x, ids, weights):
         nodes = self.outer.size
-        ids = self.within_capacity(ids, weights)
+        ids = self.places(ids, weights)
         wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N,nodes) 0, 1
         # 1. one message to each node: tokens that will come, and how many copies they hold for each of its experts
         copies = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
@@ -691,11 +691,6 @@ class Grid:
         if members not in self.groups:
             self.groups[members] = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
         return self.groups[members]
-
-    def parts_mesh(self, axis):
-        """(replicate, axis, shard) of the ranks that hold a tensor cut by ep or by tp."""
-        mesh = self.expert if axis == "ep" else self.tensor
-        return mesh["replicate", axis, "shard"]
 
     def dispatcher(self, config):
         """What the plan says; the local one with no rank to exchange with; flat where the group lies in one node."""
@@ -807,11 +802,12 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
     for block in model.moe_blocks():
         keep_own_experts(block.mlp.experts, plan)
         if n_balance > 1:
-            block.mlp.gate.average_counts = partial(mean_over, grid.balance["balance"].get_group())
+            block.mlp.gate.average_counts = partial(mean_over, Group(grid.balance["balance"]))
     if plan.tp > 1:
         cut_matrices(model, grid)
     if plan.cp > 1:
-        gather_contexts(model, grid)
+        for block in model.layers.values():
+            block.self_attn.gather_context = partial(gather_together, Group(grid.sequence["cp"]))
     if plan.dp * plan.cp * plan.tp > 1:
         shard(model, grid)
     dispatcher = grid.dispatcher(model.config)                            # last: a group cannot be copied or saved
@@ -847,8 +843,7 @@ def keep_own_stages(model, grid):
 
 
 def mean_over(group, counts):
-    dist.all_reduce(counts, group=group)
-    return counts / group.size()
+    return group.all_reduce(counts) / group.size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -871,23 +866,12 @@ def cut_matrices(model, grid):
         if isinstance(module, Attention):
             module.gather_tokens = partial(gather_together, group)
         if isinstance(module, MLP):
-            module.register_forward_pre_hook(partial(gather_input, group))
+            module.register_forward_pre_hook(lambda _, tokens: gather_sequence(group, *tokens))
         if isinstance(module, (Attention, MLP)):
-            module.register_forward_hook(partial(scatter_output, group))
+            module.register_forward_hook(lambda _, tokens, partial_sums: scatter_sequence(group, partial_sums))
     n_own = model.config.vocab_size // group.size
     model.embed = partial(embed_part, group, model.embed, n_own)
     model.cross_entropy = partial(cross_entropy_part, group, n_own)
-
-
-def gather_input(group, module, args):
-    """A hook before a module: it gets the tokens of the whole group."""
-    x, = args
-    return (gather_sequence(group, x),)
-
-
-def scatter_output(group, module, args, partial_sums):
-    """A hook behind a module: this rank's tokens of what it made, summed over the group."""
-    return scatter_sequence(group, partial_sums)
 
 
 def gather_sequence(group, x):
@@ -923,12 +907,6 @@ def cross_entropy_part(group, n_own, h, weight, targets):
     all_max = partial(group.all_reduce, op=dist.ReduceOp.MAX)
     vocabulary = Vocabulary(group.rank * n_own, group.size, all_max, group.all_reduce)
     return HeadCrossEntropy.apply(h, weight, targets, vocabulary)
-
-
-def gather_contexts(model, grid):
-    group = Group(grid.sequence["cp"])
-    for block in model.layers.values():
-        block.self_attn.gather_context = partial(gather_together, group)
 
 
 def context_parts(n_tokens, cp, device):
@@ -1341,16 +1319,15 @@ class HostAdamW(torch.optim.AdamW):
 
 def in_slices(parameters):
     """Consecutive parameters whose two moments have at most STEP_BYTES, or one parameter that has more."""
-    piece, size = [], 0
+    slices, room = [], 0
     for parameter in parameters:
         both_moments = 2 * local(parameter).nbytes
-        if piece and size + both_moments > STEP_BYTES:
-            yield piece
-            piece, size = [], 0
-        piece.append(parameter)
-        size += both_moments
-    if piece:
-        yield piece
+        if not slices or both_moments > room:
+            slices.append([])
+            room = STEP_BYTES
+        slices[-1].append(parameter)
+        room -= both_moments
+    return slices
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1690,7 +1667,7 @@ class Pipeline:
             if stage < self.last_stage:
                 self.runtime.send_output(stage, microbatch, chunk.values.pop("x").detach().contiguous())
             return
-        self.end_fsdp_backward()
+        end_sharded_backward(self.model)
         if stage > 0:
             self.runtime.send_gradient(stage, microbatch, chunk.grads.pop("x").contiguous())
 
@@ -1745,7 +1722,7 @@ class Pipeline:
                 part.reshard()
             return
         self.set_last_backward(True)
-        self.end_fsdp_backward()
+        end_sharded_backward(self.model)
         if self.grid and self.grid.embedding_twice and self.model.embed_tokens is not None:
             self.add_other_embedding(local(self.model.embed_tokens.weight.grad))
 
@@ -1764,10 +1741,6 @@ class Pipeline:
             self.model.set_is_last_backward(last)
             self.model.set_reshard_after_backward(last)
             self.model.set_requires_gradient_sync(last)
-
-    def end_fsdp_backward(self):
-        if isinstance(self.model, FSDPModule):
-            end_sharded_backward(self.model)
 
 
 class OneRank:
@@ -1808,23 +1781,6 @@ def model_dtype(model):
 # Router, its optimizer state and bias, loads and the balance loss know experts by their own numbers, so nothing of them
 # moves: only dispatch looks up in which slot an expert is now. Checkpoints hold experts in order of their numbers, for
 # any plan and reader.
-
-
-class PlacedDispatcher:
-    """Sends rows to the slot where their expert is now, through one of the exchanges above, to which slots are experts.
-
-    All else of a dispatcher is the exchange's.
-    """
-
-    def __init__(self, exchange):
-        self.exchange = exchange
-        self.slot_of = None                                               # (E,) slot of each expert
-
-    def __getattr__(self, name):
-        return getattr(self.exchange, name)
-
-    def dispatch(self, x, ids, weights):
-        return self.exchange.dispatch(x, self.slot_of[ids], weights)
 
 
 def leaving_and_arriving(old, new, me):
@@ -1875,7 +1831,7 @@ class LiveBalance:
         self.group = Group(grid.expert["ep"])
         self.moes = {block.index - config.first_k_dense_replace: block.mlp for block in model.moe_blocks()}
         for moe in self.moes.values():
-            moe.dispatcher = PlacedDispatcher(moe.dispatcher)
+            moe.dispatcher = copy(moe.dispatcher)                         # each layer's, with a slot_of of its own
         self.expected = torch.zeros(n_layers, config.n_routed_experts, device=grid.dense.device_type)
         self.first = first_placement(config.n_routed_experts, self.plan.ep)
         self.placements = [self.first] * n_layers
@@ -1969,11 +1925,14 @@ def mean_imbalance(loads, placements):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 #
-# A folder step_N:   *.distcp        tensors, whole by name, each rank's part of them in a file of its own
-#                    .metadata       DCP's list of the parts: which tensor, which slice, in which file
-#                    progress.json   plain numbers: steps, tokens, where experts live
-#                    files.json      sizes and checksums of the others; written last
+# A folder step_N, written by torch.distributed.checkpoint (DCP) while training goes on:
 #
+#     *.distcp        tensors, whole by name, each rank's part of them in a file of its own
+#     .metadata       DCP's list of the parts: which tensor, which slice, in which file
+#     progress.json   plain numbers: steps, tokens, where experts live
+#     files.json      sizes and checksums of the others; written last, so that later damage shows
+#
+# No plan changes the names and shapes of whole tensors, so any plan reads what any other wrote.
 # It may come from anywhere, so nothing in it can name code to run: JSON, tensors, and DCP's list of known types.
 
 MANIFEST, PROGRESS, DCP_LIST = "files.json", "progress.json", ".metadata"
@@ -2019,7 +1978,7 @@ def part_of_whole(name, tensor, grid):
     dim, axis = cut_of(name)
     if axis is None or tensor.dim() < 2:                                  # vectors are not cut, nor counts of steps
         return tensor
-    mesh = grid.parts_mesh(axis)
+    mesh = (grid.expert if axis == "ep" else grid.tensor)["replicate", axis, "shard"]
     shape = list(tensor.shape)
     shape[dim] *= mesh.size(1)
     stride = torch.empty(shape, device="meta").stride()
