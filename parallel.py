@@ -50,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, KeepAll, LocalDispatcher, MTPLayer, Output,
                    Part, Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, fill_inputs, permute,
-                   rope_table, sorted_slots, unpermute)
+                   require, rope_table, sorted_slots, unpermute)
 from sim import (STEP_BYTES, balance_ranks, check_plan, decide, first_placement, imbalance, items_in_force,
                  moved_experts, plan_placement, predict_load, schedule_table, stage_layers)
 
@@ -71,12 +71,10 @@ def pick_device(name="auto"):
     if name == "auto":
         there = [kind for kind in ("npu", "cuda") if hasattr(torch, kind) and getattr(torch, kind).is_available()]
         name = there[0] if there else "cpu"
-    if name not in ("cpu", "cuda", "npu"):
-        raise ValueError(f"--device {name}: use auto, cpu, cuda or npu")
+    require(name in ("cpu", "cuda", "npu"), f"--device {name}: use auto, cpu, cuda or npu")
     if name != "cpu":
         accelerators = getattr(torch, name)
-        if not accelerators.is_available():
-            raise ValueError(f"--device {name}: none found here; use --device cpu")
+        require(accelerators.is_available(), f"--device {name}: none found here; use --device cpu")
         accelerators.set_device(int(os.environ.get("LOCAL_RANK", 0)) % accelerators.device_count())
     return torch.device(name)
 
@@ -458,8 +456,8 @@ class Route:
     between_nodes: Hop = None
     to_experts: Hop = None
     slot: torch.Tensor = None              # (N,K) row of each copy that starts the last hop
-    # by wait
-    order: torch.Tensor = None             # (M,1) row, sorted by expert, of each copy that arrived
+    order: torch.Tensor = None             # (M,1) row, sorted by expert, of each copy that arrived; by wait
+    # which of these calls were made
     sent_back: bool = False
     relayed_back: bool = False
 
@@ -613,12 +611,12 @@ class DedupDispatcher(HierarchicalDispatcher):
         ids = self.places(ids, weights)
         wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N,nodes) 0, 1
         # 1. one message to each node: tokens that will come, and how many copies they hold for each of its experts
-        copies = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
-        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1))
+        counts = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
+        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), counts), 1))
         work.wait()
-        from_nodes, copies_here = message[:, 0], message[:, 1:].sum(0)
+        from_nodes, counts_here = message[:, 0], message[:, 1:].sum(0)
         # 2. the sizes of both hops
-        leaving, arriving = self.exchange_counts(copies_here)
+        leaving, arriving = self.exchange_counts(counts_here)
         node_send, node_recv, send, recv = host_sizes(wanted.sum(0), from_nodes, leaving.sum(1), arriving.sum(1))
         node_slot = slots_by_node(wanted, sum(node_send))
         # 3. the tokens' choices, then the tokens
@@ -744,24 +742,12 @@ class Slice(NamedTuple):
     parts: int
 
 
-def keep_own_slice(module, dim, group):
-    module.slice = Slice(dim, group.rank, group.size)
-    module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
-
-
 def own_slice(module, whole):
     """What this rank holds of a tensor of a module; all of it, if it is not cut."""
     if not hasattr(module, "slice"):
         return whole
     dim, place, parts = module.slice
     return whole.chunk(parts, dim)[place]
-
-
-def whole_shape(module, tensor):
-    shape = list(tensor.shape)
-    if hasattr(module, "slice"):
-        shape[module.slice.dim] *= module.slice.parts
-    return shape
 
 
 def local(tensor):
@@ -818,12 +804,10 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
 
 
 def refuse_what_is_not_run(plan):
-    if plan.tp > 1 and not plan.sp:
-        raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
-    if plan.balance_live and "optimizer" in plan.swap:
-        raise ValueError("swap=optimizer keeps moments where balance_live cannot move them: use one of both")
-    if plan.precision not in ("fp32", "bf16", "fp64"):
-        raise ValueError(f"precision={plan.precision} is not run: use fp32 or bf16")
+    require(plan.tp == 1 or plan.sp, f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
+    require(not (plan.balance_live and "optimizer" in plan.swap),
+            "swap=optimizer keeps moments where balance_live cannot move them: use one of both")
+    require(plan.precision in ("fp32", "bf16", "fp64"), f"precision={plan.precision} is not run: use fp32 or bf16")
 
 
 def keep_own_stages(model, grid):
@@ -862,7 +846,8 @@ def cut_matrices(model, grid):
     for name, module in model.named_modules():
         matrix = name.rpartition(".")[2]
         if matrix in TENSOR_CUTS:
-            keep_own_slice(module, TENSOR_CUTS[matrix], group)
+            module.slice = Slice(TENSOR_CUTS[matrix], group.rank, group.size)
+            module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
         if isinstance(module, Attention):
             module.gather_tokens = partial(gather_together, group)
         if isinstance(module, MLP):
@@ -1022,7 +1007,10 @@ def init_weights(model, seed=0):
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         module = model.get_submodule(name.rpartition(".")[0])
         first_expert = module.first_expert if cut_of(name).axis == "ep" else 0
-        whole = torch.empty(whole_shape(module, tensor), dtype=tensor.dtype)
+        shape = list(tensor.shape)
+        if hasattr(module, "slice"):
+            shape[module.slice.dim] *= module.slice.parts
+        whole = torch.empty(shape, dtype=tensor.dtype)
         fill_initial(whole, model.config, name, seed, first_expert)
         part = own_slice(module, whole)
         if isinstance(tensor, DTensor):

@@ -295,8 +295,8 @@ def test_end_of_a_sharded_backward_sums_gradients_over_ranks():
 
 def sequence_plans():
     """Each axis with experts and with others, and all together; slow: what those hold already."""
-    for axes in (dict(cp=4, zero=1), dict(tp=2, ep=2), dict(cp=2, ep=2),
-                 dict(tp=2, dp=2, ep=4, zero=1, dispatch="hierarchical", node_size=2), dict(cp=2, dp=2, zero=3), dict(tp=2, pp=2), dict(cp=2, pp=2, zero=1),
+    for axes in (dict(cp=4, zero=1), dict(tp=2, ep=2), dict(cp=2, ep=2), dict(cp=2, dp=2, zero=3), dict(tp=2, pp=2),
+                 dict(cp=2, pp=2, zero=1), dict(tp=2, dp=2, ep=4, zero=1, dispatch="hierarchical", node_size=2),
                  dict(tp=4, ep=4, overlap="adaptive", schedule="paired", dispatch="dedup", node_size=2),
                  dict(tp=2, cp=2, dp=2, ep=4, zero=3)):
         yield replace(PLAN, sp=1, **axes)
