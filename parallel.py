@@ -805,6 +805,7 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
 
 def refuse_what_is_not_run(plan):
     require(plan.tp == 1 or plan.sp, f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
+    require(plan.pp > 1 or plan.vpp == 1, f"vpp={plan.vpp} with pp=1 is timed by sim.py, but not run: use vpp=1")
     require(not (plan.balance_live and "optimizer" in plan.swap),
             "swap=optimizer keeps moments where balance_live cannot move them: use one of both")
     require(plan.precision in ("fp32", "bf16", "fp64"), f"precision={plan.precision} is not run: use fp32 or bf16")
@@ -1269,15 +1270,15 @@ def run_layer_twice(block, x, angles, mask=None, routing=None):
     def run(x):
         return Block.forward(block, x, angles, mask, chosen)
 
-    return checkpoint(run, x, context_fn=lambda: (nullcontext(), uncounted(block)), **ONCE_MORE)
+    def contexts():
+        return nullcontext(), uncounted(block) if block.is_moe else nullcontext()
+
+    return checkpoint(run, x, context_fn=contexts, **ONCE_MORE)
 
 
 @contextmanager
 def uncounted(block):
-    """A layer that runs again counts no loads."""
-    if not block.is_moe:
-        yield
-        return
+    """A layer with experts that runs again counts no loads."""
     load, dropped = block.mlp.gate.load, block.mlp.dropped
     try:
         yield
@@ -1560,7 +1561,7 @@ class Pipeline:
                 module.store = self.store
         self.memory = Memory(plan, next(model.parameters()).device)
         self.memory.attach(model)
-        self.runtimes = {}                 # number of micro-batches -> TorchRuntime, or OneRank
+        self.runtimes = {}                 # number of micro-batches -> TorchRuntime
 
     def step(self, batches, loss_tokens, train=True):
         """Forward and backward of a global batch, or its forward alone; weights stay as they are.
@@ -1599,16 +1600,18 @@ class Pipeline:
 
     def run_table(self, plan):
         self.chunks = {}                   # (stage, micro-batch) -> Chunk, from its forward to its backward
-        if plan.n_micro not in self.runtimes:
-            self.runtimes[plan.n_micro] = self.make_runtime(plan)
-        self.runtime = self.runtimes[plan.n_micro]
         self.gather_weights()
-        self.runtime.step(self.train)
+        if plan.pp == 1:
+            for action in schedule_table(plan)[0]:
+                self.perform(action.parts())
+        else:
+            if plan.n_micro not in self.runtimes:
+                self.runtimes[plan.n_micro] = self.make_runtime(plan)
+            self.runtime = self.runtimes[plan.n_micro]
+            self.runtime.step(self.train)
         self.release_weights()
 
     def make_runtime(self, plan):
-        if plan.pp == 1:
-            return OneRank(schedule_table(plan)[0], self.perform)
         shape = plan.micro_batch, plan.tokens // plan.micro_batch, self.model.config.hidden_size
         x = torch.empty(shape, dtype=model_dtype(self.model), device="meta", requires_grad=True)
         device, group = next(self.model.parameters()).device, self.grid.dense["pp"].get_group()
@@ -1729,30 +1732,6 @@ class Pipeline:
             self.model.set_is_last_backward(last)
             self.model.set_reshard_after_backward(last)
             self.model.set_requires_gradient_sync(last)
-
-
-class OneRank:
-    """What TorchRuntime is on several pipeline ranks: the actions one by one, stages hand their tensors over."""
-
-    def __init__(self, actions, perform):
-        self.actions, self.perform = actions, perform
-        self.outputs, self.gradients = {}, {}                             # (receiving stage, micro-batch) -> tensor
-
-    def step(self, train):
-        for action in self.actions:
-            self.perform(action.parts())
-
-    def send_output(self, stage, microbatch, x):
-        self.outputs[stage + 1, microbatch] = x
-
-    def received_input(self, stage, microbatch):
-        return self.outputs.pop((stage, microbatch))
-
-    def send_gradient(self, stage, microbatch, grad):
-        self.gradients[stage - 1, microbatch] = grad
-
-    def received_gradient(self, stage, microbatch):
-        return self.gradients.pop((stage, microbatch))
 
 
 def model_dtype(model):

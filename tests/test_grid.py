@@ -84,9 +84,10 @@ def pipelines():
     one = replace(PLAN, micro_batch=1)
     for pp in (1, 2, 4):
         for schedule, vpp in (("1f1b", 1), ("interleaved", 1), ("interleaved", 2), ("paired", 1), ("paired", 2)):
-            if pp * vpp <= 7:
-                yield replace(one, pp=pp, vpp=vpp, schedule=schedule)
-            if pp * vpp <= 7 and schedule == "paired":
+            if pp * vpp > 7 or pp < vpp:
+                continue
+            yield replace(one, pp=pp, vpp=vpp, schedule=schedule)
+            if schedule == "paired":
                 yield replace(one, pp=pp, vpp=vpp, schedule=schedule, overlap="adaptive")
 
 

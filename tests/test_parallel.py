@@ -386,7 +386,8 @@ def refusal(plan):
     (replace(PLAN, dp=4), "for 2 devices: use dp=2"),
     (replace(PLAN, dp=2, ep=4, micro_batch=2), "ep=4 does not divide"),
     (replace(PLAN, dp=2, recompute=("all",)), "use any of norm"),
-    (replace(PLAN, dp=2, precision="fp8"), "fp32 or bf16")])
+    (replace(PLAN, dp=2, precision="fp8"), "fp32 or bf16"),
+    (replace(PLAN, dp=2, vpp=2, schedule="interleaved"), "use vpp=1")])
 def test_refused_before_anybody_waits(plan, words):
     """Every rank refuses by itself, in one line."""
     for message in dist.run(2, refusal, plan):
