@@ -32,7 +32,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -169,7 +168,8 @@ class TorchRuntime:
 
 def prepare_sharding(model):
     """FSDP2 makes itself ready in a hook of the root's first forward; segments call parts of layers, so none runs."""
-    fully_shard.state(model)._lazy_init()
+    if isinstance(model, FSDPModule):
+        fully_shard.state(model)._lazy_init()
 
 
 def end_sharded_backward(model):
@@ -327,12 +327,12 @@ class SummedParts:
     """A reduce-scatter as an all-to-all and a sum: gloo's own is an all-reduce and sends twice as much (measured)."""
 
     def __init__(self, out, x, group):
-        self.out, self.parts = out, torch.empty_like(x)
-        self.work = dist.all_to_all_single(self.parts, x, group=group, async_op=True)
+        self.out, self.received = out, torch.empty_like(x)
+        self.work = dist.all_to_all_single(self.received, x, group=group, async_op=True)
 
     def wait(self):
         self.work.wait()
-        torch.sum(self.parts.view(-1, *self.out.shape), 0, out=self.out)
+        torch.sum(self.received.view(-1, *self.out.shape), 0, out=self.out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,8 +414,8 @@ class Finish(torch.autograd.Function):
 
 def host_sizes(*sizes):
     """The one host synchronisation of a dispatch: split sizes (1-d tensors) -> lists. Fake-tensor runs replace it."""
-    parts = torch.cat(sizes).cpu().split([len(part) for part in sizes])
-    return [part.tolist() for part in parts]
+    on_host = torch.cat(sizes).cpu().split([len(size) for size in sizes])
+    return [size.tolist() for size in on_host]
 
 
 class Hop:
@@ -758,13 +758,13 @@ def local(tensor):
 def count_holders(name, tensor, grid):
     """How many ranks hold the same part of a tensor."""
     plan = grid.plan
-    parts = {"ep": plan.ep, "tp": plan.tp, None: 1}[cut_of(name).axis]
+    n_parts = {"ep": plan.ep, "tp": plan.tp, None: 1}[cut_of(name).axis]
     if isinstance(tensor, DTensor):
-        parts *= tensor.device_mesh["shard"].size()
+        n_parts *= tensor.device_mesh["shard"].size()
     ranks = plan.dp * plan.cp * plan.tp
     if grid.embedding_twice and name.startswith("embed_tokens"):
         ranks *= 2
-    return ranks // parts
+    return ranks // n_parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -820,7 +820,7 @@ def keep_own_stages(model, grid):
         del model.layers[index]
     first, last = 0 in own, plan.n_stages - 1 in own
     read_at_end = config.num_nextn_predict_layers > 0 or config.tie_word_embeddings
-    grid.embedding_twice = read_at_end and plan.embedding_twice
+    grid.embedding_twice = read_at_end
     if not first and not (last and read_at_end):
         model.embed_tokens = None
     if not last:
@@ -901,9 +901,9 @@ def context_parts(n_tokens, cp, device):
     return [torch.cat((slices[i], slices[-1 - i])) for i in range(cp)]
 
 
-def own_tokens(plan, depths, ids, targets, positions=None, doc_ids=None, next_ids=None, routing=None):
-    """Model.forward's arguments for whole sequences -> for this rank's part of them. depths: of MTP."""
-    positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
+def own_tokens(plan, n_mtp, ids, targets, positions=None, doc_ids=None, next_ids=None, routing=None):
+    """Model.forward's arguments for whole sequences -> for this rank's part of them. n_mtp: layers of MTP."""
+    positions, next_ids = fill_inputs(ids, targets, n_mtp, positions, next_ids)
     contexts, place = context_parts(ids.size(1), plan.cp, ids.device), rank() % (plan.cp * plan.tp)
     context = contexts[place // plan.tp]                                  # tokens of the tensor group
     own = context.chunk(plan.tp)[place % plan.tp]
@@ -935,10 +935,13 @@ def shard(model, grid):
     plan = grid.plan
     dense, tensor, expert = [mesh["replicate", "shard"] for mesh in (grid.dense, grid.tensor, grid.expert)]
     as_stored = MixedPrecisionPolicy(cast_forward_inputs=False)
-    policy = as_stored
-    if plan.precision == "bf16":
-        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = bf16 if plan.precision == "bf16" else as_stored
     alone = set()                                                         # what no other rank holds
+    if tensor.size() == 1:
+        alone.update(module.weight for module in model.modules() if hasattr(module, "slice"))
+    if expert.size() == 1:
+        alone.update(*(block.mlp.experts.parameters() for block in model.moe_blocks()))
 
     def wrap(part, mesh=dense, mp_policy=policy, free=plan.zero == 3, **placement):
         fully_shard(part, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=free, ignored_params=alone, **placement)
@@ -946,15 +949,11 @@ def shard(model, grid):
     # 1. matrices cut by tensor; embedding and head are children of the root, which takes them
     for part in model.modules():
         matrices = [child for child in part.children() if hasattr(child, "slice")]
-        if matrices and tensor.size() == 1:
-            alone.update(child.weight for child in matrices)
-        elif matrices and part is not model:
+        if matrices and tensor.size() > 1 and part is not model:
             wrap(matrices, tensor)
     # 2. layers
     for block in model.layers.values():
-        if block.is_moe and expert.size() == 1:
-            alone.update(block.mlp.experts.parameters())
-        elif block.is_moe:
+        if block.is_moe and expert.size() > 1:
             wrap(block.mlp.experts, expert, shard_placement_fn=partial(cut_inside_experts, plan))
         if block.is_moe:
             wrap(block.mlp.gate, mp_policy=as_stored)
@@ -1084,8 +1083,8 @@ class Memory(KeepAll):
         self.observer = None
         self.streams = torch.get_device_module(device)                    # torch.cpu's streams do nothing
         self.side_stream = self.streams.Stream()                          # where copies to the host and back run
-        self.swapped_now = WeakSet()                                      # this layer's Stored that were swapped ...
-        self.swapped_before = WeakSet()                                   # ... and those of the layer before
+        self.swapped_now = weakref.WeakSet()                              # this layer's Stored that were swapped ...
+        self.swapped_before = weakref.WeakSet()                           # ... and those of the layer before
 
     def attach(self, model):
         for module in model.modules():
@@ -1154,7 +1153,7 @@ class Memory(KeepAll):
         """So tensors of one layer at a time are on their way out, and in backward those of one layer on the way in."""
         for stored in self.swapped_now:
             stored.leave_device()
-        self.swapped_before, self.swapped_now = self.swapped_now, WeakSet()
+        self.swapped_before, self.swapped_now = self.swapped_now, weakref.WeakSet()
 
     def copy_aside(self, to, source):
         """A copy on the side stream, behind all that was queued so far -> event of its end."""
@@ -1459,14 +1458,10 @@ class Chunk:
                 self.run_layer_again()
             edges = self.tape.pop()
             segment = self.segments[len(self.tape)]
-            reached, grads = [], []
-            for edge, name in zip(edges, segment.gives):
-                grad = self.grads.pop(name, None)
-                if edge is not None and grad is not None:
-                    reached.append(edge)
-                    grads.append(grad)
-            if reached:
-                torch.autograd.backward(reached, grads)
+            found = [(edge, self.grads.pop(name, None)) for edge, name in zip(edges, segment.gives)]
+            found = [(edge, grad) for edge, grad in found if edge is not None and grad is not None]
+            if found:
+                torch.autograd.backward(*zip(*found))
 
     @torch.enable_grad()
     def run_layer_again(self):
@@ -1497,12 +1492,6 @@ class Enter(torch.autograd.Function):
         return None, None, None, None
 
 
-def run_backward(chunk, store):
-    for piece in reversed(chunk.pieces):
-        backward_piece(chunk, piece, store)
-    store.pop()
-
-
 def backward_piece(chunk, piece, store):
     """Weight gradients of the experts hide the way back of the gradients, which the last segment left waits for."""
     chunk.backward(len(piece.segments) - 1)
@@ -1511,8 +1500,10 @@ def backward_piece(chunk, piece, store):
 
 
 def run_pair(forward, backward, store):
-    """A forward of one micro-batch among a backward of another, layer by layer: each hides the other's exchanges."""
-    to_forward, to_backward = list(forward.pieces), backward.pieces[::-1]
+    """A forward of one micro-batch among a backward of another, layer by layer: each hides the other's exchanges.
+    Either may be None: then it is the other alone."""
+    to_forward = list(forward.pieces) if forward else []
+    to_backward = backward.pieces[::-1] if backward else []
     while to_forward or to_backward:
         if to_backward and not (to_forward and to_backward[0].is_layer):
             backward_piece(backward, to_backward.pop(0), store)
@@ -1573,8 +1564,8 @@ class Pipeline:
         # an evaluation may have another number of micro-batches than the plan
         plan = replace(self.plan, global_batch=len(batches) * self.plan.dp * self.plan.micro_batch)
         if plan.cp * plan.tp > 1:
-            depths = self.model.config.num_nextn_predict_layers
-            batches = [own_tokens(plan, depths, **batch) for batch in batches]
+            n_mtp = self.model.config.num_nextn_predict_layers
+            batches = [own_tokens(plan, n_mtp, **batch) for batch in batches]
         self.batches, self.loss_tokens, self.train = batches, loss_tokens, train
         self.sums = dict.fromkeys(("loss", "mtp_loss", "aux_loss"), loss_tokens.new_zeros(()))
         with torch.set_grad_enabled(train):
@@ -1582,9 +1573,8 @@ class Pipeline:
                 self.run_plain()
             else:
                 self.run_table(plan)
-        loss, mtp_loss, aux_loss = self.sums["loss"], self.sums["mtp_loss"], self.sums["aux_loss"]
-        total_loss = loss + self.model.config.mtp_loss_weight * mtp_loss + aux_loss
-        return Output(loss=loss, mtp_loss=mtp_loss, aux_loss=aux_loss, total_loss=total_loss)
+        sums, mtp_weight = self.sums, self.model.config.mtp_loss_weight
+        return Output(**sums, total_loss=sums["loss"] + mtp_weight * sums["mtp_loss"] + sums["aux_loss"])
 
     def run_plain(self):
         for number, batch in enumerate(self.batches, 1):
@@ -1593,9 +1583,8 @@ class Pipeline:
                 out = self.model(**batch, loss_tokens=self.loss_tokens)
             if self.train:
                 out.total_loss.backward()
-            self.add("loss", out.loss)
-            self.add("mtp_loss", out.mtp_loss)
-            self.add("aux_loss", out.aux_loss)
+            for name in self.sums:
+                self.add(name, getattr(out, name))
             del out                                                       # and its graph, before the next one is made
 
     def run_table(self, plan):
@@ -1624,19 +1613,11 @@ class Pipeline:
         """parts: one or two of (kind, stage, microbatch), kind F or B; two are a pair, its forward first."""
         if not self.train:
             parts = [part for part in parts if part[0] == "F"]
-        if len(parts) == 2 and self.plan.overlap == "adaptive":
-            chunks = [self.begin(*part) for part in parts]
-            run_pair(*chunks, self.store)
-            for chunk, part in zip(chunks, parts):
-                self.end(chunk, *part)
-            return
-        for part in parts:
-            chunk = self.begin(*part)
-            if part[0] == "F":
-                chunk.forward(len(chunk.segments))
-            else:
-                run_backward(chunk, self.store)
-            self.end(chunk, *part)
+        for together in [parts] if self.plan.overlap == "adaptive" else [[part] for part in parts]:
+            chunks = {part[0]: self.begin(*part) for part in together}
+            run_pair(chunks.get("F"), chunks.get("B"), self.store)
+            for part in together:
+                self.end(chunks[part[0]], *part)
 
     def begin(self, kind, stage, microbatch):
         """The Chunk of an action, with what the neighbour sent: an input, or the gradient of the output."""
@@ -1666,8 +1647,8 @@ class Pipeline:
 
     def pieces(self, stage, ids, targets=None, positions=None, doc_ids=None, next_ids=None, routing=None):
         """What Model.forward does, as pieces of a Chunk: embedding, layers, what joins MTP layers to them, losses."""
-        model, depths = self.model, self.model.config.num_nextn_predict_layers
-        positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
+        model, n_mtp = self.model, self.model.config.num_nextn_predict_layers
+        positions, next_ids = fill_inputs(ids, targets, n_mtp, positions, next_ids)
         angles, mask = rope_table(model.config, positions, model_dtype(model)), document_mask(doc_ids)
 
         def embed(ids):
@@ -1700,9 +1681,8 @@ class Pipeline:
     # FSDP: its hooks on layers do not run, since segments call a layer's parts
 
     def gather_weights(self):
-        if isinstance(self.model, FSDPModule):
-            prepare_sharding(self.model)
-            self.set_last_backward(False)
+        prepare_sharding(self.model)
+        self.set_last_backward(False)
         for part in fsdp_parts(self.model):
             part.unshard()
 
@@ -2142,7 +2122,7 @@ class DCPList(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_parts(folder):
+def read_list(folder):
     """DCP's Metadata of a checkpoint, which names no file but those of the manifest."""
     try:
         with open(folder / DCP_LIST, "rb") as file:
@@ -2163,10 +2143,10 @@ class SafeReader(dcp.FileSystemReader):
 
     def __init__(self, folder):
         super().__init__(folder)
-        self.parts = read_parts(folder)
+        self.list = read_list(folder)
 
     def read_metadata(self, *args, **kwargs):
-        return self.parts
+        return self.list
 
 
 def load_state(folder, state, grid=None):

@@ -1054,6 +1054,7 @@ def open_run(given):
         for _, sequences in phase.batches:
             plan = replace(run.plan, seq_len=phase.seq_len, global_batch=sequences)
             check_plan(run.config, plan, devices=parallel.world_size())
+            parallel.refuse_what_is_not_run(plan)
     # 6. the other processes
     parallel.join_world(run.device, timedelta(seconds=run.settings["timeout"]))
     refuse_unequal_ranks(run)

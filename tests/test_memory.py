@@ -215,5 +215,11 @@ def test_fit(at, text, capsys):  # noqa: F811
     assert "write a number and GiB or MiB" in refusal(capsys, *common, "--out", "none", "--fit", "lots")
 
 
+def test_plan_that_is_not_run(at, text, capsys):  # noqa: F811
+    """Refused by the trainer in one line, as whatever was typed."""
+    message = refusal(capsys, *SMALL_RUN, "--data", text, "--vpp", 2, "--schedule", "interleaved", "--out", "none")
+    assert "vpp=2 with pp=1" in message and "use vpp=1" in message
+
+
 def vars_of(words):
     return train.parse(["pretrain", *words])[1]
