@@ -1613,7 +1613,8 @@ class Pipeline:
         """parts: one or two of (kind, stage, microbatch), kind F or B; two are a pair, its forward first."""
         if not self.train:
             parts = [part for part in parts if part[0] == "F"]
-        for together in [parts] if self.plan.overlap == "adaptive" else [[part] for part in parts]:
+        beside = self.plan.overlap == "adaptive"                          # two of a pair, or one after the other
+        for together in [parts] if beside else [[part] for part in parts]:
             chunks = {part[0]: self.begin(*part) for part in together}
             run_pair(chunks.get("F"), chunks.get("B"), self.store)
             for part in together:
@@ -2133,8 +2134,9 @@ def read_list(folder):
         raise CheckpointError(f"{folder} is damaged: {error}") from None
     except Exception as error:                                            # a pickle that is none fails in any way
         raise CheckpointError(f"{folder} is damaged: {DCP_LIST} cannot be read ({in_one_line(error)})") from error
-    for name in named - listed_files(folder).keys():
-        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {name!r}, which is not in {MANIFEST}")
+    unlisted = named - listed_files(folder).keys()
+    if unlisted:
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {unlisted.pop()!r}, which is not in {MANIFEST}")
     return metadata
 
 
