@@ -1197,9 +1197,9 @@ def is_weight(x):
 class Stored:
     """A storage on the device, or one that waits in the host's memory; get gives backward the whole of it.
 
-    Swapped in four steps. On a CPU it is copied too, so that tests run the same code.
-    1. send_to_host: a copy sets out. 2. leave_device: it has arrived, the device's memory is free. 3. fetch: when
-    backward comes to the layer behind, a copy sets out back. 4. get: backward waits for it.
+    Swapped in four steps, on a CPU too, so that tests run the same code.
+    1. send_to_host: a copy sets out. 2. leave_device: when the next layer begins, it has arrived, and the device is rid
+    of it. 3. fetch: when backward comes to the layer behind, a copy sets out back. 4. get: backward waits for it.
     """
 
     def __init__(self, memory, x):
@@ -1210,8 +1210,6 @@ class Stored:
         self.host = torch.empty_like(self.whole, device="cpu", pin_memory=self.device.type != "cpu")
         self.layer_before = self.memory.swapped_before                    # backward comes to it next
         self.copied = self.memory.copy_aside(self.host, self.whole)
-        if self.device.type == "cpu":
-            self.leave_device()
 
     def leave_device(self):
         self.wait_for_copy()

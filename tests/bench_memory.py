@@ -57,6 +57,7 @@ class Watch:
     """What is kept for backward, and where: by the part of the model that was entered last, or `host`."""
 
     def __init__(self, memory, model):
+        self.memory = memory
         self.notes = []                    # (weak reference to a parallel.Stored, part)
         self.part = ""
         memory.observer = self.see
@@ -78,7 +79,8 @@ class Watch:
         return [(reference(), part) for reference, part in self.notes if reference() is not None]
 
     def held(self):
-        """Bytes by part."""
+        """Bytes by part, once what the last layer swaps has left the device."""
+        self.memory.begin_layer()
         held = Counter()
         for note, part in self.alive():
             held[part] += 0 if note.whole is None else note.whole.nbytes
