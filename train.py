@@ -1860,6 +1860,7 @@ def phases_of(run, given):
         for _, sequences in phase.batches:
             plan = replace(run.plan, seq_len=phase.seq_len, global_batch=sequences)
             check_plan(run.config, plan, devices=parallel.world_size())
+            parallel.refuse_what_is_not_run(plan)
     return phases
 
 
