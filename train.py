@@ -1779,7 +1779,7 @@ class Run:
     settings: dict = None                  # all settings by name, with what `auto` became
     checkpoint: Path = None                # where it goes on from; None: it begins
     stored: dict = None                    # config.json of the run that goes on
-    source: "Source" = None                # where a new run has its weights from; None: initialised
+    source: object = None                  # where a new run has its weights from; None: initialised
     device: torch.device = None
     encoding: tiktoken.Encoding = None     # of a named tokenizer; None: learnt from the text
     config: Config = None                  # of the model
