@@ -237,14 +237,19 @@ def all_sum(x):
 # died: it ends at the first closed connection (measured, torch 2.13).
 
 
-def open_store():
+def open_store(timeout):
     """torchrun's key-value store; keys of a run that was started again are not those of the run before."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    except dist.DistError as error:
+        raise ValueError(f"no answer from torchrun's first machine at {host}:{port} in {timeout.total_seconds():g} s: "
+                         f"is it up, and does --master-addr name it?") from error
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def answer_roll_call():
-    store = open_store()
+    store = open_store(timedelta(minutes=5))
     while not LEAVING.wait(1):
         if store.check(["roll call"]):
             store.set(f"here: {rank()}", "")
@@ -262,7 +267,7 @@ def join_world(device, timeout):
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    dist.init_process_group(backend, timeout=timeout, store=open_store(), rank=rank(), world_size=world_size())
+    dist.init_process_group(backend, timeout=timeout, store=open_store(timeout), rank=rank(), world_size=world_size())
     ANSWERING.start()
 
 
@@ -280,7 +285,10 @@ def is_lost_contact(error):
 
 def missing_ranks(patience=4.0):
     """Ranks that do not answer for so many seconds, as text. Who asks first decides for all: then these leave, too."""
-    store = open_store()
+    try:
+        store = open_store(timedelta(seconds=10))
+    except ValueError:
+        return "0, nor of torchrun on its machine"
     if not store.check(["missing"]):
         store.set("roll call", "")
         time.sleep(patience)
