@@ -41,7 +41,6 @@ import sysconfig
 import time
 import typing
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -132,7 +131,6 @@ OPTIONS = dict(
     min_lr=option(0.1, "final learning rate as a share of --lr", least=0, most=1),
     decay=option("cosine", "the learning rate after its warm-up", choices=("cosine", "constant")),
     warmup_steps=option(0, "steps over which the learning rate rises, at the full batch", least=0),
-    batch_warmup=option([], "SEQUENCES TOKENS: the batch grows linearly from SEQUENCES to --global-batch over TOKENS"),
     weight_decay=option(0.1, "of every tensor, gains of norms included (as PU's figures of falling gains show)",
                         least=0, most=100),
     beta1=option(0.9, "of AdamW", least=0, most=0.99999),
@@ -158,7 +156,7 @@ CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_ever
 CHANGEABLE |= set(PLAN_OPTIONS) - {"global_batch", "seq_len"}
 # what describes many processes, and means nothing for one
 CUTS = ("pp", "dp", "cp", "tp", "sp", "ep", "vpp", "schedule", "overlap", "layer_split", "balance_live")
-RULES = 2                                  # raised when the same settings come to mean another run
+RULES = 3                                  # raised when the same settings come to mean another run
 
 
 def flag(name):
@@ -205,16 +203,23 @@ def settings_of(given):
     return fit_to_world(defaults | recipe | given, given)
 
 
-def fit_to_world(settings, given):
-    """Where they are not given, dp takes what processes there are, and a micro-batch is no more than a rank's share.
+def fit_to_world(settings, given, group=1):
+    """What is not given follows from the number of processes.
 
-    E.g. 4 processes with --tp 2: dp=2; of a global batch of 12 each takes 6, so that a micro-batch of 8 becomes 6.
+    dp takes those there are, and a micro-batch is no more than a rank's share, e.g. with 4 processes and --tp 2: dp=2;
+    of a global batch of 12 each takes 6, so that a micro-batch of 8 becomes 6. What several processes began, one goes
+    on with: axes of one, and micro-batches that hold a balance group.
     """
+    if parallel.world_size() == 1:
+        settings |= {name: PLAN_OPTIONS[name].default for name in CUTS if name not in given}
+    else:
+        group = 1
     if "dp" not in given:
         settings["dp"] = max(1, parallel.world_size() // (settings["pp"] * settings["cp"] * settings["tp"]))
     if "micro_batch" not in given:
+        most = max(settings["micro_batch"], group)
         share = max(1, settings["global_batch"] // settings["dp"])
-        settings["micro_batch"] = max(n for n in range(1, settings["micro_batch"] + 1) if share % n == 0)
+        settings["micro_batch"] = max(n for n in range(1, most + 1) if share % n == 0)
     return settings
 
 
@@ -242,11 +247,14 @@ def make_plan(settings):
 PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
+# reserved for conversations in vocabularies without special tokens of their own; no text is encoded as one of them
+RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>", "<|think|>", "<|/think|>",
+            *(f"<|reserved_{number}|>" for number in range(10)))
 LEARN_FROM = 16 << 20                      # characters of training text that a vocabulary is learnt from
 
 
 def learn_bpe(texts, vocab_size):
-    """Byte-level BPE -> {bytes: rank}, vocab_size - 1 of them (the last id is END's).
+    """Byte-level BPE -> {bytes: rank}, vocab_size - 1 of them (one id is END's).
 
     Repeatedly merges the most frequent pair of neighbours inside words. Words are counted once; a merge visits only the
     words that hold its pair, and a heap with stale entries finds the next one.
@@ -308,9 +316,10 @@ def replaced(word, pair, new):
     return out
 
 
-def make_encoding(ranks, pattern=PATTERN, end=None):
-    """{bytes: rank} -> tiktoken.Encoding; the id after the last rank is END's."""
-    special = {END: len(ranks) if end is None else end}
+def make_encoding(ranks, pattern=PATTERN, special=None):
+    """{bytes: rank} -> tiktoken.Encoding. special: {word: id}; by default END and RESERVED follow the highest rank."""
+    if special is None:
+        special = {word: id for id, word in enumerate((END, *RESERVED), start=max(ranks.values()) + 1)}
     return tiktoken.Encoding("learnt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -327,13 +336,14 @@ def ranks_of(encoding):
     return sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
 
 
-def load_encoding(path, pattern=PATTERN, end=None):
+def load_encoding(path, pattern=PATTERN, special=None):
+    """The encoding of a file that save_encoding, or tiktoken, wrote."""
     ranks = {}
     try:
         for line in Path(path).read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token)] = int(rank)
-        return make_encoding(ranks, pattern, end)
+        return make_encoding(ranks, pattern, special)
     except (OSError, ValueError):
         raise UserError(f"--tokenizer {path}: no tiktoken file here; use learn, gpt2, cl100k_base, o200k_base or a "
                         f"file of base64 and rank a line") from None
@@ -586,7 +596,7 @@ class Corpus:
     end: int                               # END's id
     train: dict                            # source -> tokens, memory-mapped
     heldout: np.ndarray                    # tokens, of all sources
-    facts: dict                            # hash, bytes and token counts, what gzip and xz need for the held-out bytes
+    facts: dict                            # hash, bytes and token counts, what xz needs for the held-out bytes
 
 
 def make_cache(settings, encoding, vocab_size, parent):
@@ -631,7 +641,7 @@ def identity_of(files, settings, tokenizer):
     stats = [(file.source, file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
     if isinstance(tokenizer, tiktoken.Encoding):
         tokenizer = ranks_of(tokenizer), tokenizer._pat_str
-    identity = repr((stats, tokenizer, settings["heldout"], settings["text_field"], PIECE))
+    identity = repr((stats, tokenizer, RESERVED, settings["heldout"], settings["text_field"], PIECE))
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
@@ -640,7 +650,7 @@ def open_corpus(cache):
     facts = json.loads((cache / "facts.json").read_text())
     train = {split: np.memmap(cache / f"{split}.bin", facts["dtype"], mode="r") for split in facts["tokens"]}
     heldout = train.pop("heldout")
-    encoding = load_encoding(cache / "tokenizer.tiktoken", facts["pattern"], facts["end"])
+    encoding = load_encoding(cache / "tokenizer.tiktoken", facts["pattern"], facts["special"])
     return Corpus(encoding, facts["end"], train, heldout, facts)
 
 
@@ -655,7 +665,7 @@ def learn_encoding(files, settings, vocab_size):
                 left -= len(piece.content)
                 yield piece.content
     print(f"learning a vocabulary of {vocab_size} tokens", flush=True)
-    return make_encoding(learn_bpe(texts(), vocab_size))
+    return make_encoding(learn_bpe(texts(), vocab_size - len(RESERVED)))
 
 
 def tokenise(files, settings, encoding, folder):
@@ -666,30 +676,28 @@ def tokenise(files, settings, encoding, folder):
     writers = {split: open(folder / f"{split}.bin", "wb") for split in {"heldout", *(file.source for file in files)}}
     for writer in writers.values():
         writer.write(np.array([end], dtype).tobytes())
-    # 2. the text, hashed, and what others need to pack the held-out part of it
+    # 2. the text, hashed, and what xz needs to pack the held-out part of it
     hasher = hashlib.sha256()
-    sizes = dict(train_bytes=0, heldout_bytes=0, gzip=0, xz=0)
-    packers = dict(gzip=zlib.compressobj(9, wbits=31), xz=lzma.LZMACompressor(preset=9))
+    sizes, packer = dict(train_bytes=0, heldout_bytes=0, xz=0), lzma.LZMACompressor(preset=9)
     pieces = encoded(pieces_of(files, settings, encoding), encoding, end)
     for piece, raw, tokens in sim.with_progress("tokenising", pieces, count_pieces(files)):
         hasher.update(f"\0{piece.file.source}\0{piece.file.name}\0".encode() + raw)
         if piece.is_heldout:
             sizes["heldout_bytes"] += len(raw)
-            for name, packer in packers.items():
-                sizes[name] += len(packer.compress(raw))
+            sizes["xz"] += len(packer.compress(raw))
         else:
             sizes["train_bytes"] += len(raw)
         split = "heldout" if piece.is_heldout else piece.file.source
         writers[split].write(tokens.astype(dtype).tobytes())
-    for name, packer in packers.items():
-        sizes[name] += len(packer.flush())
+    sizes["xz"] += len(packer.flush())
     # 3. facts
     counts = {split: writer.tell() // dtype.itemsize for split, writer in writers.items()}
     for writer in writers.values():
         writer.close()
     save_encoding(encoding, folder / "tokenizer.tiktoken")
     facts = dict(name=folder.name.split(".")[0], sha256=hasher.hexdigest(), files=len(files), tokens=counts,
-                 dtype=dtype.name, end=end, pattern=encoding._pat_str)
+                 dtype=dtype.name, end=end,
+                 special=encoding._special_tokens, pattern=encoding._pat_str)
     write_whole(folder / "facts.json", json.dumps(facts | sizes, indent=1))
     # 4. on the disk before the folder gets its name, with sizes and checksums
     for path in folder.iterdir():
@@ -786,25 +794,29 @@ def make_phases(settings, given):
     """One phase from --steps or --tokens, or those of --phases, where a key that is left out is as in the first one, or
     else as in that single phase."""
     step = settings["global_batch"] * settings["seq_len"]
-    single = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=settings["seq_len"],
-                  global_batch=batch_ramp(settings), lr=settings["lr"], min_lr=settings["lr"] * settings["min_lr"],
-                  decay=settings["decay"], warmup_tokens=settings["warmup_steps"] * step)
+    usual = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=settings["seq_len"],
+                 global_batch=settings["global_batch"], lr=settings["lr"], decay=settings["decay"],
+                 warmup_tokens=settings["warmup_steps"] * step)
     if not settings["phases"]:
-        return [Phase(**single)]
+        return [make_phase(settings, usual)]
     where = f"--phases {settings['phases']}"
     phases, rows = [], read_rows(settings["phases"])
     # sizes that a later phase leaves out are those of the first, so that all are scaled alike
-    single |= {key: rows[0][key] for key in ("seq_len", "global_batch", "lr") if key in rows[0]}
+    usual |= {key: rows[0][key] for key in ("seq_len", "global_batch", "lr") if key in rows[0]}
     for number, row in enumerate(rows, 1):
         with refusals(f"{where}, phase {number}: "):
-            unknown = set(row) - set(PHASE_KEYS)
-            require(not unknown, f"{', '.join(unknown)}: use keys of {', '.join(PHASE_KEYS)}")
-            lr = row.get("lr", single["lr"])
-            check_setting("lr", lr, float)
-            phases.append(Phase(**single | dict(min_lr=lr * settings["min_lr"]) | row))
+            phases.append(make_phase(settings, usual | row))
     phases = scaled(phases, given, once=settings["micro_batch"] * settings["dp"])
     refuse_too_short(phases, where)
     return phases
+
+
+def make_phase(settings, row):
+    """A Phase, whose last rate is --min-lr of its own where it names none."""
+    unknown = set(row) - set(PHASE_KEYS)
+    require(not unknown, f"{', '.join(unknown)}: use keys of {', '.join(PHASE_KEYS)}")
+    check_setting("lr", row["lr"], float)
+    return Phase(**dict(min_lr=row["lr"] * settings["min_lr"]) | row)
 
 
 def read_rows(path):
@@ -822,42 +834,27 @@ def read_rows(path):
     return rows
 
 
-def batch_ramp(settings):
-    """--batch-warmup as [[from token, sequences], ...], rising by a micro-batch at a time."""
-    if not settings["batch_warmup"]:
-        return settings["global_batch"]
-    once = settings["micro_batch"] * settings["dp"]
-    words = settings["batch_warmup"]
-    with refusals("--batch-warmup takes two numbers, sequences and tokens: "):
-        require(len(words) == 2, f"not {len(words)}")
-        start, over = read_word(words[0], int), read_word(words[1], float)
-        check_setting("sequences", start, int, least=1, most=settings["global_batch"])
-        check_setting("tokens", over, float, least=0)
-    sizes = [*range(start, settings["global_batch"], once), settings["global_batch"]]
-    return [[over * i / max(1, len(sizes) - 1), size] for i, size in enumerate(sizes)]
-
-
 def scaled(phases, given, once):
     """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given.
 
     The others keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it.
     """
-    # factors, 1 where nothing was given
-    first = phases[0]
-    tokens = given["tokens"] / sum(phase.tokens for phase in phases) if given.get("tokens") else 1
-    length = given["seq_len"] / first.seq_len if "seq_len" in given else 1
-    batch = given["global_batch"] / first.batches[-1][1] if "global_batch" in given else 1
-    rate = given["lr"] / first.lr if "lr" in given else 1
+    # by how much: what was given over what the phases say, 1 where nothing was given
+    said = dict(tokens=sum(phase.tokens for phase in phases), seq_len=phases[0].seq_len,
+                global_batch=phases[0].batches[-1][1], lr=phases[0].lr)
+    by = {name: (given.get(name) or value) / value for name, value in said.items()}
+
+    def batch(sequences):
+        if by["global_batch"] == 1:
+            return sequences
+        return max(1, round(sequences * by["global_batch"] / once)) * once
+
     result = []
     for phase in phases:
-        batches = []
-        for start, sequences in phase.batches:
-            if batch != 1:
-                sequences = max(1, round(sequences * batch / once)) * once
-            batches.append([start * tokens, sequences])
-        result.append(replace(phase, tokens=phase.tokens * tokens, warmup_tokens=phase.warmup_tokens * tokens,
-                              seq_len=max(1, int(phase.seq_len * length)), global_batch=batches,
-                              lr=phase.lr * rate, min_lr=phase.min_lr * rate))
+        result.append(replace(
+            phase, tokens=phase.tokens * by["tokens"], warmup_tokens=phase.warmup_tokens * by["tokens"],
+            seq_len=max(1, int(phase.seq_len * by["seq_len"])), lr=phase.lr * by["lr"], min_lr=phase.min_lr * by["lr"],
+            global_batch=[[start * by["tokens"], batch(sequences)] for start, sequences in phase.batches]))
     return result
 
 
@@ -918,10 +915,12 @@ class Order:
         source = self.pattern[place]
         # its number among the source's own: those of earlier blocks, then those before it in this one
         own = block * self.pattern.count(source) + self.pattern[:place].count(source)
-        n_windows = (len(self.train[source]) - self.span) // self.seq_len + 1
+        tokens = self.train[source]
+        n_windows = (len(tokens) - self.span) // self.seq_len + 1
         epoch, index = divmod(own, n_windows)
-        start = shuffled(index, n_windows, f"{self.seed},{source},{epoch}") * self.seq_len
-        return self.train[source][start:start + self.span]
+        place = shuffled(index, n_windows, f"{self.seed},{source},{epoch}")
+        start = place * self.seq_len
+        return tokens[start:start + self.span]
 
     def batch(self, tokens, count):
         """The sequences that follow this many tokens: (count, seq_len + lookahead)."""
@@ -952,21 +951,25 @@ def mix_pattern(corpus, phase, seed):
 
 
 def examples(windows, depths, device, document_end=None):
-    """Windows (B, T + depths) -> ids (B,T), targets (B, depths, T), doc_ids (B,T) or None: what Model.forward takes.
+    """Windows (B, T + depths) -> ids (B,T), targets (B, depths, T) and, where documents are kept apart, doc_ids (B,T):
+    what Model.forward takes.
 
     With documents kept apart, the tokens ahead that MTP predicts count as long as they are of the same document; the
     next token always does, since END is followed by one, too.
     """
     tokens = torch.from_numpy(windows.astype(np.int64)).to(device, non_blocking=True)
     T = tokens.size(1) - depths
+    ids = tokens[:, :T]
     targets = torch.stack([tokens[:, 1 + d:1 + d + T] for d in range(depths)], 1)
     if document_end is None:
-        return tokens[:, :T], targets, None
+        return dict(ids=ids, targets=targets)
     is_end = tokens == document_end
     documents = is_end.cumsum(1) - is_end.long()                          # END belongs to the document that it ends
+    doc_ids = documents[:, :T]
     for d in range(1, depths):
-        targets[:, d].masked_fill_(documents[:, 1 + d:1 + d + T] != documents[:, :T], -100)
-    return tokens[:, :T], targets, documents[:, :T]
+        is_other = documents[:, 1 + d:1 + d + T] != doc_ids
+        targets[:, d].masked_fill_(is_other, -100)
+    return dict(ids=ids, targets=targets, doc_ids=doc_ids)
 
 
 # what a step returns; stop: ranks that were asked to
@@ -982,17 +985,14 @@ def own_sequences(plan, size):
     return places[:, parallel.data_rank(plan)].flatten()
 
 
-def micro_batches(ids, targets, doc_ids, size):
+def micro_batches(batch, size):
     """A rank's share of a batch as inputs of the model, `size` sequences at a time."""
-    inputs = []
-    for start in range(0, len(ids), size):
-        own = slice(start, start + size)
-        inputs.append(dict(ids=ids[own], targets=targets[own], doc_ids=None if doc_ids is None else doc_ids[own]))
-    return inputs
+    starts = range(0, len(batch["ids"]), size)
+    return [{name: value[start:start + size] for name, value in batch.items()} for start in starts]
 
 
 def train_step(pipeline, optimizer, batch, clip, stop=False):
-    """One optimizer step on this rank's share of a global batch, which `examples` made.
+    """One optimizer step on this rank's share of a global batch: a dict of what Model.forward takes.
 
     -> float32 tensor of MEASURES, those of all ranks, and the copies that went to each expert, (MoE layers, E), of all
     ranks. Both are still on the device: nothing waits for them. clip: 0 for none. stop: whether this rank was asked to.
@@ -1000,40 +1000,46 @@ def train_step(pipeline, optimizer, batch, clip, stop=False):
     A loss or gradient that is not finite leaves weights and moments as they are: the optimizer is told by found_inf.
     """
     model, plan = pipeline.model, pipeline.plan
-    ids, targets, doc_ids = batch
     # 1. forward and backward; losses are means over the target tokens of the whole global batch
     ranks_alike = plan.world_size // plan.dp                              # that share the same sequences
-    loss_tokens = parallel.all_sum((targets != -100).sum((0, 2)).float()) / ranks_alike
-    model.aux_scale = plan.micro_batch / (len(ids) * plan.dp * plan.cp * plan.tp)
-    out = pipeline.step(micro_batches(ids, targets, doc_ids, plan.micro_batch), loss_tokens)
+    loss_tokens = parallel.all_sum((batch["targets"] != -100).sum((0, 2)).float()) / ranks_alike
+    model.aux_scale = plan.micro_batch / (len(batch["ids"]) * plan.dp * plan.cp * plan.tp)
+    out = pipeline.step(micro_batches(batch, plan.micro_batch), loss_tokens)
 
     # 2. what all ranks must know before they step
     stats = model.pop_stats()
     loads, own_layers = parallel.sum_loads(model, stats["loads"])         # (MoE layers, E)
     losses = torch.stack([out.loss, out.mtp_loss, out.aux_loss]).float()
-    sums = parallel.all_sum(torch.stack([*losses, stats["dropped"].float(), losses.new_tensor(stop)]))
+    dropped, asked = stats["dropped"].float(), losses.new_tensor(stop)
+    sums = parallel.all_sum(torch.stack([*losses, dropped, asked]))
     norm = parallel.grad_norm(model, pipeline.grid).float()
     finite = torch.isfinite(norm) & torch.isfinite(sums).all()
     cut = (norm / clip).clamp(min=1) if clip else torch.ones_like(norm)   # what clipping divides gradients by
 
     # 3. the step, or none
-    if parallel.fused_skips(ids.device):
+    if parallel.fused_skips(norm.device):
         optimizer.found_inf, optimizer.grad_scale = (~finite).float(), cut
         optimizer.step()
     elif finite:                                                          # here the host waits
-        torch._foreach_div_([parallel.local(p.grad) for p in model.parameters() if p.grad is not None], cut)
+        grads = [parallel.local(p.grad) for p in model.parameters() if p.grad is not None]
+        torch._foreach_div_(grads, cut)
         optimizer.step()
     optimizer.zero_grad()
     model.update_router_bias(loads[own_layers] * finite)
 
-    # 4. measures
+    return measured(sums, norm, finite, loads), loads
+
+
+def measured(sums, norm, finite, loads):
+    """A step's MEASURES as one tensor. sums: of all ranks, losses, dropped copies and ranks that were asked to stop."""
     *losses, dropped, stop = sums
     copies = loads.float()
     max_vio = norm * 0                                                    # of a dense model
     if len(copies):
-        max_vio = (copies.amax(1) / copies.mean(1).clamp(min=1) - 1).mean()
+        over_mean = copies.amax(1) / copies.mean(1).clamp(min=1)          # of each layer
+        max_vio = (over_mean - 1).mean()
     drop_rate = dropped / copies.sum().clamp(min=1)
-    return torch.stack([*losses, norm, (~finite).float(), max_vio, drop_rate, stop]), loads
+    return torch.stack([*losses, norm, (~finite).float(), max_vio, drop_rate, stop])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1058,41 +1064,69 @@ def evaluate(pipeline, corpus, document_end=None):
     starts = range(0, max(1, n - (seq_len - stride)), stride)
     text = np.full(starts[-1] + at_once * stride + seq_len + depths, -1, np.int64)
     text[:n + 1] = corpus.heldout
-    batches = range(0, len(starts), at_once)
+    firsts = range(0, len(starts), at_once)
     if parallel.rank() == 0:
-        batches = sim.with_progress("held-out text", batches)
+        firsts = sim.with_progress("held-out text", firsts)
 
     # 2. a micro-batch of windows on each rank at a time
     nats = 0.0
     model.eval()
-    for first in batches:
+    for first in firsts:
         first += parallel.data_rank(plan) * plan.micro_batch              # this rank's first window
-        places = [number * stride for number in range(first, first + plan.micro_batch)]
-        windows = np.stack([text[start:start + seq_len + depths] for start in places])
-        ids, targets, doc_ids = examples(windows, depths, device, document_end)
-
-        # 3. what counts: depth 0 alone, the second half, all of the first window, nothing past the end
-        counted = torch.full_like(targets, -100)
-        counted[:, 0, seq_len - stride:] = targets[:, 0, seq_len - stride:]
-        if first == 0:
-            counted[0, 0] = targets[0, 0]
-        counted[max(0, len(starts) - first):] = -100
-        counted.masked_fill_(counted < 0, -100)
-        inputs = dict(ids=ids.clamp(min=0), targets=counted, doc_ids=doc_ids)
+        begins = stride * np.arange(first, first + plan.micro_batch)
+        windows = text[begins[:, None] + np.arange(seq_len + depths)]     # (micro_batch, seq_len + depths)
+        batch = examples(windows, depths, device, document_end)
+        leave_counted(batch, seq_len - stride, first, len(starts))
         divisor = torch.ones(depths, device=device)                       # so that the loss is a sum, not a mean
-        nats += pipeline.step([inputs], divisor, train=False).loss.item()
+        nats += pipeline.step([batch], divisor, train=False).loss.item()
     model.train()
     nats = parallel.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
     return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
+
+
+def leave_counted(batch, seen, first, n_windows):
+    """Of windows number first, first + 1, ... the targets that count: at depth 0, behind the first `seen` tokens, which
+    count in window 0 alone, and no window past the last."""
+    targets = batch["targets"]
+    targets[:, 1:] = -100
+    targets[1 if first == 0 else 0:, :, :seen] = -100
+    targets[max(0, n_windows - first):] = -100
+    targets.masked_fill_(targets < 0, -100)                               # past the end of the text
+    batch["ids"] = batch["ids"].clamp(min=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run, and how it is opened
 
 
+class Stage(typing.NamedTuple):
+    """What makes a kind of training: all stages are one loop, `train`."""
+    name: str                              # of the command, and first on each line of metrics.jsonl
+    options: dict                          # its settings: name -> Option
+    # (run, phase) -> an object with batch(progress, size): this rank's share of a global batch of so many sequences
+    batches: typing.Callable
+
+
+class TextBatches:
+    """Batches of pretrain: windows of the training text in the order of Order, of which every token is predicted."""
+
+    def __init__(self, run, phase):
+        self.run, self.depths = run, 1 + run.config.num_nextn_predict_layers
+        self.order = Order(run.corpus, phase, self.depths, run.settings["seed"])
+
+    def batch(self, progress, size):
+        run = self.run
+        windows = self.order.batch(progress["tokens"], size)[own_sequences(run.plan, size)]
+        return examples(windows, self.depths, run.device, run.document_end)
+
+
+PRETRAIN = Stage("pretrain", OPTIONS | PLAN_OPTIONS, TextBatches)
+
+
 @dataclass
 class Run:
     """A training run. open_run fills the fields in this order; afterwards only `progress` changes."""
+    stage: Stage
     given: dict                            # what was typed
     settings: dict = None                  # all settings by name, with what `auto` became
     checkpoint: Path = None                # where it goes on from; None: it begins
@@ -1108,6 +1142,11 @@ class Run:
     corpus: Corpus = None
     progress: dict = None                  # where it stands, stored with checkpoints
 
+    @property
+    def document_end(self):
+        """END's id, where documents are kept apart."""
+        return self.corpus.end if self.settings["document_mask"] else None
+
 
 def beginning():
     """The progress of a run without a step; all of it is stored with checkpoints."""
@@ -1116,9 +1155,9 @@ def beginning():
     return progress | dict(placement=[], expert_load=[])                  # of live balance
 
 
-def open_run(given):
+def open_run(stage, given):
     """A Run, ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
-    run = Run(given)
+    run = Run(stage, given)
     # 1. settings: of the run that goes on, or new ones
     if parallel.is_restarted():
         given = restarted(given)
@@ -1130,6 +1169,7 @@ def open_run(given):
     run.device = parallel.pick_device(run.settings["device"])
     fix_automatic(run.settings, run.device)
     # 3. the shape, with room for the vocabulary
+    require(run.settings["init"] or not run.settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
     if run.settings["init"]:
         open_init(run)
     else:
@@ -1139,20 +1179,14 @@ def open_run(given):
     # 4. the plan, and what the balance loss means under it
     run.plan = make_plan(run.settings)
     refuse_lone_process(run.plan)
+    if run.settings["train"] == "mtp":
+        require(run.plan.is_plain and not run.plan.balance_live and run.config.num_nextn_predict_layers,
+                "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
     if run.settings["fit"]:
         run.plan = fit_plan(run)
     run.config = replace(run.config, balance_group=balance_group(run.config, run.plan))
     # 5. the phases, each of which must fit the plan
-    if run.stored and not {"steps", "tokens"} & set(given):
-        run.phases = run.stored["phases"]
-    else:
-        run.phases = make_phases(run.settings, run.stored["given"] | given if run.stored else given)
-    if run.source:
-        run.config = replace(run.config, max_position_embeddings=max(phase.seq_len for phase in run.phases))
-    for phase in run.phases:
-        for _, sequences in phase.batches:
-            plan = replace(run.plan, seq_len=phase.seq_len, global_batch=sequences)
-            check_plan(run.config, plan, devices=parallel.world_size())
+    run.phases = phases_of(run, given)
     # 6. the other processes
     parallel.join_world(run.device, timedelta(seconds=run.settings["timeout"]))
     refuse_unequal_ranks(run)
@@ -1167,6 +1201,21 @@ def open_run(given):
     return run
 
 
+def phases_of(run, given):
+    """The stored phases of a run that goes on, unless its length is given; else those of the settings."""
+    phases = run.stored["phases"] if run.stored else []
+    if not phases or {"steps", "tokens"} & set(given):
+        before = run.stored["given"] if run.stored else {}
+        phases = make_phases(run.settings, before | given)
+    if run.source:
+        run.config = replace(run.config, max_position_embeddings=max(phase.seq_len for phase in phases))
+    for phase in phases:
+        for _, sequences in phase.batches:
+            plan = replace(run.plan, seq_len=phase.seq_len, global_batch=sequences)
+            check_plan(run.config, plan, devices=parallel.world_size())
+    return phases
+
+
 def fill_run(run):
     """The steps of open_run that need the folder."""
     # 8. the text
@@ -1174,7 +1223,7 @@ def fill_run(run):
                                                    run.folder.parent))
     run.corpus = open_corpus(cache)
     for phase in run.phases:
-        order_of(run, phase)                                              # refuses text that is too short
+        run.stage.batches(run, phase)                                     # refuses text that is too short
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
@@ -1207,21 +1256,12 @@ def resume_settings(given):
         if name not in CHANGEABLE and value != settings[name]:
             raise UserError(f"{flag(name)} {value}: the run in {folder} has {settings[name]!r}, and resuming cannot "
                             f"change it; leave it away, or start a new run")
-    settings |= given | dict(out=str(folder))
-    if parallel.world_size() == 1:
-        be_alone(settings, given, stored["config"].balance_group)
-    return fit_to_world(settings, given), stored, checkpoint
-
-
-def be_alone(settings, given, group):
-    """What several processes began, one goes on with: axes of one, and micro-batches that hold a balance group."""
-    alone = {name: PLAN_OPTIONS[name].default for name in CUTS if name not in given and settings[name]}
-    if "micro_batch" not in given:
-        alone["micro_batch"] = max(settings["micro_batch"], group)
-    changed = {name: value for name, value in alone.items() if settings[name] != value}
-    if changed:
-        print("one process goes on with", " ".join(f"{flag(name)} {value}" for name, value in changed.items()))
-    settings.update(changed)
+    before = settings | given | dict(out=str(folder))
+    settings = fit_to_world(dict(before), given, stored["config"].balance_group)
+    changed = [f"{flag(name)} {value}" for name, value in settings.items() if before[name] != value]
+    if changed and parallel.world_size() == 1:
+        print("one process goes on with", " ".join(changed))
+    return settings, stored, checkpoint
 
 
 def fix_automatic(settings, device):
@@ -1256,8 +1296,8 @@ def fit_plan(run):
 
 
 def with_vocabulary(config, encoding):
-    """The config with room for an encoding; one that is learnt has at least all bytes and END."""
-    needed = encoding.n_vocab if encoding else 257
+    """The config with room for an encoding; one that is learnt has at least all bytes, END and RESERVED."""
+    needed = encoding.n_vocab if encoding else 257 + len(RESERVED)
     if needed <= config.vocab_size:
         return config
     return replace(config, vocab_size=math.ceil(needed / 64) * 64)
@@ -1272,17 +1312,13 @@ def refuse_lone_process(plan):
 
 def refuse_unequal_ranks(run):
     """All ranks must have been given the same: each compares its settings with those of the first."""
-    mine = run.settings | dict(set=repr(run.config), phases=repr(run.phases))
+    mine = run.settings | dict(set=repr(run.config), phases=repr(run.phases))      # with what --set and FILE say
     mine.pop("threads")                                                   # machines may differ in these
     first = parallel.first_does(lambda: mine)
     differs = torch.tensor([float(mine[name] != value) for name, value in first.items()])
     names = [flag(name) for name, ranks in zip(first, parallel.all_sum(differs)) if ranks]
     if names:
         raise UserError(f"ranks were started with different {', '.join(sorted(names))}: start all with one command")
-
-
-def order_of(run, phase):
-    return Order(run.corpus, phase, 1 + run.config.num_nextn_predict_layers, run.settings["seed"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1294,7 +1330,8 @@ class RunSource:
 
     def __init__(self, init):
         self.folder, self.checkpoint = find_checkpoint(init, "--init")
-        self.stored, progress = read_config(self.folder), read_progress(self.checkpoint)
+        self.stored, progress = read_config(self.folder), beginning()
+        parallel.load_progress(self.checkpoint, progress)
         # as its last phase left it; it sees no more text than it was trained on
         has_begun = progress["phase_tokens"] > 0                          # else the phase before it was the last
         phase = self.stored["phases"][max(0, progress["phase"] - (not has_begun))]
@@ -1310,6 +1347,7 @@ class RunSource:
         """A run's own config.json and tensors are one; config may have other MTP layers."""
 
     def fill(self, model, grid=None):
+        parallel.first_does(lambda: read_progress(self.checkpoint))       # refuses damaged files
         parallel.load_trained(self.checkpoint, model, self.config.num_nextn_predict_layers, grid)
 
 
@@ -1340,7 +1378,7 @@ def open_source(init):
 
 
 def encoding_of_run(folder, stored):
-    return load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], stored["corpus"]["end"])
+    return load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], stored["corpus"]["special"])
 
 
 def open_init(run):
@@ -1406,32 +1444,15 @@ def open_folder(run):
     return folder
 
 
-def contents(folder):
-    """What a run left in its folder, but for its lock, files half written, and what was put aside."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in found if path.suffix != ".tmp" and not path.name.startswith((".lock", "aside_"))]
-
-
 def refuse_foreign(folder):
     """A new run writes into a new folder, an empty one, or that of a run which never got to a checkpoint."""
     if newest(folder):
         raise UserError(f"{folder} already holds a run: --resume {folder} continues it, another --out starts one")
-    begun = contents(folder)
-    if folder.is_file() or (begun and folder / "config.json" not in begun):
+    names = {path.name for path in folder.glob("*") if path.suffix != ".tmp"} - {".lock"}
+    if folder.is_file() or (names and "config.json" not in names):
         raise UserError(f"--out {folder}: there is something that is no run; choose a new folder")
-    if begun:
+    if names:
         read_config(folder)                                               # refuses what train.py did not write
-
-
-def put_aside(folder):
-    """What a run left that was killed before its first checkpoint, its log above all."""
-    begun = contents(folder)
-    if begun:
-        aside = folder / f"aside_{time.time():.0f}"
-        aside.mkdir()
-        for path in begun:
-            path.rename(aside / path.name)
-        print(f"{folder} held a run without a checkpoint: its log is now in {aside}")
 
 
 def free_folder(name):
@@ -1447,12 +1468,13 @@ def find_checkpoint(resume, typed="--resume"):
     """A run's folder, or one of its checkpoints -> (run's folder, its newest complete checkpoint, or the named one)."""
     # a folder is not a run's because it exists: what counts is a checkpoint, which has its name only when it is whole
     path, folder = Path(resume), folder_of(resume)
-    steps = parallel.steps_in(folder / "ckpt")
-    if path != folder and not path.is_dir():
-        raise UserError(f"{typed} {resume}: no such checkpoint; complete ones: {steps}")
-    if not steps:
+    if not newest(folder):
         raise UserError(f"{typed} {resume}: no complete checkpoint in {folder / 'ckpt'}; start the run anew with --out")
-    return folder, path if path != folder else newest(folder)
+    if path == folder:
+        return folder, newest(folder)
+    if not path.is_dir():
+        raise UserError(f"{typed} {resume}: no such checkpoint; complete ones: {parallel.steps_in(folder / 'ckpt')}")
+    return folder, path
 
 
 def folder_of(resume):
@@ -1484,6 +1506,8 @@ def read_config(folder):
                 check_option(name, value, options[name])
             for name, kind in dict(sha256=str, end=int, pattern=str).items():
                 check_setting(f"{name} of the corpus", stored["corpus"][name], kind)
+            for word, id in stored["corpus"].setdefault("special", {END: stored["corpus"]["end"]}).items():
+                check_setting(f"{word} of the corpus", id, int, least=0)
             config = Config(**stored["config"])
             phases = [Phase(**row) for row in stored["phases"]]
             require(phases, "no phases: use at least one")
@@ -1519,12 +1543,15 @@ def write_config(run, given, **facts):
 
 
 def begin_folder(run):
-    """config.json and the tokenizer, before the first step."""
-    put_aside(run.folder)
+    """config.json, the tokenizer and an empty log, before the first step."""
+    log = run.folder / "metrics.jsonl"
+    if log.exists():                                                      # of a run without a checkpoint
+        aside = log.rename(run.folder / f"aside_{time.time():.0f}.jsonl")
+        print(f"{run.folder} held a run without a checkpoint: its log is now {aside}")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     write_config(run, run.given, commit=git.stdout.strip())
     save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
-    write_whole(run.folder / "metrics.jsonl", "")
+    write_whole(log, "")
 
 
 def continue_folder(run):
@@ -1534,13 +1561,13 @@ def continue_folder(run):
     if now != before:
         raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
                         f"the old text with --data, or start a new run")
-    cut_metrics(run.folder / "metrics.jsonl", run.progress["step"])
+    step, checkpoints = run.progress["step"], run.folder / "ckpt"
+    cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}
     write_config(run, run.stored["given"] | given, commit=run.stored.get("commit", ""))
-    for later in parallel.steps_in(run.folder / "ckpt"):
-        if later > run.progress["step"]:
-            aside = f"aside_{later}_{time.time():.0f}"
-            (run.folder / "ckpt" / f"step_{later}").rename(run.folder / "ckpt" / aside)
+    for later in parallel.steps_in(checkpoints):
+        if later > step:
+            (checkpoints / f"step_{later}").rename(checkpoints / f"aside_{later}_{time.time():.0f}")
 
 
 def cut_metrics(path, step):
@@ -1564,7 +1591,7 @@ class Stopper:
     signals = signal.SIGINT, signal.SIGTERM
 
     def __init__(self):
-        self.asked = None
+        self.asked, self.agreed = None, False    # what this rank was told; whether all ranks know that one was
         for number in self.signals:
             signal.signal(number, self.ask)
 
@@ -1594,7 +1621,7 @@ def build(run, phase, checkpoint):
     else:
         parallel.init_weights(model, settings["seed"])
     if settings["train"] == "mtp":
-        freeze_trunk(model, plan)
+        freeze_trunk(model)
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
     compile_parts(settings["compile"], model, plan)
     # 2. the optimizer; its rate is set at each step
@@ -1609,12 +1636,8 @@ def build(run, phase, checkpoint):
     return parallel.Pipeline(model, plan, grid), optimizer
 
 
-def freeze_trunk(model, plan):
-    """--train mtp: nothing but MTP layers gets gradients, and so moments; they read what the rest makes of the text."""
-    if not plan.is_plain or plan.balance_live:
-        raise UserError("--train mtp is for plans with --pp 1, --vpp 1, --schedule 1f1b and without --balance-live")
-    if not model.mtp_layers():
-        raise UserError("--train mtp: this model has no MTP layer; use --set num_nextn_predict_layers=1")
+def freeze_trunk(model):
+    """Nothing but MTP layers gets gradients, and so moments; they read what the rest makes of the text."""
     model.requires_grad_(False)
     for layer in model.mtp_layers():
         layer.requires_grad_(True)
@@ -1633,78 +1656,79 @@ def compile_parts(wanted, model, plan):
         print(f"the first step compiles {wanted} too: some seconds, less with what is in its cache", flush=True)
 
 
-def pretrain(given):
+def train(stage, given):
     """Opens a run and trains it to its end, or until it is asked to stop."""
     with refusals():
-        run = open_run(given)
-    settings, progress, phases, checkpoint = run.settings, run.progress, run.phases, run.checkpoint
-    depths = 1 + run.config.num_nextn_predict_layers
-    document_end = run.corpus.end if settings["document_mask"] else None
+        run = open_run(stage, given)
     introduce(run)
     if is_done(run):
-        print(f"{run.folder} is finished: {progress['step']} steps; --steps with a larger number trains on")
         return
-    stop, stopped = Stopper(), False
+    settings, progress, checkpoint = run.settings, run.progress, run.checkpoint
+    stop, log = Stopper(), Log(run)
     saver = parallel.Saver(run.folder / "ckpt", settings["keep"])
-    # a line is written when it ends; rank 0 writes
-    log = open(run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull, "a", buffering=1)
-    total, first_token, busy = end_of(phases, len(phases) - 1), progress["tokens"], 0.0    # busy: seconds in steps
 
-    while not is_done(run) and not stopped:
-        phase = phases[progress["phase"]]
-        phase_end = end_of(phases, progress["phase"])
+    while not is_done(run) and not stop.agreed:
+        # a phase has batches of its own, and a model that is built for it, as the checkpoint left it
+        phase = run.phases[progress["phase"]]
+        batches = stage.batches(run, phase)
         pipeline, optimizer = build(run, phase, checkpoint)
-        model, plan, grid = pipeline.model, pipeline.plan, pipeline.grid
-        order, flops = order_of(run, phase), flops_per_token(run.config, phase.seq_len)
-
-        while progress["tokens"] < phase_end and not stopped:
+        while not phase_is_done(run) and not stop.agreed:
             # 1. the batch: how many sequences, which, at what rate
             began = time.perf_counter()
             size = phase.batch(progress["phase_tokens"])
-            windows = order.batch(progress["tokens"], size)[own_sequences(plan, size)]
-            batch = examples(windows, depths, run.device, document_end)
-            new_tokens = size * phase.seq_len
-            progress["step"] += 1
-            progress["tokens"] += new_tokens
-            progress["phase_tokens"] += new_tokens
-            lr = phase.learning_rate(progress["phase_tokens"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            batch = batches.batch(progress, size)
+            line = advance(run, phase, size, optimizer)
 
             # 2. the step; tolist waits for the device, the only time
             measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
-            line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr)
             line |= dict(zip(MEASURES, measures.tolist()))
-            stopped = line.pop("stop") > 0                                # all ranks at the same step
+            stop.agreed = line.pop("stop") > 0                            # at the same step on all ranks
             count_skips(run, line)
-            line |= watch_loads(run, grid, optimizer, loads)
+            line |= watch_loads(run, pipeline.grid, optimizer, loads)
+            line |= speed(run, phase, size, time.perf_counter() - began)
 
             # 3. the log; once in a while held-out text and checkpoint
-            seconds = time.perf_counter() - began
-            line |= speed(run, seconds, new_tokens, flops)
             if is_done(run) or is_due(settings["eval_every"], progress["step"]):
-                line |= evaluate(pipeline, run.corpus, document_end)
-            log.write(json.dumps(line) + "\n")
-            busy += seconds
-            print_step(run, line, total, busy * (total - progress["tokens"]) / (progress["tokens"] - first_token))
-            saver.poll()
+                line |= evaluate(pipeline, run.corpus, run.document_end)
+            log.write(line)
+            saver.poll()                                                  # raises if a checkpoint could not be written
             if is_due(settings["save_every"], progress["step"]) and progress["skipped_in_a_row"] == 0:
-                save_finite(run, saver, model, optimizer, grid)
+                save_finite(run, saver, pipeline, optimizer)
+        checkpoint = end_phase(run, saver, pipeline, optimizer)
+    conclude(run, checkpoint)
 
-        # 4. the end of a phase or an early one: the next phase goes on from this checkpoint, in a model built for it
-        if progress["tokens"] >= phase_end and not is_done(run):
-            progress.update(phase=progress["phase"] + 1, phase_tokens=0)
-        save_finite(run, saver, model, optimizer, grid)
-        saver.wait()
-        checkpoint = run.folder / "ckpt" / f"step_{progress['step']}"
 
-    if parallel.rank() == 0:
-        conclude(run, checkpoint)
+def pretrain(given):
+    train(PRETRAIN, given)
+
+
+def advance(run, phase, size, optimizer):
+    """Counts the step that begins, of so many sequences, and sets its rate -> the beginning of its line of the log."""
+    progress, new_tokens = run.progress, size * phase.seq_len
+    progress["step"] += 1
+    progress["tokens"] += new_tokens
+    progress["phase_tokens"] += new_tokens
+    lr = phase.learning_rate(progress["phase_tokens"])
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return dict(stage=run.stage.name, step=progress["step"], tokens=progress["tokens"], lr=lr)
+
+
+def end_phase(run, saver, pipeline, optimizer):
+    """The checkpoint at the end of a phase, or at an early one: the next phase goes on from it."""
+    if phase_is_done(run) and not is_done(run):
+        run.progress.update(phase=run.progress["phase"] + 1, phase_tokens=0)
+    save_finite(run, saver, pipeline, optimizer)
+    saver.wait()
+    return run.folder / "ckpt" / f"step_{run.progress['step']}"
+
+
+def phase_is_done(run):
+    return run.progress["tokens"] >= end_of(run.phases, run.progress["phase"])
 
 
 def is_done(run):
-    last = len(run.phases) - 1
-    return run.progress["phase"] == last and run.progress["tokens"] >= end_of(run.phases, last)
+    return run.progress["phase"] == len(run.phases) - 1 and phase_is_done(run)
 
 
 def is_due(every, step):
@@ -1746,13 +1770,14 @@ def count_skips(run, line):
         give_up(run, f"loss or gradient not finite {most} times in a row")
 
 
-def save_finite(run, saver, model, optimizer, grid):
+def save_finite(run, saver, pipeline, optimizer):
     """A checkpoint, but never one of weights that are not finite: the older ones that it would displace are better."""
-    broken = sum((~torch.isfinite(parallel.local(weight))).any().float() for weight in model.parameters())
+    weights = pipeline.model.parameters()
+    broken = sum((~torch.isfinite(parallel.local(weight))).any().float() for weight in weights)
     if parallel.all_sum(broken).item():
         saver.wait()
         give_up(run, "weights are not finite")
-    parallel.save(saver, model, optimizer, run.progress, grid)
+    parallel.save(saver, pipeline.model, optimizer, run.progress, pipeline.grid)
 
 
 def give_up(run, what):
@@ -1770,15 +1795,33 @@ def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
-def speed(run, seconds, new_tokens, flops):
-    """What the log tells of a step's time and memory. flops: of a token, forward and backward."""
-    rate = new_tokens / seconds
+def speed(run, phase, size, seconds):
+    """What the log tells of the time and memory of a step of so many sequences."""
+    rate = size * phase.seq_len / seconds
     peak = run.settings["peak_tflops"] * 1e12 * parallel.world_size()
-    return dict(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=rate * flops / peak if peak else None,
-                mem_gib=parallel.peak_memory(run.device) / 2**30)
+    mfu = rate * flops_per_token(run.config, phase.seq_len) / peak if peak else None
+    return dict(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=mfu, mem_gib=parallel.peak_memory(run.device) / 2**30)
 
 
-def print_step(run, line, total, seconds_left):
+class Log:
+    """metrics.jsonl, a line a step, and the screen. Rank 0 writes."""
+
+    def __init__(self, run):
+        self.run = run
+        self.total = end_of(run.phases, len(run.phases) - 1)              # tokens
+        self.first_token, self.busy = run.progress["tokens"], 0.0         # busy: seconds in steps
+        path = run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull
+        self.file = open(path, "a", buffering=1)                          # a line is written when it ends
+
+    def write(self, line):
+        self.file.write(json.dumps(line) + "\n")
+        self.busy += line["step_ms"] / 1e3
+        seconds_a_token = self.busy / (line["tokens"] - self.first_token)
+        left = clock(max(0, self.total - line["tokens"]) * seconds_a_token)
+        print_step(self.run, line, share=min(1, line["tokens"] / self.total), left=left)
+
+
+def print_step(run, line, share, left):
     text = "step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
     text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
     text += "left {left}"
@@ -1786,33 +1829,34 @@ def print_step(run, line, total, seconds_left):
         text += f"  MFU {line['mfu']:.1%} of {run.settings['peak_tflops']:g} TFLOP/s"
     if line["skipped"]:
         text += "  skipped {skipped}"
-    share, left = min(1, line["tokens"] / total), clock(max(0, seconds_left))
     print(text.format(**line, share=share, left=left), flush=True)
     if "val_bpb" in line:
         facts = run.corpus.facts
         ours = line["val_bpb"] * facts["heldout_bytes"] / 8               # bytes that an arithmetic coder would need
-        print(f"held-out: {line['val_bpb']:.4f} bits per byte, {ours / facts['xz']:.3f} of xz -9, "
-              f"{ours / facts['gzip']:.3f} of gzip -9", flush=True)
+        print(f"held-out: {line['val_bpb']:.4f} bits per byte, {ours / facts['xz']:.3f} of xz -9", flush=True)
 
 
 def introduce(run):
     """What will be trained, on what."""
-    counts, facts, settings = count_params(run.config), run.corpus.facts, run.settings
-    total, active, mtp = (f"{counts[part] / 1e6:.2f}M" for part in ("total", "active", "mtp"))
+    millions = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.config).items()}
+    facts, settings = run.corpus.facts, run.settings
     begins = settings["init"] or settings["preset"]
-    print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; {total} "
-          f"parameters, {active} active; MTP {mtp} more")
+    print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
+          f"{millions['total']} parameters, {millions['active']} active; MTP {millions['mtp']} more")
     print(f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
-          f"{facts['heldout_bytes']:,} held out (gzip -9 {facts['gzip']:,}, xz -9 {facts['xz']:,}), tokens "
-          f"{facts['tokens']}")
+          f"{facts['heldout_bytes']:,} held out (xz -9 {facts['xz']:,}), tokens {facts['tokens']}")
     for phase in run.phases:
         print(phase, flush=True)
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
+    if is_done(run):
+        print(f"{run.folder} is finished: {run.progress['step']} steps; --steps with a larger number trains on")
 
 
 def conclude(run, checkpoint):
     """How to go on with a run that was stopped; a sample of text from one that is done."""
+    if parallel.rank() > 0:
+        return
     if not is_done(run):
         print(f"stopped after step {run.progress['step']}; go on with: python train.py pretrain --resume {run.folder}")
         return
@@ -1908,7 +1952,7 @@ class Command(typing.NamedTuple):
 
 
 COMMANDS = dict(
-    pretrain=Command(pretrain, OPTIONS | PLAN_OPTIONS, "train on text (the command that is meant if none is given)"),
+    pretrain=Command(pretrain, PRETRAIN.options, "train on text (the command that is meant if none is given)"),
     sample=Command(sample, SAMPLE_OPTIONS, "write text"),
     export=Command(export, EXPORT_OPTIONS, "write a Hugging Face folder"),
 )
