@@ -1889,6 +1889,7 @@ def open_run(kind, given):
     run.device = parallel.pick_device(run.settings["device"])
     fix_automatic(run.settings, run.device)
     # 3. the shape, with room for the vocabulary
+    require(run.settings["init"] or not run.settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
     if run.settings["init"]:
         open_init(run)
     else:
@@ -1898,6 +1899,9 @@ def open_run(kind, given):
     # 4. the plan, and what the balance loss means under it
     run.plan = make_plan(run.settings)
     refuse_lone_process(run.plan)
+    if run.settings["train"] == "mtp":
+        require(run.plan.is_plain and not run.plan.balance_live and run.config.num_nextn_predict_layers,
+                "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
     if run.settings["fit"]:
         run.plan = fit_plan(run)
     run.config = replace(run.config, balance_group=balance_group(run.config, run.plan))
@@ -2081,7 +2085,8 @@ class RunSource:
 
     def __init__(self, init):
         self.folder, self.checkpoint = find_checkpoint(init, "--init")
-        self.stored, progress = read_config(self.folder), read_progress(self.checkpoint)
+        self.stored, progress = read_config(self.folder), beginning()
+        parallel.load_progress(self.checkpoint, progress)
         # as its last phase left it; it sees no more text than it was trained on
         has_begun = progress["phase_tokens"] > 0                          # else the phase before it was the last
         phase = self.stored["phases"][max(0, progress["phase"] - (not has_begun))]
@@ -2097,6 +2102,7 @@ class RunSource:
         """A run's own config.json and tensors are one; config may have other MTP layers."""
 
     def fill(self, model, grid=None):
+        parallel.first_does(lambda: read_progress(self.checkpoint))       # refuses damaged files
         parallel.load_trained(self.checkpoint, model, self.config.num_nextn_predict_layers, grid)
 
 
@@ -2374,7 +2380,7 @@ def build(run, phase, checkpoint):
     else:
         parallel.init_weights(model, settings["seed"])
     if settings["train"] == "mtp":
-        freeze_trunk(model, plan)
+        freeze_trunk(model)
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
     if settings["compile"] == "layers":
         compile_model(model)
@@ -2390,12 +2396,8 @@ def build(run, phase, checkpoint):
     return parallel.Pipeline(model, plan, grid), optimizer
 
 
-def freeze_trunk(model, plan):
-    """--train mtp: nothing but MTP layers gets gradients, and so moments; they read what the rest makes of the text."""
-    if not plan.is_plain or plan.balance_live:
-        raise UserError("--train mtp is for plans with --pp 1, --vpp 1, --schedule 1f1b and without --balance-live")
-    if not model.mtp_layers():
-        raise UserError("--train mtp: this model has no MTP layer; use --set num_nextn_predict_layers=1")
+def freeze_trunk(model):
+    """Nothing but MTP layers gets gradients, and so moments; they read what the rest makes of the text."""
     model.requires_grad_(False)
     for layer in model.mtp_layers():
         layer.requires_grad_(True)

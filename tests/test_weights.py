@@ -365,7 +365,7 @@ def opened(trained, tmp_path, monkeypatch):
     def open_with(*flags):
         words = "pretrain --threads 1 --precision fp32 --global-batch 4 --micro-batch 2 --steps 2 --data".split()
         _, given = train.parse([*words, str(trained.parent / "text.txt"), *map(str, flags)])
-        new = train.open_run(given)
+        new = train.open_run(train.PRETRAIN, given)
         new.lock.close()
         pipeline, optimizer = train.build(new, new.phases[0], None)
         return new, pipeline.model, optimizer
@@ -397,7 +397,7 @@ def test_it_trains_and_goes_on_without_its_source(trained, tmp_path, monkeypatch
     shutil.copytree(trained, tmp_path / "a")
     how = "--lr 1e-3 --global-batch 4 --micro-batch 2 --seq-len 16 --threads 1 --precision fp32 --heldout 0".split()
     data = "--data", trained.parent / "text.txt"
-    run("pretrain", "--init", "a", *how, *data, "--steps", 2, "--out", "b")
+    run("pretrain", "--init", "a", "--mtp-depth", 2, "--train", "mtp", *how, *data, "--steps", 2, "--out", "b")
     shutil.rmtree("a")
     run("pretrain", "--resume", "b", "--steps", 3)
     log = [json.loads(line) for line in Path("b/metrics.jsonl").read_text().splitlines()]
@@ -409,7 +409,7 @@ def test_it_trains_and_goes_on_without_its_source(trained, tmp_path, monkeypatch
 @pytest.mark.parametrize("flags, words", [
     ("--set hidden_size=32", "only what owns no tensor"), ("--set router_bias=true", "only what owns no tensor"),
     ("--preset tiny", "leave --preset away"), ("--set num_nextn_predict_layers=2", "--mtp-depth 2"),
-    ("--tokenizer gpt2.tiktoken", "no tiktoken file"), ("--train mtp --schedule paired", "--train mtp is for plans"),
+    ("--tokenizer gpt2.tiktoken", "no tiktoken file"), ("--train mtp --schedule paired", "--train mtp needs"),
     ("--set num_nextn_predict_layers=0 --mtp-depth 2 --set vocab_size=600", "only what owns no tensor")])
 def test_what_init_refuses(flags, words, trained, opened, capsys):
     with pytest.raises(ValueError, match=words):
@@ -460,9 +460,8 @@ def test_mtp_layers_are_copied_and_trained_alone(init, trained, exported, opened
         assert torch.equal(tensor, source.state_dict()[parallel.trained_name(source.config, 1, name)]), name
     for group in optimizer.param_groups:
         group["lr"] = 0.01
-    windows = train.order_of(new, new.phases[0]).batch(0, 4)
-    pipeline = parallel.Pipeline(model, new.plan)
-    train.train_step(pipeline, optimizer, train.examples(windows, 4, torch.device("cpu")), clip=1.0)
+    batch = train.TextBatches(new, new.phases[0]).batch(new.progress, 4)
+    train.train_step(parallel.Pipeline(model, new.plan), optimizer, batch, clip=1.0)
     for name, tensor in model.state_dict().items():
         is_mtp = name.startswith(("layers.2", "layers.3", "layers.4"))
         assert torch.equal(tensor, before[name]) != is_mtp, name
