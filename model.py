@@ -684,6 +684,8 @@ def weight_grad(grad, x, counts, dtype):
 def rows_by_expert(rows, matrices, counts):
     """Each expert's rows by its matrix: rows (M,n) sorted by expert, matrices (E,n,m), counts (E,) -> (M,m)."""
     kind = grouped_kind(rows, rows.size(1), matrices.size(2))
+    if rows.device.type == "cpu" and len(rows) < len(matrices):
+        kind = "plain"                                                    # most experts have no rows, as in generation
     if kind == "npu":
         return npu_grouped_matmul(rows, matrices, counts, 0)
     if kind == "grouped":
@@ -692,8 +694,11 @@ def rows_by_expert(rows, matrices, counts):
     products = rows.new_empty(len(rows), matrices.size(2))
     if kind == "blocks":
         return rows_in_blocks(rows, matrices, sizes, products)
-    for own, matrix, product in zip(rows.split(sizes), matrices, products.split(sizes)):
-        torch.mm(own, matrix, out=product)
+    end = 0
+    for expert, size in enumerate(sizes):
+        start, end = end, end + size
+        if size > 0:
+            torch.mm(rows[start:end], matrices[expert], out=products[start:end])
     return products
 
 
@@ -1168,9 +1173,11 @@ class Router(Part):
         scores = self.score(logits)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
         weights = self.weigh(scores, ids)
+        self.aux_loss = scores.new_zeros(())
+        if not self.training:
+            return ids, weights
         counts = self.count(ids, n_sequences=len(x))
-        if self.c.balance == "none" or self.c.aux_loss_alpha == 0 or not self.training:
-            self.aux_loss = scores.new_zeros(())
+        if self.c.balance == "none" or self.c.aux_loss_alpha == 0:
             return ids, weights
         aux_loss = self.balance_loss(counts, logits, scores)
         self.aux_loss = aux_loss.detach() * self.aux_scale
@@ -1220,11 +1227,10 @@ class Router(Part):
     def count(self, ids, n_sequences):
         """Copies for each expert by balance group of these sequences, or the part of one: ids (N,K) -> (G,E)."""
         E = self.c.n_routed_experts
-        G = n_sequences // sequences_of_group(self.c, n_sequences) if self.training else 1
+        G = n_sequences // sequences_of_group(self.c, n_sequences)
         first = torch.arange(G, device=ids.device).unsqueeze(1) * E       # group by group in one count
         counts = count_ids(ids.reshape(G, -1) + first, G * E).view(G, E)
-        if self.training:
-            self.load = self.load + counts.sum(0)
+        self.load = self.load + counts.sum(0)
         return counts
 
     def balance_loss(self, counts, logits, scores):

@@ -12,11 +12,11 @@ turns of (its time / absorbed's time in that turn), so that what disturbs the ma
     no cache        one forward over the whole context for every token
     expanded        the cache, of which keys and values of all heads are made at every step
     absorbed        the cache as it is, up-projections passed to query and output
-    draft 1, 2, 4   absorbed, with so many tokens drafted by the one MTP layer and checked. Weights are random, so hardly
-                    a draft holds: the ratio is of a round, in tokens a round from which on drafts pay
+    draft 1, 2, 4   absorbed, with so many tokens drafted by the one MTP layer and checked. Weights are random, so
+                    hardly a draft holds: the ratio is of a round, the tokens a round from which on drafts pay
     transformers    DeepseekV3ForCausalLM.generate with its cache (latents too, expanded at every step), attention by
-                    sdpa, experts by grouped_mm. Its own drafts (use_mtp) are left out: it reads the MTP layer from files
-                    at every call of generate, takes one sequence alone, and the clock would be of the files
+                    sdpa, experts by grouped_mm. Its own drafts (use_mtp) are left out: it reads the MTP layer from
+                    files at every call of generate, takes one sequence alone, and the clock would be of the files
 
 The same tokens come out of all, which is checked. The layout is DeepSeek-V3's (norm=pre), which transformers knows.
 """
@@ -100,7 +100,8 @@ class Transformers:
         config = transformers_config(model.config)
         config.use_cache = True
         self.model = DeepseekV3ForCausalLM(config)
-        self.model.load_state_dict({transformers_name(name): tensor for name, tensor in weights.items()}, strict=False)
+        theirs = {transformers_name(name): tensor for name, tensor in weights.items()}
+        self.model.load_state_dict(theirs, strict=False, assign=True)
         first = next(model.parameters())
         self.model.to(first.device, first.dtype).eval()
         self.model.generation_config.eos_token_id = None
@@ -176,7 +177,8 @@ def report(shape, batch, contenders, args, config):
             ratio = statistics.median(own / base for own, base in zip(seconds[name], seconds["absorbed"]))
             cells.append(f"{statistics.median(seconds[name]) * 1e3:8.1f} ({ratio:5.2f})")
         memory = [contenders[name].cache_bytes() for name in ("absorbed", "transformers") if name in contenders]
-        print(f"{context:8} " + " ".join(cells) + "   " + " | ".join(f"{size / 2**20:.2f}" for size in memory), flush=True)
+        sizes = " | ".join(f"{size / 2**20:.2f}" for size in memory)
+        print(f"{context:8} {' '.join(cells)}   {sizes}", flush=True)
 
 
 def build(shape, args):
@@ -184,16 +186,17 @@ def build(shape, args):
     longest = max(args.contexts) + args.tokens + 8
     config = replace(SHAPES[shape], norm="pre", balance="none", latent_norm_eps=1e-6, num_nextn_predict_layers=1,
                      max_position_embeddings=max(256, longest))
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = Model(config)
     model.init_weights(0)
-    weights = {name: tensor for name, tensor in model.state_dict().items()}
-    trunk_only = Model(replace(config, num_nextn_predict_layers=0))
-    trunk_only.load_state_dict(weights, strict=False)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    models = [each.to(device, DTYPES[args.dtype]).eval() for each in (model, trunk_only)]
+    model.to(device, DTYPES[args.dtype]).eval()
+    weights = model.state_dict()
+    with torch.device("meta"):
+        trunk_only = Model(replace(config, num_nextn_predict_layers=0)).eval()
+    trunk_only.load_state_dict({name: weights[name] for name in trunk_only.state_dict()}, assign=True)
     contenders = {}
     for name in bench_step.available(args.contenders or CONTENDERS):
-        contenders[name] = CONTENDERS[name](models[0] if name.startswith("draft") else models[1], weights)
+        contenders[name] = CONTENDERS[name](model if name.startswith("draft") else trunk_only, weights)
     return config, contenders
 
 

@@ -102,6 +102,19 @@ def test_cached_equals_uncached(config, steps, absorbs, fused, monkeypatch):
     assert_close(with_cache(model, sequences, steps), without_cache(model, sequences)[0])
 
 
+def test_cache_in_bf16(monkeypatch):
+    """float32 weights that compute in bf16: within its rounding of a forward without a cache. No experts, whose choice
+    a rounding turns."""
+    monkeypatch.setattr(M, "ABSORBS", True)
+    monkeypatch.setitem(globals(), "CLOSE", 0.03)
+    config = replace(SMALL, first_k_dense_replace=3)
+    model = build(config)
+    model.compute_dtype = torch.bfloat16
+    sequences = some_ids(config, (9, 70))
+    assert_close(with_cache(model, sequences, (20, 1)), without_cache(model, sequences)[0])
+    assert M.Cache(model, trunk(model), 1, 8).options["dtype"] == torch.bfloat16
+
+
 def test_rule_of_absorbing():
     """One new token: absorbed, but for the first few. A chunk as long as what it sees, and a long one: expanded."""
     cache = M.Cache(build(SMALL), [], 1, 256)
