@@ -131,8 +131,9 @@ METRICS = dict(bpb="bits per byte", spikes="spikes", batch_vio="MaxVio, batch", 
 class Lab:
     """A folder of runs, how they are made, and its plan.json."""
 
-    def __init__(self, out, shapes, common):
-        self.out, self.shapes, self.common = Path(out), shapes, common    # common: further words for train.py
+    def __init__(self, out, shapes, data=(), device="auto"):
+        self.out, self.shapes = Path(out), shapes
+        self.words = ["--device", device, *(["--data", *data] if data else [])]               # for train.py
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "plan.json"
         self.plan = json.loads(path.read_text()) if path.exists() else dict(rates={})
@@ -159,24 +160,27 @@ class Lab:
         words = ["--out", folder, "--seed", seed, "--steps", steps, "--lr", rate, "--warmup-steps", max(1, steps // 20)]
         if train.newest(folder):
             words = ["--resume", folder]
-        status = self.train(arm, words, folder.parent / "log.txt")
+        status = self.train(arm, words)
         if status == 2:                                                   # train.py has said why: above all, in use
             return None
+        text = json.loads((folder / "config.json").read_text())["corpus"]["sha256"]
+        require(self.plan.get("text", text) == text, f"{folder} read another text than runs before: use another --out")
+        self.store(text=text)
         if status:
             train.write_whole(folder / "diverged", status)
         elif not is_finished(folder, steps):
             sys.exit("stopped; the same command goes on")
         return folder
 
-    def train(self, arm, words, log):
+    def train(self, arm, words):
         """train.py in this process -> what it exits with, or None."""
         if words[0] != "--resume":
             given = vars(self.config(arm)).items()
-            words += ["--set", *[f"{name}={value}" for name, value in given if value is not None], *self.common,
+            words += ["--set", *[f"{name}={value}" for name, value in given if value is not None], *self.words,
                       "--seq-len", SEQ_LEN, "--global-batch", BATCH, "--micro-batch", BATCH, "--record-loads", 1,
                       "--save-every", 200, "--keep", 1]
         try:
-            with open(log, "a") as file, contextlib.redirect_stdout(file):
+            with open(self.out / "log.txt", "a") as file, contextlib.redirect_stdout(file):
                 train.main([str(word) for word in ("pretrain", *words)])
         except SystemExit as stop:
             return stop.code
@@ -189,7 +193,7 @@ class Lab:
         for shape in {arm.shape for arm in runs}:
             folder = self.out / f"timed-{shape}"
             if not is_finished(folder, 5):
-                status = self.train(Arm(shape=shape), ["--out", folder, "--steps", 5], self.out / "log.txt")
+                status = self.train(Arm(shape=shape), ["--out", folder, "--steps", 5])
                 require(not status, f"{folder}: train.py refused; see above, and {self.out / 'log.txt'}")
             times = [line["step_ms"] for line in read_lines(folder / "metrics.jsonl", [])]
             costs[shape] = np.median(times[2:]) / 1e3 / flops_per_token(self.shapes[shape], SEQ_LEN)
@@ -343,16 +347,16 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=tuple(QUESTIONS), default=list(QUESTIONS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
     parser.add_argument("--budget", type=float, default=360, help="minutes for all, which choose the steps of a run")
-    parser.add_argument("--out", default="runs/ablate", help="folder of the runs")
+    parser.add_argument("--out", help="folder of the runs; default: runs/ablate")
     parser.add_argument("--data", nargs="+", default=[], help="as of train.py")
     parser.add_argument("--device", default="auto", help="as of train.py")
     parser.add_argument("--tiny", action="store_true", help="shapes and runs of a test, which answer nothing")
     args = parser.parse_args(argv)
     require(args.seeds > 0, f"--seeds {args.seeds}: use 1 or more")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    lab = Lab(args.out, SHAPES, ["--device", args.device, *(["--data", *args.data] if args.data else [])])
+    shapes = {name: replace(shape, **TINY) for name, shape in SHAPES.items()} if args.tiny else SHAPES
+    lab = Lab(args.out or f"runs/ablate{'-tiny' if args.tiny else ''}", shapes, args.data, args.device)
     if args.tiny:
-        lab.shapes = {name: replace(shape, **TINY) for name, shape in SHAPES.items()}
         lab.store(steps=2)
     ablate(lab, args.only, args.seeds, args.budget)
     print((lab.out / "table.md").read_text())

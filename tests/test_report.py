@@ -280,7 +280,7 @@ def test_budget_chooses_the_steps(runs, tmp_path, monkeypatch):
     """Twice the runs get half of the time each; what was chosen stays; too little is refused with what would do."""
     monkeypatch.setattr(train, "continue_text", lambda given: "")
     shapes = dict(narrow=replace(ablate.SHAPES["narrow"], **ablate.TINY))
-    lab = ablate.Lab(tmp_path, shapes, ["--data", str(runs / "a.txt"), str(runs / "b.txt")])
+    lab = ablate.Lab(tmp_path, shapes, [str(runs / "a.txt"), str(runs / "b.txt")])
     with pytest.raises(ValueError, match="--budget 0.1: 9 runs of 20 steps take [0-9]+ minutes"):
         lab.fix_steps([ablate.Arm()] * 9, 0.1)
     steps = []
@@ -310,3 +310,5 @@ def test_ablation_goes_on_where_it_stopped(runs, tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "numbers.json").read_text())["results"]["bias"]
     assert set(results["loss"]["1"]) == set(ablate.METRICS) and results["router bias"]["0"] == {}
     assert (tmp_path / "table.png").exists() == bool(importlib.util.find_spec("matplotlib"))
+    with pytest.raises(ValueError, match="another text"):
+        ablate.main([*words[:-1], "--seeds", "3"])
