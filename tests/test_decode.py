@@ -373,7 +373,7 @@ def test_sample_streams_whole_characters():
     pieces = []
     with mock.patch.object(train, "generate", generate):
         settings = {name: option.default for name, option in train.SAMPLE_OPTIONS.items()}
-        texts, _ = train.continue_texts((model, encoding, end), ["x"], settings, pieces.append)
+        texts, _ = train.continue_texts((model, encoding, end), ["x"], settings, False, pieces.append)
     assert texts == ["x" + text + "\ufffd"] and "".join(pieces) == texts[0][1:]
     assert [piece for piece in pieces if piece] == [*text, "\ufffd"]
 
