@@ -238,8 +238,9 @@ def fit_to_world(settings, given, group=1):
     return settings
 
 
-def make_config(settings, config):
-    """The config, of a preset or of --init, with what --set changes."""
+def make_config(settings, config=None):
+    """The config of --init, or of the preset, with what --set changes."""
+    config = config or PRESETS[settings["preset"]]
     by_name = {field.name: field for field in dataclasses.fields(Config)}
     changes = {}
     for pair in settings["set"]:
@@ -258,8 +259,8 @@ def make_plan(settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE, always run by tiktoken
 
-# Words for BPE, in cl100k_base's manner: letters with one sign before them, a digit, signs, line ends, spaces. Digits stand
-# alone, so that sums can be learnt: 0.9 % more tokens of Python's library.
+# Words for BPE, in cl100k_base's manner: letters with one sign before them, a digit, signs, line ends, spaces. Digits
+# stand alone, so that sums can be learnt: 0.9 % more tokens of Python's library.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
@@ -486,7 +487,9 @@ def tokenizer_files(encoding):
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations: a template of roles and turns, by ids that a learnt vocabulary reserves
 #
-#   END <|system|> ... <|end_of_turn|> <|user|> ... <|end_of_turn|> <|assistant|> <|think|> ... <|/think|> ... <|end_of_turn|>
+#   END <|system|> ... <|end_of_turn|>
+#       <|user|> ... <|end_of_turn|>
+#       <|assistant|> <|think|> ... <|/think|> ... <|end_of_turn|>
 #
 # The structure is the openPangu family's: a system turn is always there, if need be an empty one, and thinking is slow
 # unless the user's words end with NO_THINK; then, and where no thinking was written, its part is empty.
@@ -537,7 +540,8 @@ def conversation(encoding, end, messages):
         if message["role"] == "assistant":
             fast = number > 0 and messages[number - 1]["content"].endswith(NO_THINK)
             thinking = "" if fast else message.get("thinking", "")
-            add([special_id(encoding, THINK), *encoding.encode_ordinary(thinking), special_id(encoding, THINK_END)], True)
+            begin, end_of_it = special_id(encoding, THINK), special_id(encoding, THINK_END)
+            add([begin, *encoding.encode_ordinary(thinking), end_of_it], True)
         add([*text, special_id(encoding, TURN_END)], message["role"] == "assistant")
     return ids, counted
 
@@ -1178,8 +1182,8 @@ def mix_pattern(corpus, phase, seed):
 
 
 def examples(windows, depths, device, documents=None, counted=None):
-    """Windows (B, T + depths) of tokens -> what Model.forward takes: ids (B,T), targets (B, depths, T), and doc_ids (B,T)
-    where documents are kept apart.
+    """Windows (B, T + depths) of tokens -> what Model.forward takes: ids (B,T), targets (B, depths, T), and doc_ids
+    (B,T) where documents are kept apart.
 
     documents, counted (B, T + depths): the number of each token's document; whether a token is a target. With documents
     kept apart, the tokens ahead that MTP predicts count as long as they are of the same one; the next token always
@@ -1392,8 +1396,8 @@ class Pretrain(Stage):
 
     def describe(self, facts):
         xz = f" (xz -9 {facts['xz']:,})" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
-        yield (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
-               f"{facts['heldout_bytes']:,} held out{xz}, tokens {facts['tokens']}")
+        yield (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train "
+               f"on, {facts['heldout_bytes']:,} held out{xz}, tokens {facts['tokens']}")
         # of few pieces of text, the share that is held out can be far from the one asked for
         asked, share = self.run.settings["heldout"], facts["heldout_bytes"] / max(1, facts["train_bytes"]
                                                                                   + facts["heldout_bytes"])
@@ -1493,7 +1497,8 @@ class SFT(Stage):
 
 RL_OPTIONS = dict(
     tasks=option("", "FILE.jsonl, a line each: prompt, answer, checker (exact | partial | a function of --checkers)"),
-    checkers=option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to 1"),
+    checkers=option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to "
+                        "1"),
     answers=option(16, "to each prompt: a group", least=2),
     new_tokens=option(64, "of an answer, at most"),
     updates=option(1, "of the weights, from the answers of a step"),
@@ -1501,7 +1506,8 @@ RL_OPTIONS = dict(
     clip_high=option(0.28, "and rise above it", least=0),
     ratio=option("token", "of the new to the old policy: each token's, or of whole answers (GSPO)",
                  choices=("token", "sequence")),
-    divide_by_std=option(0, "1: advantages are divided by the group's deviation (GRPO; not with experts)", choices=(0, 1)),
+    divide_by_std=option(0, "1: advantages are divided by the group's deviation (GRPO; not with experts)",
+                         choices=(0, 1)),
     importance_cap=option(5.0, "most that a token counts for the trainer finding it likelier than the sampler did"),
     kl=option(0.0, "weight of the divergence from the model of --init, which is then held too", least=0),
     replay=option("none", "experts forced in training: none | sampler: those chosen in sampling | old: those of the "
@@ -1544,9 +1550,10 @@ def read_tasks(path, checkers):
             require(isinstance(task, dict), "no object: write prompt, answer and checker")
             for key in ("prompt", "answer"):
                 require(isinstance(task.get(key), str) and task[key], f"no {key}: write prompt, answer and checker")
-            known = task.get("checker", "exact") in checkers
-            require(known, f"checker {task.get('checker')!r}: use {', '.join(checkers)}, or give its file to --checkers")
-            tasks.append(dict(checker="exact") | task | dict(line=number))
+            task = dict(checker="exact") | task | dict(line=number)
+            require(task["checker"] in checkers,
+                    f"checker {task['checker']!r}: use {', '.join(checkers)}, or give its file to --checkers")
+            tasks.append(task)
     if not tasks:
         raise UserError(f"{path}: no tasks")
     return tasks
@@ -1574,7 +1581,7 @@ def time_limit(seconds):
 
 
 def reward(text, task, checkers):
-    """What a checker says of an answer, None being one that is not in the format. CheckerError if it does not say it."""
+    """What a checker says of an answer, which is None if it is not in the format. CheckerError if it says nothing."""
     if text is None:
         return 0.0
     where = f"task of line {task['line']}: checker {task['checker']}"
@@ -1605,8 +1612,8 @@ COUNTED, ADVANTAGE, SAMPLER, OLD, REFERENCE = range(5)
 
 
 def policy_losses(log_probs, policy, settings):
-    """GRPO's loss of each token: log_probs (B,T) of the tokens that came, with gradient, one answer a row; policy (B,T,5)
-    -> losses (B,T), 0 where nothing counts, and how many ratios were clipped."""
+    """GRPO's loss of each token: log_probs (B,T) of the tokens that came, with gradient, one answer a row; policy
+    (B,T,5) -> losses (B,T), 0 where nothing counts, and how many ratios were clipped."""
     counted, advantage, sampler, old, reference = policy.unbind(-1)
     low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
 
@@ -1670,8 +1677,8 @@ class RL(Stage):
         for size in sizes:
             least = math.lcm(group, plan.micro_batch * self.run.settings["updates"]) * plan.dp
             if size % least:
-                raise UserError(f"--global-batch {size}, the answers of a step: use a multiple of {least}, as --answers, "
-                                f"--updates, --micro-batch and dp want it")
+                raise UserError(f"--global-batch {size}, the answers of a step: use a multiple of {least}, as "
+                                f"--answers, --updates, --micro-batch and dp want it")
 
     def describe(self, facts):
         yield f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
@@ -1778,8 +1785,8 @@ class RL(Stage):
         return on_device(dict(ids=ids, targets=targets, policy=policy, routing=routing), run.device)
 
     def scored(self, batch):
-        """The batch with the trainer's log-probabilities, and experts if those are replayed; tokens whose log-probability
-        is not finite count no more."""
+        """The batch with the trainer's log-probabilities, and experts if those are replayed; tokens whose
+        log-probability is not finite count no more."""
         policy, replay = batch["policy"], self.run.settings["replay"]
         sampled = batch.pop("routing")
         policy[..., OLD], chosen = self.log_probs(self.pipeline, batch)
@@ -1894,7 +1901,7 @@ def open_run(kind, given):
         open_init(run)
     else:
         run.encoding = find_encoding(run.settings["tokenizer"])
-        config = run.stored["config"] if run.stored else make_config(run.settings, PRESETS[run.settings["preset"]])
+        config = run.stored["config"] if run.stored else make_config(run.settings)
         run.config = with_vocabulary(config, run.encoding)
     # 4. the plan, and what the balance loss means under it
     run.plan = make_plan(run.settings)
@@ -2294,7 +2301,8 @@ def read_progress(checkpoint):
 
 def write_config(run, given, **facts):
     """config.json: all that a resumed run needs to know, and facts about where it ran."""
-    facts |= dict(rules=RULES, stage=run.kind.name, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan), given=given,
+    facts |= dict(rules=RULES, stage=run.kind.name, given=given,
+                  config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan),
                   settings=run.settings | dict(resume=""), phases=[dataclasses.asdict(phase) for phase in run.phases],
                   corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
                   torch=torch.__version__)
@@ -2639,7 +2647,8 @@ def conclude(run, checkpoint):
     if parallel.rank() > 0:
         return
     if not is_done(run):
-        print(f"stopped after step {run.progress['step']}; go on with: python train.py {run.kind.name} --resume {run.folder}")
+        print(f"stopped after step {run.progress['step']}; go on with: python train.py {run.kind.name} --resume "
+              f"{run.folder}")
         return
     try:
         settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()}
@@ -2659,8 +2668,8 @@ def conclude(run, checkpoint):
 
 SAMPLE_OPTIONS = dict(
     init=option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
-    prompt=option([], "text to continue, of a model after sft words to answer, or several at once; \"\": the beginning of a document. Default: what a pipe "
-                      "brings, and at a terminal line after line"),
+    prompt=option([], "text to continue, or, by a model after sft, to answer; several at once; \"\": the beginning of a "
+                      "document. Default: what a pipe brings, and at a terminal line after line"),
     file=option("", "FILE with the text to continue"),
     new_tokens=option(0, "tokens to write, or up to the end of the document; 0: 200, or what the model's window holds",
                       least=0, most=10**9),

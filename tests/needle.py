@@ -6,8 +6,8 @@ Retrieval over a long context: shuffled lines `key: value`, one of them asked fo
     python tests/needle.py runs/tiny --sweep --seq-len 1024 --steps 100 --data TEXT needles   # which rope_theta?
 
 The score of a place is how the right value ranks among ten values of the same document, by their log-probability: 1 if
-always first, 0 if always last, so that chance is 0.5. It is drawn by length of the document and depth of the line in it,
-also beyond the length that a run was trained on. Without such documents in the training text the score is chance at
+always first, 0 if always last, so that chance is 0.5. It is drawn by length of the document and depth of the line in
+it, also beyond the length that a run was trained on. Without such documents in the training text the score is chance at
 this size: a share of 5 to 10 % of the sequences, which --phases or the amount of text gives.
 
 --sweep tries bases from 1e4 to 1e7 in steps of 4, each by a short run from the given one, and names the smallest that

@@ -198,9 +198,9 @@ def print_score(results):
             by_level = [share([each for each in own if each["difficulty"] == level]) for level in columns]
             print(f"{task:>9} {'fast' if fast else 'slow'}", *by_level, share(own))
     for fast in (False, True):
-        print(f"{'all':>9} {'fast' if fast else 'slow'}", *(share([each for each in results if each["fast"] == fast
-                                                                    and each["difficulty"] == level]) for level in columns),
-              share([each for each in results if each["fast"] == fast]))
+        own = [each for each in results if each["fast"] == fast]
+        by_level = [share([each for each in own if each["difficulty"] == level]) for level in columns]
+        print(f"{'all':>9} {'fast' if fast else 'slow'}", *by_level, share(own))
     in_format = sum(each["text"] is not None for each in results) / len(results)
     print(f"all {share(results).strip()} of {len(results)} problems; in the format {in_format:.1%}; "
           f"{sum(each['tokens'] for each in results) / len(results):.1f} tokens an answer")

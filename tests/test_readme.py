@@ -31,7 +31,7 @@ def test_training_commands_are_understood(capsys):
         command, given = train.parse(words)
         if command is train.COMMANDS["pretrain"].function and not {"resume", "init"} & set(given):
             settings = train.settings_of(given)
-            config = train.make_config(settings, PRESETS[settings["preset"]])
+            config = train.make_config(settings)
             settings["precision"] = "fp32"
             for phase in train.make_phases(settings, given):
                 for _, batch in phase.batches:

@@ -355,11 +355,12 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
                                "def words(text, task):\n    return 'yes'\n")
     def refused(line):
         Path("bad.jsonl").write_text(json.dumps(good) + "\n" + line + "\n")
-        return refusal(capsys, "rl", "--init", base / "base", "--tasks", "bad.jsonl", "--checkers", "mine.py", "--out", "r",
-                       "--steps", 1, *RL)
+        return refusal(capsys, "rl", "--init", base / "base", "--tasks", "bad.jsonl", "--checkers", "mine.py", "--out",
+                       "r", "--steps", 1, *RL)
+
     for line, words in [("[", "line 2: not JSON"), ("[]", "line 2: no object"), ("{}", "line 2: no prompt"),
                         (json.dumps(dict(prompt="a")), "line 2: no answer"),
-                        (json.dumps(good | dict(checker="other")), "line 2: checker 'other': use exact, partial, raises"),
+                        (json.dumps(good | dict(checker="other")), "line 2: checker 'other': use exact, partial"),
                         (json.dumps(good | dict(prompt="a " * 90)), "line 2: a prompt of")]:
         assert words in refused(line)
     checkers = train.read_checkers("mine.py")
@@ -376,7 +377,8 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
 def test_tasks_are_right():
     """Answers by another way, and nothing trained on is tested."""
     seen = {}
-    for split, lines in (("train", tasks.some(0, range(1, 6), 300, False)), ("test", tasks.some(2, range(1, 7), 300, True))):
+    splits = dict(train=tasks.some(0, range(1, 6), 300, False), test=tasks.some(2, range(1, 7), 300, True))
+    for split, lines in splits.items():
         seen[split] = {line["prompt"] for line in lines}
         for line in lines:
             words = line["prompt"].partition(": ")[2]
