@@ -100,6 +100,7 @@ OPTIONS = dict(
     set=option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5; with --init what owns no tensor"),
     init=option("", "begin with the weights, shape and tokenizer of a run's folder, one of its ckpt/step_N, or a "
                     "Hugging Face folder"),
+    average=option(1, "with --init RUN: the mean of its newest N checkpoints, in place of the newest"),
     mtp_depth=option(0, "with --init: MTP layers; those that it lacks begin as copies of its last one; 0: as many as "
                         "it has", least=0, most=64),
     train=option("all", "mtp: only MTP layers learn, the rest is frozen", choices=("all", "mtp")),
@@ -2090,8 +2091,9 @@ def refuse_unequal_ranks(run):
 class RunSource:
     """--init names a run or one of its checkpoints."""
 
-    def __init__(self, init):
+    def __init__(self, init, average):
         self.folder, self.checkpoint = find_checkpoint(init, "--init")
+        self.checkpoints = newest_to(self.checkpoint, average)
         self.stored, progress = read_config(self.folder), beginning()
         parallel.load_progress(self.checkpoint, progress)
         # as its last phase left it; it sees no more text than it was trained on
@@ -2108,9 +2110,18 @@ class RunSource:
     def check(self, config):
         """A run's own config.json and tensors are one; config may have other MTP layers."""
 
+    @torch.no_grad()
     def fill(self, model, grid=None):
-        parallel.first_does(lambda: read_progress(self.checkpoint))       # refuses damaged files
-        parallel.load_trained(self.checkpoint, model, self.config.num_nextn_predict_layers, grid)
+        for number, checkpoint in enumerate(self.checkpoints, 1):
+            parallel.first_does(lambda: read_progress(checkpoint))        # refuses damaged files
+            parallel.load_trained(checkpoint, model, self.config.num_nextn_predict_layers, grid)
+            weights = list(model.state_dict().values())
+            if number == 1:
+                means = [weight.clone() for weight in weights]
+            for mean, weight in zip(means, weights):
+                mean.lerp_(weight, 1 / number)
+        for mean, weight in zip(means, weights):
+            weight.copy_(mean)
 
 
 class FolderSource:
@@ -2131,12 +2142,25 @@ class FolderSource:
         parallel.load_published(model, self.pieces)
 
 
-def open_source(init):
+def newest_to(checkpoint, count):
+    """A checkpoint and those before it, `count` in all."""
+    steps = [step for step in parallel.steps_in(checkpoint.parent) if step <= int(checkpoint.name.removeprefix("step_"))]
+    if len(steps) < count:
+        raise UserError(f"--average {count}: {checkpoint.parent} has {len(steps)} checkpoints up to {checkpoint.name}; "
+                        f"--save-every and --keep of that run say how many stay")
+    return [checkpoint.parent / f"step_{step}" for step in steps[-count:]]
+
+
+def open_source(init, average=1):
     path = Path(init)
     if not path.exists():
         raise UserError(f"--init {init}: no such folder")
     is_run = (folder_of(init) / "ckpt").exists() or not (path / "config.json").exists()
-    return RunSource(init) if is_run else FolderSource(init)
+    if is_run:
+        return RunSource(init, average)
+    if average > 1:
+        raise UserError(f"--average {average} is of a run's checkpoints, and --init {init} is a Hugging Face folder")
+    return FolderSource(init)
 
 
 def encoding_of_run(folder, stored):
@@ -2152,7 +2176,7 @@ def open_init(run):
         return
     if "preset" in run.given:
         raise UserError("--init brings a model's shape: leave --preset away")
-    run.source = open_source(settings["init"])
+    run.source = open_source(settings["init"], settings["average"])
     settings["init"] = str(run.source.path)                               # stored with the run
     run.config = config_of(run.source, settings)
     run.encoding = run.source.encoding() if learn else find_encoding(settings["tokenizer"])
@@ -2668,8 +2692,9 @@ def conclude(run, checkpoint):
 
 SAMPLE_OPTIONS = dict(
     init=option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
-    prompt=option([], "text to continue, or, by a model after sft, to answer; several at once; \"\": the beginning of a "
-                      "document. Default: what a pipe brings, and at a terminal line after line"),
+    prompt=option([], "text to continue, or, by a model after sft, to answer; several at once; \"\": the beginning of "
+                      "a document. Default: what a pipe brings, and at a terminal line after line"),
+    average=OPTIONS["average"],
     file=option("", "FILE with the text to continue"),
     new_tokens=option(0, "tokens to write, or up to the end of the document; 0: 200, or what the model's window holds",
                       least=0, most=10**9),
@@ -2688,7 +2713,7 @@ def sample(given):
     if not settings["init"]:
         raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
     with refusals():
-        opened = open_model(settings["init"], parallel.pick_device(settings["device"]))
+        opened = open_model(settings["init"], parallel.pick_device(settings["device"]), settings["average"])
         chat = is_chat(settings["init"])
         for prompts in prompts_of(settings):
             write_texts(opened, prompts, settings, chat)
@@ -2737,9 +2762,9 @@ def write_texts(opened, prompts, settings, chat):
         print(f"{rate:.0f} tokens/s; drafts that held: {shares}; {mean:.2f} tokens a step", file=sys.stderr)
 
 
-def open_model(init, device):
+def open_model(init, device, average=1):
     """--init -> (its model, its tokenizer, END's id)."""
-    source = open_source(init)
+    source = open_source(init, average)
     source.check(source.config)
     model = Model(source.config).to(device)
     source.fill(model)
@@ -2783,6 +2808,7 @@ def continue_texts(opened, prompts, settings, chat, on_text=None):
 
 EXPORT_OPTIONS = dict(
     init=SAMPLE_OPTIONS["init"],
+    average=OPTIONS["average"],
     out=option("", "the Hugging Face folder that is made"),
     dtype=option("bf16", "of what is written", choices=("bf16", "fp32")),
 )
@@ -2794,7 +2820,7 @@ def export(given):
     if not settings["init"] or not settings["out"]:
         raise UserError("export needs --init, a run's folder, and --out, the Hugging Face folder to make")
     with refusals():
-        model, encoding, end = open_model(settings["init"], torch.device("cpu"))
+        model, encoding, end = open_model(settings["init"], torch.device("cpu"), settings["average"])
         dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[settings["dtype"]]
         config = config_to_hf(model.config) | dict(torch_dtype=str(dtype).removeprefix("torch."), bos_token_id=end,
                                                    eos_token_id=end)

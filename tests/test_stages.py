@@ -313,6 +313,11 @@ def test_sft_and_rl_resume_exactly(base, tmp_path, monkeypatch):
     run("sft", *data, "--out", "parts", "--steps", 3, "--eval-every", 2, "--save-every", 2, *SFT)
     run("sft", "--resume", "parts/ckpt/step_2")
     assert same("whole", "parts") and metrics("whole")[-1]["stage"] == "sft" and metrics("whole")[-1]["val_loss"] > 0
+    # the mean of two checkpoints
+    two = [train.open_model(f"parts/ckpt/step_{step}", torch.device("cpu"))[0].state_dict() for step in (2, 3)]
+    mean = train.open_model("parts", torch.device("cpu"), average=2)[0].state_dict()
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, (two[0][name] + two[1][name]) / 2)
     data = ("--init", "whole", "--tasks", base / "tasks" / "rl.jsonl", "--updates", 2)
     run("rl", *data, "--out", "rl", "--steps", 3, *RL)
     run("rl", *data, "--out", "rl-parts", "--steps", 3, "--save-every", 2, *RL)
