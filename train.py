@@ -2144,7 +2144,8 @@ class FolderSource:
 
 def newest_to(checkpoint, count):
     """A checkpoint and those before it, `count` in all."""
-    steps = [step for step in parallel.steps_in(checkpoint.parent) if step <= int(checkpoint.name.removeprefix("step_"))]
+    last = int(checkpoint.name.removeprefix("step_"))
+    steps = [step for step in parallel.steps_in(checkpoint.parent) if step <= last]
     if len(steps) < count:
         raise UserError(f"--average {count}: {checkpoint.parent} has {len(steps)} checkpoints up to {checkpoint.name}; "
                         f"--save-every and --keep of that run say how many stay")
