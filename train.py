@@ -10,7 +10,7 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     python train.py export --init runs/a --out HF_DIR      # a folder that transformers loads
 
 In this order: settings, tokenizer, files of text, corpus, phases, data order, one step,
-held-out text, a run and how it is opened, the run's folder, the loop, log and screen, commands. Everything that a step
+held-out text, a run and how it is opened, weights to begin with, the run's folder, the loop, log and screen, commands. Everything that a step
 needs is a function of (settings, tokens seen so far): which phase, how many sequences, which learning rate, which
 windows of text. So a resumed run is the same run.
 
@@ -223,8 +223,8 @@ def fit_to_world(settings, given, group=1):
     return settings
 
 
-def make_config(settings, config):
-    """The config, of a preset or of --init, with what --set changes."""
+def make_config(settings, config=None):
+    """The preset, or a config in its place, with what --set changes."""
     by_name = {field.name: field for field in dataclasses.fields(Config)}
     changes = {}
     for pair in settings["set"]:
@@ -233,7 +233,7 @@ def make_config(settings, config):
             raise UserError(f"--set {pair}: write KEY=VALUE with a key of {', '.join(by_name)}")
         changes[key] = read_word(word, by_name[key].type)
     with refusals("--set: "):
-        return replace(config, **changes)
+        return replace(config or PRESETS[settings["preset"]], **changes)
 
 
 def make_plan(settings):
@@ -1174,7 +1174,7 @@ def open_run(stage, given):
         open_init(run)
     else:
         run.encoding = find_encoding(run.settings["tokenizer"])
-        config = run.stored["config"] if run.stored else make_config(run.settings, PRESETS[run.settings["preset"]])
+        config = run.stored["config"] if run.stored else make_config(run.settings)
         run.config = with_vocabulary(config, run.encoding)
     # 4. the plan, and what the balance loss means under it
     run.plan = make_plan(run.settings)
