@@ -9,10 +9,10 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     python train.py sample --init runs/a --prompt "def "
     python train.py export --init runs/a --out HF_DIR      # a folder that transformers loads
 
-In this order: settings, tokenizer, files of text, corpus, phases, data order, one step,
-held-out text, a run and how it is opened, weights to begin with, the run's folder, the loop, log and screen, commands. Everything that a step
-needs is a function of (settings, tokens seen so far): which phase, how many sequences, which learning rate, which
-windows of text. So a resumed run is the same run.
+In this order: settings, tokenizer, files of text, corpus, phases, data order, one step, held-out text, a run and how it
+is opened, weights to begin with, the run's folder, the loop, log and screen, commands. Everything that a step needs is
+a function of (settings, tokens seen so far): which phase, how many sequences, which learning rate, which windows of
+text. So a resumed run is the same run.
 
 A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N, sample.txt and, with
 --record-loads 1, loads.npy, which `sim.py predict --load` reads. The tokens of a corpus lie beside the runs, in
@@ -1370,11 +1370,12 @@ class FolderSource:
 
 
 def open_source(init):
-    path = Path(init)
-    if not path.exists():
-        raise UserError(f"--init {init}: no such folder")
-    is_run = (folder_of(init) / "ckpt").exists() or not (path / "config.json").exists()
-    return RunSource(init) if is_run else FolderSource(init)
+    if (folder_of(init) / "ckpt").exists():
+        return RunSource(init)
+    if not Path(init, "config.json").exists():
+        raise UserError(f"--init {init}: neither a run's folder, with checkpoints in ckpt, nor a Hugging Face folder, "
+                        f"with config.json")
+    return FolderSource(init)
 
 
 def encoding_of_run(folder, stored):
