@@ -9,10 +9,10 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     python train.py sample --init runs/a --prompt "def " --draft 2    # or --file, a pipe, or line by line at a terminal
     python train.py export --init runs/a --out HF_DIR      # a folder that transformers loads
 
-In this order: settings, tokenizer, files of text, corpus, phases, data order, one step,
-held-out text, a run and how it is opened, the run's folder, the loop, log and screen, commands. Everything that a step
-needs is a function of (settings, tokens seen so far): which phase, how many sequences, which learning rate, which
-windows of text. So a resumed run is the same run.
+In this order: settings, tokenizer, files of text, corpus, phases, data order, one step, held-out text, a run and how it
+is opened, weights to begin with, the run's folder, the loop, log and screen, commands. Everything that a step needs is
+a function of (settings, tokens seen so far): which phase, how many sequences, which learning rate, which windows of
+text. So a resumed run is the same run.
 
 A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N, sample.txt and, with
 --record-loads 1, loads.npy, which `sim.py predict --load` reads. The tokens of a corpus lie beside the runs, in
@@ -250,7 +250,7 @@ def make_config(settings, config=None):
             raise UserError(f"--set {pair}: write KEY=VALUE with a key of {', '.join(by_name)}")
         changes[key] = read_word(word, by_name[key].type)
     with refusals("--set: "):
-        return replace(config, **changes)
+        return replace(config or PRESETS[settings["preset"]], **changes)
 
 
 def make_plan(settings):
@@ -2153,12 +2153,11 @@ def newest_to(checkpoint, count):
 
 
 def open_source(init, average=1):
-    path = Path(init)
-    if not path.exists():
-        raise UserError(f"--init {init}: no such folder")
-    is_run = (folder_of(init) / "ckpt").exists() or not (path / "config.json").exists()
-    if is_run:
+    if (folder_of(init) / "ckpt").exists():
         return RunSource(init, average)
+    if not Path(init, "config.json").exists():
+        raise UserError(f"--init {init}: neither a run's folder, with checkpoints in ckpt, nor a Hugging Face folder, "
+                        f"with config.json")
     if average > 1:
         raise UserError(f"--average {average} is of a run's checkpoints, and --init {init} is a Hugging Face folder")
     return FolderSource(init)

@@ -414,8 +414,8 @@ def test_it_trains_and_goes_on_without_its_source(trained, tmp_path, monkeypatch
 def test_what_init_refuses(flags, words, trained, opened, capsys):
     with pytest.raises(ValueError, match=words):
         opened("--init", trained, *flags.split())
-    assert "no such folder" in refusal(capsys, "pretrain", "--init", "nowhere")
-    assert "no complete checkpoint" in refusal(capsys, "sample", "--init", trained.parent)
+    assert "neither a run's folder" in refusal(capsys, "pretrain", "--init", "nowhere")
+    assert "no such checkpoint" in refusal(capsys, "sample", "--init", trained / "ckpt" / "step_9")
 
 
 def test_an_exported_folder_gives_the_same_model_tokenizer_and_text(trained, exported, opened, capsys):
