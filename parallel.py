@@ -704,11 +704,6 @@ class Grid:
             self.groups[members] = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
         return self.groups[members]
 
-    def hold_whole(self, whole):
-        """Whether the members of a tensor group hold all tokens of a sequence, or each a part; see generating."""
-        if self.tensor_group is not None:
-            self.tensor_group.whole = whole
-
     def dispatcher(self, config):
         """What the plan says; the local one with no rank to exchange with; flat where the group lies in one node."""
         plan = self.plan
@@ -911,15 +906,6 @@ def embed_part(group, embed, n_own, ids):
     return scatter_sequence(group, embed(ids.clamp(0, n_own - 1)) * here.unsqueeze(-1))
 
 
-def cross_entropy_part(group, n_own, h, weight, targets):
-    """model.cross_entropy with n_own rows of the head, for the tokens of the group: this rank's share of their loss."""
-    h = Flight(group.all_gather, group.reduce_scatter).whole(h)
-    targets = Flight(group.all_gather, group.reduce_scatter).whole(targets)
-    all_max = partial(group.all_reduce, op=dist.ReduceOp.MAX)
-    vocabulary = Vocabulary(group.rank * n_own, group.size, all_max, group.all_reduce)
-    return HeadCrossEntropy.apply(h, weight, targets, vocabulary)
-
-
 def gather_logits(group, logits):
     """Of all parts of the vocabulary, where members hold the same tokens: (B, T, V / size) -> (B, T, V)."""
     if not group.whole:
@@ -929,23 +915,13 @@ def gather_logits(group, logits):
     return parts.movedim(0, 2)
 
 
-@contextmanager
-def generating(grid):
-    """In here model.generate runs, on all ranks: those of a tensor group are given the same prompts, others their own.
-
-    Yields its `anybody`: experts are exchanged in every step, so that ranks which are done go on with empty batches.
-    With tp > 1 each rank of a tensor group sends every token to its experts: the same result, tp times their work.
-    """
-    if grid is None:
-        yield bool
-        return
-    if grid.plan.pp > 1 or grid.plan.cp > 1:
-        raise ValueError(f"pp={grid.plan.pp} cp={grid.plan.cp}: text is written with pp=1 and cp=1 alone")
-    try:
-        grid.hold_whole(True)
-        yield lambda busy: all_sum(torch.tensor(int(busy), device=grid.device_type)).item() > 0
-    finally:
-        grid.hold_whole(False)
+def cross_entropy_part(group, n_own, h, weight, targets):
+    """model.cross_entropy with n_own rows of the head, for the tokens of the group: this rank's share of their loss."""
+    h = Flight(group.all_gather, group.reduce_scatter).whole(h)
+    targets = Flight(group.all_gather, group.reduce_scatter).whole(targets)
+    all_max = partial(group.all_reduce, op=dist.ReduceOp.MAX)
+    vocabulary = Vocabulary(group.rank * n_own, group.size, all_max, group.all_reduce)
+    return HeadCrossEntropy.apply(h, weight, targets, vocabulary)
 
 
 def context_parts(n_tokens, cp, device):
@@ -1056,6 +1032,28 @@ def reduce_gradients(model, plan, last):
 
 
 @torch.no_grad()
+@contextmanager
+def generating(grid):
+    """In here model.generate runs, on all ranks: those of a tensor group are given the same prompts, others their own.
+
+    Yields its `anybody`: experts are exchanged in every step, so that ranks which are done go on with empty batches.
+    With tp > 1 each rank of a tensor group sends every token to its experts: the same result, tp times their work.
+    """
+    if grid is None:
+        yield bool
+        return
+    if grid.plan.pp > 1 or grid.plan.cp > 1:
+        raise ValueError(f"pp={grid.plan.pp} cp={grid.plan.cp}: text is written with pp=1 and cp=1 alone")
+    group = grid.tensor_group                                             # None with tp=1
+    try:
+        if group is not None:
+            group.whole = True
+        yield lambda busy: all_sum(torch.tensor(int(busy), device=grid.device_type)).item() > 0
+    finally:
+        if group is not None:
+            group.whole = False
+
+
 def init_weights(model, seed=0):
     """model.init_weights for a model that may be cut: the same numbers under every plan, one whole tensor at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -250,7 +250,7 @@ def make_config(settings, config=None):
             raise UserError(f"--set {pair}: write KEY=VALUE with a key of {', '.join(by_name)}")
         changes[key] = read_word(word, by_name[key].type)
     with refusals("--set: "):
-        return replace(config or PRESETS[settings["preset"]], **changes)
+        return replace(config, **changes)
 
 
 def make_plan(settings):
