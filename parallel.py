@@ -1031,7 +1031,6 @@ def reduce_gradients(model, plan, last):
         model.set_requires_gradient_sync(last or plan.zero == 3)
 
 
-@torch.no_grad()
 @contextmanager
 def generating(grid):
     """In here model.generate runs, on all ranks: those of a tensor group are given the same prompts, others their own.
@@ -1054,6 +1053,7 @@ def generating(grid):
             group.whole = False
 
 
+@torch.no_grad()
 def init_weights(model, seed=0):
     """model.init_weights for a model that may be cut: the same numbers under every plan, one whole tensor at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
