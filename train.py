@@ -57,7 +57,7 @@ import torch
 import parallel
 import sim
 from model import (PRESETS, Config, Model, check_setting, check_settings, compile_model, compile_operators,
-                   count_params, flops_per_token, generate, require, setting)
+                   count_params, divisors, flops_per_token, generate, require, setting)
 from sim import Plan, balance_group, check_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def fit_to_world(settings, given, group=1):
     if "micro_batch" not in given:
         most = max(settings["micro_batch"], group)
         share = max(1, settings["global_batch"] // settings["dp"])
-        settings["micro_batch"] = max(n for n in range(1, most + 1) if share % n == 0)
+        settings["micro_batch"] = max(n for n in divisors(share) if n <= most)
     return settings
 
 
@@ -721,7 +721,7 @@ class Phase:
         require(isinstance(self.batches, list) and all(isinstance(row, list) and len(row) == 2 for row in self.batches),
                 f"global_batch={self.global_batch}: use sequences, or [[0, sequences], [token, sequences], ...]")
         for start, sequences in self.batches:
-            check_setting("global_batch", sequences, int)
+            check_setting("global_batch", sequences, int, most=10**6)
             check_setting("global_batch from token", start, float, least=0)
         starts = [start for start, _ in self.batches]
         require(starts[:1] == [0] and starts == sorted(starts), f"global_batch={self.global_batch}: use rising tokens, "
@@ -1188,7 +1188,7 @@ def fill_run(run):
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
-        run.progress = parallel.first_does(lambda: read_progress(run.checkpoint))
+        run.progress = parallel.first_does(lambda: read_progress(run.checkpoint, run.phases))
     parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
 
 
@@ -1396,8 +1396,8 @@ def read_config(folder):
     return stored | dict(settings=settings, given=given, config=config, phases=phases)
 
 
-def read_progress(checkpoint):
-    """Where a checkpoint stands, once its files are found to be as they were written."""
+def read_progress(checkpoint, phases):
+    """Where a checkpoint of a run of these phases stands, once its files are found to be as they were written."""
     try:
         parallel.check_files(checkpoint)
     except parallel.CheckpointError as error:
@@ -1409,6 +1409,8 @@ def read_progress(checkpoint):
         raise UserError(f"{error}; {advice}") from None
     progress = beginning()
     parallel.load_progress(checkpoint, progress)                          # in place
+    if progress["phase"] >= len(phases) or any(isinstance(n, int) and n < 0 for n in progress.values()):
+        raise UserError(f"{checkpoint} is damaged: progress.json has numbers that no run of {len(phases)} phases has")
     return progress
 
 
@@ -1788,7 +1790,8 @@ def open_model(init, device):
     """--init -> (the model of a checkpoint, its tokenizer, END's id)."""
     # as its last phase left it; it sees no more text than it was trained on
     folder, checkpoint = find_checkpoint(init, "--init")
-    stored, progress = read_config(folder), read_progress(checkpoint)
+    stored = read_config(folder)
+    progress = read_progress(checkpoint, stored["phases"])
     has_begun = progress["phase_tokens"] > 0                              # else the phase before it was the last
     phase = stored["phases"][max(0, progress["phase"] - (not has_begun))]
     config = stored["config"]
