@@ -62,7 +62,7 @@ import torch
 import parallel
 import sim
 from model import (IN_TRANSFORMERS, PRESETS, Config, Model, check_setting, check_settings, compile_model,
-                   compile_operators, config_to_hf, count_params, flops_per_token, generate, require, setting)
+                   compile_operators, config_to_hf, count_params, divisors, flops_per_token, generate, require, setting)
 from sim import Plan, balance_group, check_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def fit_to_world(settings, given, group=1):
     if "micro_batch" not in given:
         most = max(settings["micro_batch"], group)
         share = max(1, settings["global_batch"] // settings["dp"])
-        settings["micro_batch"] = max(n for n in range(1, most + 1) if share % n == 0)
+        settings["micro_batch"] = max(n for n in divisors(share) if n <= most)
     return settings
 
 
@@ -983,7 +983,7 @@ class Phase:
         require(isinstance(self.batches, list) and all(isinstance(row, list) and len(row) == 2 for row in self.batches),
                 f"global_batch={self.global_batch}: use sequences, or [[0, sequences], [token, sequences], ...]")
         for start, sequences in self.batches:
-            check_setting("global_batch", sequences, int)
+            check_setting("global_batch", sequences, int, most=10**6)
             check_setting("global_batch from token", start, float, least=0)
         starts = [start for start, _ in self.batches]
         require(starts[:1] == [0] and starts == sorted(starts), f"global_batch={self.global_batch}: use rising tokens, "
@@ -1955,7 +1955,7 @@ def fill_run(run):
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
-        run.progress = parallel.first_does(lambda: read_progress(run.checkpoint))
+        run.progress = parallel.first_does(lambda: read_progress(run.checkpoint, run.phases))
     parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
 
 
@@ -2113,7 +2113,7 @@ class RunSource:
     @torch.no_grad()
     def fill(self, model, grid=None):
         for number, checkpoint in enumerate(self.checkpoints, 1):
-            parallel.first_does(lambda: read_progress(checkpoint))        # refuses damaged files
+            parallel.first_does(lambda: read_progress(checkpoint, self.stored["phases"]))  # refuses damaged files
             parallel.load_trained(checkpoint, model, self.config.num_nextn_predict_layers, grid)
             weights = list(model.state_dict().values())
             if number == 1:
@@ -2307,8 +2307,8 @@ def read_config(folder):
     return stored | dict(settings=settings, given=given, config=config, phases=phases)
 
 
-def read_progress(checkpoint):
-    """Where a checkpoint stands, once its files are found to be as they were written."""
+def read_progress(checkpoint, phases):
+    """Where a checkpoint of a run of these phases stands, once its files are found to be as they were written."""
     try:
         parallel.check_files(checkpoint)
     except parallel.CheckpointError as error:
@@ -2320,6 +2320,8 @@ def read_progress(checkpoint):
         raise UserError(f"{error}; {advice}") from None
     progress = beginning()
     parallel.load_progress(checkpoint, progress)                          # in place
+    if progress["phase"] >= len(phases) or any(isinstance(n, int) and n < 0 for n in progress.values()):
+        raise UserError(f"{checkpoint} is damaged: progress.json has numbers that no run of {len(phases)} phases has")
     return progress
 
 

@@ -74,7 +74,8 @@ def play(argv, steps=1):
         raise Hung
 
     out, error = io.StringIO(), io.StringIO()
-    train.train_step, sample, train.continue_text = counted, train.continue_text, lambda given: ""
+    generate = train.generate
+    train.train_step, train.generate = counted, lambda model, ids, **how: ids
     before = signal.signal(signal.SIGALRM, hang)
     signal.alarm(SECONDS)
     try:
@@ -94,7 +95,7 @@ def play(argv, steps=1):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-        train.train_step, train.continue_text = step, sample
+        train.train_step, train.generate = step, generate
 
 
 def spoil_json(rng, value):
