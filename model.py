@@ -464,8 +464,10 @@ def compile_operators(wanted=True, device=None):
     COMPILED = False
     if not wanted:
         return None
+    probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if backend(probe) == "npu":
+        return "an NPU has kernels of its own for them"
     try:
-        probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         compiled(value)(plain_swiglu, probe)
     except torch._dynamo.exc.TorchDynamoException as error:
         return str(error).strip().splitlines()[0]
