@@ -285,7 +285,8 @@ def test_examples_shift_and_documents():
 
     Targets 2 E 4 5 and E 4 5 6, of which 4 and 5 lie in the document after that of 2 and E.
     """
-    batch = train.examples(np.array([[1, 2, 9, 4, 5, 6]]), 2, torch.device("cpu"), document_end=9)
+    windows = np.array([[1, 2, 9, 4, 5, 6]])
+    batch = train.examples(windows, 2, torch.device("cpu"), train.document_numbers(windows, end=9))
     assert batch["ids"].tolist() == [[1, 2, 9, 4]]
     assert batch["targets"].tolist() == [[[2, 9, 4, 5], [9, -100, -100, 6]]]
     assert batch["doc_ids"].tolist() == [[0, 0, 0, 1]]
