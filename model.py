@@ -75,7 +75,8 @@ def require(ok, message):
 
 def divisors(n):
     """All divisors of n, ascending: for messages that say what would fit."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 class Weights(NamedTuple):
@@ -121,11 +122,13 @@ def check_setting(name, value, kind, **allowed):
         words = f"one of {', '.join(map(str, allowed['choices']))}"
     elif kind in (int, float):
         # neither infinite nor NaN, for which no comparison holds
-        least, most = allowed.get("least", 0), allowed.get("most", math.inf)
+        least, most = allowed.get("least", 0), allowed.get("most", 2**31 if kind is int else math.inf)
+        is_kind = right
         right = right and least <= value <= most and value < math.inf and ("least" in allowed or value > 0)
         words = "a whole number" if kind is int else "a number"
         words += f" of at least {least:g}" if "least" in allowed else " above 0"
-        words += f" and at most {most:g}" if most < math.inf else ""
+        if "most" in allowed or (is_kind and kind is int and value > most):
+            words += f" and at most {most:g}"
     else:
         words = "true or false" if kind is bool else "text"
     require(right, f"{name}={value!r}: use {words}")
@@ -136,7 +139,7 @@ class Config:
     """A model's shape, in the spelling of DeepSeek-style configs. Checked when made."""
     vocab_size: int = 2048
     hidden_size: int = 192
-    num_hidden_layers: int = 3
+    num_hidden_layers: int = setting(3, most=4096)
     first_k_dense_replace: int = setting(1, least=0)# leading layers with a dense MLP in place of experts
     intermediate_size: int = 512              # width of the dense MLP
     # multi-head latent attention
@@ -170,7 +173,7 @@ class Config:
     aux_loss_alpha: float = setting(0.01, least=0)# the paper's best of those it tried, for ep_group
     aux_scores: str = setting("normalized", "softmax", "raw")# s / sum s | of the logits (PP) | s; not published
     # multi-token prediction
-    num_nextn_predict_layers: int = setting(1, least=0)
+    num_nextn_predict_layers: int = setting(1, least=0, most=4096)
     mtp_loss_weight: float = setting(0.3, least=0)# not published for this model; DS starts with 0.3
     mtp_hidden: str = setting("pre_norm", "post_norm")# h entering hnorm; pre_norm: the raw residual stream
     mtp_concat: str = setting("embed_first", "hidden_first")# halves of eh_proj's input

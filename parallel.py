@@ -240,14 +240,19 @@ def all_sum(x):
 # run again, and dist.monitored_barrier none that died: it ends at the first closed connection (measured, torch 2.13).
 
 
-def open_store():
+def open_store(timeout):
     """torchrun's key-value store; keys of a run that was started again are not those of the run before."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    except dist.DistError as error:
+        raise ValueError(f"no answer from torchrun's first machine at {host}:{port} in {timeout.total_seconds():g} s: "
+                         f"is it up, and does --master-addr name it?") from error
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def beat():
-    store, count = open_store(), 0
+    store, count = open_store(timedelta(minutes=5)), 0
     while not LEAVING.is_set():
         store.set(pulse_of(rank()), str(count))
         count += 1
@@ -269,7 +274,7 @@ def join_world(device, timeout):
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    dist.init_process_group(backend, timeout=timeout, store=open_store(), rank=rank(), world_size=world_size())
+    dist.init_process_group(backend, timeout=timeout, store=open_store(timeout), rank=rank(), world_size=world_size())
     PULSE.start()
 
 
@@ -287,7 +292,10 @@ def is_lost_contact(error):
 
 def missing_ranks(patience=4.0):
     """Ranks without a pulse for so many seconds, as text. Who asks first decides for all: then these leave, too."""
-    store = open_store()
+    try:
+        store = open_store(timedelta(seconds=10))
+    except ValueError:
+        return "0, nor of torchrun on its machine"
     if not store.check(["missing"]):
         pulses = [pulse_of(other) for other in range(world_size())]
         before = store.multi_get(pulses)

@@ -18,6 +18,11 @@ A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tikto
 --record-loads 1, loads.npy, which `sim.py predict --load` reads. The tokens of a corpus lie beside the runs, in
 data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                          # Ctrl-C while the rest is imported
+
 import argparse
 import base64
 import collections
@@ -26,6 +31,7 @@ import dataclasses
 import fcntl
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import lzma
@@ -34,7 +40,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -54,7 +59,7 @@ import torch
 import parallel
 import sim
 from model import (IN_TRANSFORMERS, PRESETS, Config, Model, check_setting, check_settings, compile_model,
-                   compile_operators, config_to_hf, count_params, flops_per_token, generate, require, setting)
+                   compile_operators, config_to_hf, count_params, divisors, flops_per_token, generate, require, setting)
 from sim import Plan, balance_group, check_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ def fit_to_world(settings, given, group=1):
     if "micro_batch" not in given:
         most = max(settings["micro_batch"], group)
         share = max(1, settings["global_batch"] // settings["dp"])
-        settings["micro_batch"] = max(n for n in range(1, most + 1) if share % n == 0)
+        settings["micro_batch"] = max(n for n in divisors(share) if n <= most)
     return settings
 
 
@@ -251,6 +256,8 @@ END = "<|endoftext|>"
 RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>", "<|think|>", "<|/think|>",
             *(f"<|reserved_{number}|>" for number in range(10)))
 LEARN_FROM = 16 << 20                      # characters of training text that a vocabulary is learnt from
+MOST_RANK = 1 << 24                        # in a vocabulary
+LONGEST = 32                               # characters of a word there: text without breaks is cut, which bounds time
 
 
 def learn_bpe(texts, vocab_size):
@@ -263,7 +270,10 @@ def learn_bpe(texts, vocab_size):
     for text in texts:
         occurrences.update(regex.findall(PATTERN, text))
     # each different word once, as ids of its bytes, and how often it occurs
-    words = [(list(word.encode()), n) for word, n in sorted(occurrences.items())]
+    words = []
+    for word, n in sorted(occurrences.items()):
+        parts = (word[start:start + LONGEST] for start in range(0, len(word), LONGEST))
+        words += [(list(part.encode()), n) for part in parts]
     pair_counts, words_with = collections.Counter(), collections.defaultdict(set)
     for index, (word, n) in enumerate(words):
         for pair in zip(word, word[1:]):
@@ -274,18 +284,26 @@ def learn_bpe(texts, vocab_size):
     heapq.heapify(heap)
     vocabulary = [bytes([i]) for i in range(256)]
     known = set(vocabulary)
-    while heap and len(vocabulary) < vocab_size - 1:
-        n, pair = heapq.heappop(heap)
-        if -n != pair_counts[pair] or n == 0:
-            continue                                                      # stale: the count has changed since
-        merged = vocabulary[pair[0]] + vocabulary[pair[1]]
-        if merged in known:
-            continue                                                      # the same bytes by another way
-        known.add(merged)
-        for other in merge_pair(words, pair, len(vocabulary), pair_counts, words_with):
+    for new in sim.with_progress("learning a vocabulary", range(256, vocab_size - 1)):
+        pair = next_pair(heap, pair_counts, vocabulary, known)
+        if pair is None:
+            break
+        vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
+        known.add(vocabulary[new])
+        for other in merge_pair(words, pair, new, pair_counts, words_with):
             heapq.heappush(heap, (-pair_counts[other], other))
-        vocabulary.append(merged)
     return {token: rank for rank, token in enumerate(vocabulary)}
+
+
+def next_pair(heap, pair_counts, vocabulary, known):
+    """Takes the most frequent pair off the heap; None if there is none. What is stale there, or would make bytes that
+    are known by another way, goes too."""
+    while heap:
+        n, pair = heapq.heappop(heap)
+        is_stale = n == 0 or -n != pair_counts[pair]
+        if not is_stale and vocabulary[pair[0]] + vocabulary[pair[1]] not in known:
+            return pair
+    return None
 
 
 def merge_pair(words, pair, new, pair_counts, words_with):
@@ -340,13 +358,19 @@ def load_encoding(path, pattern=PATTERN, special=None):
     """The encoding of a file that save_encoding, or tiktoken, wrote."""
     ranks = {}
     try:
-        for line in Path(path).read_bytes().splitlines():
+        lines = Path(path).read_bytes().splitlines()
+        for line in lines:
             token, rank = line.split()
             ranks[base64.b64decode(token)] = int(rank)
-        return make_encoding(ranks, pattern, special)
     except (OSError, ValueError):
         raise UserError(f"--tokenizer {path}: no tiktoken file here; use learn, gpt2, cl100k_base, o200k_base or a "
                         f"file of base64 and rank a line") from None
+    numbers = sorted(set(ranks.values()))
+    is_whole = len(numbers) == len(lines) and all(bytes([i]) in ranks for i in range(256))
+    if not is_whole or numbers[0] < 0 or numbers[-1] > MOST_RANK:
+        raise UserError(f"--tokenizer {path}: use a file where each single byte has a rank, nothing stands twice, and "
+                        f"ranks go from 0 to at most {MOST_RANK}")
+    return make_encoding(ranks, pattern, special)
 
 
 def find_encoding(name):
@@ -454,6 +478,7 @@ def tokenizer_files(encoding):
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go",
                  ".rs", ".rb", ".sh", ".sql", ".tex", ".html", ".css", ".jsonl")
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", ".git"}     # folders
+RUN_FILES = {"config.json", "metrics.jsonl"}          # in a folder, they say that it is a run's
 PIECE = 1 << 16                            # characters, or tokens, that are read and encoded at a time
 HELDOUT_BYTES = 8 << 20                    # at most, so that an evaluation takes a bounded time
 
@@ -473,7 +498,7 @@ class Piece(typing.NamedTuple):
 
 def list_files(data):
     """--data -> TextFiles in the order of a hash of their names, so that any stretch of them is a mixture of all."""
-    files = []
+    files, skipped = [], collections.Counter()
     for word in data or [sysconfig.get_path("stdlib")]:
         source, equals, path = word.partition("=")
         if not equals or Path(word).exists():
@@ -481,23 +506,38 @@ def list_files(data):
         if not re.fullmatch("[A-Za-z0-9_-]+", source) or source == "heldout":
             raise UserError(f"--data {word}: {source!r} names the source; use letters, digits, - and _, not heldout")
         path = Path(path)
-        if not path.exists():
+        if not path.is_dir() and not path.is_file():
             raise UserError(f"--data {path}: no such file or folder")
         root = path if path.is_dir() else path.parent
-        found = sorted(walk(path)) if path.is_dir() else [path]
+        found = sorted(walk(path, skipped)) if path.is_dir() else [path]
         if not found:
             raise UserError(f"--data {path}: this folder has no text; what is read there: {' '.join(TEXT_SUFFIXES)}")
         files += [TextFile(source, str(file.relative_to(root)), file) for file in found]
-    return sorted(files, key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.name))
+    if skipped and data:
+        kinds = ", ".join(f"{n} {ending or 'without ending'}" for ending, n in skipped.most_common(8))
+        print(f"--data: {skipped.total()} files are no text by their endings and are left out: {kinds}")
+    return sorted(files, key=lambda file: (hashlib.sha256(os.fsencode(file.name)).digest(), file.name))
 
 
-def walk(folder):
-    """Files of text below a folder, without folders of tests, packages and the like."""
-    for here, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in LEFT_OUT]
+def walk(folder, skipped):
+    """Files of text below a folder, linked folders too, but not those of tests, packages, runs and the like.
+
+    skipped: Counter of the endings of what is there and is no text.
+    """
+    seen = set()                                                          # a link may lead back to where it lies
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(here)
+        if place in seen or RUN_FILES <= set(names):
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if name not in LEFT_OUT)
         for name in names:
-            if name.endswith(TEXT_SUFFIXES):
-                yield Path(here, name)
+            path = Path(here, name)
+            if not name.endswith(TEXT_SUFFIXES):
+                skipped[path.suffix] += 1
+            elif path.is_file():                                          # a pipe would be waited for
+                yield path
 
 
 def total_bytes(files):
@@ -540,33 +580,41 @@ def read_text(path):
 
 
 def read_jsonl(path, field):
-    """A line is a document, and a piece."""
+    """A line is a document, and a piece or several. Half a surrogate pair becomes U+FFFD, as tiktoken has it."""
     with open(path, encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 text = json.loads(line)[field]
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
             except (KeyError, TypeError):
                 text = None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
             if not isinstance(text, str):
                 raise UserError(f"{path}, line {number}: no text under {field!r}; name the right key with --text-field")
-            yield text, True
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            for start in range(0, len(text) or 1, PIECE):
+                yield text[start:start + PIECE], start + PIECE >= len(text)
 
 
 def read_bin(path, encoding):
     """Token ids, 16 bit or, for a vocabulary above 65536, 32 bit. Documents end where END stands."""
     if encoding is None:
         raise UserError(f"{path} holds tokens: name the tokenizer that made them with --tokenizer")
-    ids = np.memmap(path, dtype=dtype_for(encoding), mode="r")
+    size, dtype = path.stat().st_size, dtype_for(encoding)
+    if size == 0 or size % dtype.itemsize:
+        raise UserError(f"{path} has {size} bytes, which are no tokens of {8 * dtype.itemsize} bits: leave it out of "
+                        f"--data, or name the tokenizer that made it")
+    known = [*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()]
+    ids = np.memmap(path, dtype, mode="r")
     for start in range(0, len(ids), PIECE):
-        piece = ids[start:start + PIECE].tolist()
-        if max(piece) >= encoding.n_vocab:
-            raise UserError(f"{path} holds id {max(piece)}, the tokenizer has {encoding.n_vocab}: name the one that "
-                            f"made the file with --tokenizer")
-        yield piece, False
+        piece = ids[start:start + PIECE]
+        strange = np.setdiff1d(piece, known)
+        if len(strange):
+            raise UserError(f"{path} holds id {strange[-1]}, the tokenizer has none such: name the one that made the "
+                            f"file with --tokenizer")
+        yield piece.tolist(), False
 
 
 def dtype_for(encoding):
@@ -609,7 +657,8 @@ def make_cache(settings, encoding, vocab_size, parent):
     remove_leftovers(parent)
     unfinished = Path(f"{cache}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        tokenise(files, settings, encoding or learn_encoding(files, settings, vocab_size), unfinished)
+        with naming(unfinished):
+            tokenise(files, settings, encoding or learn_encoding(files, settings, vocab_size), unfinished)
         if not is_whole(cache):                                           # else another run was faster: its is as good
             shutil.rmtree(cache, ignore_errors=True)
             unfinished.rename(cache)
@@ -624,7 +673,7 @@ def is_whole(cache):
     try:
         parallel.check_files(cache)
         return json.loads((cache / "facts.json").read_text())["name"] == cache.name
-    except parallel.CheckpointError:
+    except (ValueError, LookupError, TypeError, OSError):
         return False
 
 
@@ -681,7 +730,7 @@ def tokenise(files, settings, encoding, folder):
     sizes, packer = dict(train_bytes=0, heldout_bytes=0, xz=0), lzma.LZMACompressor(preset=9)
     pieces = encoded(pieces_of(files, settings, encoding), encoding, end)
     for piece, raw, tokens in sim.with_progress("tokenising", pieces, count_pieces(files)):
-        hasher.update(f"\0{piece.file.source}\0{piece.file.name}\0".encode() + raw)
+        hasher.update(os.fsencode(f"\0{piece.file.source}\0{piece.file.name}\0") + raw)
         if piece.is_heldout:
             sizes["heldout_bytes"] += len(raw)
             sizes["xz"] += len(packer.compress(raw))
@@ -708,11 +757,14 @@ def tokenise(files, settings, encoding, folder):
 
 def encoded(pieces, encoding, end):
     """(piece, its bytes, its tokens) in order. Threads encode: tiktoken lets go of the interpreter."""
+    special = set(encoding._special_tokens.values())                      # END is no byte of text
+
     def encode(piece):
         if isinstance(piece.content, str):
             raw, tokens = piece.content.encode(), encoding.encode_ordinary(piece.content)
         else:
-            raw, tokens = encoding.decode_bytes(piece.content), piece.content
+            tokens = piece.content
+            raw = encoding.decode_bytes([id for id in tokens if id not in special])
         return piece, raw, np.array(tokens + [end] if piece.ends else tokens, np.uint32)
 
     workers = len(os.sched_getaffinity(0))
@@ -724,8 +776,19 @@ def encoded(pieces, encoding, end):
 def write_whole(path, text):
     """All of a file or nothing of it."""
     unfinished = Path(f"{path}.tmp")
-    unfinished.write_text(text)
+    with naming(path):
+        unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """The operating system names a file that cannot be opened, but not one for which a disk has no room."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -751,7 +814,7 @@ class Phase:
         require(isinstance(self.batches, list) and all(isinstance(row, list) and len(row) == 2 for row in self.batches),
                 f"global_batch={self.global_batch}: use sequences, or [[0, sequences], [token, sequences], ...]")
         for start, sequences in self.batches:
-            check_setting("global_batch", sequences, int)
+            check_setting("global_batch", sequences, int, most=10**6)
             check_setting("global_batch from token", start, float, least=0)
         starts = [start for start, _ in self.batches]
         require(starts[:1] == [0] and starts == sorted(starts), f"global_batch={self.global_batch}: use rising tokens, "
@@ -822,10 +885,10 @@ def make_phase(settings, row):
 def read_rows(path):
     """The phases of a JSON file: a list of objects, or an object that has it as `phases` beside its sources."""
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"--phases {path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--phases {path}: not JSON ({error})") from None
     if isinstance(rows, dict):
         rows = rows.get("phases")
@@ -1187,6 +1250,7 @@ def open_run(stage, given):
     run.config = replace(run.config, balance_group=balance_group(run.config, run.plan))
     # 5. the phases, each of which must fit the plan
     run.phases = phases_of(run, given)
+    refuse_too_large(run)
     # 6. the other processes
     parallel.join_world(run.device, timedelta(seconds=run.settings["timeout"]))
     refuse_unequal_ranks(run)
@@ -1227,7 +1291,7 @@ def fill_run(run):
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
-        run.progress = parallel.first_does(lambda: read_progress(run.checkpoint))
+        run.progress = parallel.first_does(lambda: read_progress(run.checkpoint, run.phases))
     parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
 
 
@@ -1310,6 +1374,26 @@ def refuse_lone_process(plan):
                         f"--nproc-per-node {needed} train.py ...")
 
 
+def refuse_too_large(run):
+    """Weights, gradients and two moments, of 4 bytes each, need room in all devices together under any plan; moments
+    that are swapped lie with the host."""
+    if run.device.type == "cpu":                                          # whose ranks share a machine's memory
+        machines = parallel.world_size() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * machines
+    else:
+        have = getattr(torch, run.device.type).mem_get_info()[1] * parallel.world_size()
+    need = parameters(run.config) * (8 if "optimizer" in run.plan.swap else 16)
+    if need > have:
+        raise UserError(f"weights, gradients and moments of this model take {need / 2**30:,.1f} GiB, here are "
+                        f"{have / 2**30:,.1f} GiB in all: choose a smaller --preset, or more devices")
+
+
+def parameters(config):
+    """Of the whole model, MTP layers included."""
+    counts = count_params(config)
+    return counts["total"] + counts["mtp"]
+
+
 def refuse_unequal_ranks(run):
     """All ranks must have been given the same: each compares its settings with those of the first."""
     mine = run.settings | dict(set=repr(run.config), phases=repr(run.phases))      # with what --set and FILE say
@@ -1330,8 +1414,8 @@ class RunSource:
 
     def __init__(self, init):
         self.folder, self.checkpoint = find_checkpoint(init, "--init")
-        self.stored, progress = read_config(self.folder), beginning()
-        parallel.load_progress(self.checkpoint, progress)
+        self.stored = read_config(self.folder)
+        progress = progress_of(self.checkpoint, self.stored["phases"])
         # as its last phase left it; it sees no more text than it was trained on
         has_begun = progress["phase_tokens"] > 0                          # else the phase before it was the last
         phase = self.stored["phases"][max(0, progress["phase"] - (not has_begun))]
@@ -1347,7 +1431,7 @@ class RunSource:
         """A run's own config.json and tensors are one; config may have other MTP layers."""
 
     def fill(self, model, grid=None):
-        parallel.first_does(lambda: read_progress(self.checkpoint))       # refuses damaged files
+        parallel.first_does(lambda: refuse_damaged(self.checkpoint))
         parallel.load_trained(self.checkpoint, model, self.config.num_nextn_predict_layers, grid)
 
 
@@ -1440,8 +1524,10 @@ def open_folder(run):
     run.lock = open(folder / ".lock", "w")
     try:
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{folder} is in use by another run: wait for it, or choose another --out") from None
+    except OSError as error:                                              # of a network file system, for instance
+        print(f"{folder} cannot be locked ({error.strerror}): see that no other run writes into it")
     return folder
 
 
@@ -1496,7 +1582,7 @@ def read_config(folder):
     path, options = folder / "config.json", OPTIONS | PLAN_OPTIONS
     try:
         stored = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{folder} has no readable config.json: it is no run's folder") from None
     try:
         settings = {name: option.default for name, option in options.items()} | stored["settings"]
@@ -1518,8 +1604,13 @@ def read_config(folder):
     return stored | dict(settings=settings, given=given, config=config, phases=phases)
 
 
-def read_progress(checkpoint):
-    """Where a checkpoint stands, once its files are found to be as they were written."""
+def read_progress(checkpoint, phases):
+    """Where a checkpoint of a run of these phases stands, once its files are found to be as they were written."""
+    refuse_damaged(checkpoint)
+    return progress_of(checkpoint, phases)
+
+
+def refuse_damaged(checkpoint):
     try:
         parallel.check_files(checkpoint)
     except parallel.CheckpointError as error:
@@ -1529,8 +1620,13 @@ def read_progress(checkpoint):
         if earlier:
             advice = f"go on from the one before it: --resume {checkpoint.parent / f'step_{earlier[-1]}'}"
         raise UserError(f"{error}; {advice}") from None
+
+
+def progress_of(checkpoint, phases):
     progress = beginning()
     parallel.load_progress(checkpoint, progress)                          # in place
+    if progress["phase"] >= len(phases) or any(isinstance(n, int) and n < 0 for n in progress.values()):
+        raise UserError(f"{checkpoint} is damaged: progress.json has numbers that no run of {len(phases)} phases has")
     return progress
 
 
@@ -1574,11 +1670,11 @@ def continue_folder(run):
 def cut_metrics(path, step):
     """Leaves the lines up to this step; a line half written by a killed run goes too."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     write_whole(path, "".join(kept))
 
@@ -1815,11 +1911,15 @@ class Log:
         self.file = open(path, "a", buffering=1)                          # a line is written when it ends
 
     def write(self, line):
-        self.file.write(json.dumps(line) + "\n")
+        with naming(self.file.name):
+            self.file.write(json.dumps(line) + "\n")
         self.busy += line["step_ms"] / 1e3
         seconds_a_token = self.busy / (line["tokens"] - self.first_token)
         left = clock(max(0, self.total - line["tokens"]) * seconds_a_token)
         print_step(self.run, line, share=min(1, line["tokens"] / self.total), left=left)
+
+
+LEAST_FOR_XZ = 8 << 10                     # held-out bytes below which xz's own frame would make its share meaningless
 
 
 def print_step(run, line, share, left):
@@ -1830,28 +1930,53 @@ def print_step(run, line, share, left):
         text += f"  MFU {line['mfu']:.1%} of {run.settings['peak_tflops']:g} TFLOP/s"
     if line["skipped"]:
         text += "  skipped {skipped}"
+    if line.get("balance_moved"):
+        text += "  experts moved {balance_moved}"
     print(text.format(**line, share=share, left=left), flush=True)
     if "val_bpb" in line:
         facts = run.corpus.facts
         ours = line["val_bpb"] * facts["heldout_bytes"] / 8               # bytes that an arithmetic coder would need
-        print(f"held-out: {line['val_bpb']:.4f} bits per byte, {ours / facts['xz']:.3f} of xz -9", flush=True)
+        beside = f", {ours / facts['xz']:.3f} of xz -9" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
+        print(f"held-out: {line['val_bpb']:.4f} bits per byte{beside}", flush=True)
 
 
 def introduce(run):
     """What will be trained, on what."""
+    facts, settings, plan = run.corpus.facts, run.settings, run.plan
     millions = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.config).items()}
-    facts, settings = run.corpus.facts, run.settings
     begins = settings["init"] or settings["preset"]
     print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
           f"{millions['total']} parameters, {millions['active']} active; MTP {millions['mtp']} more")
+    cuts = " ".join(f"{axis} {getattr(plan, axis)}" for axis in ("pp", "dp", "cp", "tp", "ep"))
+    print(f"processes: {parallel.world_size()} ({cuts}), {plan.node_size} in a node, {plan.dispatch} exchange; a "
+          f"checkpoint takes {12 * parameters(run.config) / 2**30:.2g} GiB")
+    xz = f" (xz -9 {facts['xz']:,})" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
     print(f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
-          f"{facts['heldout_bytes']:,} held out (xz -9 {facts['xz']:,}), tokens {facts['tokens']}")
-    for phase in run.phases:
-        print(phase, flush=True)
+          f"{facts['heldout_bytes']:,} held out{xz}, tokens {facts['tokens']}")
+    for line in (*notes(run), *run.phases):
+        print(line, flush=True)
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
     if is_done(run):
         print(f"{run.folder} is finished: {run.progress['step']} steps; --steps with a larger number trains on")
+
+
+def notes(run):
+    """Lines on what is not as the settings may have been meant."""
+    # 1. of few pieces of text, the share that is held out can be far from the one asked for
+    facts, asked = run.corpus.facts, run.settings["heldout"]
+    share = facts["heldout_bytes"] / max(1, facts["train_bytes"] + facts["heldout_bytes"])
+    if facts["heldout_bytes"] < HELDOUT_BYTES / 2 and not asked / 2 <= share <= 2 * asked:
+        yield f"held out is {share:.2%} of this text, not {asked:.2%}: it has few pieces, or uneven ones"
+
+    # 2. levels of the balance loss that mean the same under this plan
+    def group(level):
+        return balance_group(replace(run.config, balance=level, balance_group=0), run.plan)
+
+    chosen, levels = run.config.balance, {"sequence", "micro_batch", "ep_group", "dp_group"}
+    alike = sorted(level for level in levels - {chosen} if group(level) == group(chosen))
+    if chosen != "none" and alike:
+        yield f"balance={chosen} is {' and '.join(alike)} too in this plan: --micro-batch, --ep and --dp set them apart"
 
 
 def conclude(run, checkpoint):
@@ -2010,17 +2135,25 @@ def main(argv=None):
               f"unset it", file=sys.stderr)
         sys.exit(2)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # DCP tells that there is one process
-    if parallel.rank() > 0:
-        sys.stdout = open(os.devnull, "w")                                # rank 0 speaks for all
+    for stream in (sys.stdout, sys.stderr):                               # a terminal may lack some letters of a text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     handlers = [(number, signal.getsignal(number)) for number in Stopper.signals]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    silence = open(os.devnull, "w") if parallel.rank() > 0 else sys.stdout        # rank 0 speaks for all
     try:
-        command, given = parse(sys.argv[1:] if argv is None else argv)
-        command(given)
-        parallel.leave_world()
+        with contextlib.redirect_stdout(silence):
+            command, given = parse(sys.argv[1:] if argv is None else argv)
+            command(given)
+            parallel.leave_world()
+    except KeyboardInterrupt:                                             # before the first step; then Stopper heeds it
+        sys.exit("train.py: interrupted")
     except (UserError, parallel.CheckpointError, OSError) as error:
-        advice = "; make room, then --resume the run" if isinstance(error, parallel.SaveFailed) else ""
         shared = isinstance(error, UserError)                             # what was typed, all ranks refuse
         if parallel.rank() == 0 or not shared:
+            advice = ""
+            if isinstance(error, parallel.SaveFailed):
+                advice = "; make room, then --resume the run, or start it again if this was its first checkpoint"
             print(f"train.py: {error}{advice}", file=sys.stderr)
         if shared:
             parallel.leave_world()

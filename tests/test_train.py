@@ -106,7 +106,10 @@ def test_bpe_equals_the_plain_algorithm():
     counts = {}
     for word in train.regex.findall(train.PATTERN, text):
         counts[word] = counts.get(word, 0) + 1
-    words = [[[bytes([b]) for b in word.encode()], n] for word, n in counts.items()]
+    words = []
+    for word, n in counts.items():
+        parts = [word[i:i + train.LONGEST] for i in range(0, len(word), train.LONGEST)]
+        words += [[[bytes([b]) for b in part.encode()], n] for part in parts]
     vocabulary = [bytes([i]) for i in range(256)]
     while len(vocabulary) < 256 + 59:
         pairs = {}
@@ -427,7 +430,7 @@ def test_a_run_leaves_what_it_promises(text, at, capsys):
     assert all(next(iter(line.items())) == ("stage", "pretrain") for line in lines)
     assert all(set(keys.split()) <= set(line) for line in lines) and {"val_loss", "val_bpb"} <= set(lines[-1])
     assert parallel.steps_in(at / "r/ckpt") == [4, 6] and (at / "r/sample.txt").read_text().startswith("def ")
-    assert "of xz -9" in out and "left 0:00:0" in out
+    assert "held-out: " in out and "left 0:00:0" in out
     assert json.loads((at / "r/config.json").read_text())["config"]["balance_group"] == 2
     run("sample", "--init", "r", "--prompt", "the é", "--new-tokens", 3)
     assert capsys.readouterr().out.startswith("the é")
@@ -474,6 +477,14 @@ def test_sigterm_then_kill_then_resume(text, at):
     run("--resume", "b")
     assert losses(at / "a") == losses(at / "b")
     assert weights(at / "a/ckpt/step_40", at) == weights(at / "b/ckpt/step_40", at)
+
+
+@pytest.mark.parametrize("bytes_of_a_file, name", [(2_000, "data-"), (40_000, "r/ckpt/step_1 could not be written")])
+def test_full_disk_before_the_first_checkpoint(text, at, bytes_of_a_file, name):
+    """What could not be written is named, and nothing is to be resumed."""
+    limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file)))
+    _, err = start("--data", text, "--steps", 1, "--out", "r", *TINY, **limit).communicate(timeout=100)
+    assert "File too large" in err and name in err and "--resume r" not in err and "Traceback" not in err, err
 
 
 def test_full_disk_while_saving(text, at):
@@ -545,6 +556,113 @@ def test_bad_text(text, at, capsys):
             (("ids.bin", "--tokenizer", "t.tiktoken"), "holds id 65000")]:
         assert words in refusal(capsys, "--out", "r", *TINY, "--data", *argv), argv
     assert not list(at.glob("data-*.tmp"))
+
+
+@pytest.mark.parametrize("change, rank", [("twice", None), (b"ab", 255), (b"\xff", -1), (b"ab", 10**12),
+                                          (b"\xff", None)])
+def test_vocabularies_that_are_none(at, change, rank):
+    """A line that stands twice, a rank taken, negative or huge, a byte without one."""
+    ranks = {bytes([i]): i for i in range(256)}
+    train.save_encoding(train.make_encoding(ranks), at / "t.tiktoken")
+    lines = (at / "t.tiktoken").read_text().splitlines()
+    if change == "twice":
+        lines.append(lines[0])
+    else:
+        lines = lines if change == b"ab" else lines[:-1]
+        lines += [f"{train.base64.b64encode(change).decode()} {rank}"] if rank is not None else []
+    (at / "t.tiktoken").write_text("\n".join(lines))
+    with pytest.raises(train.UserError, match="t.tiktoken: use a file where each single byte has a rank"):
+        train.load_encoding(at / "t.tiktoken")
+
+
+def test_text_as_people_have_it(text, at, capsys):
+    """Linked folders are read, once each; runs and pipes are not; others are counted; names may be any bytes."""
+    (at / "data").mkdir()
+    (at / "data/link").symlink_to(text)
+    (at / "data/up").symlink_to(at / "data")
+    os.mkfifo(at / "data/pipe.txt")
+    Path(os.fsdecode(os.fsencode(at / "data") + b"/\xff.txt")).write_text("word " * 400)
+    for name in ("config.json", "metrics.jsonl", "sample.txt"):
+        (at / "data/run").mkdir(exist_ok=True)
+        (at / "data/run" / name).write_text("{}")
+    (at / "data/a.png").write_text("")
+    files = train.list_files([str(at / "data")])
+    assert sorted(os.fsencode(file.name) for file in files) == [b"link/%d.txt" % n for n in range(8)] + [b"\xff.txt"]
+    assert "1 files are no text by their endings and are left out: 1 .png" in capsys.readouterr().out
+    assert corpus_of([at / "data"], at).facts["files"] == 9
+    with pytest.raises(train.UserError, match="no such file or folder"):
+        train.list_files([str(at / "data/pipe.txt")])
+
+
+def test_odd_lines_of_json(at):
+    """Half a surrogate pair is replaced, a long line is several pieces of one document, a deep one is refused."""
+    (at / "a.jsonl").write_text('{"text": "a \\ud83d b"}\n' + json.dumps(dict(text="word " * 30000)) + "\n")
+    pieces = list(train.read_jsonl(at / "a.jsonl", "text"))
+    assert pieces[0] == ("a \ufffd b", True)
+    assert [ends for _, ends in pieces] == [True, False, False, True]
+    assert "".join(part for part, _ in pieces[1:]) == "word " * 30000
+    (at / "deep.jsonl").write_text('{"text": ' + "[" * 100000)
+    with pytest.raises(train.UserError, match="deep.jsonl, line 1: not JSON"):
+        list(train.read_jsonl(at / "deep.jsonl", "text"))
+
+
+def test_odd_files_of_tokens(at):
+    """Empty, half a token, an id in a gap; END is no byte of text."""
+    train.save_encoding(train.make_encoding({bytes([i]): i for i in range(256)} | {b"ab": 300}), at / "t.tiktoken")
+    encoding = train.load_encoding(at / "t.tiktoken")
+    for ids, words in ((b"", "has 0 bytes"), (b"abc", "has 3 bytes"), (np.array([97, 299], np.uint16), "holds id 299")):
+        (at / "ids.bin").write_bytes(bytes(ids))
+        with pytest.raises(train.UserError, match=words):
+            list(train.read_bin(at / "ids.bin", encoding))
+    np.array([97, 301, 300], np.uint16).tofile(at / "ids.bin")
+    corpus = corpus_of([at / "ids.bin"], at, tokenizer=str(at / "t.tiktoken"), heldout=0.0)
+    assert corpus.facts["train_bytes"] == 3 and corpus.train["text"].tolist() == [301, 97, 301, 300]
+
+
+def test_words_without_breaks_are_cut():
+    """A vocabulary of one long word holds no token longer than the parts that it is cut into."""
+    text = "".join(random.Random(0).choices("AC", k=3000)) + "G" * 3000
+    assert max(map(len, train.learn_bpe([text], 400))) == train.LONGEST
+
+
+def test_lock_that_a_file_system_refuses(text, at, capsys, monkeypatch):
+    """Only a lock that is held means that the folder is in use."""
+    def refuse(file, how):
+        raise OSError(train.fcntl.LOCK_EX, "No locks available")
+    monkeypatch.setattr(train.fcntl, "flock", refuse)
+    run("--data", text, "--steps", 1, "--out", "r", *TINY)
+    assert "r cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_a_model_too_large_is_refused_before_the_text_is_read(text, at, capsys):
+    said = refusal(capsys, "--data", text, "--preset", "pangu-ultra-moe-718b", "--out", "r")
+    assert "weights, gradients and moments of this model take 10,9" in said
+    assert not list(at.iterdir())
+
+
+def test_lines_at_the_start(text, at, capsys):
+    """How it is cut, what a checkpoint takes, levels of balance that are the same here, too much held out."""
+    run("--data", text, "--steps", 1, "--out", "r", *TINY)
+    out = capsys.readouterr().out
+    assert "processes: 1 (pp 1 dp 1 cp 1 tp 1 ep 1)" in out and "a checkpoint takes 0." in out
+    assert "balance=ep_group is dp_group and micro_batch too in this plan" in out
+    assert "of this text, not 2.00%" in out
+
+
+def test_interrupted_before_the_first_step(text, at, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "tokenise", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run("--data", text, "--out", "r", *TINY)
+    assert stop.value.code == "train.py: interrupted" and not list(at.glob("data-*"))
+
+
+def test_other_ranks_are_silent_and_the_screen_is_given_back(text, at, capsys, monkeypatch):
+    screen = sys.stdout
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    run("--data", text, "--steps", 1, "--out", "r", *TINY)
+    assert sys.stdout is screen and not capsys.readouterr().out
 
 
 def test_bad_resume(text, at, capsys):
