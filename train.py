@@ -1232,7 +1232,6 @@ def open_run(stage, given):
     run.device = parallel.pick_device(run.settings["device"])
     fix_automatic(run.settings, run.device)
     # 3. the shape, with room for the vocabulary
-    require(run.settings["init"] or not run.settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
     if run.settings["init"]:
         open_init(run)
     else:
@@ -1242,9 +1241,7 @@ def open_run(stage, given):
     # 4. the plan, and what the balance loss means under it
     run.plan = make_plan(run.settings)
     refuse_lone_process(run.plan)
-    if run.settings["train"] == "mtp":
-        require(run.plan.is_plain and not run.plan.balance_live and run.config.num_nextn_predict_layers,
-                "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
+    check_mtp(run)
     if run.settings["fit"]:
         run.plan = fit_plan(run)
     run.config = replace(run.config, balance_group=balance_group(run.config, run.plan))
@@ -1476,10 +1473,18 @@ def open_init(run):
     if "preset" in run.given:
         raise UserError("--init brings a model's shape: leave --preset away")
     run.source = open_source(settings["init"])
-    settings["init"] = str(run.source.path)                               # stored with the run
     run.config = config_of(run.source, settings)
     run.encoding = run.source.encoding() if learn else find_encoding(settings["tokenizer"])
     refuse_larger(run.encoding, run.config)
+
+
+def check_mtp(run):
+    """What --mtp-depth and --train mtp need."""
+    settings, plan = run.settings, run.plan
+    require(settings["init"] or not settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
+    fits = plan.is_plain and not plan.balance_live and run.config.num_nextn_predict_layers
+    require(fits or settings["train"] == "all",
+            "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
 
 
 def refuse_larger(encoding, config):
@@ -1646,7 +1651,7 @@ def begin_folder(run):
         aside = log.rename(run.folder / f"aside_{time.time():.0f}.jsonl")
         print(f"{run.folder} held a run without a checkpoint: its log is now {aside}")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    write_config(run, run.given, commit=git.stdout.strip())
+    write_config(run, run.given, commit=git.stdout.strip(), source=str(run.source.path) if run.source else "")
     save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
     write_whole(log, "")
 
@@ -1661,7 +1666,8 @@ def continue_folder(run):
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
     cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}
-    write_config(run, run.stored["given"] | given, commit=run.stored.get("commit", ""))
+    kept = {name: run.stored.get(name, "") for name in ("commit", "source")}
+    write_config(run, run.stored["given"] | given, **kept)
     for later in parallel.steps_in(checkpoints):
         if later > step:
             (checkpoints / f"step_{later}").rename(checkpoints / f"aside_{later}_{time.time():.0f}")
