@@ -347,7 +347,9 @@ def trained(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("weights"), random.Random(0)
     words = "the model reads a word and guesses which one follows é 12 (x_y)\n".split(" ")
     (folder / "text.txt").write_text(" ".join(rng.choices(words, k=2000)))
-    run("pretrain", *TINY, "rope_theta=500", "--data", folder / "text.txt", "--out", folder / "run", "--steps", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "conclude", lambda run, checkpoint: None)    # no sample of text
+        run("pretrain", *TINY, "rope_theta=500", "--data", folder / "text.txt", "--out", folder / "run", "--steps", 3)
     return folder / "run"
 
 
@@ -394,6 +396,7 @@ def test_a_new_run_begins_with_the_weights_of_a_run(trained, opened):
 def test_it_trains_and_goes_on_without_its_source(trained, tmp_path, monkeypatch, capsys):
     """The second run is resumed when the first one is gone: tokenizer and config are its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "conclude", lambda run, checkpoint: None)
     shutil.copytree(trained, tmp_path / "a")
     how = "--lr 1e-3 --global-batch 4 --micro-batch 2 --seq-len 16 --threads 1 --precision fp32 --heldout 0".split()
     data = "--data", trained.parent / "text.txt"
