@@ -1808,11 +1808,7 @@ def config_from_hf(hf):
     ours = hf.get("training", {})                                         # of config_to_hf
     unknown = set(ours) - {each.name for each in fields(Config)}
     require(not unknown, f"its training has {', '.join(map(repr, unknown))}, which is no setting here")
-    shape |= rope_from_hf(hf) | ours
-    for key in SHAPE_KEYS + OPTIONAL_KEYS:                                # before anything counts up to it
-        value = shape.get(key)
-        require(not isinstance(value, int) or value < 2**24, f"{key}={value!r} is of no model there is")
-    return Config(**shape)
+    return Config(**shape | rope_from_hf(hf) | ours)
 
 
 def rope_from_hf(hf):

@@ -1897,7 +1897,6 @@ def open_run(kind, given):
     run.device = parallel.pick_device(run.settings["device"])
     fix_automatic(run.settings, run.device)
     # 3. the shape, with room for the vocabulary
-    require(run.settings["init"] or not run.settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
     if run.settings["init"]:
         open_init(run)
     else:
@@ -1907,9 +1906,7 @@ def open_run(kind, given):
     # 4. the plan, and what the balance loss means under it
     run.plan = make_plan(run.settings)
     refuse_lone_process(run.plan)
-    if run.settings["train"] == "mtp":
-        require(run.plan.is_plain and not run.plan.balance_live and run.config.num_nextn_predict_layers,
-                "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
+    check_mtp(run)
     if run.settings["fit"]:
         run.plan = fit_plan(run)
     run.config = replace(run.config, balance_group=balance_group(run.config, run.plan))
@@ -2094,8 +2091,8 @@ class RunSource:
     def __init__(self, init, average):
         self.folder, self.checkpoint = find_checkpoint(init, "--init")
         self.checkpoints = newest_to(self.checkpoint, average)
-        self.stored, progress = read_config(self.folder), beginning()
-        parallel.load_progress(self.checkpoint, progress)
+        self.stored = read_config(self.folder)
+        progress = progress_of(self.checkpoint, self.stored["phases"])
         # as its last phase left it; it sees no more text than it was trained on
         has_begun = progress["phase_tokens"] > 0                          # else the phase before it was the last
         phase = self.stored["phases"][max(0, progress["phase"] - (not has_begun))]
@@ -2113,7 +2110,7 @@ class RunSource:
     @torch.no_grad()
     def fill(self, model, grid=None):
         for number, checkpoint in enumerate(self.checkpoints, 1):
-            parallel.first_does(lambda: read_progress(checkpoint, self.stored["phases"]))  # refuses damaged files
+            parallel.first_does(lambda: refuse_damaged(checkpoint))
             parallel.load_trained(checkpoint, model, self.config.num_nextn_predict_layers, grid)
             weights = list(model.state_dict().values())
             if number == 1:
@@ -2177,10 +2174,18 @@ def open_init(run):
     if "preset" in run.given:
         raise UserError("--init brings a model's shape: leave --preset away")
     run.source = open_source(settings["init"], settings["average"])
-    settings["init"] = str(run.source.path)                               # stored with the run
     run.config = config_of(run.source, settings)
     run.encoding = run.source.encoding() if learn else find_encoding(settings["tokenizer"])
     refuse_larger(run.encoding, run.config)
+
+
+def check_mtp(run):
+    """What --mtp-depth and --train mtp need."""
+    settings, plan = run.settings, run.plan
+    require(settings["init"] or not settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
+    fits = plan.is_plain and not plan.balance_live and run.config.num_nextn_predict_layers
+    require(fits or settings["train"] == "all",
+            "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
 
 
 def refuse_larger(encoding, config):
@@ -2309,6 +2314,11 @@ def read_config(folder):
 
 def read_progress(checkpoint, phases):
     """Where a checkpoint of a run of these phases stands, once its files are found to be as they were written."""
+    refuse_damaged(checkpoint)
+    return progress_of(checkpoint, phases)
+
+
+def refuse_damaged(checkpoint):
     try:
         parallel.check_files(checkpoint)
     except parallel.CheckpointError as error:
@@ -2318,6 +2328,9 @@ def read_progress(checkpoint, phases):
         if earlier:
             advice = f"go on from the one before it: --resume {checkpoint.parent / f'step_{earlier[-1]}'}"
         raise UserError(f"{error}; {advice}") from None
+
+
+def progress_of(checkpoint, phases):
     progress = beginning()
     parallel.load_progress(checkpoint, progress)                          # in place
     if progress["phase"] >= len(phases) or any(isinstance(n, int) and n < 0 for n in progress.values()):
@@ -2342,7 +2355,7 @@ def begin_folder(run):
         aside = log.rename(run.folder / f"aside_{time.time():.0f}.jsonl")
         print(f"{run.folder} held a run without a checkpoint: its log is now {aside}")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    write_config(run, run.given, commit=git.stdout.strip())
+    write_config(run, run.given, commit=git.stdout.strip(), source=str(run.source.path) if run.source else "")
     save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
     write_whole(log, "")
 
@@ -2357,7 +2370,8 @@ def continue_folder(run):
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
     cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}
-    write_config(run, run.stored["given"] | given, commit=run.stored.get("commit", ""))
+    kept = {name: run.stored.get(name, "") for name in ("commit", "source")}
+    write_config(run, run.stored["given"] | given, **kept)
     for later in parallel.steps_in(checkpoints):
         if later > step:
             (checkpoints / f"step_{later}").rename(checkpoints / f"aside_{later}_{time.time():.0f}")

@@ -347,7 +347,9 @@ def trained(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("weights"), random.Random(0)
     words = "the model reads a word and guesses which one follows é 12 (x_y)\n".split(" ")
     (folder / "text.txt").write_text(" ".join(rng.choices(words, k=2000)))
-    run("pretrain", *TINY, "rope_theta=500", "--data", folder / "text.txt", "--out", folder / "run", "--steps", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "conclude", lambda run, checkpoint: None)    # no sample of text
+        run("pretrain", *TINY, "rope_theta=500", "--data", folder / "text.txt", "--out", folder / "run", "--steps", 3)
     return folder / "run"
 
 
@@ -384,7 +386,7 @@ def test_a_new_run_begins_with_the_weights_of_a_run(trained, opened):
     source, encoding, end = train.open_model(str(trained), "cpu")
     new, model, _ = opened("--init", trained, "--seq-len", 24, "--set", "rope_theta=900", "balance_group=1")
     assert_same(source, model)
-    assert new.folder.name == "run" and new.settings["init"].endswith("ckpt/step_3")
+    assert new.folder.name == "run" and new.source.path == trained / "ckpt/step_3"
     assert new.encoding._mergeable_ranks == encoding._mergeable_ranks and new.corpus.end == end
     assert new.config == replace(source.config, rope_theta=900.0, balance_group=1,
                                  max_position_embeddings=24)
@@ -394,16 +396,18 @@ def test_a_new_run_begins_with_the_weights_of_a_run(trained, opened):
 def test_it_trains_and_goes_on_without_its_source(trained, tmp_path, monkeypatch, capsys):
     """The second run is resumed when the first one is gone: tokenizer and config are its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "conclude", lambda run, checkpoint: None)
     shutil.copytree(trained, tmp_path / "a")
     how = "--lr 1e-3 --global-batch 4 --micro-batch 2 --seq-len 16 --threads 1 --precision fp32 --heldout 0".split()
     data = "--data", trained.parent / "text.txt"
     run("pretrain", "--init", "a", "--mtp-depth", 2, "--train", "mtp", *how, *data, "--steps", 2, "--out", "b")
     shutil.rmtree("a")
-    run("pretrain", "--resume", "b", "--steps", 3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")                 # torchrun starts the same command again
+    run("pretrain", "--init", "a", "--mtp-depth", 2, "--train", "mtp", *how, *data, "--steps", 3, "--out", "b")
     log = [json.loads(line) for line in Path("b/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3]
     config = json.loads(Path("b/config.json").read_text())
-    assert config["settings"]["init"] == str(tmp_path / "a/ckpt/step_3")
+    assert config["source"] == str(tmp_path / "a/ckpt/step_3") and config["settings"]["init"] == "a"
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -426,9 +430,9 @@ def test_an_exported_folder_gives_the_same_model_tokenizer_and_text(trained, exp
     text = (trained.parent / "text.txt").read_text() + "Schön — 1234567 ½ \u200b\U0001f600\n\n  x"
     assert again.encode_ordinary(text) == encoding.encode_ordinary(text)
     capsys.readouterr()
-    run("sample", "--init", trained, "--prompt", "", "--new-tokens", 15, "--device", "cpu")
+    run("sample", "--init", trained, "--prompt", "the", "--new-tokens", 8, "--device", "cpu")
     first = capsys.readouterr().out
-    run("sample", "--init", exported, "--prompt", "", "--new-tokens", 15, "--device", "cpu")
+    run("sample", "--init", exported, "--prompt", "the", "--new-tokens", 8, "--device", "cpu")
     assert capsys.readouterr().out == first
     new, model, _ = opened("--init", exported, "--seq-len", 16)
     assert_same(source, model)
