@@ -163,12 +163,15 @@ class Lab:
         status = self.train(arm, words)
         if status == 2:                                                   # train.py has said why: above all, in use
             return None
+        if status and "not finite" in status:
+            train.write_whole(folder / "diverged", status)
+            return folder
+        if status:
+            sys.exit(f"{status}; the same command goes on")
         text = json.loads((folder / "config.json").read_text())["corpus"]["sha256"]
         require(self.plan.get("text", text) == text, f"{folder} read another text than runs before: use another --out")
         self.store(text=text)
-        if status:
-            train.write_whole(folder / "diverged", status)
-        elif not is_finished(folder, steps):
+        if not is_finished(folder, steps):
             sys.exit("stopped; the same command goes on")
         return folder
 
@@ -199,6 +202,7 @@ class Lab:
             costs[shape] = np.median(times[2:]) / 1e3 / flops_per_token(self.shapes[shape], SEQ_LEN)
             # held-out text is read twice, forward alone: as long as so many steps
             heldout = json.loads((folder / "config.json").read_text())["corpus"]["tokens"]["heldout"]
+            require(heldout > 1, "no part of this text is held out: give more of it with --data")
             evaluation = 2 / 3 * heldout / (BATCH * SEQ_LEN)
         step = sum(costs[arm.shape] * flops_per_token(self.config(arm), SEQ_LEN) for arm in runs)
         begin_and_end = evaluation * step + 10 * len(runs)                # seconds, of all runs

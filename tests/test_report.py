@@ -303,7 +303,16 @@ def test_ablation_goes_on_where_it_stopped(runs, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count(" ...\n") == 3                   # two rates, and the other arm
     ablate.main([*words, "--seeds", "1"])
     assert " ...\n" not in capsys.readouterr().out
-    next(tmp_path.glob("*router_bias*seed0")).joinpath("diverged").write_text("loss not finite")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", lambda argv: sys.exit("train.py: interrupted"))
+        with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+            ablate.main([*words, "--seeds", "2"])
+        capsys.readouterr()
+        biased = next(tmp_path.glob("*router_bias*seed0"))
+        (biased / "metrics.jsonl").write_text("")
+        patch.setattr(train, "main", lambda argv: sys.exit("train.py: step 1: loss or gradient not finite 5 times"))
+        ablate.main([*words, "--seeds", "1"])
+        assert (biased / "diverged").exists() and " ...\n" in capsys.readouterr().out
     ablate.main([*words, "--seeds", "2"])
     out = capsys.readouterr().out
     assert out.count(" ...\n") == 2 and "| router bias | " in out and "| 1 of 2 |" in out and "**no verdict**" in out
