@@ -1665,7 +1665,6 @@ def write_texts(opened, prompts, settings):
     """On the screen: one text as it comes, several when they are whole; how drafts did."""
     start = time.perf_counter()
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
         _, result = continue_texts(opened, prompts, settings, partial(print, end="", flush=True))
         print()
     else:
@@ -1696,7 +1695,7 @@ def open_model(init, device):
 
 def continue_texts(opened, prompts, settings, on_text=None):
     """-> ([each prompt with what the model writes after it], model.Answers). opened: of open_model; settings: those of
-    SAMPLE_OPTIONS; on_text takes what is written after a single prompt, piece by piece."""
+    SAMPLE_OPTIONS; on_text takes a single text piece by piece, the prompt with the first."""
     model, encoding, end = opened
     device = next(model.parameters()).device
     ids = [torch.tensor([end, *encoding.encode_ordinary(prompt)], device=device) for prompt in prompts]
@@ -1707,11 +1706,12 @@ def continue_texts(opened, prompts, settings, on_text=None):
     new_tokens = settings["new_tokens"] or max(1, min(200, room))
     # a character may end in a later token: what it lacks waits in its decoder
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
-    texts = list(prompts)
+    texts = [""] * len(prompts)
 
     def on_tokens(number, ids, final=False):
         known = [i for i in ids if i < encoding.n_vocab and i != end]     # the model may have more rows than tokens
         piece = decoders[number].decode(encoding.decode_bytes(known), final)
+        piece = piece if texts[number] else prompts[number] + piece
         texts[number] += piece
         if on_text is not None:
             on_text(piece)
