@@ -331,7 +331,7 @@ def sample(monkeypatch, capsys):
     bytes_alone = tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)},
                                     special_tokens={train.END: 256})
     model = build(replace(SMALL, vocab_size=260))
-    monkeypatch.setattr(train, "open_model", lambda init, device: (model, bytes_alone, 256))
+    monkeypatch.setattr(train, "open_model", lambda init, device, average: (model, bytes_alone, 256))
 
     def run(*flags, stdin=b""):
         is_terminal = isinstance(stdin, list)
