@@ -646,12 +646,18 @@ def pieces_of(files, settings, encoding=None):
     every = round(1 / share) if share else 0
     number = 0
     for file in files:
-        try:
+        with utf8(file.path):
             for content, ends in contents_of(file.path, settings["text_field"], encoding):
                 yield Piece(file, content, ends, is_heldout=every > 0 and number % every == 1)
                 number += 1
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file.path} is not UTF-8 text ({error.reason}): leave it out of --data") from None
+
+
+@contextlib.contextmanager
+def utf8(path):
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}): leave it out") from None
 
 
 def contents_of(path, text_field, encoding):
@@ -677,21 +683,26 @@ def read_text(path):
 
 def read_jsonl(path, field):
     """A line is a document, and a piece or several. Half a surrogate pair becomes U+FFFD, as tiktoken has it."""
-    with open(path, encoding="utf-8", newline="\n") as lines:
+    for number, line in read_lines(path):
+        text = line.get(field) if isinstance(line, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{path}, line {number}: no text under {field!r}; name the right key with --text-field")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        for start in range(0, len(text) or 1, PIECE):
+            yield text[start:start + PIECE], start + PIECE >= len(text)
+
+
+def read_lines(path):
+    """(line number, what it holds) of a .jsonl file; UserError for a line that is not JSON."""
+    with utf8(path), open(path, encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[field]
-            except (KeyError, TypeError):
-                text = None
+                content = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
-            if not isinstance(text, str):
-                raise UserError(f"{path}, line {number}: no text under {field!r}; name the right key with --text-field")
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            for start in range(0, len(text) or 1, PIECE):
-                yield text[start:start + PIECE], start + PIECE >= len(text)
+            yield number, content
 
 
 def read_bin(path, encoding):
@@ -841,8 +852,7 @@ def tokenise(files, settings, encoding, folder):
         writer.close()
     save_encoding(encoding, folder / "tokenizer.tiktoken")
     facts = dict(name=folder.name.split(".")[0], sha256=hasher.hexdigest(), files=len(files), tokens=counts,
-                 dtype=dtype.name, end=end,
-                 special=encoding._special_tokens, pattern=encoding._pat_str)
+                 dtype=dtype.name, end=end, special=encoding._special_tokens, pattern=encoding._pat_str)
     write_whole(folder / "facts.json", json.dumps(facts | sizes, indent=1))
     # 4. on the disk before the folder gets its name, with sizes and checksums
     for path in folder.iterdir():
@@ -891,25 +901,12 @@ def naming(path):
 # Conversations: read, and packed into sequences
 
 
-def read_lines(path):
-    """(line number, object) of a .jsonl file."""
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:                                           # UnicodeDecodeError is one
-        raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
-
-
 def read_conversations(data, encoding, end):
     """[(ids, counted)] of all lines: with `messages`, or `prompt` and `response`."""
     found = []
-    for file in list_files(data):
-        for number, line in read_lines(file.path):
-            with refusals(f"{file.path}, line {number}: "):
+    for path in [file.path for file in list_files(data)]:
+        for number, line in read_lines(path):
+            with refusals(f"{path}, line {number}: "):
                 require(isinstance(line, dict), "no object")
                 if "messages" not in line and {"prompt", "response"} <= set(line):
                     line = dict(messages=[dict(role="user", content=line["prompt"]),
