@@ -6,7 +6,7 @@ multi-token prediction and a balance loss over groups of sequences. Sections, in
 
     Settings                Config, its check, PRESETS
     Counts                  parameters and FLOPs, from a Config alone
-    Operators               what torch.compile makes of them
+    Operators               elementwise steps as one, and what torch.compile makes of them
                             norm, SwiGLU, rotary position, attention
                             matmuls expert by expert, and weight gradients that can wait
                             rows to experts and back
@@ -18,7 +18,7 @@ multi-token prediction and a balance loss over groups of sequences. Sections, in
     The model               forward, losses, what a trainer asks of the routers
     Initialisation          the table of initial scales; seeds
     Published names         configs and tensors of DeepSeek-V3 and openPangu-Ultra-MoE, there and back
-    Generation              without a cache
+    Generation              cache of latents; drafts by multi-token prediction, checked; sampling
 
 Written for one device: nothing here knows of process groups. parallel.py takes a built model and spreads it; what the
 model carries only for that sake is this. Replaced there:
@@ -34,13 +34,17 @@ model carries only for that sake is this. Replaced there:
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
     weights                 may be slices: Attention.up counts its heads by -1
 
+Written in another way than one device needs:
+
+    aux_scale, loss_tokens  losses are shares of a global batch, of which one forward sees a part
+    AddGradient             the balance loss sends its gradient by itself: only the last stage has the final loss
+
 Called there one by one, where one forward would do here:
 
     Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them; of
                             MoE also compute_routed, and the dispatcher's wait, where an exchange ends
     LocalDispatcher.resend  repeats in backward the rows that were not kept
     Model.join, head_norm, output   the ends of a pipeline stage
-    loss_tokens, aux_scale, AddGradient   losses are shares of a global batch; only the last stage has the final loss
     Router.load, MoE.dropped   put back when a layer has run again in backward
     fill_inputs, document_mask   made of whole sequences before ranks take their parts: forward takes a mask too
     fill_initial            one whole tensor at a time, of which a rank keeps its part
@@ -63,6 +67,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -140,7 +145,7 @@ class Config:
     vocab_size: int = 2048
     hidden_size: int = 192
     num_hidden_layers: int = setting(3, most=4096)
-    first_k_dense_replace: int = setting(1, least=0)# leading layers with a dense MLP in place of experts
+    first_k_dense_replace: int = setting(1, least=0)  # leading layers with a dense MLP in place of experts
     intermediate_size: int = 512              # width of the dense MLP
     # multi-head latent attention
     num_attention_heads: int = 4
@@ -162,23 +167,23 @@ class Config:
     routed_scaling_factor: float = 2.5        # ... and multiplied by this
     n_group: int = 1                          # groups of experts
     topk_group: int = 1                       # groups a token may choose from (group_choice=limited)
-    group_choice: str = setting("limited", "equal")# of topk_group groups (DS) | K/n_group of each (PP)
+    group_choice: str = setting("limited", "equal")  # of topk_group groups (DS) | K/n_group of each (PP)
     router_bias: bool = False                 # added to scores for the choice alone; moved by load, not by a loss (DS)
     bias_update_speed: float = setting(0.001, least=0)
-    capacity_factor: float = setting(0.0, least=0)# 0: dropless; else an expert takes capacity_factor * N * K / E rows
-    expert_weight: str = setting("before_down", "after_down")# where it multiplies: expert-wide | model-wide
+    capacity_factor: float = setting(0.0, least=0)  # 0: dropless; else an expert takes capacity_factor * N * K / E rows
+    expert_weight: str = setting("before_down", "after_down")  # where it multiplies: expert-wide | model-wide
     # balance loss
-    balance: str = setting("ep_group", "dp_group", "micro_batch", "sequence", "none")# the group it looks at
+    balance: str = setting("ep_group", "dp_group", "micro_batch", "sequence", "none")  # the group it looks at
     balance_group: int = setting(0, least=0)  # sequences in a group; 0: made definite when a run starts, from its Plan
-    aux_loss_alpha: float = setting(0.01, least=0)# the paper's best of those it tried, for ep_group
-    aux_scores: str = setting("normalized", "softmax", "raw")# s / sum s | of the logits (PP) | s; not published
+    aux_loss_alpha: float = setting(0.01, least=0)  # the paper's best of those it tried, for ep_group
+    aux_scores: str = setting("normalized", "softmax", "raw")  # s / sum s | of the logits (PP) | s; not published
     # multi-token prediction
     num_nextn_predict_layers: int = setting(1, least=0, most=4096)
-    mtp_loss_weight: float = setting(0.3, least=0)# not published for this model; DS starts with 0.3
-    mtp_hidden: str = setting("pre_norm", "post_norm")# h entering hnorm; pre_norm: the raw residual stream
-    mtp_concat: str = setting("embed_first", "hidden_first")# halves of eh_proj's input
+    mtp_loss_weight: float = setting(0.3, least=0)  # not published for this model; DS starts with 0.3
+    mtp_hidden: str = setting("pre_norm", "post_norm")  # h entering hnorm; pre_norm: the raw residual stream
+    mtp_concat: str = setting("embed_first", "hidden_first")  # halves of eh_proj's input
     # norms and initialisation
-    norm: str = setting("dssn", "sandwich", "pre")# dssn: depth-scaled sandwich
+    norm: str = setting("dssn", "sandwich", "pre")  # dssn: depth-scaled sandwich
     dssn_c_attn: float = 0.283                # PU's, for its 135B model; those of the 718B model are not published
     dssn_c_mlp: float = 0.432
     init: str = setting("tiny", "small")      # tiny: TinyInit
@@ -373,14 +378,15 @@ def flops_per_token(config, seq_len):
     Backward is two forwards. The head counts once per depth of prediction, recomputation never.
     """
     heads = ["head"] * (1 + config.num_nextn_predict_layers)
-    return 3 * sum(layer_flops(config, kind, seq_len) for kind in layer_kinds(config) + heads)
+    kinds = Counter(layer_kinds(config) + heads)
+    return 3 * sum(count * layer_flops(config, kind, seq_len) for kind, count in kinds.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators, plain with a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's)
 
 FUSED = True              # False: every operator takes its plain body, which explains it; tests compare the two
-COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile makes; see compile_operators
+COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile made; see compile_operators
 LOGIT_ELEMENTS = 2**20    # float32 logits that cross_entropy holds at a time (4 MiB), but at least 512 rows of them
 SCORE_ELEMENTS = 2**18    # float32 scores that ShortAttention holds twice (1 MiB each): what stays in a core's cache
 
@@ -391,28 +397,65 @@ def backend(x):
     return kind if FUSED and kind in ("cpu", "cuda", "npu") else "plain"
 
 
-def elementwise_backend(x):
-    """The same for norms and SwiGLU, which can be 'compiled', too. A trace of more than them wants their plain body."""
-    kind = backend(x)
-    if kind in ("cpu", "cuda") and torch.compiler.is_compiling():
-        return "plain"
-    if kind in ("cpu", "cuda") and COMPILED and x.dtype != torch.float64:
-        return "compiled"
-    return kind
-
-
 def at_least_float32(dtype):
     """Norms, softmax, rotary position, router and loss compute in float32 or better; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators: what torch.compile makes of them
+# Operators: elementwise steps as one, and what torch.compile makes of them
+
+
+def one_kernel(body, x, *others):
+    """body(x, *others), elementwise but for sums over the last dimension: x (..., n) -> (..., m)."""
+    if backend(x) == "plain" or torch.compiler.is_compiling():            # whole layers are traced: the body alone
+        return body(x, *others)
+    return OneKernel.apply(body, x.flatten(0, -2), *others).unflatten(0, x.shape[:-1])
+
+
+class OneKernel(torch.autograd.Function):
+    """Keeps its inputs alone, where autograd would keep a tensor for most steps; backward computes the body again.
+
+    Compiled, each way is one pass over memory, where each step alone takes its own.
+    """
+
+    @staticmethod
+    def forward(ctx, body, *inputs):
+        ctx.body = body
+        ctx.save_for_backward(*inputs)
+        return maybe_compiled(value, inputs[0])(body, *inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *maybe_compiled(gradients, grad)(ctx.body, grad, *ctx.saved_tensors)
+
+
+def value(body, *inputs):
+    return body(*inputs)
+
+
+def gradients(body, grad, *inputs):
+    """Of the inputs, from that of body's output."""
+    if torch.compiler.is_compiling():
+        return torch.func.vjp(body, *inputs)[1](grad)
+    with torch.enable_grad():                                             # the same, faster where nothing is compiled
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(body(*inputs), inputs, grad)
+
+
+def maybe_compiled(function, x):
+    """For operators on x; float64 is never compiled."""
+    return compiled(function) if COMPILED and x.dtype != torch.float64 else function
+
+
+@lru_cache(None)
+def compiled(function):
+    """Sizes stay open: other numbers of rows, which experts have at every step, compile nothing anew."""
+    return torch.compile(function, dynamic=True)
 
 
 def compile_operators(wanted=True, device=None):
-    """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process; float64 stays as it is.
-    Not wanted: they are what they were.
+    """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process. Not wanted: no longer.
 
     Returns None, or why it does not work here (no C++ compiler, on a GPU no Triton): then nothing changes. Each kernel
     is made when it is first used, which takes some 10 s in all, less where torch's cache holds it.
@@ -421,20 +464,16 @@ def compile_operators(wanted=True, device=None):
     COMPILED = False
     if not wanted:
         return None
+    probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if backend(probe) == "npu":
+        return "an NPU has kernels of its own for them"
     try:
-        probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         compiled(value)(plain_swiglu, probe)
     except torch._dynamo.exc.TorchDynamoException as error:
         return str(error).strip().splitlines()[0]
     torch._dynamo.config.recompile_limit = 64                             # by operator, dtype, and what else is fixed
     COMPILED = True
     return None
-
-
-@lru_cache(None)
-def compiled(function):
-    """Sizes stay open: other numbers of rows, which experts have at every step, compile nothing anew."""
-    return torch.compile(function, dynamic=True)
 
 
 def compile_model(model):
@@ -447,47 +486,18 @@ def compile_model(model):
             setattr(block, name, torch.compile(getattr(block, name)))
 
 
-class OneKernel(torch.autograd.Function):
-    """body(*inputs) of elementwise steps, each way in one pass over memory, where each step alone would take its own.
-
-    The inputs alone are kept; backward computes the body again, inside its kernel.
-    """
-
-    @staticmethod
-    def forward(ctx, body, *inputs):
-        ctx.body = body
-        ctx.save_for_backward(*inputs)
-        return compiled(value)(body, *inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, *compiled(gradients)(ctx.body, grad, *ctx.saved_tensors)
-
-
-def value(body, *inputs):
-    return body(*inputs)
-
-
-def gradients(body, grad, *inputs):
-    return torch.func.vjp(body, *inputs)[1](grad)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators: norm, SwiGLU, rotary position, attention
 
 
 def rms_norm(x, weight, eps):
     """weight * (x / rms(x) in float32, cast back): x (..., C), weight (C,)."""
-    kind = elementwise_backend(x)
+    kind = backend(x)
     if kind == "npu":
         return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
-    if kind == "cuda":
+    if kind == "cuda" and not COMPILED:
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    if kind == "cpu":
-        return RMSNorm.apply(x, weight, eps)
-    if kind == "compiled":
-        return OneKernel.apply(partial(plain_rms_norm, eps=eps), x.flatten(0, -2), weight).view(x.shape)
-    return plain_rms_norm(x, weight, eps)
+    return one_kernel(partial(plain_rms_norm, eps=eps), x, weight)
 
 
 def plain_rms_norm(x, weight, eps):
@@ -496,76 +506,19 @@ def plain_rms_norm(x, weight, eps):
     return weight.to(x.dtype) * (x32 * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
 
-class RMSNorm(torch.autograd.Function):
-    """The plain body with its backward written out: half the passes over memory of autograd's, which a CPU feels."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        x32 = x.to(at_least_float32(x.dtype))
-        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        mean_square = norm.square_() / x.size(-1)
-        scale = mean_square.add_(eps).rsqrt_()                            # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (x32 * scale).to(x.dtype).mul_(weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        wide = scale.dtype                                                # float32 or better: mixed dtypes are slow
-        gain, grad32 = weight.to(wide), grad.to(wide)
-        normed = x.to(wide) * scale
-        product = grad32 * normed
-        mean = (product @ gain / x.size(-1)).unsqueeze(-1)
-        grad_x = (grad32 * gain).addcmul_(normed, mean, value=-1).mul_(scale)
-        grad_weight = product.flatten(0, -2).sum(0)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
-
-
 def swiglu(gate_up, row_weights=None):
     """silu(gate) * up, times a weight per row: gate_up (..., 2I) with gate first, row_weights (M,) -> (..., I)."""
-    kind = elementwise_backend(gate_up)
-    if kind in ("cpu", "cuda"):
-        return SwiGLU.apply(gate_up, row_weights)
-    if kind == "npu":
+    if backend(gate_up) == "npu":
         hidden = torch.ops.npu.npu_swiglu(gate_up, -1)
         return hidden if row_weights is None else hidden * row_weights.unsqueeze(-1)
-    if kind == "compiled":
-        weights = () if row_weights is None else (row_weights,)
-        return OneKernel.apply(plain_swiglu, gate_up.flatten(0, -2), *weights).unflatten(0, gate_up.shape[:-1])
-    return plain_swiglu(gate_up, row_weights)
+    weights = () if row_weights is None else (row_weights,)
+    return one_kernel(plain_swiglu, gate_up, *weights)
 
 
 def plain_swiglu(gate_up, row_weights=None):
     gate, up = gate_up.chunk(2, -1)
     hidden = F.silu(gate) * up
     return hidden if row_weights is None else hidden * row_weights.unsqueeze(-1)
-
-
-class SwiGLU(torch.autograd.Function):
-    """Keeps its inputs alone; autograd would keep silu(gate) and the unweighted product too."""
-
-    @staticmethod
-    def forward(ctx, gate_up, row_weights):
-        ctx.save_for_backward(gate_up, row_weights)
-        gate, up = gate_up.chunk(2, -1)
-        hidden = F.silu(gate).mul_(up)
-        return hidden if row_weights is None else hidden.mul_(row_weights.unsqueeze(-1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate_up, row_weights = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-        scale = 1.0 if row_weights is None else row_weights.unsqueeze(-1)
-        product = F.silu(gate).mul_(grad)                                 # one buffer: memory passes are the cost
-        torch.mul(product, scale, out=grad_up)
-        grad_weights = None
-        if row_weights is not None:
-            grad_weights = product.mul_(up).sum(-1, dtype=at_least_float32(grad.dtype)).to(row_weights.dtype)
-        grad_silu = torch.mul(grad, up, out=product).mul_(scale)
-        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_gate)
-        return grad_gate_up, grad_weights
 
 
 def rope(x, cos, sin):
@@ -736,6 +689,8 @@ def weight_grad(grad, x, counts, dtype):
 def rows_by_expert(rows, matrices, counts):
     """Each expert's rows by its matrix: rows (M,n) sorted by expert, matrices (E,n,m), counts (E,) -> (M,m)."""
     kind = grouped_kind(rows, rows.size(1), matrices.size(2))
+    if rows.device.type == "cpu" and len(rows) < len(matrices):
+        kind = "plain"                                                    # most experts have no rows, as in generation
     if kind == "npu":
         return npu_grouped_matmul(rows, matrices, counts, 0)
     if kind == "grouped":
@@ -744,8 +699,11 @@ def rows_by_expert(rows, matrices, counts):
     products = rows.new_empty(len(rows), matrices.size(2))
     if kind == "blocks":
         return rows_in_blocks(rows, matrices, sizes, products)
-    for own, matrix, product in zip(rows.split(sizes), matrices, products.split(sizes)):
-        torch.mm(own, matrix, out=product)
+    end = 0
+    for expert, size in enumerate(sizes):
+        start, end = end, end + size
+        if size > 0:
+            torch.mm(rows[start:end], matrices[expert], out=products[start:end])
     return products
 
 
@@ -918,6 +876,20 @@ def cross_entropy(h, weight, targets):
         logits = (h @ weight.to(h.dtype).t()).to(at_least_float32(h.dtype))
         return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return HeadCrossEntropy.apply(h, weight, targets, Vocabulary())
+
+
+def token_cross_entropy(h, weight, targets):
+    """The loss of each token: h (N,C), weight (V,C), targets (N,) -> (N,) float32 or better, 0 where ignored.
+
+    Where backward comes, it makes a chunk's logits again: only then is known what each token counts.
+    """
+    def losses(rows, weight, labels):
+        logits = F.linear(rows, weight.to(rows.dtype)).to(at_least_float32(rows.dtype))
+        return F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+
+    step = max(512, LOGIT_ELEMENTS // len(weight))
+    chunks = zip(h.split(step), targets.split(step))
+    return torch.cat([checkpoint(losses, rows, weight, labels, use_reentrant=False) for rows, labels in chunks])
 
 
 class Vocabulary(NamedTuple):
@@ -1101,12 +1073,18 @@ class Attention(Part):
         if c.rope_scaling is not None:                                    # as in DeepSeek-V3's code
             self.scale *= yarn_mscale(c, "mscale_all_dim") ** 2
 
-    def forward(self, x, angles, mask):
-        """x (B,T,C), angles of rope_table, mask of document_mask -> (B,T,C)."""
+    def forward(self, x, angles, mask, cache=None):
+        """x (B,T,C), angles of rope_table, mask of document_mask, or with a cache those it gave -> (B,T,C)."""
         q_latent, latent, k_rope = self.down(x)                           # (B,T,*)
         q_latent, latent, k_rope = self.gather_tokens(q_latent, latent, k_rope)
         k_rope = rope(k_rope.unsqueeze(2), *angles)                       # (B,T,1,D)
         latent, k_rope = self.gather_context(latent, k_rope)
+        if cache is not None:
+            seen = cache.put(self, torch.cat((latent, k_rope.squeeze(2)), -1))            # (B,S,latent+D)
+            if cache.absorbs:
+                return self.o_proj(self.absorbed(q_latent, seen, angles, mask))
+            latent, k_rope = seen.split((self.latent, self.rope), -1)
+            k_rope = k_rope.unsqueeze(2)
         q, k, v = self.memory.again("mla_up", self.up, q_latent, latent, k_rope, *angles)
         # the kernel keeps its output, o_proj what is cut out of it: one tensor where values were not padded
         out = self.memory.swap("attn_out", attention(q, k, v, self.scale, mask))
@@ -1121,15 +1099,37 @@ class Attention(Part):
 
     def up(self, q_latent, latent, k_rope, cos, sin):
         """Latents (B,T,*), one rope key (B,T,1,D) for all heads -> q, k, v (B,T,H,*)."""
-        # heads are counted from the weight by -1: tensor parallelism gives a rank a part of them
-        q = self.q_b_proj(q_latent).unflatten(-1, (-1, self.nope + self.rope))
-        q_nope, q_rope = q.split((self.nope, self.rope), -1)
-        q = torch.cat((q_nope, rope(q_rope, cos, sin)), -1)
+        q = torch.cat(self.queries(q_latent, cos, sin), -1)
         kv = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.v))
         k_nope, v = kv.split((self.nope, self.v), -1)
         heads = k_nope.size(2)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, heads, -1)), -1)
         return q, k, as_wide_as_keys(v, k)
+
+    def queries(self, q_latent, cos, sin):
+        """q_latent (B,T,*) -> queries (B,T,H,*), in two parts: without position, and turned."""
+        # heads are counted from the weight by -1: tensor parallelism gives a rank a part of them
+        q = self.q_b_proj(q_latent).unflatten(-1, (-1, self.nope + self.rope))
+        q_nope, q_rope = q.split((self.nope, self.rope), -1)
+        return q_nope, rope(q_rope, cos, sin)
+
+    def absorbed(self, q_latent, seen, angles, mask):
+        """Attention among latents, which are never expanded (DS section 2.1.1): q_latent (B,T,*), seen (B,S,latent+D)
+        of a Cache -> (B,T,H*D). The up-projections of keys and values, W and U, pass to queries and outputs:
+
+            q . (W latent_j) = (W^T q) . latent_j        sum_j p_j (U latent_j) = U (sum_j p_j latent_j)
+        """
+        q_nope, q_rope = self.queries(q_latent, *angles)
+        T, heads = q_nope.shape[1:3]
+        self.kv_b_proj(seen[:, :0, :self.latent])                         # on nothing: FSDP's hooks bring its weight
+        kv_b = self.kv_b_proj.weight.to(q_nope.dtype).unflatten(0, (heads, -1))           # (H, nope+v, latent)
+        w, u = kv_b.split((self.nope, self.v), 1)
+        q = torch.cat((torch.einsum("bthd,hdl->bthl", q_nope, w), q_rope), -1)            # (B,T,H,latent+D)
+        # all heads share the keys, so they are queries of one head: (B,T*H,1,latent+D)
+        q, keys = q.flatten(1, 2).unsqueeze(2), seen.unsqueeze(2)
+        out = attention(q, keys, keys, self.scale, mask.repeat_interleave(heads, 2))
+        out = out[:, :, 0, :self.latent].unflatten(1, (T, heads))         # values: keys without their position
+        return torch.einsum("bthl,hdl->bthd", out, u).flatten(2)
 
 
 class MLP(Part):
@@ -1177,10 +1177,12 @@ class Router(Part):
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
         scores = self.score(logits)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
-        weights = self.weigh(logits, scores, ids)
+        weights = self.weigh(scores, ids)
+        self.aux_loss = scores.new_zeros(())
+        if not self.training:
+            return ids, weights
         counts = self.count(ids, n_sequences=len(x))
         if self.c.balance == "none" or self.c.aux_loss_alpha == 0:
-            self.aux_loss = scores.new_zeros(())
             return ids, weights
         aux_loss = self.balance_loss(counts, logits, scores)
         self.aux_loss = aux_loss.detach() * self.aux_scale
@@ -1194,8 +1196,8 @@ class Router(Part):
         """(N,E) -> (N,E): what experts are chosen by, what weights and the balance loss are made of."""
         return logits.sigmoid() if self.c.scoring_func == "sigmoid" else logits.softmax(-1)
 
-    def weigh(self, logits, scores, ids):
-        """Routing weights (N,K) of the chosen experts ids (N,K), from logits and scores (N,E), whichever is wanted."""
+    def weigh(self, scores, ids):
+        """Routing weights (N,K) of the chosen experts ids (N,K), from all scores (N,E)."""
         weights = scores.gather(1, ids)
         if self.c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -1230,11 +1232,10 @@ class Router(Part):
     def count(self, ids, n_sequences):
         """Copies for each expert by balance group of these sequences, or the part of one: ids (N,K) -> (G,E)."""
         E = self.c.n_routed_experts
-        G = n_sequences // sequences_of_group(self.c, n_sequences) if self.training else 1
+        G = n_sequences // sequences_of_group(self.c, n_sequences)
         first = torch.arange(G, device=ids.device).unsqueeze(1) * E       # group by group in one count
-        counts = count_ids(ids.view(G, -1) + first, G * E).view(G, E)
-        if self.training:
-            self.load = self.load + counts.sum(0)
+        counts = count_ids(ids.reshape(G, -1) + first, G * E).view(G, E)
+        self.load = self.load + counts.sum(0)
         return counts
 
     def balance_loss(self, counts, logits, scores):
@@ -1435,22 +1436,18 @@ class Block(Part):
         self.mlp = MoE(c) if self.is_moe else MLP(c.hidden_size, c.intermediate_size)
         self.post_mlp_layernorm = Norm(c.hidden_size, c.rms_norm_eps) if sandwich else nn.Identity()
 
-    def forward(self, x, angles, mask=None, routing=None):
-        x = self.attend(x, angles, mask)
+    def forward(self, x, angles, mask=None, routing=None, cache=None):
+        x = self.attend(x, angles, mask, cache)
         sent = self.dispatch(x, routing)
         done = self.compute(sent)
         return self.combine(x, done)
 
-    def add(self, x, y, post_norm):
-        """What a sublayer made of x, onto the residual stream."""
-        return x + post_norm(y)
-
-    def attend(self, x, angles, mask=None):
+    def attend(self, x, angles, mask=None, cache=None):
         def attention(x):
             h = self.memory.again("norm", self.input_layernorm, x)
-            return self.self_attn(h, angles, mask)
+            return self.self_attn(h, angles, mask, cache)
 
-        return self.add(x, self.memory.region("attention", attention, x), self.post_attention_layernorm)
+        return x + self.post_attention_layernorm(self.memory.region("attention", attention, x))
 
     def dispatch(self, x, routing=None):
         """x (B,T,C) -> Sent, or of a dense layer the MLP's input, which goes nowhere.
@@ -1471,7 +1468,7 @@ class Block(Part):
 
     def combine(self, x, done):
         y = self.mlp.combine(done) if self.is_moe else done
-        return self.add(x, y, self.post_mlp_layernorm)
+        return x + self.post_mlp_layernorm(y)
 
 
 class MTPLayer(Block):
@@ -1505,6 +1502,7 @@ class Output:
     total_loss: torch.Tensor | None = None    # for backward; aux_loss adds its value here, its gradient by itself
     logits: torch.Tensor | None = None        # (B,T,V)
     mtp_logits: list | None = None            # one (B,T,V) a depth
+    x: torch.Tensor | None = None             # with a cache: (B,T,C) before the last norm, from which MTP goes on
 
 
 class Model(nn.Module):
@@ -1521,15 +1519,19 @@ class Model(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size)
         self.compute_dtype = None                                         # None: the embedding's own
         self.cross_entropy = cross_entropy                                # parallel.py: with a part of the head
+        self.token_loss = None                                            # see output; of reinforcement learning
+        self.gather_logits = lambda logits: logits                        # parallel.py: of all parts of the head
 
     def forward(self, ids, *, targets=None, labels=None, positions=None, doc_ids=None, next_ids=None, routing=None,
-                return_logits=False, loss_tokens=None):
+                policy=None, return_logits=False, loss_tokens=None, cache=None, place=None):
         """ids (B,T), or without embedding a hidden state (B,T,C) -> Output, or without last norm the hidden state.
 
         targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored. labels (B,T): unshifted ids, shifted here.
         positions (B,T), default 0..T-1. doc_ids (B,T): attention stays inside equal numbers. next_ids (B, MTP, T):
         token i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,):
-        target tokens of the global batch per depth, by default of this call. Logits without targets or on request.
+        target tokens of the global batch per depth, by default of this call. policy (B,T,n): what token_loss makes
+        losses of at depth 0, beside each token's own. Logits without targets or on request.
+        cache: ids go on behind the tokens in it, positions are its; no MTP. place (B,): logits there alone, (B,1,V).
         """
         c, mtp_layers = self.config, self.mtp_layers()
         T = ids.size(1)
@@ -1537,22 +1539,47 @@ class Model(nn.Module):
                                                 f"{c.max_position_embeddings}: shorten the one or raise the other")
         if labels is not None:
             targets = shifted(labels, range(1, 2 + c.num_nextn_predict_layers), -100)
-        positions, next_ids = fill_inputs(ids, targets, len(mtp_layers), positions, next_ids)
+        if cache is not None:
+            positions, mask = cache.extend(T)
+        else:
+            positions, next_ids = fill_inputs(ids, targets, len(mtp_layers), positions, next_ids)
+            mask = document_mask(doc_ids)
         x = ids if self.embed_tokens is None else self.embed(ids)         # (B,T,C)
         angles = rope_table(c, positions, x.dtype)
-        mask = document_mask(doc_ids)
         for block in self.layers.values():
             if not isinstance(block, MTPLayer):
-                x = block(x, angles, mask, routing)
+                x = block(x, angles, mask, routing, cache)
         if self.norm is None:
             return x
+        if cache is not None:
+            return self.read_out(x, self.norm, place)
         hiddens = []                                                      # what the head reads, one (B,T,C) a depth
         for depth, layer in enumerate(mtp_layers):
             hidden, x = self.join(depth, x, next_ids)
             hiddens.append(hidden)
             x = layer(x, angles, mask, routing)
         hiddens.append(self.head_norm(len(mtp_layers))(x))
-        return self.output(hiddens, targets, loss_tokens, return_logits or targets is None)
+        return self.output(hiddens, targets, loss_tokens, return_logits or targets is None, policy)
+
+    def draft(self, depth, x, next_ids, cache, place=None):
+        """Depth `depth` of MTP on what is new to its cache: x (B,T,C) which `depth` layers made, next_ids (B,T) token
+        i+1+depth at i -> Output as of forward with a cache. Past the last layer, the last one goes on with its own x.
+        """
+        positions, mask = cache.extend(x.size(1))
+        layers = self.mtp_layers()
+        layer = layers[min(depth, len(layers) - 1)]
+        if self.config.mtp_hidden == "post_norm":
+            x = self.head_norm(min(depth, len(layers)))(x)
+        x = layer.join(self.embed(next_ids), x)
+        x = layer(x, rope_table(self.config, positions, x.dtype), mask, cache=cache)
+        return self.read_out(x, layer.shared_head["norm"], place)
+
+    def read_out(self, x, norm, place):
+        """Logits of the stream x (B,T,C), of all of it or in one place (B,) of each sequence."""
+        at = x if place is None else x[torch.arange(len(x)), place].unsqueeze(1)
+        out = self.output([norm(at)], None, None, True)
+        out.x = x
+        return out
 
     def embed(self, ids):
         x = self.embed_tokens(ids)
@@ -1580,19 +1607,24 @@ class Model(nn.Module):
         embedded = self.embed(next_ids[:, depth])
         return hidden, self.mtp_layers()[depth].join(embedded, entering)
 
-    def output(self, hiddens, targets, loss_tokens, want_logits):
+    def output(self, hiddens, targets, loss_tokens, want_logits, policy=None):
         """hiddens: one (B,T,C) a depth."""
         out = Output()
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if want_logits:
-            out.logits, *out.mtp_logits = [F.linear(h, head.to(h.dtype)) for h in hiddens]
+            out.logits, *out.mtp_logits = [self.gather_logits(F.linear(h, head.to(h.dtype))) for h in hiddens]
         if targets is None:
             return out
         if loss_tokens is None:
             loss_tokens = (targets != -100).sum((0, 2)).clamp(min=1)      # (1+MTP,)
         losses = []
         for depth, h in enumerate(hiddens):
-            summed = self.cross_entropy(h.flatten(0, 1), head, targets[:, depth].flatten())
+            flat, labels = h.flatten(0, 1), targets[:, depth]
+            if policy is not None and depth == 0:
+                nats = token_cross_entropy(flat, head, labels.flatten()).view_as(labels)
+                summed = self.token_loss(nats, policy).sum()
+            else:
+                summed = self.cross_entropy(flat, head, labels.flatten())
             losses.append(summed / loss_tokens[depth])
         zero = torch.zeros_like(losses[0])
         out.loss, *mtp_losses = losses
@@ -1614,7 +1646,7 @@ class Model(nn.Module):
             router.aux_scale = share
 
     def pop_stats(self):
-        """Counted in training since last asked, on the device: loads (MoE layers, E), copies dropped, copies in all."""
+        """Counted in training since last asked, on the device: loads (MoE layers, E), and copies dropped."""
         moes = [block.mlp for block in self.moe_blocks()]
         device = next(self.parameters()).device
         loads = torch.zeros(len(moes), self.config.n_routed_experts, dtype=torch.int64, device=device)
@@ -1623,7 +1655,7 @@ class Model(nn.Module):
             own += moe.gate.load
             dropped += moe.dropped
             moe.gate.load = moe.dropped = 0
-        return dict(loads=loads, dropped=dropped, rows=loads.sum())
+        return dict(loads=loads, dropped=dropped)
 
     @torch.no_grad()
     def update_router_bias(self, loads):
@@ -1881,36 +1913,304 @@ def is_mtp(config, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generation
+# Generation: the cache
+
+CHUNK = 512               # tokens of a prompt that pass the model at a time
+ABSORBS = None            # attention reads a cache True: absorbed, False: expanded, None: by what multiplies less
 
 
-@torch.no_grad()
-def generate(model, ids, new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Continue ids (1,T) by new_tokens, without a cache -> (1, T + new_tokens). temperature 0: the likeliest token.
+class Cache:
+    """What attention keeps of the tokens seen: a latent and a turned rope key, kv_lora_rank + qk_rope_head_dim numbers
+    a token and layer (DS section 2.1.1). Keys and values of all heads can be made of them.
 
-    top_k: the k likeliest tokens only (0: all). top_p: the fewest tokens that hold this much probability.
+    Token i of a sequence lies in slot i, however long the others of the batch are. What lies past a sequence's length
+    is never seen, and is written over: so padding behind a short one, or a draft that was refused, is cropped away.
     """
-    was_training = model.training
-    model.eval()
-    generator = torch.Generator(ids.device).manual_seed(seed)
-    for _ in range(new_tokens):
-        seen = ids[:, -model.config.max_position_embeddings:]
-        logits = model(seen).logits[:, -1].float()                        # (1,V)
-        token = draw_token(logits, temperature, top_k, top_p, generator)
-        ids = torch.cat((ids, token), 1)
-    model.train(was_training)
-    return ids
+
+    def __init__(self, model, layers, sequences, size, spare=0):
+        """Room for `size` tokens of each of `sequences` in these layers of a model, and for `spare` drafts more."""
+        c = self.config = model.config
+        require(size <= c.max_position_embeddings,
+                f"{size} tokens, prompt and answer, above max_position_embeddings={c.max_position_embeddings}, and a "
+                f"window does not slide: shorten one of them")
+        self.size, self.slots = size, size + spare
+        weight = model.embed_tokens.weight
+        self.options = dict(dtype=model.compute_dtype or weight.dtype, device=weight.device)
+        self.lengths = torch.zeros(sequences, dtype=torch.int64)          # (B,) on the host
+        self.kept = {}                                                    # (B,slots,n) by attention
+        for layer in layers:
+            self.add(layer.self_attn, c.kv_lora_rank + c.qk_rope_head_dim)
+
+    def add(self, key, width):
+        # zeros: slots never written meet probabilities of 0, and 0 * NaN would be NaN
+        self.kept[key] = torch.zeros(len(self.lengths), self.slots, width, **self.options)
+
+    def extend(self, n_tokens):
+        """T = n_tokens more for each sequence -> their positions (B,T), and which slots they see: (B,1,T,S), or None in
+        an empty cache, where they see each other, causally."""
+        longest = max(self.lengths.tolist(), default=0)
+        require(longest + n_tokens <= self.slots,
+                f"{longest} tokens in a cache for {self.size}, and {n_tokens} more: make it larger")
+        device = self.options["device"]
+        self.positions = (self.lengths.unsqueeze(1) + torch.arange(n_tokens)).to(device)
+        self.lengths = self.lengths + n_tokens
+        self.seen = min(self.slots, 64 * math.ceil((longest + n_tokens) / 64))            # S; kernels like few sizes
+        self.is_fresh = longest == 0
+        if self.is_fresh:
+            self.absorbs = False
+            return self.positions, None
+        self.absorbs = self.absorbing_is_cheaper(n_tokens, self.seen) if ABSORBS is None else ABSORBS
+        mask = torch.arange(self.seen, device=device) <= self.positions.unsqueeze(2)
+        return self.positions, mask.unsqueeze(1)
+
+    def absorbing_is_cheaper(self, T, S):
+        """By products for each head: T queries against S latents and rope keys, or against keys made of S latents."""
+        c = self.config
+        projection = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)             # of one token, down or up
+        absorbed = T * projection + T * S * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        expanded = S * projection + T * S * (c.qk_head_dim + c.v_head_dim)
+        return absorbed < expanded
+
+    def put(self, key, new):
+        """Write what `key`, an attention, has of the new tokens (B,T,n) -> the same of all slots they see (B,S,n)."""
+        rows = torch.arange(len(new), device=new.device).unsqueeze(1)
+        self.kept[key][rows, self.positions] = new.detach()
+        return new if self.is_fresh else self.kept[key][:, :self.seen]
+
+    def crop(self, lengths):
+        """Forget what lies past lengths (B,)."""
+        self.lengths = torch.minimum(self.lengths, lengths)
+
+    def keep(self, rows):
+        """These sequences only, by number."""
+        self.lengths = self.lengths[rows]
+        rows = rows.to(self.options["device"])
+        self.kept = {key: tensor[rows] for key, tensor in self.kept.items()}
 
 
-def draw_token(logits, temperature, top_k, top_p, generator):
-    """logits (B,V) -> (B,1); the other arguments as in generate."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation: drawing tokens
+
+
+def distribution(logits, temperature, top_k, top_p):
+    """logits (...,V) -> probabilities (...,V) to draw by; the other arguments as in generate."""
+    logits = logits.to(at_least_float32(logits.dtype))
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits, order = logits.div(temperature).sort(descending=True)         # likeliest first
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    logits = logits / temperature
+    if top_k == 0 and top_p >= 1:
+        return logits.softmax(-1)
+    logits, order = logits.sort(descending=True)                          # likeliest first
     if top_k:
-        logits[:, top_k:] = -math.inf
+        logits[..., top_k:] = -math.inf
     probabilities = logits.softmax(-1)
     likelier = probabilities.cumsum(-1) - probabilities                   # probability of all likelier tokens
     probabilities = logits.masked_fill(likelier >= top_p, -math.inf).softmax(-1)
-    place = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(1, place)
+    return torch.zeros_like(logits).scatter_(-1, order, probabilities)
+
+
+def draw(probabilities, generator):
+    """(B,V), which need not sum to 1 -> (B,)."""
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+def check_drafts(p, q, drafts, generator):
+    """Speculative sampling (arXiv:2211.17192): p (B,1+k,V) the model's distributions of the next tokens, q (B,k,V)
+    those that drafts (B,k) were drawn from -> how many drafts of each sequence hold (B,), the token behind them (B,).
+
+    A draft x holds with probability min(1, p(x)/q(x)); in place of the first that does not, a token is drawn from what
+    p has more than q. What comes out is distributed by p. With temperature 0 both have one token each: equal ones hold.
+    """
+    k = drafts.size(1)
+    ratio = p[:, :k].gather(2, drafts.unsqueeze(2)) / q.gather(2, drafts.unsqueeze(2))
+    coins = torch.rand(ratio.shape, generator=generator, device=p.device, dtype=p.dtype)
+    held = (coins < ratio).squeeze(2).long().cumprod(1).sum(1)            # up to the first that does not
+    q = F.pad(q, (0, 0, 0, 1))                                            # behind the last draft nothing was drawn
+    rows = torch.arange(len(p), device=p.device)
+    p, q = p[rows, held], q[rows, held]                                   # (B,V)
+    rest = (p - q).clamp(min=0)
+    some = rest.sum(1, keepdim=True) > 0                                  # none is left of equal ones but by rounding
+    return held, draw(torch.where(some, rest, p), generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation: sequences that are continued together
+
+
+@dataclass
+class Answer:
+    """What was written to one prompt."""
+    ids: list = field(default_factory=list)   # a stop id that ended it included
+    log_probs: list = field(default_factory=list)   # of each, by the whole softmax of logits / temperature
+    routing: dict | None = None               # layer -> experts (T,K) of all tokens fed: prompt and ids but the last
+
+
+@dataclass
+class Answers:
+    answers: list                             # one Answer a prompt
+    rounds: int = 0                           # forwards that checked drafts, counted for each sequence
+    held: list | None = None                  # of these, the ones in which draft 1, 2, ... held
+
+
+@torch.no_grad()
+def generate(model, prompts, new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, stop=(), drafts=0,
+             note_routing=False, on_tokens=None, anybody=bool):
+    """Continue prompts, a list of ids (T,) of any lengths, by up to new_tokens each, or to an id of stop -> Answers.
+
+    temperature 0: the likeliest token. top_k: the k likeliest tokens only (0: all). top_p: the fewest tokens that hold
+    this much probability. drafts: tokens that MTP drafts in each round; they change the speed, not what is drawn from.
+    on_tokens(number of a prompt, new ids) is called as they come. anybody(whether this rank has something to do) ->
+    whether any rank has: see parallel.generating. ValueError where prompt and answer exceed the model's window. With
+    capacity_factor, what is dropped depends on the batch.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        choice = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
+        generator = torch.Generator(prompts[0].device).manual_seed(seed)
+        writer = Writer(model, prompts, new_tokens, drafts, choice, generator, note_routing, anybody)
+        result = Answers([Answer() for _ in prompts], held=[0] * drafts)
+        going = range(len(prompts) if new_tokens else 0)
+        while anybody(len(going) > 0):
+            writer.keep(going)
+            logits, tokens, new = writer.round()
+            wide = logits.to(at_least_float32(logits.dtype)) / (temperature or 1)
+            log_probs = wide.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
+            going = add_to(result, writer.rows, tokens, log_probs, new, new_tokens, stop, on_tokens)
+        for row, answer in enumerate(result.answers):
+            fed = len(prompts[row]) + len(answer.ids) - 1
+            answer.routing = {layer: ids[row, :fed] for layer, ids in writer.routing.items()} if note_routing else None
+    finally:
+        model.train(was_training)
+    return result
+
+
+def add_to(result, rows, tokens, log_probs, new, new_tokens, stop, on_tokens):
+    """A round's tokens and log_probs (B,1+k), of which `new` (B,) hold, to the answers of prompts `rows` (B,) -> places
+    in the batch of those that go on."""
+    going = []
+    for place, (row, count, ids, values) in enumerate(zip(*(x.tolist() for x in (rows, new, tokens, log_probs)))):
+        result.rounds += 1
+        result.held = [held + (i < count - 1) for i, held in enumerate(result.held)]
+        answer = result.answers[row]
+        ids = ids[:min(count, new_tokens - len(answer.ids))]
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        ids = ids if end is None else ids[:end + 1]
+        answer.ids += ids
+        answer.log_probs += values[:len(ids)]
+        if on_tokens is not None:
+            on_tokens(row, ids)
+        if end is None and len(answer.ids) < new_tokens:
+            going.append(place)
+    return going
+
+
+class Writer:
+    """Sequences that are continued together, by rounds: MTP drafts tokens, one forward of the model checks them and
+    adds one. Without drafts a round is one token.
+
+    A sequence has known tokens 0..n, of which the last has not been fed: n is main's length. MTP's layer of depth d has
+    at i the stream of the layer before it at i, and token i+1+d. So with D layers all before i = n-D+1 is final; what
+    follows came of drafts, and is cropped and computed again in the next round, from tokens that are certain.
+    """
+
+    def __init__(self, model, prompts, new_tokens, drafts, choice, generator, note_routing, anybody):
+        """choice: logits (...,V) -> probabilities. The rest as in generate."""
+        self.model, self.drafts, self.choice, self.generator = model, drafts, choice, generator
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        require(min(lengths.tolist()) > 0, "a prompt has no tokens: give one at least")
+        layers = model.mtp_layers()[:drafts]                              # D of them
+        require(drafts == 0 or layers, "drafts are made by MTP, and the model has no such layer: use 0 drafts")
+
+        trunk = [layer for layer in model.layers.values() if not isinstance(layer, MTPLayer)]
+        room = dict(sequences=len(prompts), size=int(lengths.max()) + new_tokens, spare=drafts)
+        self.main = Cache(model, trunk, **room)
+        self.mtp = [Cache(model, [layer], **room) for layer in layers]
+        if drafts:
+            self.main.add("x", model.config.hidden_size)                  # the residual stream that MTP starts from
+        tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        self.tokens = F.pad(tokens, (0, new_tokens + drafts + len(layers)))
+        self.rows = torch.arange(len(prompts))                            # numbers of the prompts that are still here
+        self.routing = {} if note_routing else None                       # layer -> (prompts,slots,K)
+        self.read(lengths - 1, anybody)
+
+    def at(self, start, count):
+        """start (B,) on the host -> rows (B,1) and places (B,count) of the next `count` slots: to index with."""
+        places = start.unsqueeze(1) + torch.arange(count)
+        return torch.arange(len(start), device=self.tokens.device).unsqueeze(1), places.to(self.tokens.device)
+
+    def read(self, last, anybody):
+        """All tokens of the prompts but their last, number `last` (B,), in chunks."""
+        done, end = 0, int(last.max())
+        while anybody(done < end):
+            size = min(CHUNK, end - done) or 1                            # others still read: a token to be cropped
+            done = min(done + size, end)
+            self.feed(size, place=torch.zeros_like(last))
+            self.main.crop(last.clamp(max=done))
+            if self.drafts:
+                self.draft(size, last, is_reading=True)
+
+    def feed(self, size, place=None):
+        """The next `size` tokens through the model -> logits (B,size,V), or in one place (B,1,V)."""
+        noted = None if self.routing is None else {}
+        ids = self.tokens[self.at(self.main.lengths, size)]
+        out = self.model(ids, cache=self.main, routing=noted, place=place)
+        if self.drafts:
+            self.main.put("x", out.x)
+        for layer, chosen in (noted or {}).items():
+            if layer not in self.routing:
+                self.routing[layer] = chosen.new_zeros(len(self.rows), self.main.slots, chosen.size(2))
+            self.routing[layer][self.rows.to(chosen.device).unsqueeze(1), self.main.positions] = chosen
+        return out.logits
+
+    def draft(self, size, n, is_reading=False):
+        """MTP's layers over the next `size` places, the last of them again and again: drafts of tokens n+1, n+2, ...
+        (n (B,)) in self.tokens -> the distributions (B,V) that they were drawn from. Reading: over a prompt, no drafts.
+        """
+        depths, start, drawn_by = len(self.mtp), self.mtp[0].lengths, []
+        rows, places = self.at(start, size)
+        every, behind = rows[:, 0], n.to(rows.device) + 1
+        x = self.main.kept["x"][rows, places]
+        place = (n - start - 1).clamp(0, size - 1).to(rows.device)        # n-1, of which the drafts are made
+        for depth in range(depths if is_reading else self.drafts):
+            cache = self.mtp[min(depth, depths - 1)]
+            if depth < depths:
+                ids = self.tokens[rows, places + 1 + depth]
+            else:                                                         # on from the last draft and its own stream
+                x, ids, place = x[every, place].unsqueeze(1), token.unsqueeze(1), torch.zeros_like(place)
+                cache.crop(n + depth - depths)
+            out = self.model.draft(depth, x, ids, cache, place)
+            x = out.x
+            if not is_reading:
+                drawn_by.append(self.choice(out.logits.squeeze(1)))
+                token = draw(drawn_by[-1], self.generator)
+                self.tokens[every, behind + depth] = token
+        final = torch.minimum(start + size, n - depths + 1).clamp(min=0)
+        for cache in self.mtp:
+            cache.crop(final)
+        return drawn_by
+
+    def round(self):
+        """-> logits (B,1+k,V) of the next tokens, these tokens (B,1+k), and how many of them hold (B,), at least 1."""
+        n, drawn_by = self.main.lengths, []
+        if self.drafts:                                                   # D+k places at most; one where there is none
+            size = max((n - self.mtp[0].lengths).tolist(), default=0)
+            drawn_by = self.draft(max(size, 1), n)
+        logits = self.feed(1 + self.drafts)                               # the last known token, and drafts
+        p = self.choice(logits)
+        q = torch.stack(drawn_by, 1) if drawn_by else p[:, :0]
+        rows, places = self.at(n + 1, 1 + self.drafts)
+        held, token = check_drafts(p, q, self.tokens[rows, places[:, :-1]], self.generator)
+        self.tokens[rows[:, 0], places[:, 0] + held] = token
+        new = held.cpu() + 1
+        self.main.crop(n + new)
+        return logits, self.tokens[rows, places], new
+
+    def keep(self, places):
+        """Go on with these sequences only, by their places in the batch."""
+        if len(places) < len(self.rows):
+            places = torch.tensor(list(places), dtype=torch.int64)
+            for cache in (self.main, *self.mtp):
+                cache.keep(places)
+            self.rows = self.rows[places]
+            self.tokens = self.tokens[places.to(self.tokens.device)]

@@ -6,7 +6,7 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     python train.py pretrain --resume runs/a               # continues exactly
     torchrun --nproc-per-node 4 train.py --ep 4 --node-size 2 --dispatch hierarchical   # --resume may take another plan
     python train.py pretrain --init runs/a                 # a new run from its weights, or from a Hugging Face folder's
-    python train.py sample --init runs/a --prompt "def "
+    python train.py sample --init runs/a --prompt "def " --draft 2    # or --file, a pipe, or line by line at a terminal
     python train.py export --init runs/a --out HF_DIR      # a folder that transformers loads
 
 In this order: settings, tokenizer, files of text, corpus, phases, data order, one step, held-out text, a run and how it
@@ -25,6 +25,8 @@ if __name__ == "__main__":
 
 import argparse
 import base64
+import bisect
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -49,6 +51,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +100,7 @@ OPTIONS = dict(
     set=option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5; with --init what owns no tensor"),
     init=option("", "begin with the weights, shape and tokenizer of a run's folder, one of its ckpt/step_N, or a "
                     "Hugging Face folder"),
+    average=option(1, "with --init RUN: the mean of its newest N checkpoints, in place of the newest"),
     mtp_depth=option(0, "with --init: MTP layers; those that it lacks begin as copies of its last one; 0: as many as "
                         "it has", least=0, most=64),
     train=option("all", "mtp: only MTP layers learn, the rest is frozen", choices=("all", "mtp")),
@@ -118,6 +122,8 @@ OPTIONS = dict(
     threads=option(0, "CPU threads; 0: torch's choice, stored with the run", least=0, most=1024),
     save_every=option(500, "steps between checkpoints; one is always written at the end, 0: only that", least=0),
     keep=option(3, "newest checkpoints kept"),
+    keep_growing=option(0, "1: beside them the first one of steps 1, 2-3, 4-7, 8-15, ..., so that a run's past can be "
+                           "studied (tests/report.py)", choices=(0, 1)),
     eval_every=option(0, "steps between evaluations on the whole held-out text; 0: at the end only. With "
                          "capacity_factor, padding of the last batch takes experts' room too", least=0),
     timeout=option(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends",
@@ -141,12 +147,13 @@ OPTIONS = dict(
     beta1=option(0.9, "of AdamW", least=0, most=0.99999),
     beta2=option(0.95, "of AdamW", least=0, most=0.99999),
     clip=option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
-    compile=option("none", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
-                           "for one process without recompute and swap)",
-                   choices=("none", "operators", "layers")),
+    compile=option("auto", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
+                           "for one process without recompute and swap); auto: operators where that works, which takes "
+                           "a C++ compiler or a GPU's Triton", choices=("auto", "none", "operators", "layers")),
     precision=option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
                      choices=("auto", "fp32", "bf16")),
 )
+PRETRAIN_ONLY = "preset text_field tokenizer document_mask phases train mtp_depth".split()
 PLAN_DEFAULTS = dict(micro_batch=8, global_batch=32, seq_len=256)
 PLAN_OPTIONS = {field.name: option(PLAN_DEFAULTS.get(field.name, field.default), field.metadata["text"],
                                    **field.metadata["allowed"])
@@ -156,8 +163,9 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
     small=dict(steps=10000, lr=6e-4, warmup_steps=500, seq_len=2048, global_batch=64, micro_batch=8),
 )
 # what --resume lets one change; with --data the text must be the same
-CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_every", "device", "threads", "peak_tflops",
-              "max_skips", "timeout", "record_loads", "fit", "hardware", "resume"}
+CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "keep_growing", "eval_every", "device", "threads",
+              "peak_tflops", "max_skips", "timeout", "record_loads", "fit", "hardware", "resume",
+              "compile"}
 CHANGEABLE |= set(PLAN_OPTIONS) - {"global_batch", "seq_len"}
 # what describes many processes, and means nothing for one
 CUTS = ("pp", "dp", "cp", "tp", "sp", "ep", "vpp", "schedule", "overlap", "layer_split", "balance_live")
@@ -201,11 +209,14 @@ def check_option(name, value, option):
         check_setting(name, value, type(option.default), **option.allowed)
 
 
-def settings_of(given):
-    """All settings: what was given, else the preset's recipe, else the default."""
-    defaults = {name: option.default for name, option in (OPTIONS | PLAN_OPTIONS).items()}
-    recipe = {} if given.get("init") else RECIPES.get(given.get("preset", "tiny"), {})
-    return fit_to_world(defaults | recipe | given, given)
+def settings_of(given, options={}, recipe=None):
+    """All settings, options beside those of every stage: what was given, else the recipe of the stage or preset, else
+    the default."""
+    if recipe is None:
+        recipe = {} if given.get("init") else RECIPES.get(given.get("preset", "tiny"), {})
+    settings = {name: option.default for name, option in (OPTIONS | PLAN_OPTIONS | options).items()} | recipe | given
+    settings["set"] = recipe.get("set", []) + given.get("set", [])
+    return fit_to_world(settings, given)
 
 
 def fit_to_world(settings, given, group=1):
@@ -229,7 +240,8 @@ def fit_to_world(settings, given, group=1):
 
 
 def make_config(settings, config=None):
-    """The preset, or a config in its place, with what --set changes."""
+    """The config of --init, or of the preset, with what --set changes."""
+    config = config or PRESETS[settings["preset"]]
     by_name = {field.name: field for field in dataclasses.fields(Config)}
     changes = {}
     for pair in settings["set"]:
@@ -238,7 +250,7 @@ def make_config(settings, config=None):
             raise UserError(f"--set {pair}: write KEY=VALUE with a key of {', '.join(by_name)}")
         changes[key] = read_word(word, by_name[key].type)
     with refusals("--set: "):
-        return replace(config or PRESETS[settings["preset"]], **changes)
+        return replace(config, **changes)
 
 
 def make_plan(settings):
@@ -248,8 +260,9 @@ def make_plan(settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE, always run by tiktoken
 
-# Words for BPE, in cl100k_base's manner: letters with one sign before them, up to 3 digits, signs, line ends, spaces.
-PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# Words for BPE, in cl100k_base's manner: letters with one sign before them, a digit, signs, line ends, spaces. Digits
+# stand alone, so that sums can be learnt: 0.9 % more tokens of Python's library.
+PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
 # reserved for conversations in vocabularies without special tokens of their own; no text is encoded as one of them
@@ -473,6 +486,88 @@ def tokenizer_files(encoding):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conversations: a template of roles and turns, by ids that a learnt vocabulary reserves
+#
+#   END <|system|> ... <|end_of_turn|>
+#       <|user|> ... <|end_of_turn|>
+#       <|assistant|> <|think|> ... <|/think|> ... <|end_of_turn|>
+#
+# The structure is the openPangu family's: a system turn is always there, if need be an empty one, and thinking is slow
+# unless the user's words end with NO_THINK; then, and where no thinking was written, its part is empty.
+
+ROLES = dict(system="<|system|>", user="<|user|>", assistant="<|assistant|>")
+TURN_END, THINK, THINK_END = "<|end_of_turn|>", "<|think|>", "<|/think|>"
+NO_THINK = " /no_think"
+
+
+def special_id(encoding, name):
+    try:
+        return encoding.encode_single_token(name)
+    except KeyError:
+        raise UserError(f"the tokenizer has no {name}, which conversations need: start from a model with a vocabulary "
+                        f"that train.py learnt") from None
+
+
+def check_messages(messages):
+    """ValueError for what is no conversation that teaches: roles in turn, the last one an assistant's."""
+    require(isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages),
+            "no messages: write a list of objects with role and content")
+    for message in messages:
+        require(message.get("role") in ROLES, f"role {message.get('role')!r}: use {', '.join(ROLES)}")
+        for part in ("content", "thinking"):
+            require(isinstance(message.get(part, ""), str), f"{part} of {message['role']} is no text")
+    roles = [message["role"] for message in messages]
+    require("assistant" in roles, "no turn of the assistant, so nothing to learn")
+    empty = [m for m in messages if m["role"] == "assistant" and not m.get("content", "").strip()]
+    require(not empty, "an answer of the assistant is empty")
+
+
+def conversation(encoding, end, messages):
+    """messages -> (ids, whether each is trained on): the assistant's words and the end of its turns."""
+    ids, counted = [end], [False]
+
+    def add(new, trained=False):
+        ids.extend(new)
+        counted.extend([trained] * len(new))
+
+    if messages[0]["role"] != "system":
+        messages = [dict(role="system", content=""), *messages]
+    for number, message in enumerate(messages):
+        words = message["content"]
+        if message["role"] == "user" and answered_fast(messages[number + 1:]) and not words.endswith(NO_THINK):
+            words += NO_THINK
+        text = encoding.encode_ordinary(words)
+        add([special_id(encoding, ROLES[message["role"]])])
+        if message["role"] == "assistant":
+            fast = number > 0 and messages[number - 1]["content"].endswith(NO_THINK)
+            thinking = "" if fast else message.get("thinking", "")
+            begin, end_of_it = special_id(encoding, THINK), special_id(encoding, THINK_END)
+            add([begin, *encoding.encode_ordinary(thinking), end_of_it], True)
+        add([*text, special_id(encoding, TURN_END)], message["role"] == "assistant")
+    return ids, counted
+
+
+def answered_fast(following):
+    """Whether the message after a user's is an answer without thinking."""
+    answer = following[0] if following else {}
+    return answer.get("role") == "assistant" and not answer.get("thinking", "").strip()
+
+
+def question(encoding, end, words):
+    """The ids after which the assistant speaks."""
+    ids, _ = conversation(encoding, end, [dict(role="user", content=words)])
+    return [*ids, special_id(encoding, ROLES["assistant"])]
+
+
+def answer_of(encoding, ids):
+    """What the assistant said, without its thinking and the end of the turn; None if it is not in the format."""
+    think, think_end, turn_end = (special_id(encoding, name) for name in (THINK, THINK_END, TURN_END))
+    if ids[:1] != [think] or ids[-1:] != [turn_end] or ids.count(think) != 1 or ids.count(think_end) != 1:
+        return None
+    return encoding.decode(ids[ids.index(think_end) + 1:-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files of text: --data -> files -> pieces, some of them held out
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go",
@@ -481,6 +576,7 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", ".git"
 RUN_FILES = {"config.json", "metrics.jsonl"}          # in a folder, they say that it is a run's
 PIECE = 1 << 16                            # characters, or tokens, that are read and encoded at a time
 HELDOUT_BYTES = 8 << 20                    # at most, so that an evaluation takes a bounded time
+LEAST_FOR_XZ = 8 << 10                     # held-out bytes below which xz's own frame would make its share meaningless
 
 
 class TextFile(typing.NamedTuple):
@@ -792,6 +888,79 @@ def naming(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conversations: read, and packed into sequences
+
+
+def read_lines(path):
+    """(line number, object) of a .jsonl file."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:                                           # UnicodeDecodeError is one
+        raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
+
+
+def read_conversations(data, encoding, end):
+    """[(ids, counted)] of all lines: with `messages`, or `prompt` and `response`."""
+    found = []
+    for file in list_files(data):
+        for number, line in read_lines(file.path):
+            with refusals(f"{file.path}, line {number}: "):
+                require(isinstance(line, dict), "no object")
+                if "messages" not in line and {"prompt", "response"} <= set(line):
+                    line = dict(messages=[dict(role="user", content=line["prompt"]),
+                                          dict(role="assistant", content=line["response"])])
+                messages = line.get("messages")
+                check_messages(messages)
+                found.append(conversation(encoding, end, messages))
+    return found
+
+
+def best_fit(lengths, room):
+    """Which conversations share a sequence: the longest first, each where it leaves the least room -> lists of numbers.
+    """
+    bins, spaces = [], []                                                 # spaces: (room left, bin), ascending
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(spaces, (lengths[number], 0))
+        if place < len(spaces):
+            left, chosen = spaces.pop(place)
+        else:
+            left, chosen = room, len(bins)
+            bins.append([])
+        bins[chosen].append(number)
+        bisect.insort(spaces, (left - lengths[number], chosen))
+    return bins
+
+
+class Packed:
+    """Conversations in sequences of seq_len, padded, none cut: arrays (sequences, seq_len + depths). Attention does not
+    cross from one to the next, and as rotary position is relative, each is as if it were alone."""
+
+    def __init__(self, conversations, seq_len, depths, end):
+        bins = best_fit([len(ids) for ids, _ in conversations], seq_len)
+        shape = len(bins), seq_len + depths
+        self.tokens, self.counted = np.full(shape, end, np.int64), np.zeros(shape, bool)
+        self.documents = np.full(shape, -1)
+        for row, members in enumerate(bins):
+            at = 0
+            for number in members:
+                ids, counted = conversations[number]
+                own = slice(at, at + len(ids))
+                self.tokens[row, own], self.counted[row, own], self.documents[row, own] = ids, counted, number
+                at += len(ids)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def examples(self, rows, depths, device):
+        return examples(self.tokens[rows], depths, device, self.documents[rows], self.counted[rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Phases: what is trained on, how long, how fast. Everything is a function of the tokens seen so far.
 
 
@@ -1013,26 +1182,39 @@ def mix_pattern(corpus, phase, seed):
 # One step
 
 
-def examples(windows, depths, device, document_end=None):
-    """Windows (B, T + depths) -> ids (B,T), targets (B, depths, T) and, where documents are kept apart, doc_ids (B,T):
-    what Model.forward takes.
+def examples(windows, depths, device, documents=None, counted=None):
+    """Windows (B, T + depths) of tokens -> what Model.forward takes: ids (B,T), targets (B, depths, T), and doc_ids
+    (B,T) where documents are kept apart.
 
-    With documents kept apart, the tokens ahead that MTP predicts count as long as they are of the same document; the
-    next token always does, since END is followed by one, too.
+    documents, counted (B, T + depths): the number of each token's document; whether a token is a target. With documents
+    kept apart, the tokens ahead that MTP predicts count as long as they are of the same one; the next token always
+    does, since END is followed by one, too.
     """
-    tokens = torch.from_numpy(windows.astype(np.int64)).to(device, non_blocking=True)
+    def on_device(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    tokens = on_device(windows.astype(np.int64))
     T = tokens.size(1) - depths
-    ids = tokens[:, :T]
-    targets = torch.stack([tokens[:, 1 + d:1 + d + T] for d in range(depths)], 1)
-    if document_end is None:
-        return dict(ids=ids, targets=targets)
-    is_end = tokens == document_end
-    documents = is_end.cumsum(1) - is_end.long()                          # END belongs to the document that it ends
-    doc_ids = documents[:, :T]
-    for d in range(1, depths):
-        is_other = documents[:, 1 + d:1 + d + T] != doc_ids
-        targets[:, d].masked_fill_(is_other, -100)
-    return dict(ids=ids, targets=targets, doc_ids=doc_ids)
+
+    def ahead(x):
+        """x (B, T + depths), 1, 2, ... tokens ahead: (B, depths, T)."""
+        return torch.stack([x[:, 1 + d:1 + d + T] for d in range(depths)], 1)
+
+    batch = dict(ids=tokens[:, :T], targets=ahead(tokens))
+    if counted is not None:
+        batch["targets"].masked_fill_(~ahead(on_device(counted)), -100)
+    if documents is not None:
+        documents = on_device(documents)
+        batch["doc_ids"] = documents[:, :T]
+        is_other = ahead(documents) != documents[:, None, :T]
+        batch["targets"][:, 1:].masked_fill_(is_other[:, 1:], -100)
+    return batch
+
+
+def document_numbers(windows, end):
+    """Windows of tokens -> the number of each one's document; END belongs to the document that it ends."""
+    is_end = windows == end
+    return is_end.cumsum(1) - is_end
 
 
 # what a step returns; stop: ranks that were asked to
@@ -1048,10 +1230,19 @@ def own_sequences(plan, size):
     return places[:, parallel.data_rank(plan)].flatten()
 
 
+def part_of(batch, own):
+    """A batch's sequences by a slice."""
+    return {name: part_of(value, own) if isinstance(value, dict) else value[own] for name, value in batch.items()}
+
+
+def on_device(batch, device):
+    return {name: on_device(value, device) if isinstance(value, dict) else value.to(device)
+            for name, value in batch.items()}
+
+
 def micro_batches(batch, size):
     """A rank's share of a batch as inputs of the model, `size` sequences at a time."""
-    starts = range(0, len(batch["ids"]), size)
-    return [{name: value[start:start + size] for name, value in batch.items()} for start in starts]
+    return [part_of(batch, slice(start, start + size)) for start in range(0, len(batch["ids"]), size)]
 
 
 def train_step(pipeline, optimizer, batch, clip, stop=False):
@@ -1066,6 +1257,7 @@ def train_step(pipeline, optimizer, batch, clip, stop=False):
     # 1. forward and backward; losses are means over the target tokens of the whole global batch
     ranks_alike = plan.world_size // plan.dp                              # that share the same sequences
     loss_tokens = parallel.all_sum((batch["targets"] != -100).sum((0, 2)).float()) / ranks_alike
+    loss_tokens = loss_tokens.clamp(min=1)                                # MTP may have no targets
     model.aux_scale = plan.micro_batch / (len(batch["ids"]) * plan.dp * plan.cp * plan.tp)
     out = pipeline.step(micro_batches(batch, plan.micro_batch), loss_tokens)
 
@@ -1110,91 +1302,562 @@ def measured(sums, norm, finite, loads):
 
 
 @torch.no_grad()
-def evaluate(pipeline, corpus, document_end=None):
-    """Held-out loss (nats a token) and bits per UTF-8 byte; {} where no text is held out.
+def heldout_nats(pipeline, batches, total):
+    """Summed loss of the next tokens, in nats, over all ranks' batches of one micro-batch each; total: how many."""
+    depths, device = 1 + pipeline.model.config.num_nextn_predict_layers, next(pipeline.model.parameters()).device
+    divisor = torch.ones(depths, device=device)                           # so that the loss is a sum, not a mean
+    nats = torch.zeros((), dtype=torch.float64)
+    if parallel.rank() == 0:
+        batches = sim.with_progress("held-out text", batches, total)
+    pipeline.model.eval()
+    for batch in batches:
+        batch["targets"][:, 1:] = -100
+        nats += pipeline.step([batch], divisor, train=False).loss.item()
+    pipeline.model.train()
+    return parallel.all_sum(nats).item()
 
-    Every token is predicted once, END included. Windows overlap by half and only their second half counts, so that each
-    token sees at least half a window before it.
+
+def heldout_windows(corpus, plan, depths, device, document_end):
+    """The held-out text as batches of a rank. Every token is predicted once, END included: windows overlap by half and
+    only their second half counts, so that each token sees at least half a window before it.
+
+    -> (an iterator of batches, how many there are).
     """
-    model, plan = pipeline.model, pipeline.plan
-    device, depths = next(model.parameters()).device, 1 + model.config.num_nextn_predict_layers
+    # windows, and behind the text room (-1) that keeps the last ones and the last batch whole
     n = len(corpus.heldout) - 1                                           # tokens to predict
-    if n < 1:
-        return {}
-    # 1. windows, and behind the text room (-1) that keeps the last ones and the last batch whole
     seq_len, at_once = plan.seq_len, plan.dp * plan.micro_batch
     stride = max(1, seq_len // 2)
     starts = range(0, max(1, n - (seq_len - stride)), stride)
     text = np.full(starts[-1] + at_once * stride + seq_len + depths, -1, np.int64)
     text[:n + 1] = corpus.heldout
     firsts = range(0, len(starts), at_once)
-    if parallel.rank() == 0:
-        firsts = sim.with_progress("held-out text", firsts)
 
-    # 2. a micro-batch of windows on each rank at a time
-    nats = 0.0
-    model.eval()
-    for first in firsts:
-        first += parallel.data_rank(plan) * plan.micro_batch              # this rank's first window
-        begins = stride * np.arange(first, first + plan.micro_batch)
-        windows = text[begins[:, None] + np.arange(seq_len + depths)]     # (micro_batch, seq_len + depths)
-        batch = examples(windows, depths, device, document_end)
-        leave_counted(batch, seq_len - stride, first, len(starts))
-        divisor = torch.ones(depths, device=device)                       # so that the loss is a sum, not a mean
-        nats += pipeline.step([batch], divisor, train=False).loss.item()
-    model.train()
-    nats = parallel.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
-    return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
+    def batches():
+        for first in firsts:
+            first += parallel.data_rank(plan) * plan.micro_batch          # this rank's first window
+            begins = stride * np.arange(first, first + plan.micro_batch)
+            windows = text[begins[:, None] + np.arange(seq_len + depths)]             # (micro_batch, seq_len + depths)
+            # what counts: the second half, all of the first window, nothing past the end
+            counted = windows >= 0
+            counted[:, :seq_len - stride + 1] &= begins[:, None] == 0
+            counted[max(0, len(starts) - first):] = False
+            documents = None if document_end is None else document_numbers(windows, document_end)
+            yield examples(windows.clip(0), depths, device, documents, counted)
+    return batches(), len(firsts)
 
 
-def leave_counted(batch, seen, first, n_windows):
-    """Of windows number first, first + 1, ... the targets that count: at depth 0, behind the first `seen` tokens, which
-    count in window 0 alone, and no window past the last."""
-    targets = batch["targets"]
-    targets[:, 1:] = -100
-    targets[1 if first == 0 else 0:, :, :seen] = -100
-    targets[max(0, n_windows - first):] = -100
-    targets.masked_fill_(targets < 0, -100)                               # past the end of the text
-    batch["ids"] = batch["ids"].clamp(min=0)
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: what differs between pre-training, fine-tuning and reinforcement learning, which are one loop
+
+
+class Stage:
+    """A kind of training, opened for a run: where batches come from, and what held-out data says of the model."""
+    name = ""                              # of the command, and first on each line of metrics.jsonl
+    options = {}                           # its settings: name -> Option
+    example = ""                           # a prompt, for the sample at the end
+    recipe = None                          # values of settings where the command line says nothing; None: the preset's
+
+    def __init__(self, run):
+        self.run, self.depths = run, 1 + run.config.num_nextn_predict_layers
+
+    def open_data(self):
+        """-> Corpus. UserError for data that cannot be trained on."""
+
+    def describe(self, facts):
+        """Lines about the data."""
+
+    def begin(self, phase, pipeline):
+        """A phase begins, with a model of its own."""
+
+    def batches(self, progress, size):
+        """This rank's share of a step's global batch, `size` sequences: dicts of what Model.forward takes, one for each
+        update of the weights."""
+
+    def measures(self):
+        """What the log tells of a step, beside MEASURES."""
+        return {}
+
+    def evaluate(self, pipeline):
+        """What the log tells of held-out data."""
+        return {}
+
+
+class Pretrain(Stage):
+    """Text, of which every token is predicted."""
+    name, options, example = "pretrain", OPTIONS | PLAN_OPTIONS, "def "
+
+    def open_data(self):
+        run = self.run
+        cache = parallel.first_does(lambda: make_cache(run.settings, run.encoding, run.config.vocab_size,
+                                                       run.folder.parent))
+        corpus = open_corpus(cache)
+        for phase in run.phases:
+            Order(corpus, phase, self.depths, run.settings["seed"])       # refuses text that is too short
+        return corpus
+
+    def describe(self, facts):
+        xz = f" (xz -9 {facts['xz']:,})" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
+        yield (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train "
+               f"on, {facts['heldout_bytes']:,} held out{xz}, tokens {facts['tokens']}")
+        # of few pieces of text, the share that is held out can be far from the one asked for
+        asked, share = self.run.settings["heldout"], facts["heldout_bytes"] / max(1, facts["train_bytes"]
+                                                                                  + facts["heldout_bytes"])
+        if facts["heldout_bytes"] < HELDOUT_BYTES / 2 and not asked / 2 <= share <= 2 * asked:
+            yield f"held out is {share:.2%} of this text, not {asked:.2%}: it has few pieces, or uneven ones"
+
+    def begin(self, phase, pipeline):
+        self.order = Order(self.run.corpus, phase, self.depths, self.run.settings["seed"])
+
+    def batches(self, progress, size):
+        run = self.run
+        windows = self.order.batch(progress["tokens"], size)[own_sequences(run.plan, size)]
+        documents = None if run.document_end is None else document_numbers(windows, run.document_end)
+        return [examples(windows, self.depths, run.device, documents)]
+
+    def evaluate(self, pipeline):
+        """Held-out loss (nats a token) and bits per UTF-8 byte; {} where no text is held out."""
+        corpus = self.run.corpus
+        n = len(corpus.heldout) - 1
+        if n < 1:
+            return {}
+        nats = heldout_nats(pipeline, *heldout_windows(corpus, pipeline.plan, self.depths, self.run.device,
+                                                       self.run.document_end))
+        return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
+
+
+class SFT(Stage):
+    """Conversations, several in a sequence: the assistant's words and the ends of its turns are predicted."""
+    name = "sft"
+    options = {name: option for name, option in Pretrain.options.items() if name not in PRETRAIN_ONLY}
+    recipe = dict(steps=200, lr=2e-3, warmup_steps=10, min_lr=0.0, set=["aux_loss_alpha=0"])
+
+    def open_data(self):
+        run, seq_len = self.run, min(phase.seq_len for phase in self.run.phases)
+        if not run.settings["init"] or not run.settings["data"]:
+            raise UserError("sft needs --init, a model to begin with, and --data, .jsonl files of conversations")
+        end = run.encoding.encode_single_token(END)
+        found = read_conversations(run.settings["data"], run.encoding, end)
+        fitting = [each for each in found if len(each[0]) <= seq_len]
+        if len(fitting) < len(found):
+            print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
+                  f"longest has {max(len(ids) for ids, _ in found)} tokens: left out")
+        every = round(1 / run.settings["heldout"]) if run.settings["heldout"] else 0
+        held = [each for number, each in enumerate(fitting) if every and number % every == 1]
+        kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
+        if not kept:
+            raise UserError("no conversation is left to train on: give more with --data, or a larger --seq-len")
+        facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), end=end,
+                     special=run.encoding._special_tokens, pattern=run.encoding._pat_str, conversations=len(kept),
+                     heldout=len(held))
+        return Corpus(run.encoding, end, kept, held, facts)
+
+    def describe(self, facts):
+        sequences = len(best_fit([len(ids) for ids, _ in self.run.corpus.train], self.run.phases[0].seq_len))
+        yield (f"conversations: {facts['conversations']} to train on in {sequences} sequences, {facts['heldout']} held "
+               f"out, sha256 {facts['sha256'][:12]}")
+
+    def begin(self, phase, pipeline):
+        self.seq_len = phase.seq_len
+        self.packed = Packed(self.run.corpus.train, phase.seq_len, self.depths, self.run.corpus.end)
+
+    def batches(self, progress, size):
+        plan, n = self.run.plan, len(self.packed)
+        first, rows = progress["tokens"] // self.seq_len, []
+        for number in first + own_sequences(plan, size):
+            epoch, index = divmod(int(number), n)
+            rows.append(shuffled(index, n, f"{self.run.settings['seed']},{epoch}"))
+        return [self.packed.examples(rows, self.depths, self.run.device)]
+
+    def evaluate(self, pipeline):
+        """Held-out loss, nats a token that counts."""
+        run, plan = self.run, pipeline.plan
+        if not run.corpus.heldout:
+            return {}
+        packed = Packed(run.corpus.heldout, plan.seq_len, self.depths, run.corpus.end)
+        at_once = plan.dp * plan.micro_batch
+        firsts = range(0, len(packed), at_once)
+
+        def batches():
+            for first in firsts:
+                rows = first + parallel.data_rank(plan) * plan.micro_batch + np.arange(plan.micro_batch)
+                batch = packed.examples(rows % len(packed), self.depths, run.device)
+                batch["targets"][rows >= len(packed)] = -100              # what fills the last batch
+                yield batch
+        n = packed.counted[:, 1:].sum()
+        return dict(val_loss=heldout_nats(pipeline, batches(), len(firsts)) / n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage rl: GRPO (arXiv:2402.03300), as mixtures of experts are trained by it
+#
+# 1. answers    several to each prompt, by the model as it is, sampled from its whole softmax
+# 2. rewards    by code; what is better than the mean of its group becomes likelier, what is worse less likely
+# 3. scores     the trainer's own log-probabilities and experts for what the sampler wrote: engines differ in rounding,
+#               and then in experts, so rows are weighted by how much, and experts may be replayed
+# 4. updates    of the weights, one or several from the same answers, kept close to the old policy by clipping
+
+RL_OPTIONS = dict(
+    tasks=option("", "FILE.jsonl, a line each: prompt, answer, checker (exact | partial | a function of --checkers)"),
+    checkers=option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to "
+                        "1"),
+    answers=option(16, "to each prompt: a group", least=2),
+    new_tokens=option(64, "of an answer, at most"),
+    updates=option(1, "of the weights, from the answers of a step"),
+    clip_low=option(0.2, "how far a token's ratio to the old policy may fall below 1 (DAPO)", least=0, most=1),
+    clip_high=option(0.28, "and rise above it", least=0),
+    ratio=option("token", "of the new to the old policy: each token's, or of whole answers (GSPO)",
+                 choices=("token", "sequence")),
+    divide_by_std=option(0, "1: advantages are divided by the group's deviation (GRPO; not with experts)",
+                         choices=(0, 1)),
+    importance_cap=option(5.0, "most that a token counts for the trainer finding it likelier than the sampler did"),
+    kl=option(0.0, "weight of the divergence from the model of --init, which is then held too", least=0),
+    replay=option("none", "experts forced in training: none | sampler: those chosen in sampling | old: those of the "
+                          "trainer before the first update", choices=("none", "sampler", "old")),
+    shuffle_rewards=option(0, "1: shuffled inside each group, a control that should learn nothing", choices=(0, 1)),
+)
+CHECK_SECONDS = 5                          # that a checker may take
+TOO_FAR = 10.0                             # log-ratios are clamped to this before exp
+
+
+def check_exact(text, task):
+    return float(text.strip() == task["answer"])
+
+
+def check_partial(text, task):
+    """1 for the answer; less than half of it for each sign in its place."""
+    text, answer = text.strip(), task["answer"]
+    right = sum(a == b for a, b in zip(text, answer))
+    return 1.0 if text == answer else 0.5 * right / max(len(text), len(answer))
+
+
+def read_checkers(path):
+    """{name: function}: the two above, and those of a file that the user names."""
+    found = dict(exact=check_exact, partial=check_partial)
+    if path:
+        names = {}
+        try:
+            exec(compile(Path(path).read_text(), path, "exec"), names)
+        except Exception as error:
+            raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
+        found |= {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
+    return found
+
+
+def read_tasks(path, checkers):
+    """The lines of --tasks, checked."""
+    tasks = []
+    for number, task in read_lines(path):
+        with refusals(f"{path}, line {number}: "):
+            require(isinstance(task, dict), "no object: write prompt, answer and checker")
+            for key in ("prompt", "answer"):
+                require(isinstance(task.get(key), str) and task[key], f"no {key}: write prompt, answer and checker")
+            task = dict(checker="exact") | task | dict(line=number)
+            require(task["checker"] in checkers,
+                    f"checker {task['checker']!r}: use {', '.join(checkers)}, or give its file to --checkers")
+            tasks.append(task)
+    if not tasks:
+        raise UserError(f"{path}: no tasks")
+    return tasks
+
+
+class CheckerError(UserError):
+    """What a checker did wrong, on the ranks where it did; empty on the others."""
+
+
+class TooSlow(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    def stop(number, frame):
+        raise TooSlow
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def reward(text, task, checkers):
+    """What a checker says of an answer, which is None if it is not in the format. CheckerError if it says nothing."""
+    if text is None:
+        return 0.0
+    where = f"task of line {task['line']}: checker {task['checker']}"
+    try:
+        with time_limit(CHECK_SECONDS):
+            value = checkers[task["checker"]](text, task)
+    except TooSlow:
+        raise CheckerError(f"{where} took more than {CHECK_SECONDS} s for {text!r}") from None
+    except Exception as error:
+        raise CheckerError(f"{where} raised {type(error).__name__}: {error}, for {text!r}") from None
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    if not is_number:
+        raise CheckerError(f"{where} returned {value!r}, no finite number, for {text!r}")
+    return float(value)
+
+
+def advantages_of(rewards, divide_by_std):
+    """rewards (groups, answers) -> the same shape: less the group's mean. A group of equal ones has exactly zeros."""
+    spread = rewards - rewards.mean(1, keepdims=True)
+    spread[np.ptp(rewards, axis=1) == 0] = 0                              # a mean may be rounded
+    if divide_by_std:
+        spread /= rewards.std(1, keepdims=True) + 1e-6
+    return spread
+
+
+# columns of `policy`, what the loss knows of each token beside its log-probability
+COUNTED, ADVANTAGE, SAMPLER, OLD, REFERENCE = range(5)
+
+
+def policy_losses(log_probs, policy, settings):
+    """GRPO's loss of each token: log_probs (B,T) of the tokens that came, with gradient, one answer a row; policy
+    (B,T,5) -> losses (B,T), 0 where nothing counts, and how many ratios were clipped."""
+    counted, advantage, sampler, old, reference = policy.unbind(-1)
+    low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
+
+    def ratio_of(log_ratio):
+        return log_ratio.clamp(-TOO_FAR, TOO_FAR).exp()
+
+    # 1. how far the policy moved since the answers were scored
+    log_ratio = (log_probs - old) * counted
+    if settings["ratio"] == "sequence":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
+    ratio = ratio_of(log_ratio)
+    gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    clipped = (ratio * advantage > gain) & (counted > 0)
+    # 2. how much more often the trainer would have written the token than the sampler did
+    weight = ratio_of(old - sampler).clamp(max=settings["importance_cap"])
+    losses = -weight * gain
+    # 3. how far it is from the reference: k3, unbiased and never below 0 (arXiv:2402.03300, eq. 4)
+    if settings["kl"]:
+        losses = losses + settings["kl"] * k3(log_probs, reference)
+    return losses * counted, clipped.sum()
+
+
+def k3(log_probs, reference):
+    difference = (reference - log_probs).clamp(-TOO_FAR, TOO_FAR)
+    return difference.exp() - difference - 1
+
+
+class RL(Stage):
+    """Tasks whose answers are checked by code."""
+    name = "rl"
+    options = SFT.options | RL_OPTIONS
+    recipe = dict(steps=100, lr=3e-4, warmup_steps=5, min_lr=1.0, global_batch=256, micro_batch=64, seq_len=128,
+                  set=["aux_loss_alpha=0"], weight_decay=0.0)
+
+    def open_data(self):
+        run, settings = self.run, self.run.settings
+        if not settings["init"] or not settings["tasks"]:
+            raise UserError("rl needs --init, a model to begin with, and --tasks, a .jsonl file")
+        self.refuse_plan(run.plan)
+        self.checkers = read_checkers(settings["checkers"])
+        self.tasks = read_tasks(settings["tasks"], self.checkers)
+        encoding, end = run.encoding, run.encoding.encode_single_token(END)
+        self.turn_end = special_id(encoding, TURN_END)
+        self.prompts = [question(encoding, end, task["prompt"]) for task in self.tasks]
+        # none may be too long for an answer behind it
+        room = min(phase.seq_len for phase in run.phases) - settings["new_tokens"]
+        longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        if len(self.prompts[longest]) > room:
+            raise UserError(f"{settings['tasks']}, line {self.tasks[longest]['line']}: a prompt of "
+                            f"{len(self.prompts[longest])} tokens and --new-tokens {settings['new_tokens']} do not fit "
+                            f"--seq-len: raise it, or leave the line out")
+        facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), end=end,
+                     special=encoding._special_tokens, pattern=encoding._pat_str, tasks=len(self.tasks))
+        return Corpus(encoding, end, None, None, facts)
+
+    def refuse_plan(self, plan):
+        if plan.pp * plan.cp * plan.tp > 1 or not plan.is_plain:
+            raise UserError("rl runs with dp and ep, without pp, tp, cp and overlap")
+        sizes = {sequences for phase in self.run.phases for _, sequences in phase.batches}
+        group = self.run.settings["answers"] * self.run.settings["updates"]
+        for size in sizes:
+            least = math.lcm(group, plan.micro_batch * self.run.settings["updates"]) * plan.dp
+            if size % least:
+                raise UserError(f"--global-batch {size}, the answers of a step: use a multiple of {least}, as "
+                                f"--answers, --updates, --micro-batch and dp want it")
+
+    def describe(self, facts):
+        yield f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
+
+    def begin(self, phase, pipeline):
+        self.pipeline, self.reference = pipeline, None
+        pipeline.model.token_loss = self.token_loss
+        if self.run.settings["kl"]:
+            self.reference, _ = build(self.run, phase, None)
+
+    # a step
+
+    def batches(self, progress, size):
+        settings, plan = self.run.settings, self.run.plan
+        # 1. tasks, and this rank's answers: whole groups, of each update as many
+        n_groups = size // settings["answers"]
+        chosen = self.choose_tasks(progress, n_groups)
+        own = np.arange(size).reshape(plan.dp, -1)[parallel.data_rank(plan)]
+        tasks = [chosen[number // settings["answers"]] for number in own]
+        answers = self.sample([self.prompts[task] for task in tasks], seed=progress["step"])
+        # 2. rewards, known to all ranks, and what is better than its group
+        rewards = np.zeros(size)
+        rewards[own] = self.rewards_of(tasks, answers)
+        rewards = parallel.all_sum(torch.from_numpy(rewards)).numpy().reshape(n_groups, -1)
+        self.note_rewards(progress, chosen, rewards)
+        if settings["shuffle_rewards"]:
+            rng = np.random.default_rng([settings["seed"], progress["step"]])
+            rewards = rng.permuted(rewards, axis=1)
+        advantages = advantages_of(rewards, settings["divide_by_std"]).flatten()[own]
+        # 3. what the trainer thinks of them
+        batch = self.examples([self.prompts[task] for task in tasks], answers, advantages)
+        batch = self.scored(batch)
+        # 4. updates, each from some of the groups
+        self.counted, self.clipped = batch["policy"][..., COUNTED].sum(), torch.zeros((), device=self.run.device)
+        share = len(own) // settings["updates"]
+        return [part_of(batch, slice(i * share, (i + 1) * share)) for i in range(settings["updates"])]
+
+    def rewards_of(self, tasks, answers):
+        """On all ranks, or CheckerError on all: where a checker fails on one, the others must not wait for it."""
+        encoding, rewards, failure = self.run.corpus.encoding, [], None
+        try:
+            for task, answer in zip(tasks, answers):
+                rewards.append(reward(answer_of(encoding, answer.ids), self.tasks[task], self.checkers))
+        except CheckerError as error:
+            failure = error
+        if parallel.all_sum(torch.tensor(float(failure is not None))).item():
+            raise failure or CheckerError("")
+        return rewards
+
+    def choose_tasks(self, progress, n):
+        """Numbers of tasks, drawn by what is known of them: those always or never solved are drawn less."""
+        rates = progress["pass_rates"] or [-1.0] * len(self.tasks)        # -1: not drawn yet
+        weights = np.where([rate in (0.0, 1.0) for rate in rates], 0.2, 1.0)
+        rng = np.random.default_rng([self.run.settings["seed"], progress["step"]])
+        return rng.choice(len(self.tasks), n, replace=n > len(self.tasks), p=weights / weights.sum())
+
+    def note_rewards(self, progress, chosen, rewards):
+        rates = progress["pass_rates"] or [-1.0] * len(self.tasks)
+        for task, rewarded in zip(chosen, rewards):
+            rates[task] = float((rewarded == 1).mean())
+        progress["pass_rates"] = rates
+        self.log = dict(reward=rewards.mean(), reward_std=rewards.std(1).mean(), solved=(rewards == 1).mean(),
+                        zero_spread=(np.ptp(rewards, axis=1) == 0).mean())
+
+    def sample(self, prompts, seed):
+        device = self.run.device
+        with parallel.generating(self.pipeline.grid) as anybody:
+            found = generate(self.pipeline.model, [torch.tensor(prompt, device=device) for prompt in prompts],
+                             self.run.settings["new_tokens"], seed=self.seed_of(seed), stop=(self.turn_end,),
+                             note_routing=True, anybody=anybody)
+        return found.answers
+
+    def seed_of(self, step):
+        """Of the sampler: another for each step and each rank that has sequences of its own."""
+        words = f"{self.run.settings['seed']} {step} {parallel.data_rank(self.run.plan)}"
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+
+    def examples(self, prompts, answers, advantages):
+        """Prompt and answer, one each row, padded behind: what Model.forward takes, of which nothing but depth 0 of the
+        answer's tokens is a target."""
+        run = self.run
+        whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers)]
+        B, T = len(whole), max(map(len, whole)) - 1
+        ids = torch.full((B, T), run.corpus.end)
+        targets = torch.full((B, self.depths, T), -100)
+        policy = torch.zeros(B, T, 5)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers)):
+            tokens = torch.tensor(whole[row])
+            ids[row, :len(tokens) - 1] = tokens[:-1]
+            answered = slice(len(prompt) - 1, len(tokens) - 1)            # where the next token is the answer's
+            targets[row, 0, answered] = tokens[len(prompt):]
+            policy[row, answered, COUNTED] = 1
+            policy[row, answered, ADVANTAGE] = advantages[row]
+            policy[row, answered, SAMPLER] = torch.tensor(answer.log_probs)
+        # the sampler's experts; what stands behind an answer goes to the first ones
+        routing = {}
+        for layer, chosen in answers[0].routing.items():
+            routing[layer] = torch.arange(chosen.size(1)).expand(B, T, -1).clone()
+            for row, answer in enumerate(answers):
+                chosen = answer.routing[layer]
+                routing[layer][row, :len(chosen)] = chosen.cpu()
+        self.log["length"] = sum(len(answer.ids) for answer in answers) / B
+        self.log["entropy"] = -policy[..., SAMPLER].sum().item() / policy[..., COUNTED].sum().item()
+        return on_device(dict(ids=ids, targets=targets, policy=policy, routing=routing), run.device)
+
+    def scored(self, batch):
+        """The batch with the trainer's log-probabilities, and experts if those are replayed; tokens whose
+        log-probability is not finite count no more."""
+        policy, replay = batch["policy"], self.run.settings["replay"]
+        sampled = batch.pop("routing")
+        policy[..., OLD], chosen = self.log_probs(self.pipeline, batch)
+        if self.reference:
+            policy[..., REFERENCE], _ = self.log_probs(self.reference, batch)
+        broken = ~torch.isfinite(policy).all(-1)
+        policy[broken] = 0
+        batch["targets"][:, 0].masked_fill_(broken, -100)
+        # how far sampler and trainer are from each other
+        counted = policy[..., COUNTED] > 0
+        differs = torch.stack([(sampled[layer].sort(-1).values != chosen[layer].sort(-1).values).any(-1)
+                               for layer in sampled]).any(0)
+        distance = (policy[..., OLD] - policy[..., SAMPLER]).abs()
+        sums = [differs[counted].sum(), (distance > math.log(2))[counted].sum(), counted.sum(), broken.sum()]
+        if self.reference:
+            sums.append((k3(policy[..., OLD], policy[..., REFERENCE]) * counted).sum())
+        router_diff, far, total, not_finite, *kl = parallel.all_sum(torch.stack(sums).float()).tolist()
+        self.log |= dict(router_diff=router_diff / total, far=far / total, not_finite=int(not_finite),
+                         kl=kl[0] / total if kl else None)
+        if replay == "none":
+            return batch
+        return batch | dict(routing=sampled if replay == "sampler" else chosen)
+
+    @torch.no_grad()
+    def log_probs(self, pipeline, batch):
+        """(B,T) of the targets of depth 0, by a pipeline's model as it is, and the experts that it chose."""
+        model, noted, found = pipeline.model, [], []
+
+        def note(nats, policy):
+            found.append(-nats)
+            return nats
+
+        model.eval()
+        model.token_loss = note
+        ones = torch.ones(self.depths, device=self.run.device)
+        for inputs in micro_batches(batch, self.run.plan.micro_batch):
+            noted.append({})
+            pipeline.step([inputs | dict(routing=noted[-1])], ones, train=False)
+        model.train()
+        model.token_loss = self.token_loss
+        trunk = range(model.config.num_hidden_layers)                     # MTP's experts are not the sampler's matter
+        chosen = {layer: torch.cat([each[layer] for each in noted]) for layer in noted[0] if layer in trunk}
+        return torch.cat(found), chosen
+
+    def token_loss(self, nats, policy):
+        """What Model.output makes of each token's loss: (B,T), policy (B,T,5)."""
+        losses, clipped = policy_losses(-nats, policy, self.run.settings)
+        self.clipped = self.clipped + clipped
+        return losses
+
+    def measures(self):
+        clipped, counted = parallel.all_sum(torch.stack([self.clipped, self.counted]).float()).tolist()
+        return self.log | dict(clip_share=clipped / max(1, counted))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run, and how it is opened
 
-
-class Stage(typing.NamedTuple):
-    """What makes a kind of training: all stages are one loop, `train`."""
-    name: str                              # of the command, and first on each line of metrics.jsonl
-    options: dict                          # its settings: name -> Option
-    # (run, phase) -> an object with batch(progress, size): this rank's share of a global batch of so many sequences
-    batches: typing.Callable
-
-
-class TextBatches:
-    """Batches of pretrain: windows of the training text in the order of Order, of which every token is predicted."""
-
-    def __init__(self, run, phase):
-        self.run, self.depths = run, 1 + run.config.num_nextn_predict_layers
-        self.order = Order(run.corpus, phase, self.depths, run.settings["seed"])
-
-    def batch(self, progress, size):
-        run = self.run
-        windows = self.order.batch(progress["tokens"], size)[own_sequences(run.plan, size)]
-        return examples(windows, self.depths, run.device, run.document_end)
-
-
-PRETRAIN = Stage("pretrain", OPTIONS | PLAN_OPTIONS, TextBatches)
+STAGES = {kind.name: kind for kind in (Pretrain, SFT, RL)}
 
 
 @dataclass
 class Run:
     """A training run. open_run fills the fields in this order; afterwards only `progress` changes."""
-    stage: Stage
+    kind: type                             # of stage: Pretrain, SFT or RL
     given: dict                            # what was typed
     settings: dict = None                  # all settings by name, with what `auto` became
     checkpoint: Path = None                # where it goes on from; None: it begins
     stored: dict = None                    # config.json of the run that goes on
-    source: "Source" = None                # where a new run has its weights from; None: initialised
+    source: object = None                  # where a new run has its weights from; None: initialised
     device: torch.device = None
     encoding: tiktoken.Encoding = None     # of a named tokenizer; None: learnt from the text
     config: Config = None                  # of the model
@@ -1202,6 +1865,7 @@ class Run:
     phases: list = None                    # of Phase
     folder: Path = None                    # where it writes
     lock: typing.IO = None                 # of the folder: ours as long as this file is open
+    stage: Stage = None
     corpus: Corpus = None
     progress: dict = None                  # where it stands, stored with checkpoints
 
@@ -1215,19 +1879,20 @@ def beginning():
     """The progress of a run without a step; all of it is stored with checkpoints."""
     progress = dict(step=0, tokens=0, phase=0, phase_tokens=0)            # phase: its number; tokens: of all phases
     progress |= dict(skipped=0, skipped_in_a_row=0)                       # steps that were not finite
+    progress |= dict(pass_rates=[])                                       # of rl: by task, -1 where it is not known
     return progress | dict(placement=[], expert_load=[])                  # of live balance
 
 
-def open_run(stage, given):
+def open_run(kind, given):
     """A Run, ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
-    run = Run(stage, given)
+    run = Run(kind, given)
     # 1. settings: of the run that goes on, or new ones
     if parallel.is_restarted():
         given = restarted(given)
     if given.get("resume"):
-        run.settings, run.stored, run.checkpoint = resume_settings(given)
+        run.settings, run.stored, run.checkpoint = resume_settings(kind, given)
     else:
-        run.settings = settings_of(given)
+        run.settings = settings_of(given, kind.options, kind.recipe)
     # 2. the device, and what `auto` becomes on it
     run.device = parallel.pick_device(run.settings["device"])
     fix_automatic(run.settings, run.device)
@@ -1248,7 +1913,8 @@ def open_run(stage, given):
     # 5. the phases, each of which must fit the plan
     run.phases = phases_of(run, given)
     refuse_too_large(run)
-    # 6. the other processes
+    # 6. what is compiled, and the other processes
+    fix_compiled(run.settings, run.plan, run.device)
     parallel.join_world(run.device, timedelta(seconds=run.settings["timeout"]))
     refuse_unequal_ranks(run)
     # 7. the folder
@@ -1274,17 +1940,15 @@ def phases_of(run, given):
         for _, sequences in phase.batches:
             plan = replace(run.plan, seq_len=phase.seq_len, global_batch=sequences)
             check_plan(run.config, plan, devices=parallel.world_size())
+            parallel.refuse_what_is_not_run(plan)
     return phases
 
 
 def fill_run(run):
     """The steps of open_run that need the folder."""
-    # 8. the text
-    cache = parallel.first_does(lambda: make_cache(run.settings, run.encoding, run.config.vocab_size,
-                                                   run.folder.parent))
-    run.corpus = open_corpus(cache)
-    for phase in run.phases:
-        run.stage.batches(run, phase)                                     # refuses text that is too short
+    # 8. the data
+    run.stage = run.kind(run)
+    run.corpus = run.stage.open_data()
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
@@ -1302,17 +1966,19 @@ def restarted(given):
     return given
 
 
-def resume_settings(given):
+def resume_settings(kind, given):
     """The stored settings of a run with what may be changed -> (settings, stored config.json, checkpoint)."""
     folder, checkpoint = find_checkpoint(given["resume"])
     stored = read_config(folder)
     settings = stored["settings"]
+    if stored["stage"] != kind.name:
+        raise UserError(f"{folder} is a run of {stored['stage']}: python train.py {stored['stage']} --resume {folder}")
     if stored.get("rules") != RULES:
         raise UserError(f"{folder} was begun under other rules of train.py, at commit {stored.get('commit')}: resume "
                         f"it with that version, or start a new run")
     if Path(given.get("out", folder)).resolve() != folder.resolve():
         raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away")
-    given = {name: value for name, value in given.items() if (name, value) != ("precision", "auto")}
+    given = {name: value for name, value in given.items() if name not in ("precision", "compile") or value != "auto"}
     for name, value in given.items():
         if name not in CHANGEABLE and value != settings[name]:
             raise UserError(f"{flag(name)} {value}: the run in {folder} has {settings[name]!r}, and resuming cannot "
@@ -1332,6 +1998,19 @@ def fix_automatic(settings, device):
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     settings["threads"] = torch.get_num_threads()
+
+
+def fix_compiled(settings, plan, device):
+    """--compile, from here on in this process; what `auto` becomes is stored, and kept on resume."""
+    wanted = settings["compile"]
+    why_not = compile_operators(wanted != "none", device)
+    if wanted == "auto":
+        settings["compile"] = "none" if why_not else "operators"
+    elif why_not:
+        raise UserError(f"--compile {wanted}: {why_not}; --compile none does without, also with --resume: the losses "
+                        f"are then the same within rounding, no longer bit for bit")
+    if wanted == "layers" and (plan.world_size > 1 or not plan.is_plain or plan.recompute or plan.swap):
+        raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
 
 
 def fit_plan(run):
@@ -1409,8 +2088,9 @@ def refuse_unequal_ranks(run):
 class RunSource:
     """--init names a run or one of its checkpoints."""
 
-    def __init__(self, init):
+    def __init__(self, init, average):
         self.folder, self.checkpoint = find_checkpoint(init, "--init")
+        self.checkpoints = newest_to(self.checkpoint, average)
         self.stored = read_config(self.folder)
         progress = progress_of(self.checkpoint, self.stored["phases"])
         # as its last phase left it; it sees no more text than it was trained on
@@ -1427,9 +2107,18 @@ class RunSource:
     def check(self, config):
         """A run's own config.json and tensors are one; config may have other MTP layers."""
 
+    @torch.no_grad()
     def fill(self, model, grid=None):
-        parallel.first_does(lambda: refuse_damaged(self.checkpoint))
-        parallel.load_trained(self.checkpoint, model, self.config.num_nextn_predict_layers, grid)
+        for number, checkpoint in enumerate(self.checkpoints, 1):
+            parallel.first_does(lambda: refuse_damaged(checkpoint))
+            parallel.load_trained(checkpoint, model, self.config.num_nextn_predict_layers, grid)
+            weights = list(model.state_dict().values())
+            if number == 1:
+                means = weights if len(self.checkpoints) == 1 else [weight.clone() for weight in weights]
+            for mean, weight in zip(means, weights):
+                mean.lerp_(weight, 1 / number)
+        for mean, weight in zip(means, weights):
+            weight.copy_(mean)
 
 
 class FolderSource:
@@ -1450,12 +2139,24 @@ class FolderSource:
         parallel.load_published(model, self.pieces)
 
 
-def open_source(init):
+def newest_to(checkpoint, count):
+    """A checkpoint and those before it, `count` in all."""
+    last = int(checkpoint.name.removeprefix("step_"))
+    steps = [step for step in parallel.steps_in(checkpoint.parent) if step <= last]
+    if len(steps) < count:
+        raise UserError(f"--average {count}: {checkpoint.parent} has {len(steps)} checkpoints up to {checkpoint.name}; "
+                        f"--save-every and --keep of that run say how many stay")
+    return [checkpoint.parent / f"step_{step}" for step in steps[-count:]]
+
+
+def open_source(init, average=1):
     if (folder_of(init) / "ckpt").exists():
-        return RunSource(init)
+        return RunSource(init, average)
     if not Path(init, "config.json").exists():
         raise UserError(f"--init {init}: neither a run's folder, with checkpoints in ckpt, nor a Hugging Face folder, "
                         f"with config.json")
+    if average > 1:
+        raise UserError(f"--average {average} is of a run's checkpoints, and --init {init} is a Hugging Face folder")
     return FolderSource(init)
 
 
@@ -1472,7 +2173,7 @@ def open_init(run):
         return
     if "preset" in run.given:
         raise UserError("--init brings a model's shape: leave --preset away")
-    run.source = open_source(settings["init"])
+    run.source = open_source(settings["init"], settings["average"])
     run.config = config_of(run.source, settings)
     run.encoding = run.source.encoding() if learn else find_encoding(settings["tokenizer"])
     refuse_larger(run.encoding, run.config)
@@ -1584,12 +2285,14 @@ def newest(folder):
 def read_config(folder):
     """config.json of a run, checked: `config` is a Config, `phases` are Phases, an older run's missing settings are the
     defaults."""
-    path, options = folder / "config.json", OPTIONS | PLAN_OPTIONS
+    path = folder / "config.json"
     try:
         stored = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{folder} has no readable config.json: it is no run's folder") from None
     try:
+        stored = dict(stage=Pretrain.name) | stored
+        options = OPTIONS | PLAN_OPTIONS | STAGES[stored["stage"]].options
         settings = {name: option.default for name, option in options.items()} | stored["settings"]
         settings = {name: settings[name] for name in options}             # none that went since
         given = {name: value for name, value in stored["given"].items() if name in options}
@@ -1637,7 +2340,8 @@ def progress_of(checkpoint, phases):
 
 def write_config(run, given, **facts):
     """config.json: all that a resumed run needs to know, and facts about where it ran."""
-    facts |= dict(rules=RULES, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan), given=given,
+    facts |= dict(rules=RULES, stage=run.kind.name, given=given,
+                  config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan),
                   settings=run.settings | dict(resume=""), phases=[dataclasses.asdict(phase) for phase in run.phases],
                   corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
                   torch=torch.__version__)
@@ -1726,7 +2430,8 @@ def build(run, phase, checkpoint):
     if settings["train"] == "mtp":
         freeze_trunk(model)
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
-    compile_parts(settings["compile"], model, plan)
+    if settings["compile"] == "layers":
+        compile_model(model)
     # 2. the optimizer; its rate is set at each step
     kind = parallel.HostAdamW if "optimizer" in plan.swap else torch.optim.AdamW
     optimizer = kind(parallel.param_groups(model), lr=0.0, eps=1e-8, fused=True,
@@ -1746,45 +2451,42 @@ def freeze_trunk(model):
         layer.requires_grad_(True)
 
 
-def compile_parts(wanted, model, plan):
-    """--compile, for a model that is built."""
-    why_not = compile_operators(wanted == "operators", next(model.parameters()).device)
-    if why_not:
-        raise UserError(f"--compile operators: {why_not}; leave it away")
-    if wanted == "layers":
-        if plan.world_size > 1 or not plan.is_plain or plan.recompute or plan.swap:
-            raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
-        compile_model(model)
-    if wanted != "none":
-        print(f"the first step compiles {wanted} too: some seconds, less with what is in its cache", flush=True)
-
-
-def train(stage, given):
+def train(kind, given):
     """Opens a run and trains it to its end, or until it is asked to stop."""
     with refusals():
-        run = open_run(stage, given)
-    introduce(run)
-    if is_done(run):
-        return
+        run = open_run(kind, given)
+    try:
+        introduce(run)
+        if not is_done(run):
+            train_to_end(run)
+    finally:
+        if run.lock:
+            run.lock.close()
+
+
+def train_to_end(run):
     settings, progress, checkpoint = run.settings, run.progress, run.checkpoint
     stop, log = Stopper(), Log(run)
-    saver = parallel.Saver(run.folder / "ckpt", settings["keep"])
+    saver = parallel.Saver(run.folder / "ckpt", settings["keep"],
+                           keep_too=first_of_doublings if settings["keep_growing"] else lambda steps: ())
 
     while not is_done(run) and not stop.agreed:
         # a phase has batches of its own, and a model that is built for it, as the checkpoint left it
         phase = run.phases[progress["phase"]]
-        batches = stage.batches(run, phase)
         pipeline, optimizer = build(run, phase, checkpoint)
+        run.stage.begin(phase, pipeline)
+
         while not phase_is_done(run) and not stop.agreed:
             # 1. the batch: how many sequences, which, at what rate
             began = time.perf_counter()
             size = phase.batch(progress["phase_tokens"])
-            batch = batches.batch(progress, size)
+            batches = run.stage.batches(progress, size)
             line = advance(run, phase, size, optimizer)
 
-            # 2. the step; tolist waits for the device, the only time
-            measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
-            line |= dict(zip(MEASURES, measures.tolist()))
+            # 2. the step, of one update of the weights, or of several in rl; tolist waits for the device
+            for batch in batches:
+                measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
+            line |= dict(zip(MEASURES, measures.tolist())) | run.stage.measures()
             stop.agreed = line.pop("stop") > 0                            # at the same step on all ranks
             count_skips(run, line)
             line |= watch_loads(run, pipeline.grid, optimizer, loads)
@@ -1792,17 +2494,13 @@ def train(stage, given):
 
             # 3. the log; once in a while held-out text and checkpoint
             if is_done(run) or is_due(settings["eval_every"], progress["step"]):
-                line |= evaluate(pipeline, run.corpus, run.document_end)
+                line |= run.stage.evaluate(pipeline)
             log.write(line)
             saver.poll()                                                  # raises if a checkpoint could not be written
             if is_due(settings["save_every"], progress["step"]) and progress["skipped_in_a_row"] == 0:
                 save_finite(run, saver, pipeline, optimizer)
         checkpoint = end_phase(run, saver, pipeline, optimizer)
     conclude(run, checkpoint)
-
-
-def pretrain(given):
-    train(PRETRAIN, given)
 
 
 def advance(run, phase, size, optimizer):
@@ -1814,7 +2512,7 @@ def advance(run, phase, size, optimizer):
     lr = phase.learning_rate(progress["phase_tokens"])
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return dict(stage=run.stage.name, step=progress["step"], tokens=progress["tokens"], lr=lr)
+    return dict(stage=run.kind.name, step=progress["step"], tokens=progress["tokens"], lr=lr)
 
 
 def end_phase(run, saver, pipeline, optimizer):
@@ -1837,6 +2535,14 @@ def is_done(run):
 def is_due(every, step):
     """Whether something falls on this step that is done every so many; 0: never."""
     return every > 0 and step % every == 0
+
+
+def first_of_doublings(steps):
+    """Of ascending steps the first in each of 1, 2-3, 4-7, 8-15, ...: what is once among them stays among them."""
+    first = {}
+    for step in steps:
+        first.setdefault(step.bit_length(), step)
+    return list(first.values())
 
 
 def watch_loads(run, grid, optimizer, loads):
@@ -1919,13 +2625,15 @@ class Log:
     def write(self, line):
         with naming(self.file.name):
             self.file.write(json.dumps(line) + "\n")
+        compiled = self.run.settings["compile"]
+        if self.busy == 0 and compiled != "none":
+            print(f"the first step, which compiled {compiled}, took {line['step_ms'] / 1e3:.1f} s", flush=True)
         self.busy += line["step_ms"] / 1e3
         seconds_a_token = self.busy / (line["tokens"] - self.first_token)
         left = clock(max(0, self.total - line["tokens"]) * seconds_a_token)
         print_step(self.run, line, share=min(1, line["tokens"] / self.total), left=left)
 
 
-LEAST_FOR_XZ = 8 << 10                     # held-out bytes below which xz's own frame would make its share meaningless
 
 
 def print_step(run, line, share, left):
@@ -1948,18 +2656,14 @@ def print_step(run, line, share, left):
 
 def introduce(run):
     """What will be trained, on what."""
-    facts, settings, plan = run.corpus.facts, run.settings, run.plan
     millions = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.config).items()}
-    begins = settings["init"] or settings["preset"]
+    plan, settings, begins = run.plan, run.settings, run.settings["init"] or run.settings["preset"]
     print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
           f"{millions['total']} parameters, {millions['active']} active; MTP {millions['mtp']} more")
     cuts = " ".join(f"{axis} {getattr(plan, axis)}" for axis in ("pp", "dp", "cp", "tp", "ep"))
     print(f"processes: {parallel.world_size()} ({cuts}), {plan.node_size} in a node, {plan.dispatch} exchange; a "
           f"checkpoint takes {12 * parameters(run.config) / 2**30:.2g} GiB")
-    xz = f" (xz -9 {facts['xz']:,})" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
-    print(f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
-          f"{facts['heldout_bytes']:,} held out{xz}, tokens {facts['tokens']}")
-    for line in (*notes(run), *run.phases):
+    for line in (*run.stage.describe(run.corpus.facts), *levels_alike(run), *run.phases):
         print(line, flush=True)
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
@@ -1967,21 +2671,14 @@ def introduce(run):
         print(f"{run.folder} is finished: {run.progress['step']} steps; --steps with a larger number trains on")
 
 
-def notes(run):
-    """Lines on what is not as the settings may have been meant."""
-    # 1. of few pieces of text, the share that is held out can be far from the one asked for
-    facts, asked = run.corpus.facts, run.settings["heldout"]
-    share = facts["heldout_bytes"] / max(1, facts["train_bytes"] + facts["heldout_bytes"])
-    if facts["heldout_bytes"] < HELDOUT_BYTES / 2 and not asked / 2 <= share <= 2 * asked:
-        yield f"held out is {share:.2%} of this text, not {asked:.2%}: it has few pieces, or uneven ones"
-
-    # 2. levels of the balance loss that mean the same under this plan
+def levels_alike(run):
+    """A line where levels of the balance loss mean the same under this plan."""
     def group(level):
         return balance_group(replace(run.config, balance=level, balance_group=0), run.plan)
 
     chosen, levels = run.config.balance, {"sequence", "micro_batch", "ep_group", "dp_group"}
     alike = sorted(level for level in levels - {chosen} if group(level) == group(chosen))
-    if chosen != "none" and alike:
+    if chosen != "none" and run.config.aux_loss_alpha and alike:
         yield f"balance={chosen} is {' and '.join(alike)} too in this plan: --micro-batch, --ep and --dp set them apart"
 
 
@@ -1990,11 +2687,16 @@ def conclude(run, checkpoint):
     if parallel.rank() > 0:
         return
     if not is_done(run):
-        print(f"stopped after step {run.progress['step']}; go on with: python train.py pretrain --resume {run.folder}")
+        print(f"stopped after step {run.progress['step']}; go on with: python train.py {run.kind.name} --resume "
+              f"{run.folder}")
         return
     try:
-        text = continue_text(dict(init=str(checkpoint), prompt="def ", device=run.settings["device"]))
-    except RuntimeError as error:                                         # a model that fits on several devices only
+        settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()}
+        opened = open_model(str(checkpoint), parallel.pick_device(run.settings["device"]))
+        prompt = run.stage.example
+        (text,), _ = continue_texts(opened, [prompt], settings, chat=run.kind is not Pretrain)
+    except (RuntimeError, ValueError) as error:                           # it fits on several devices only, or its
+        # window is shorter than this prompt
         print(f"no sample: {str(error).splitlines()[0]}")
         return
     write_whole(run.folder / "sample.txt", text)
@@ -2006,8 +2708,14 @@ def conclude(run, checkpoint):
 
 SAMPLE_OPTIONS = dict(
     init=option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
-    prompt=option("", "text to continue; default: the beginning of a document"),
-    new_tokens=option(200, "tokens to write", least=0, most=10**9),
+    prompt=option([], "text to continue, or, by a model after sft, to answer; several at once; \"\": the beginning of "
+                      "a document. Default: what a pipe brings, and at a terminal line after line"),
+    average=OPTIONS["average"],
+    file=option("", "FILE with the text to continue"),
+    new_tokens=option(0, "tokens to write, or up to the end of the document; 0: 200, or what the model's window holds",
+                      least=0, most=10**9),
+    draft=option(0, "tokens that multi-token prediction drafts in each step and the model checks: faster where drafts "
+                    "hold, and as likely as without", least=0, most=64),
     temperature=option(0.8, "below 0.01: always the likeliest token", least=0, most=100),
     top_k=option(0, "choose among the k likeliest; 0: all", least=0, most=2**31),
     top_p=option(0.95, "choose among the likeliest that hold this probability together", least=0.001, most=1),
@@ -2017,13 +2725,62 @@ SAMPLE_OPTIONS = dict(
 
 
 def sample(given):
+    settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()} | given
+    if not settings["init"]:
+        raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
     with refusals():
-        print(continue_text(given))
+        opened = open_model(settings["init"], parallel.pick_device(settings["device"]), settings["average"])
+        chat = is_chat(settings["init"])
+        for prompts in prompts_of(settings):
+            write_texts(opened, prompts, settings, chat)
 
 
-def open_model(init, device):
+def prompts_of(settings):
+    """Lists of prompts to continue at once: what was typed and a file's text; without them a pipe's, or a list for
+    each line of a terminal."""
+    prompts = [os.fsencode(prompt) for prompt in settings["prompt"]]      # as the terminal gave them
+    if settings["file"]:
+        prompts.append(Path(settings["file"]).read_bytes())
+    if prompts:
+        yield [prompt.decode(errors="replace") for prompt in prompts]
+    elif not sys.stdin.isatty():
+        yield [sys.stdin.buffer.read().decode(errors="replace")]
+    else:
+        print("a line is a prompt; Ctrl-D ends", file=sys.stderr)
+        while True:
+            try:
+                yield [input("> ")]
+            except EOFError:
+                return
+
+
+def is_chat(init):
+    """Whether the model of --init learnt to answer, rather than to continue."""
+    folder = folder_of(init)
+    return bool(newest(folder)) and read_config(folder)["stage"] != Pretrain.name
+
+
+def write_texts(opened, prompts, settings, chat):
+    """On the screen: one text as it comes, several when they are whole; how drafts did."""
+    start = time.perf_counter()
+    if len(prompts) == 1:
+        print(prompts[0], end="\n" * chat, flush=True)
+        _, result = continue_texts(opened, prompts, settings, chat, partial(print, end="", flush=True))
+        print()
+    else:
+        texts, result = continue_texts(opened, prompts, settings, chat)
+        for number, text in enumerate(texts, 1):
+            print(f"--- {number}\n{text}")
+    rate = sum(len(answer.ids) for answer in result.answers) / (time.perf_counter() - start)
+    if settings["draft"] and result.rounds:
+        shares = ", ".join(f"{held / result.rounds:.0%}" for held in result.held)
+        mean = 1 + sum(result.held) / result.rounds
+        print(f"{rate:.0f} tokens/s; drafts that held: {shares}; {mean:.2f} tokens a step", file=sys.stderr)
+
+
+def open_model(init, device, average=1):
     """--init -> (its model, its tokenizer, END's id)."""
-    source = open_source(init)
+    source = open_source(init, average)
     source.check(source.config)
     model = Model(source.config).to(device)
     source.fill(model)
@@ -2032,25 +2789,42 @@ def open_model(init, device):
     return model, encoding, encoding.encode_single_token(END)
 
 
-def continue_text(given):
-    """The prompt, and what the model of a checkpoint writes after it. given: some of SAMPLE_OPTIONS."""
-    settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()} | given
-    if not settings["init"]:
-        raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
-    device = parallel.pick_device(settings["device"])
-    model, encoding, end = open_model(settings["init"], device)
-    prompt = os.fsencode(settings["prompt"]).decode(errors="replace")     # as the terminal gave it
-    ids = torch.tensor([[end, *encoding.encode_ordinary(prompt)]], device=device)
-    how = {name: settings[name] for name in ("new_tokens", "temperature", "top_k", "top_p", "seed")}
+def continue_texts(opened, prompts, settings, chat, on_text=None):
+    """-> ([each prompt with what the model writes after it], model.Answers). opened: of open_model; settings: those of
+    SAMPLE_OPTIONS; chat: prompts are a user's words, which the assistant answers; on_text takes what is written after a
+    single prompt, piece by piece."""
+    model, encoding, end = opened
+    device = next(model.parameters()).device
+    if chat:
+        ids, stop = [question(encoding, end, prompt) for prompt in prompts], special_id(encoding, TURN_END)
+    else:
+        ids, stop = [[end, *encoding.encode_ordinary(prompt)] for prompt in prompts], end
+    ids = [torch.tensor(prompt, device=device) for prompt in ids]
+    how = {name: settings[name] for name in ("temperature", "top_k", "top_p", "seed")}
     if how["temperature"] < 0.01:
         how["temperature"] = 0                                            # so near to it that a division overflows
-    ids = generate(model, ids, **how)
-    known = [i for i in ids[0, 1:].tolist() if i <= end]                  # the model may have more rows than tokens
-    return encoding.decode_bytes(known).decode(errors="replace")
+    room = model.config.max_position_embeddings - max(map(len, ids))
+    new_tokens = settings["new_tokens"] or max(1, min(200, room))
+    # a character may end in a later token: what it lacks waits in its decoder
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
+    texts = [prompt + "\n" * chat for prompt in prompts]
+
+    def on_tokens(number, ids, final=False):
+        known = [i for i in ids if i < encoding.n_vocab and i != stop]     # the model may have more rows than tokens
+        piece = decoders[number].decode(encoding.decode_bytes(known), final)
+        texts[number] += piece
+        if on_text is not None:
+            on_text(piece)
+
+    result = generate(model, ids, new_tokens, **how, drafts=settings["draft"], stop=(stop,), on_tokens=on_tokens)
+    for number in range(len(prompts)):
+        on_tokens(number, [], final=True)
+    return texts, result
 
 
 EXPORT_OPTIONS = dict(
     init=SAMPLE_OPTIONS["init"],
+    average=OPTIONS["average"],
     out=option("", "the Hugging Face folder that is made"),
     dtype=option("bf16", "of what is written", choices=("bf16", "fp32")),
 )
@@ -2062,7 +2836,7 @@ def export(given):
     if not settings["init"] or not settings["out"]:
         raise UserError("export needs --init, a run's folder, and --out, the Hugging Face folder to make")
     with refusals():
-        model, encoding, end = open_model(settings["init"], torch.device("cpu"))
+        model, encoding, end = open_model(settings["init"], torch.device("cpu"), settings["average"])
         dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[settings["dtype"]]
         config = config_to_hf(model.config) | dict(torch_dtype=str(dtype).removeprefix("torch."), bos_token_id=end,
                                                    eos_token_id=end)
@@ -2084,7 +2858,9 @@ class Command(typing.NamedTuple):
 
 
 COMMANDS = dict(
-    pretrain=Command(pretrain, PRETRAIN.options, "train on text (the command that is meant if none is given)"),
+    pretrain=Command(partial(train, Pretrain), Pretrain.options, "train on text (meant where no command is given)"),
+    sft=Command(partial(train, SFT), SFT.options, "fine-tune the model of --init on conversations"),
+    rl=Command(partial(train, RL), RL.options, "reinforce what checkers reward, from the model of --init"),
     sample=Command(sample, SAMPLE_OPTIONS, "write text"),
     export=Command(export, EXPORT_OPTIONS, "write a Hugging Face folder"),
 )
@@ -2156,7 +2932,7 @@ def main(argv=None):
         sys.exit("train.py: interrupted")
     except (UserError, parallel.CheckpointError, OSError) as error:
         shared = isinstance(error, UserError)                             # what was typed, all ranks refuse
-        if parallel.rank() == 0 or not shared:
+        if str(error) and (parallel.rank() == 0 or not shared or isinstance(error, CheckerError)):
             advice = ""
             if isinstance(error, parallel.SaveFailed):
                 advice = "; make room, then --resume the run, or start it again if this was its first checkpoint"

@@ -401,7 +401,6 @@ def check_routing(config, model, routing, right):
         assert torch.equal(loads, counts), f"loads of layer {layer}"
         dropped += expected.numel() - len(kept)
     assert int(stats["dropped"]) == dropped
-    assert int(stats["rows"]) == sum(ids.numel() for ids in right.ids)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -958,49 +957,6 @@ def test_a_checkpoint_of_another_shape_is_refused():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Behaviour
-
-
-def test_generate_is_a_function_of_its_seed():
-    model, prompt = build(SMALL, torch.float32), torch.tensor([[3, 1, 4]])
-    runs = [M.generate(model, prompt, 12, seed=seed) for seed in (0, 0, 1)]
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-    assert runs[0].shape == (1, 15) and torch.equal(runs[0][:, :3], prompt)
-    assert model.training
-
-
-def test_generate_keeps_to_top_k_and_top_p():
-    model, prompt = build(SMALL, torch.float32), torch.tensor([[3, 1, 4]])
-    greedy = M.generate(model, prompt, 12, temperature=0)
-    for same in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)):
-        assert torch.equal(M.generate(model, prompt, 12, seed=5, **same), greedy), same
-    drawn = M.generate(model, prompt, 40, top_k=4, temperature=5.0, seed=1)
-    probabilities = model(drawn).logits.softmax(-1)[0]
-    for position, token in enumerate(drawn[0, 3:].tolist(), 2):
-        assert (probabilities[position] > probabilities[position, token]).sum() < 4
-    drawn = M.generate(model, prompt, 40, top_p=0.4, seed=1)
-    probabilities = model(drawn).logits.softmax(-1)[0]
-    for position, token in enumerate(drawn[0, 3:].tolist(), 2):
-        likelier = probabilities[position][probabilities[position] > probabilities[position, token]]
-        assert likelier.sum() < 0.4
-    assert torch.equal(drawn, M.generate(model, prompt, 40, top_p=0.4, seed=1))
-
-
-def test_generate_goes_on_past_the_positions():
-    """Beyond max_position_embeddings the model sees the newest tokens only."""
-    model, prompt = build(SMALL, torch.float32), torch.arange(60).unsqueeze(0)
-    drawn = M.generate(model, prompt, 8, temperature=0)
-    assert drawn.shape == (1, 68)
-    assert drawn[0, -1] == model(drawn[:, -65:-1]).logits[0, -1].argmax()
-
-
-def test_generate_draws_by_probability():
-    """1,000 first tokens against the model's probabilities at temperature 2, within 5 standard errors."""
-    config = replace(SMALL, vocab_size=4, num_hidden_layers=1, num_nextn_predict_layers=0)
-    model, prompt = build(config, torch.float32), torch.tensor([[3, 1]])
-    expected = (model(prompt).logits[0, -1] / 2).softmax(-1)
-    drawn = torch.tensor([M.generate(model, prompt, 1, temperature=2.0, seed=seed)[0, -1] for seed in range(1000)])
-    shares = drawn.bincount(minlength=4) / 1000
-    assert ((shares - expected).abs() < 5 * (expected * (1 - expected) / 1000).sqrt()).all(), (shares, expected)
 
 
 def train_on_one_batch(steps, lr, config, forward=None):

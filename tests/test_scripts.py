@@ -26,6 +26,13 @@ def test_bench_step(dtype):
     assert "commit" in out.splitlines()[-1]
 
 
+def test_bench_decode():
+    """A row for each context; all contenders wrote the same tokens."""
+    out = run("tests/bench_decode.py", "--tiny")
+    assert "absorbed" in out and "batch 2" in out
+    assert "commit" in out.splitlines()[-1]
+
+
 def test_bench_memory():
     """A row for each item, and sets; none of them changes the loss."""
     out = run("tests/bench_memory.py", "--tiny")
