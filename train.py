@@ -2111,7 +2111,7 @@ class RunSource:
             parallel.load_trained(checkpoint, model, self.config.num_nextn_predict_layers, grid)
             weights = list(model.state_dict().values())
             if number == 1:
-                means = [weight.clone() for weight in weights]
+                means = weights if len(self.checkpoints) == 1 else [weight.clone() for weight in weights]
             for mean, weight in zip(means, weights):
                 mean.lerp_(weight, 1 / number)
         for mean, weight in zip(means, weights):

@@ -331,7 +331,7 @@ def test_a_rank_of_the_largest_model_takes_little_more_than_its_own(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py: --init, export, tokenizers of folders
 
-TINY = ("--seq-len 16 --global-batch 4 --micro-batch 2 --threads 1 --precision fp32 --eval-every 0 --heldout 0 --set "
+TINY = ("--seq-len 16 --global-batch 4 --micro-batch 2 --threads 1 --precision fp32 --compile none --heldout 0 --set "
         "hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
         "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
         "qk_rope_head_dim=4 v_head_dim=8").split()
@@ -365,7 +365,7 @@ def opened(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def open_with(*flags):
-        words = "pretrain --threads 1 --precision fp32 --global-batch 4 --micro-batch 2 --steps 2 --data".split()
+        words = "pretrain --threads 1 --global-batch 4 --micro-batch 2 --steps 2 --compile none --data".split()
         _, given = train.parse([*words, str(trained.parent / "text.txt"), *map(str, flags)])
         new = train.open_run(train.Pretrain, given)
         new.lock.close()
@@ -398,7 +398,7 @@ def test_it_trains_and_goes_on_without_its_source(trained, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "conclude", lambda run, checkpoint: None)
     shutil.copytree(trained, tmp_path / "a")
-    how = "--lr 1e-3 --global-batch 4 --micro-batch 2 --seq-len 16 --threads 1 --precision fp32 --heldout 0".split()
+    how = "--lr 1e-3 --global-batch 4 --micro-batch 2 --seq-len 16 --threads 1 --heldout 0 --compile none".split()
     data = "--data", trained.parent / "text.txt"
     run("pretrain", "--init", "a", "--mtp-depth", 2, "--train", "mtp", *how, *data, "--steps", 2, "--out", "b")
     shutil.rmtree("a")
@@ -483,8 +483,8 @@ def test_an_exported_model_without_its_mtp_layers(exported, opened):
 @pytest.mark.slow
 def test_ranks_begin_with_the_same_weights(trained, exported, tmp_path):
     """One process from a run, and two from the folder that was exported of it, under several plans: equal losses."""
-    how = "--global-batch 4 --seq-len 16 --threads 1 --precision fp32 --heldout 0 --steps 2 --lr 1e-3 --data".split()
-    how += [trained.parent / "text.txt", "--set", "balance_group=2", "--micro-batch", 2]
+    how = "--global-batch 4 --seq-len 16 --threads 1 --precision fp32 --heldout 0 --steps 2 --lr 1e-3".split()
+    how += ["--compile", "none", "--data", trained.parent / "text.txt", "--set", "balance_group=2", "--micro-batch", 2]
     for train_what, plans in dict(all=["--ep 2 --zero 3", "--pp 2"], mtp=["--tp 2 --sp 1 --zero 1"]).items():
         alone = tmp_path / f"alone_{train_what}"
         run("pretrain", "--init", trained, "--mtp-depth", 2, "--train", train_what, *how, "--out", alone)
