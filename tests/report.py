@@ -44,8 +44,8 @@ UNITS = dict(
     drop_rate="share of copies dropped", reward="reward", reward_std="reward, standard deviation",
     solved="share of answers solved", zero_spread="share of groups alike", kl="KL to the reference, nats",
     entropy="entropy, nats a token", length="length of an answer, tokens", clip_share="share of tokens clipped",
-    router_diff="share of choices that differ")
-OF_RL = ("reward", "reward_std", "solved", "zero_spread", "kl", "entropy", "length", "clip_share", "router_diff")
+    router_diff="share of tokens routed otherwise", far="share of tokens off by ln 2")
+OF_RL = ("reward", "reward_std", "solved", "zero_spread", "kl", "entropy", "length", "clip_share", "router_diff", "far")
 
 
 def series(run, keys):
@@ -339,9 +339,10 @@ PICTURES = [
             "718B on 6K NPUs 1.46M tokens/s, MFU 30.0 %; on 4K before 0.61M, 18.9 %.",
             partial(series, keys=("lr", "tokens_per_s", "mem_gib", "mfu")), draw_series),
     Picture("rl", "Reinforcement learning",
-            "Groups alike have no spread of reward and teach nothing. Choices that differ: of experts, between the "
-            "model that sampled and the one that learns.",
-            "2512.01374: some 10 % of choices differ between two engines.", partial(series, keys=OF_RL), draw_series),
+            "Groups alike have no spread of reward and teach nothing. Routed otherwise: an expert of the token differs "
+            "between the model that sampled and the one that learns. Off: their log-probabilities differ by more.",
+            "reported of MoE with two engines: 10 % of choices differ, and 94 % of tokens in some layer.",
+            partial(series, keys=OF_RL), draw_series),
     Picture("balance", "Balance over time",
             "MaxVio, load of the busiest expert over the mean minus 1, mean over layers: 0 is even. Longer text is "
             "more even where batches lean different ways. Vertical lines: experts moved between devices. A drop rate "

@@ -23,6 +23,15 @@ TINY = ("--set hidden_size=16 num_hidden_layers=3 intermediate_size=32 vocab_siz
         "qk_rope_head_dim=4 v_head_dim=8 --seq-len 32 --global-batch 2 --micro-batch 2 --threads 1").split()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Runs neither compile, nor write a sample at their end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "conclude", lambda run, checkpoint: None)
+        patch.setattr(train, "compile_operators", lambda wanted, device=None: "this is a test")
+        yield
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
@@ -158,18 +167,16 @@ def test_scores_are_noted(model):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(quick, tmp_path_factory):
     """Runs of made-up text: 5 steps with everything, and one step without experts."""
     folder = tmp_path_factory.mktemp("runs")
     for name, lines in dict(a=300, b=20).items():                         # the second file is held out
         (folder / f"{name}.txt").write_text(f"the model {name} reads a word and guesses which one follows\n" * lines)
     text = ["--data", str(folder / "a.txt"), str(folder / "b.txt")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "conclude", lambda run, checkpoint: None)     # a sample takes its time
-        train.main([*text, "--steps", "5", "--save-every", "1", "--keep", "1", "--keep-growing", "1",
-                    "--record-loads", "1", "--out", str(folder / "full"), *TINY])
-        train.main([*text, "--steps", "1", "--out", str(folder / "dense"), *TINY, "--set", "first_k_dense_replace=3",
-                    "num_nextn_predict_layers=0"])
+    train.main([*text, "--steps", "5", "--save-every", "1", "--keep", "1", "--keep-growing", "1",
+                "--record-loads", "1", "--out", str(folder / "full"), *TINY])
+    train.main([*text, "--steps", "1", "--out", str(folder / "dense"), *TINY, "--set", "first_k_dense_replace=3",
+                "num_nextn_predict_layers=0"])
     return folder
 
 
@@ -276,9 +283,8 @@ def test_questions_are_consistent():
         assert max(active) < 1.02 * min(active), (name, active)           # the router's weights differ
 
 
-def test_budget_chooses_the_steps(runs, tmp_path, monkeypatch):
+def test_budget_chooses_the_steps(runs, tmp_path):
     """Twice the runs get half of the time each; what was chosen stays; too little is refused with what would do."""
-    monkeypatch.setattr(train, "conclude", lambda run, checkpoint: None)
     shapes = dict(narrow=replace(ablate.SHAPES["narrow"], **ablate.TINY))
     lab = ablate.Lab(tmp_path, shapes, [str(runs / "a.txt"), str(runs / "b.txt")])
     with pytest.raises(ValueError, match="--budget 0.1: 9 runs of 20 steps take [0-9]+ minutes"):
@@ -296,7 +302,6 @@ def test_budget_chooses_the_steps(runs, tmp_path, monkeypatch):
 def test_ablation_goes_on_where_it_stopped(runs, tmp_path, monkeypatch, capsys):
     """Table, picture and numbers; a second call makes no run, a third one those of a new seed. A run that diverged is
     counted, not averaged."""
-    monkeypatch.setattr(train, "conclude", lambda run, checkpoint: None)
     monkeypatch.setattr(ablate, "RATES", (1e-3, 3e-3))
     words = ["--tiny", "--only", "bias", "--out", str(tmp_path), "--data", str(runs / "a.txt"), str(runs / "b.txt")]
     ablate.main([*words, "--seeds", "1"])
