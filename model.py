@@ -1460,7 +1460,7 @@ class Block(Part):
         if routing is None:
             return self.mlp.dispatch(h)
         sent = self.mlp.dispatch(h, routing.get(self.index))
-        routing[self.index] = sent.ids.view(*x.shape[:2], -1)
+        routing[self.index] = sent.ids.view(*x.shape[:2], sent.ids.size(1))
         return sent
 
     def compute(self, sent):
@@ -1502,7 +1502,7 @@ class Output:
     total_loss: torch.Tensor | None = None    # for backward; aux_loss adds its value here, its gradient by itself
     logits: torch.Tensor | None = None        # (B,T,V)
     mtp_logits: list | None = None            # one (B,T,V) a depth
-    x: torch.Tensor | None = None             # with a cache: (B,T,C) before the last norm, from which MTP goes on
+    x: torch.Tensor | None = None             # with a cache: (B,T,C) that MTP goes on from, see mtp_hidden
 
 
 class Model(nn.Module):
@@ -1568,16 +1568,16 @@ class Model(nn.Module):
         positions, mask = cache.extend(x.size(1))
         layers = self.mtp_layers()
         layer = layers[min(depth, len(layers) - 1)]
-        if self.config.mtp_hidden == "post_norm":
-            x = self.head_norm(min(depth, len(layers)))(x)
         x = layer.join(self.embed(next_ids), x)
         x = layer(x, rope_table(self.config, positions, x.dtype), mask, cache=cache)
         return self.read_out(x, layer.shared_head["norm"], place)
 
     def read_out(self, x, norm, place):
         """Logits of the stream x (B,T,C), of all of it or in one place (B,) of each sequence."""
+        is_normed = self.config.mtp_hidden == "post_norm"                 # what MTP goes on from
+        x = norm(x) if is_normed else x
         at = x if place is None else x[torch.arange(len(x)), place].unsqueeze(1)
-        out = self.output([norm(at)], None, None, True)
+        out = self.output([at if is_normed else norm(at)], None, None, True)
         out.x = x
         return out
 
@@ -2130,7 +2130,7 @@ class Writer:
         self.main = Cache(model, trunk, **room)
         self.mtp = [Cache(model, [layer], **room) for layer in layers]
         if drafts:
-            self.main.add("x", model.config.hidden_size)                  # the residual stream that MTP starts from
+            self.main.add("x", model.config.hidden_size)                  # what MTP starts from
         tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         self.tokens = F.pad(tokens, (0, new_tokens + drafts + len(layers)))
         self.rows = torch.arange(len(prompts))                            # numbers of the prompts that are still here

@@ -887,7 +887,7 @@ def gather_sequence(group, x):
 def gather_together(group, *parts):
     """gather_sequence of several tensors (B, t, ...) by one collective."""
     whole = gather_sequence(group, torch.cat([part.flatten(2) for part in parts], -1))
-    widths = [part[0, 0].numel() for part in parts]
+    widths = [part.flatten(2).size(2) for part in parts]
     return [one.unflatten(-1, part.shape[2:]) for one, part in zip(whole.split(widths, -1), parts)]
 
 

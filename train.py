@@ -2768,10 +2768,11 @@ def write_texts(opened, prompts, settings, chat):
         for number, text in enumerate(texts, 1):
             print(f"--- {number}\n{text}")
     rate = sum(len(answer.ids) for answer in result.answers) / (time.perf_counter() - start)
-    if settings["draft"] and result.rounds:
+    drafts = ""
+    if settings["draft"]:
         shares = ", ".join(f"{held / result.rounds:.0%}" for held in result.held)
-        mean = 1 + sum(result.held) / result.rounds
-        print(f"{rate:.0f} tokens/s; drafts that held: {shares}; {mean:.2f} tokens a step", file=sys.stderr)
+        drafts = f"; drafts that held: {shares}; {1 + sum(result.held) / result.rounds:.2f} tokens a step"
+    print(f"{rate:.0f} tokens/s{drafts}", file=sys.stderr)
 
 
 def open_model(init, device, average=1):

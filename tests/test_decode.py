@@ -280,35 +280,42 @@ def by_definition(logits, temperature=1.0, top_k=4, top_p=1.0):
 # Several ranks
 
 
-def write_on_ranks(plan, config, prompts):
-    """Answers of this rank: its own prompts, those of its tensor group."""
+def write_on_ranks(plan, config, prompts, drafts):
+    """Answers of this rank to its own prompts, those of its tensor group, between two steps of training; gradient norms
+    of these steps."""
     model = Model(config).double()
     grid = parallel.parallelize(model, plan)
     parallel.init_weights(model, 5)
-    model.train()
-    answers = []
-    for drafts in (0, 2):
-        with parallel.generating(grid) as anybody:
-            result = generate(model, prompts[parallel.rank() // plan.tp], 20, temperature=0, stop=(3,), drafts=drafts,
-                              note_routing=True, anybody=anybody)
-        answers.append(result.answers)
-    # training goes on as if nothing had been written
     ids = torch.arange(16).view(2, 8) % 12
     batch = dict(ids=ids, targets=shifted(ids, (1, 2, 3), -100))
-    parallel.Pipeline(model, plan, grid).step([batch], torch.full((3,), 16.0 * plan.dp, dtype=torch.float64))
-    return answers, parallel.grad_norm(model, grid).item()
+    answers, norms = [], []
+    for step in range(2):
+        for number in drafts:
+            with parallel.generating(grid) as anybody:
+                result = generate(model, prompts[parallel.rank() // plan.tp], 20, temperature=0, stop=(3,),
+                                  drafts=number, note_routing=True, anybody=anybody)
+            answers.append(result.answers)
+        parallel.Pipeline(model, plan, grid).step([batch], torch.full((3,), 16.0 * plan.dp, dtype=torch.float64))
+        norms.append(parallel.grad_norm(model, grid).item())
+        torch.optim.SGD(parallel.param_groups(model), lr=0.1).step()
+        model.zero_grad()
+    return answers[:2], norms
 
 
-@pytest.mark.parametrize("axes", [dict(tp=2, sp=1, ep=2), dict(dp=2, ep=2, recompute=("layer",)),
-                                  dict(tp=2, dp=2, sp=1, ep=4)], ids=str)
+@pytest.mark.parametrize("axes", [dict(tp=2, sp=1, ep=2, zero=0), dict(dp=2, ep=2, zero=3, recompute=("layer",)),
+                                  dict(tp=2, dp=2, sp=1, ep=4, zero=1)], ids=str)
 def test_on_ranks(axes):
-    """As on one process: prompts of other numbers and lengths on each data rank, of which some end early."""
-    config = replace(SMALL, vocab_size=12, num_hidden_layers=2, init="small", num_nextn_predict_layers=2)
-    plan = Plan(**axes, micro_batch=2, global_batch=2 * axes.get("dp", 1), seq_len=8, precision="fp64", zero=0)
+    """As on one process: prompts of other numbers and lengths on each data rank, of which some end early. Training goes
+    on as if nothing had been written."""
+    config = replace(SMALL, vocab_size=12, num_hidden_layers=2, init="small", num_nextn_predict_layers=2,
+                     mtp_hidden="post_norm")
+    plan = Plan(**axes, micro_batch=2, global_batch=2 * axes.get("dp", 1), seq_len=8, precision="fp64")
     prompts = [some_ids(config, (1, 60, 7)), some_ids(config, (4,), seed=2)]
     alone = Model(config).double()
     alone.init_weights(5)
-    for rank, (answers, norm) in enumerate(dist.run(plan.world_size, write_on_ranks, plan, config, prompts)):
+    (_, undisturbed), *_ = dist.run(plan.world_size, write_on_ranks, plan, config, prompts, ())
+    for rank, (answers, norms) in enumerate(dist.run(plan.world_size, write_on_ranks, plan, config, prompts, (0, 2))):
+        assert norms == pytest.approx(undisturbed, rel=1e-9)
         for drafts, found in zip((0, 2), answers):
             expected = generate(alone, prompts[rank // plan.tp], 20, temperature=0, stop=(3,), drafts=drafts,
                                 note_routing=True).answers
@@ -317,7 +324,6 @@ def test_on_ranks(axes):
                 assert ours.log_probs == pytest.approx(true.log_probs, rel=1e-9)
                 for layer, ids in true.routing.items():
                     assert torch.equal(ours.routing[layer].sort(-1).values, ids.sort(-1).values)
-        assert norm > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +355,7 @@ def test_sample_takes_prompts_from_everywhere(sample, tmp_path):
     greedy = ("--temperature", 0, "--new-tokens", 20)
     (tmp_path / "prompt").write_text("das ö", "utf-8")
     expected, errors = sample("--prompt", "das ö", *greedy)
-    assert expected.startswith("das ö") and len(expected) > 10 and errors == ""
+    assert expected.startswith("das ö") and len(expected) > 10 and errors.endswith("tokens/s\n")
     assert sample("--file", tmp_path / "prompt", *greedy)[0] == expected
     assert sample(*greedy, stdin="das ö".encode())[0] == expected
     out, errors = sample(*greedy, "--draft", 2, "--prompt", "das ö")
