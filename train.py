@@ -2107,7 +2107,10 @@ class RunSource:
     @torch.no_grad()
     def fill(self, model, grid=None):
         for number, checkpoint in enumerate(self.checkpoints, 1):
-            parallel.first_does(lambda: refuse_damaged(checkpoint))
+            if grid is None:                                              # a rank reads alone
+                refuse_damaged(checkpoint)
+            else:
+                parallel.first_does(lambda: refuse_damaged(checkpoint))
             parallel.load_trained(checkpoint, model, self.config.num_nextn_predict_layers, grid)
             weights = list(model.state_dict().values())
             if number == 1:
