@@ -110,7 +110,7 @@ QUESTIONS = dict(
     shared=Question(                       # at equal active parameters
         {"1 shared": Arm(), "none": Arm(dict(n_shared_experts=0, num_experts_per_tok=5))},
         [Claim("a shared expert lowers the loss", "bpb", "1 shared", "none")]),
-    capacity=Question(
+    capacity=Question(                     # held-out text is dropped, too
         {"dropless": Arm(), **{f"factor {f}": Arm(dict(capacity_factor=f)) for f in (1.0, 1.5, 2.0)},
          "factor 1.0, large": Arm(dict(capacity_factor=1.0), "large")},
         [Claim("dropless has a lower loss than dropping", "bpb", "dropless", "factor 1.0"),
@@ -255,6 +255,10 @@ def paired(lower, higher, metric):
     return np.mean(pairs), half, len(pairs)
 
 
+def plus_minus(half):
+    return "" if np.isnan(half) else f" ± {half:.2g}"                     # one pair has no spread
+
+
 def verdict(claim, results):
     """A line on a claim; results: {label: {seed: metrics}}."""
     mean, half, pairs = paired(results[claim.lower], results[claim.higher], claim.metric)
@@ -267,7 +271,7 @@ def verdict(claim, results):
         word = "shows the opposite" if mean + half < 0 else "is within the spread"
     left_out = f", {lost} runs diverged and are left out" if lost else ""
     return (f"- {claim.text}: **{word}** ({METRICS[claim.metric]} of “{claim.higher}” minus “{claim.lower}”: "
-            f"{mean:+.4g} ± {half:.2g}, {pairs} pairs{left_out})")
+            f"{mean:+.4g}{plus_minus(half)}, pairs: {pairs}{left_out})")
 
 
 def table(name, question, results, configs):
@@ -283,7 +287,7 @@ def table(name, question, results, configs):
             spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.4g}{spread}" if values else "-")
         mean, half, _ = paired(results[first], by_seed, "bpb")
-        out.append(f"| {' | '.join(cells)} | {'' if label == first else f'{mean:+.4f} ± {half:.2g}'} |")
+        out.append(f"| {' | '.join(cells)} | {'' if label == first else f'{mean:+.4f}{plus_minus(half)}'} |")
     return "\n".join([*out, "", *[verdict(claim, results) for claim in question.claims]])
 
 

@@ -256,7 +256,7 @@ def test_verdicts_are_paired_by_seed():
     """Seeds differ by 1, arms by 0.1 within each: what the pairs show, the means with their spread would not."""
     claim = ablate.Claim("less", "bpb", "ours", "theirs")
     results = dict(ours=by_seed(1.0, 2.0, 3.0), theirs=by_seed(1.1, 2.11, 3.1))
-    assert "**shows at this size**" in ablate.verdict(claim, results) and "3 pairs" in ablate.verdict(claim, results)
+    assert "**shows at this size**" in ablate.verdict(claim, results) and "pairs: 3" in ablate.verdict(claim, results)
     assert "**shows the opposite**" in ablate.verdict(claim._replace(lower="theirs", higher="ours"), results)
     results["theirs"] = by_seed(1.1, 1.8, 3.1)
     assert "**is within the spread**" in ablate.verdict(claim, results)
