@@ -6,7 +6,7 @@ multi-token prediction and a balance loss over groups of sequences. Sections, in
 
     Settings                Config, its check, PRESETS
     Counts                  parameters and FLOPs, from a Config alone
-    Operators               what torch.compile makes of them
+    Operators               elementwise steps as one, and what torch.compile makes of them
                             norm, SwiGLU, rotary position, attention
                             matmuls expert by expert, and weight gradients that can wait
                             rows to experts and back
@@ -17,7 +17,7 @@ multi-token prediction and a balance loss over groups of sequences. Sections, in
     Blocks                  a layer of the model as four calls; the multi-token prediction layer
     The model               forward, losses, what a trainer asks of the routers
     Initialisation          the table of initial scales; seeds
-    Published names         load_hf and to_hf
+    Published names         configs and tensors of DeepSeek-V3 and openPangu-Ultra-MoE, there and back
     Generation              cache of latents; drafts by multi-token prediction, checked; sampling
 
 Written for one device: nothing here knows of process groups. parallel.py takes a built model and spreads it; what the
@@ -34,13 +34,17 @@ model carries only for that sake is this. Replaced there:
     embed_tokens, norm, lm_head, layers   may be None or a subset: a pipeline stage is the model minus the rest
     weights                 may be slices: Attention.up counts its heads by -1
 
+Written in another way than one device needs:
+
+    aux_scale, loss_tokens  losses are shares of a global batch, of which one forward sees a part
+    AddGradient             the balance loss sends its gradient by itself: only the last stage has the final loss
+
 Called there one by one, where one forward would do here:
 
     Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them; of
                             MoE also compute_routed, and the dispatcher's wait, where an exchange ends
     LocalDispatcher.resend  repeats in backward the rows that were not kept
     Model.join, head_norm, output   the ends of a pipeline stage
-    loss_tokens, aux_scale, AddGradient   losses are shares of a global batch; only the last stage has the final loss
     Router.load, MoE.dropped   put back when a layer has run again in backward
     fill_inputs, document_mask   made of whole sequences before ranks take their parts: forward takes a mask too
     fill_initial            one whole tensor at a time, of which a rank keeps its part
@@ -54,14 +58,16 @@ attention, router bias, group-limited choice, multi-token prediction).
 """
 import hashlib
 import math
+import re
 from collections import Counter
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -74,7 +80,8 @@ def require(ok, message):
 
 def divisors(n):
     """All divisors of n, ascending: for messages that say what would fit."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 class Weights(NamedTuple):
@@ -120,11 +127,13 @@ def check_setting(name, value, kind, **allowed):
         words = f"one of {', '.join(map(str, allowed['choices']))}"
     elif kind in (int, float):
         # neither infinite nor NaN, for which no comparison holds
-        least, most = allowed.get("least", 0), allowed.get("most", math.inf)
+        least, most = allowed.get("least", 0), allowed.get("most", 2**31 if kind is int else math.inf)
+        is_kind = right
         right = right and least <= value <= most and value < math.inf and ("least" in allowed or value > 0)
         words = "a whole number" if kind is int else "a number"
         words += f" of at least {least:g}" if "least" in allowed else " above 0"
-        words += f" and at most {most:g}" if most < math.inf else ""
+        if "most" in allowed or (is_kind and kind is int and value > most):
+            words += f" and at most {most:g}"
     else:
         words = "true or false" if kind is bool else "text"
     require(right, f"{name}={value!r}: use {words}")
@@ -135,8 +144,8 @@ class Config:
     """A model's shape, in the spelling of DeepSeek-style configs. Checked when made."""
     vocab_size: int = 2048
     hidden_size: int = 192
-    num_hidden_layers: int = 3
-    first_k_dense_replace: int = setting(1, least=0)# leading layers with a dense MLP in place of experts
+    num_hidden_layers: int = setting(3, most=4096)
+    first_k_dense_replace: int = setting(1, least=0)  # leading layers with a dense MLP in place of experts
     intermediate_size: int = 512              # width of the dense MLP
     # multi-head latent attention
     num_attention_heads: int = 4
@@ -158,23 +167,23 @@ class Config:
     routed_scaling_factor: float = 2.5        # ... and multiplied by this
     n_group: int = 1                          # groups of experts
     topk_group: int = 1                       # groups a token may choose from (group_choice=limited)
-    group_choice: str = setting("limited", "equal")# of topk_group groups (DS) | K/n_group of each (PP)
+    group_choice: str = setting("limited", "equal")  # of topk_group groups (DS) | K/n_group of each (PP)
     router_bias: bool = False                 # added to scores for the choice alone; moved by load, not by a loss (DS)
     bias_update_speed: float = setting(0.001, least=0)
-    capacity_factor: float = setting(0.0, least=0)# 0: dropless; else an expert takes capacity_factor * N * K / E rows
-    expert_weight: str = setting("before_down", "after_down")# where it multiplies: expert-wide | model-wide
+    capacity_factor: float = setting(0.0, least=0)  # 0: dropless; else an expert takes capacity_factor * N * K / E rows
+    expert_weight: str = setting("before_down", "after_down")  # where it multiplies: expert-wide | model-wide
     # balance loss
-    balance: str = setting("ep_group", "dp_group", "micro_batch", "sequence", "none")# the group it looks at
+    balance: str = setting("ep_group", "dp_group", "micro_batch", "sequence", "none")  # the group it looks at
     balance_group: int = setting(0, least=0)  # sequences in a group; 0: made definite when a run starts, from its Plan
-    aux_loss_alpha: float = setting(0.01, least=0)# the paper's best of those it tried, for ep_group
-    aux_scores: str = setting("normalized", "softmax", "raw")# s / sum s | of the logits (PP) | s; not published
+    aux_loss_alpha: float = setting(0.01, least=0)  # the paper's best of those it tried, for ep_group
+    aux_scores: str = setting("normalized", "softmax", "raw")  # s / sum s | of the logits (PP) | s; not published
     # multi-token prediction
-    num_nextn_predict_layers: int = setting(1, least=0)
-    mtp_loss_weight: float = setting(0.3, least=0)# not published for this model; DS starts with 0.3
-    mtp_hidden: str = setting("pre_norm", "post_norm")# h entering hnorm; pre_norm: the raw residual stream
-    mtp_concat: str = setting("embed_first", "hidden_first")# halves of eh_proj's input
+    num_nextn_predict_layers: int = setting(1, least=0, most=4096)
+    mtp_loss_weight: float = setting(0.3, least=0)  # not published for this model; DS starts with 0.3
+    mtp_hidden: str = setting("pre_norm", "post_norm")  # h entering hnorm; pre_norm: the raw residual stream
+    mtp_concat: str = setting("embed_first", "hidden_first")  # halves of eh_proj's input
     # norms and initialisation
-    norm: str = setting("dssn", "sandwich", "pre")# dssn: depth-scaled sandwich
+    norm: str = setting("dssn", "sandwich", "pre")  # dssn: depth-scaled sandwich
     dssn_c_attn: float = 0.283                # PU's, for its 135B model; those of the 718B model are not published
     dssn_c_mlp: float = 0.432
     init: str = setting("tiny", "small")      # tiny: TinyInit
@@ -369,14 +378,15 @@ def flops_per_token(config, seq_len):
     Backward is two forwards. The head counts once per depth of prediction, recomputation never.
     """
     heads = ["head"] * (1 + config.num_nextn_predict_layers)
-    return 3 * sum(layer_flops(config, kind, seq_len) for kind in layer_kinds(config) + heads)
+    kinds = Counter(layer_kinds(config) + heads)
+    return 3 * sum(count * layer_flops(config, kind, seq_len) for kind, count in kinds.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators, plain with a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's)
 
 FUSED = True              # False: every operator takes its plain body, which explains it; tests compare the two
-COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile makes; see compile_operators
+COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile made; see compile_operators
 LOGIT_ELEMENTS = 2**20    # float32 logits that cross_entropy holds at a time (4 MiB), but at least 512 rows of them
 SCORE_ELEMENTS = 2**18    # float32 scores that ShortAttention holds twice (1 MiB each): what stays in a core's cache
 
@@ -387,28 +397,65 @@ def backend(x):
     return kind if FUSED and kind in ("cpu", "cuda", "npu") else "plain"
 
 
-def elementwise_backend(x):
-    """The same for norms and SwiGLU, which can be 'compiled', too. A trace of more than them wants their plain body."""
-    kind = backend(x)
-    if kind in ("cpu", "cuda") and torch.compiler.is_compiling():
-        return "plain"
-    if kind in ("cpu", "cuda") and COMPILED and x.dtype != torch.float64:
-        return "compiled"
-    return kind
-
-
 def at_least_float32(dtype):
     """Norms, softmax, rotary position, router and loss compute in float32 or better; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators: what torch.compile makes of them
+# Operators: elementwise steps as one, and what torch.compile makes of them
+
+
+def one_kernel(body, x, *others):
+    """body(x, *others), elementwise but for sums over the last dimension: x (..., n) -> (..., m)."""
+    if backend(x) == "plain" or torch.compiler.is_compiling():            # whole layers are traced: the body alone
+        return body(x, *others)
+    return OneKernel.apply(body, x.flatten(0, -2), *others).unflatten(0, x.shape[:-1])
+
+
+class OneKernel(torch.autograd.Function):
+    """Keeps its inputs alone, where autograd would keep a tensor for most steps; backward computes the body again.
+
+    Compiled, each way is one pass over memory, where each step alone takes its own.
+    """
+
+    @staticmethod
+    def forward(ctx, body, *inputs):
+        ctx.body = body
+        ctx.save_for_backward(*inputs)
+        return maybe_compiled(value, inputs[0])(body, *inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *maybe_compiled(gradients, grad)(ctx.body, grad, *ctx.saved_tensors)
+
+
+def value(body, *inputs):
+    return body(*inputs)
+
+
+def gradients(body, grad, *inputs):
+    """Of the inputs, from that of body's output."""
+    if torch.compiler.is_compiling():
+        return torch.func.vjp(body, *inputs)[1](grad)
+    with torch.enable_grad():                                             # the same, faster where nothing is compiled
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(body(*inputs), inputs, grad)
+
+
+def maybe_compiled(function, x):
+    """For operators on x; float64 is never compiled."""
+    return compiled(function) if COMPILED and x.dtype != torch.float64 else function
+
+
+@lru_cache(None)
+def compiled(function):
+    """Sizes stay open: other numbers of rows, which experts have at every step, compile nothing anew."""
+    return torch.compile(function, dynamic=True)
 
 
 def compile_operators(wanted=True, device=None):
-    """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process; float64 stays as it is.
-    Not wanted: they are what they were.
+    """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process. Not wanted: no longer.
 
     Returns None, or why it does not work here (no C++ compiler, on a GPU no Triton): then nothing changes. Each kernel
     is made when it is first used, which takes some 10 s in all, less where torch's cache holds it.
@@ -417,20 +464,16 @@ def compile_operators(wanted=True, device=None):
     COMPILED = False
     if not wanted:
         return None
+    probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if backend(probe) == "npu":
+        return "an NPU has kernels of its own for them"
     try:
-        probe = torch.ones(2, 4, device=device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         compiled(value)(plain_swiglu, probe)
     except torch._dynamo.exc.TorchDynamoException as error:
         return str(error).strip().splitlines()[0]
     torch._dynamo.config.recompile_limit = 64                             # by operator, dtype, and what else is fixed
     COMPILED = True
     return None
-
-
-@lru_cache(None)
-def compiled(function):
-    """Sizes stay open: other numbers of rows, which experts have at every step, compile nothing anew."""
-    return torch.compile(function, dynamic=True)
 
 
 def compile_model(model):
@@ -443,47 +486,18 @@ def compile_model(model):
             setattr(block, name, torch.compile(getattr(block, name)))
 
 
-class OneKernel(torch.autograd.Function):
-    """body(*inputs) of elementwise steps, each way in one pass over memory, where each step alone would take its own.
-
-    The inputs alone are kept; backward computes the body again, inside its kernel.
-    """
-
-    @staticmethod
-    def forward(ctx, body, *inputs):
-        ctx.body = body
-        ctx.save_for_backward(*inputs)
-        return compiled(value)(body, *inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, *compiled(gradients)(ctx.body, grad, *ctx.saved_tensors)
-
-
-def value(body, *inputs):
-    return body(*inputs)
-
-
-def gradients(body, grad, *inputs):
-    return torch.func.vjp(body, *inputs)[1](grad)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators: norm, SwiGLU, rotary position, attention
 
 
 def rms_norm(x, weight, eps):
     """weight * (x / rms(x) in float32, cast back): x (..., C), weight (C,)."""
-    kind = elementwise_backend(x)
+    kind = backend(x)
     if kind == "npu":
         return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
-    if kind == "cuda":
+    if kind == "cuda" and not COMPILED:
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    if kind == "cpu":
-        return RMSNorm.apply(x, weight, eps)
-    if kind == "compiled":
-        return OneKernel.apply(partial(plain_rms_norm, eps=eps), x.flatten(0, -2), weight).view(x.shape)
-    return plain_rms_norm(x, weight, eps)
+    return one_kernel(partial(plain_rms_norm, eps=eps), x, weight)
 
 
 def plain_rms_norm(x, weight, eps):
@@ -492,76 +506,19 @@ def plain_rms_norm(x, weight, eps):
     return weight.to(x.dtype) * (x32 * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
 
-class RMSNorm(torch.autograd.Function):
-    """The plain body with its backward written out: half the passes over memory of autograd's, which a CPU feels."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        x32 = x.to(at_least_float32(x.dtype))
-        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        mean_square = norm.square_() / x.size(-1)
-        scale = mean_square.add_(eps).rsqrt_()                            # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (x32 * scale).to(x.dtype).mul_(weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        wide = scale.dtype                                                # float32 or better: mixed dtypes are slow
-        gain, grad32 = weight.to(wide), grad.to(wide)
-        normed = x.to(wide) * scale
-        product = grad32 * normed
-        mean = (product @ gain / x.size(-1)).unsqueeze(-1)
-        grad_x = (grad32 * gain).addcmul_(normed, mean, value=-1).mul_(scale)
-        grad_weight = product.flatten(0, -2).sum(0)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
-
-
 def swiglu(gate_up, row_weights=None):
     """silu(gate) * up, times a weight per row: gate_up (..., 2I) with gate first, row_weights (M,) -> (..., I)."""
-    kind = elementwise_backend(gate_up)
-    if kind in ("cpu", "cuda"):
-        return SwiGLU.apply(gate_up, row_weights)
-    if kind == "npu":
+    if backend(gate_up) == "npu":
         hidden = torch.ops.npu.npu_swiglu(gate_up, -1)
         return hidden if row_weights is None else hidden * row_weights.unsqueeze(-1)
-    if kind == "compiled":
-        weights = () if row_weights is None else (row_weights,)
-        return OneKernel.apply(plain_swiglu, gate_up.flatten(0, -2), *weights).unflatten(0, gate_up.shape[:-1])
-    return plain_swiglu(gate_up, row_weights)
+    weights = () if row_weights is None else (row_weights,)
+    return one_kernel(plain_swiglu, gate_up, *weights)
 
 
 def plain_swiglu(gate_up, row_weights=None):
     gate, up = gate_up.chunk(2, -1)
     hidden = F.silu(gate) * up
     return hidden if row_weights is None else hidden * row_weights.unsqueeze(-1)
-
-
-class SwiGLU(torch.autograd.Function):
-    """Keeps its inputs alone; autograd would keep silu(gate) and the unweighted product too."""
-
-    @staticmethod
-    def forward(ctx, gate_up, row_weights):
-        ctx.save_for_backward(gate_up, row_weights)
-        gate, up = gate_up.chunk(2, -1)
-        hidden = F.silu(gate).mul_(up)
-        return hidden if row_weights is None else hidden.mul_(row_weights.unsqueeze(-1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate_up, row_weights = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-        scale = 1.0 if row_weights is None else row_weights.unsqueeze(-1)
-        product = F.silu(gate).mul_(grad)                                 # one buffer: memory passes are the cost
-        torch.mul(product, scale, out=grad_up)
-        grad_weights = None
-        if row_weights is not None:
-            grad_weights = product.mul_(up).sum(-1, dtype=at_least_float32(grad.dtype)).to(row_weights.dtype)
-        grad_silu = torch.mul(grad, up, out=product).mul_(scale)
-        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_gate)
-        return grad_gate_up, grad_weights
 
 
 def rope(x, cos, sin):
@@ -921,6 +878,20 @@ def cross_entropy(h, weight, targets):
     return HeadCrossEntropy.apply(h, weight, targets, Vocabulary())
 
 
+def token_cross_entropy(h, weight, targets):
+    """The loss of each token: h (N,C), weight (V,C), targets (N,) -> (N,) float32 or better, 0 where ignored.
+
+    Where backward comes, it makes a chunk's logits again: only then is known what each token counts.
+    """
+    def losses(rows, weight, labels):
+        logits = F.linear(rows, weight.to(rows.dtype)).to(at_least_float32(rows.dtype))
+        return F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+
+    step = max(512, LOGIT_ELEMENTS // len(weight))
+    chunks = zip(h.split(step), targets.split(step))
+    return torch.cat([checkpoint(losses, rows, weight, labels, use_reentrant=False) for rows, labels in chunks])
+
+
 class Vocabulary(NamedTuple):
     """The part of a vocabulary that is here; parallel.py: one of several, on as many ranks."""
     first: int = 0                                                        # number of its first token
@@ -1206,7 +1177,7 @@ class Router(Part):
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
         scores = self.score(logits)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
-        weights = self.weigh(logits, scores, ids)
+        weights = self.weigh(scores, ids)
         self.aux_loss = scores.new_zeros(())
         if not self.training:
             return ids, weights
@@ -1225,8 +1196,8 @@ class Router(Part):
         """(N,E) -> (N,E): what experts are chosen by, what weights and the balance loss are made of."""
         return logits.sigmoid() if self.c.scoring_func == "sigmoid" else logits.softmax(-1)
 
-    def weigh(self, logits, scores, ids):
-        """Routing weights (N,K) of the chosen experts ids (N,K), from logits and scores (N,E), whichever is wanted."""
+    def weigh(self, scores, ids):
+        """Routing weights (N,K) of the chosen experts ids (N,K), from all scores (N,E)."""
         weights = scores.gather(1, ids)
         if self.c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -1263,7 +1234,7 @@ class Router(Part):
         E = self.c.n_routed_experts
         G = n_sequences // sequences_of_group(self.c, n_sequences)
         first = torch.arange(G, device=ids.device).unsqueeze(1) * E       # group by group in one count
-        counts = count_ids(ids.view(G, -1) + first, G * E).view(G, E)
+        counts = count_ids(ids.reshape(G, -1) + first, G * E).view(G, E)
         self.load = self.load + counts.sum(0)
         return counts
 
@@ -1471,16 +1442,12 @@ class Block(Part):
         done = self.compute(sent)
         return self.combine(x, done)
 
-    def add(self, x, y, post_norm):
-        """What a sublayer made of x, onto the residual stream."""
-        return x + post_norm(y)
-
     def attend(self, x, angles, mask=None, cache=None):
         def attention(x):
             h = self.memory.again("norm", self.input_layernorm, x)
             return self.self_attn(h, angles, mask, cache)
 
-        return self.add(x, self.memory.region("attention", attention, x), self.post_attention_layernorm)
+        return x + self.post_attention_layernorm(self.memory.region("attention", attention, x))
 
     def dispatch(self, x, routing=None):
         """x (B,T,C) -> Sent, or of a dense layer the MLP's input, which goes nowhere.
@@ -1501,7 +1468,7 @@ class Block(Part):
 
     def combine(self, x, done):
         y = self.mlp.combine(done) if self.is_moe else done
-        return self.add(x, y, self.post_mlp_layernorm)
+        return x + self.post_mlp_layernorm(y)
 
 
 class MTPLayer(Block):
@@ -1552,16 +1519,18 @@ class Model(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size)
         self.compute_dtype = None                                         # None: the embedding's own
         self.cross_entropy = cross_entropy                                # parallel.py: with a part of the head
+        self.token_loss = None                                            # see output; of reinforcement learning
         self.gather_logits = lambda logits: logits                        # parallel.py: of all parts of the head
 
     def forward(self, ids, *, targets=None, labels=None, positions=None, doc_ids=None, next_ids=None, routing=None,
-                return_logits=False, loss_tokens=None, cache=None, place=None):
+                policy=None, return_logits=False, loss_tokens=None, cache=None, place=None):
         """ids (B,T), or without embedding a hidden state (B,T,C) -> Output, or without last norm the hidden state.
 
         targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored. labels (B,T): unshifted ids, shifted here.
         positions (B,T), default 0..T-1. doc_ids (B,T): attention stays inside equal numbers. next_ids (B, MTP, T):
         token i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,):
-        target tokens of the global batch per depth, by default of this call. Logits without targets or on request.
+        target tokens of the global batch per depth, by default of this call. policy (B,T,n): what token_loss makes
+        losses of at depth 0, beside each token's own. Logits without targets or on request.
         cache: ids go on behind the tokens in it, positions are its; no MTP. place (B,): logits there alone, (B,1,V).
         """
         c, mtp_layers = self.config, self.mtp_layers()
@@ -1590,7 +1559,7 @@ class Model(nn.Module):
             hiddens.append(hidden)
             x = layer(x, angles, mask, routing)
         hiddens.append(self.head_norm(len(mtp_layers))(x))
-        return self.output(hiddens, targets, loss_tokens, return_logits or targets is None)
+        return self.output(hiddens, targets, loss_tokens, return_logits or targets is None, policy)
 
     def draft(self, depth, x, next_ids, cache, place=None):
         """Depth `depth` of MTP on what is new to its cache: x (B,T,C) which `depth` layers made, next_ids (B,T) token
@@ -1638,7 +1607,7 @@ class Model(nn.Module):
         embedded = self.embed(next_ids[:, depth])
         return hidden, self.mtp_layers()[depth].join(embedded, entering)
 
-    def output(self, hiddens, targets, loss_tokens, want_logits):
+    def output(self, hiddens, targets, loss_tokens, want_logits, policy=None):
         """hiddens: one (B,T,C) a depth."""
         out = Output()
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -1650,7 +1619,12 @@ class Model(nn.Module):
             loss_tokens = (targets != -100).sum((0, 2)).clamp(min=1)      # (1+MTP,)
         losses = []
         for depth, h in enumerate(hiddens):
-            summed = self.cross_entropy(h.flatten(0, 1), head, targets[:, depth].flatten())
+            flat, labels = h.flatten(0, 1), targets[:, depth]
+            if policy is not None and depth == 0:
+                nats = token_cross_entropy(flat, head, labels.flatten()).view_as(labels)
+                summed = self.token_loss(nats, policy).sum()
+            else:
+                summed = self.cross_entropy(flat, head, labels.flatten())
             losses.append(summed / loss_tokens[depth])
         zero = torch.zeros_like(losses[0])
         out.loss, *mtp_losses = losses
@@ -1672,7 +1646,7 @@ class Model(nn.Module):
             router.aux_scale = share
 
     def pop_stats(self):
-        """Counted in training since last asked, on the device: loads (MoE layers, E), copies dropped, copies in all."""
+        """Counted in training since last asked, on the device: loads (MoE layers, E), and copies dropped."""
         moes = [block.mlp for block in self.moe_blocks()]
         device = next(self.parameters()).device
         loads = torch.zeros(len(moes), self.config.n_routed_experts, dtype=torch.int64, device=device)
@@ -1681,7 +1655,7 @@ class Model(nn.Module):
             own += moe.gate.load
             dropped += moe.dropped
             moe.gate.load = moe.dropped = 0
-        return dict(loads=loads, dropped=dropped, rows=loads.sum())
+        return dict(loads=loads, dropped=dropped)
 
     @torch.no_grad()
     def update_router_bias(self, loads):
@@ -1689,6 +1663,8 @@ class Model(nn.Module):
         if not self.config.router_bias:
             return
         for router, load in zip(self.routers(), loads.float()):
+            if not router.weight.requires_grad:                           # frozen
+                continue
             below = (load.mean() - load).sign()
             router.e_score_correction_bias += self.config.bias_update_speed * below
 
@@ -1788,51 +1764,144 @@ def fill_normal(tensor, scale, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Published names
+# Published names: of configs and of tensors. Files are parallel.py's matter
+
+# keys of openPangu's first releases, each beside DeepSeek's, which is ours; transformers writes num_mtp_layers, too
+OTHER_KEYS = dict(
+    num_dense_layers="first_k_dense_replace", num_routed_experts="n_routed_experts",
+    num_shared_experts="n_shared_experts", attention_q_lora_dim="q_lora_rank", attention_kv_lora_dim="kv_lora_rank",
+    attention_qk_dim="qk_nope_head_dim", attention_qk_rope_dim="qk_rope_head_dim", attention_v_dim="v_head_dim",
+    num_mtp_layers="num_nextn_predict_layers")
+# what a published config must say of itself: nothing here is a matter of defaults
+SHAPE_KEYS = """vocab_size hidden_size num_hidden_layers first_k_dense_replace intermediate_size num_attention_heads
+    q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings n_routed_experts
+    n_shared_experts num_experts_per_tok moe_intermediate_size norm_topk_prob routed_scaling_factor rms_norm_eps
+    """.split()
+OPTIONAL_KEYS = "num_nextn_predict_layers scoring_func n_group topk_group tie_word_embeddings".split()
+# settings that this model has no choice in
+FIXED_KEYS = dict(hidden_act="silu", attention_bias=False, attention_dropout=0.0, moe_layer_freq=1,
+                  rope_interleave=True)
+# what transformers' DeepSeek-V3 has no choice in
+IN_TRANSFORMERS = dict(norm="pre", scoring_func="sigmoid", group_choice="limited", capacity_factor=0,
+                       latent_norm_eps=1e-6)
+
+
+def config_from_hf(hf):
+    """What a config.json of DeepSeek-V3, openPangu-Ultra-MoE or config_to_hf holds -> Config. ValueError for what the
+    model here does not compute."""
+    kinds = "deepseek_v3", "pangu_ultra_moe"
+    kind = hf.get("model_type")
+    require(kind in kinds, f"model_type={kind!r} is not known here: use a model of {' or '.join(kinds)}")
+    hf = {OTHER_KEYS.get(key, key): value for key, value in hf.items()}
+    fixed = FIXED_KEYS | dict(num_key_value_heads=hf.get("num_attention_heads"))
+    for key, value in fixed.items():
+        require(hf.get(key, value) == value, f"{key}={hf.get(key)!r}: the model here has {value!r} only")
+    groups = ["n_group", "topk_group"] if kind == "deepseek_v3" else []
+    absent = [key for key in SHAPE_KEYS + groups if key not in hf]
+    require(not absent, f"it does not say {', '.join(absent)}")
+    shape = dict(num_nextn_predict_layers=0) | {key: hf[key] for key in SHAPE_KEYS + OPTIONAL_KEYS if key in hf}
+    if kind == "deepseek_v3":
+        shape |= dict(norm="pre", router_bias=hf.get("topk_method", "noaux_tc") == "noaux_tc")
+    else:
+        shape |= dict(norm="sandwich" if hf.get("sandwich_norm") else "pre",
+                      router_bias=bool(hf.get("router_enable_expert_bias")))
+    ours = hf.get("training", {})                                         # of config_to_hf
+    unknown = set(ours) - {each.name for each in fields(Config)}
+    require(not unknown, f"its training has {', '.join(map(repr, unknown))}, which is no setting here")
+    return Config(**shape | rope_from_hf(hf) | ours)
+
+
+def rope_from_hf(hf):
+    """rope_theta and rope_scaling, which transformers 5 writes as one object, rope_parameters."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", hf.get("rope_theta"))
+    require(theta is not None, "it does not say rope_theta")
+    kinds = {rope.pop("type", None), rope.pop("rope_type", None)} - {None, "default"}
+    scaling = {key: value for key, value in rope.items() if value is not None}
+    return dict(rope_theta=theta, rope_scaling=dict(type=kinds.pop(), **scaling) if kinds else None)
+
+
+def config_to_hf(config):
+    """The inverse, in keys that transformers and vLLM read; what is only ours is the object `training`."""
+    pre = config.norm == "pre"
+    name, kind = ("DeepseekV3", "deepseek_v3") if pre else ("PanguUltraMoE", "pangu_ultra_moe")
+    values = asdict(config)
+    hf = dict(architectures=[f"{name}ForCausalLM"], model_type=kind, **FIXED_KEYS)
+    hf |= {key: values.pop(key) for key in SHAPE_KEYS + OPTIONAL_KEYS}
+    scaling = values.pop("rope_scaling")
+    hf |= dict(num_key_value_heads=config.num_attention_heads, rope_theta=values.pop("rope_theta"),
+               rope_scaling=scaling and scaling | dict(rope_type="yarn"))
+    if pre:
+        hf["topk_method"] = "noaux_tc" if config.router_bias else "greedy"
+    else:
+        hf |= dict(sandwich_norm=True, router_enable_expert_bias=config.router_bias)
+    return hf | dict(training=values)
+
+
+def published_names(config, name, expert=0):
+    """Published names of the matrices that lie one below the other in a tensor of ours; of a stacked one, in one of its
+    experts'. E.g. layers.3.mlp.experts.gate_up_proj, 5 -> model.layers.3.mlp.experts.5.gate_proj.weight, ...up_proj...
+    """
+    if ".experts." in name:
+        prefix, _, stacked = name.rpartition(".")
+        halves = ("gate_proj", "up_proj") if stacked == "gate_up_proj" else (stacked,)
+        return [f"model.{prefix}.{expert}.{half}.weight" for half in halves]
+    if config.norm == "pre":                                              # there this is the norm before the MLP
+        name = name.replace("pre_mlp_layernorm", "post_attention_layernorm")
+    return [name if name.startswith("lm_head") else f"model.{name}"]
 
 
 def to_hf(model):
     """Tensors under their published names, experts one by one; views of the model's own memory."""
     published = {}
     for name, tensor in model.state_dict().items():
+        first, matrices = 0, [tensor]
         if ".experts." in name:
-            prefix, _, stacked = name.rpartition(".")
-            first = model.get_submodule(prefix).first_expert
-            for expert, matrix in enumerate(tensor, first):
-                published |= expert_to_hf(f"model.{prefix}.{expert}", stacked, matrix)
-        elif name.startswith("lm_head"):
-            published[name] = tensor
-        else:
-            if model.config.norm == "pre":                                # there this is the norm before the MLP
-                name = name.replace("pre_mlp_layernorm", "post_attention_layernorm")
-            published[f"model.{name}"] = tensor
+            first, matrices = model.get_submodule(name.rpartition(".")[0]).first_expert, tensor
+        for expert, matrix in enumerate(matrices, first):
+            names = published_names(model.config, name, expert)
+            published |= zip(names, matrix.chunk(len(names)))
     return published
-
-
-def expert_to_hf(prefix, stacked, matrix):
-    """One expert's matrix of a stacked tensor; gate and up are one there."""
-    if stacked == "down_proj":
-        return {f"{prefix}.down_proj.weight": matrix}
-    gate, up = matrix.chunk(2)
-    return {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
 
 
 @torch.no_grad()
 def load_hf(model, tensors):
-    """Fill the model from a dict of published names; ValueError for a missing tensor or a wrong shape.
-
-    What the model has no place for is left out only in MTP layers, whose files may repeat embedding and head.
-    """
+    """Fill the model from a dict of published names, or, if they do not fit, nothing of it: see check_published."""
     wanted = to_hf(model)
-    missing = sorted(set(wanted) - set(tensors))
-    unknown = sorted(name for name in set(tensors) - set(wanted) if not is_mtp(model.config, name))
-    require(not missing and not unknown,
-            f"{len(missing)} tensors are missing (first: {missing[:1]}), {len(unknown)} have no place (first: "
-            f"{unknown[:1]}): is this checkpoint of the same shape as the Config?")
+    check_published(model.config, wanted, tensors)
     for name, own in wanted.items():
-        given = tensors[name]
-        require(own.shape == given.shape, f"{name} is {tuple(given.shape)}, in the model {tuple(own.shape)}")
-        own.copy_(given)
+        own.copy_(tensors[name])
+
+
+def check_published(config, wanted, given, others={}):
+    """{name: what has a shape}, twice: ValueError that names all that is missing, has no place, or has another shape.
+    others: more of such faults, {in words: {name: in words}}.
+
+    Left out without a word are MTP layers beyond the config's, what theirs repeat (embedding, head), and a tied head.
+    """
+    faults = dict(missing={name: repr(name) for name in wanted if name not in given})
+    faults["without a place"] = {name: repr(name) for name in given
+                                 if name not in wanted and not is_left_out(config, name)}
+    faults["of another shape"] = {
+        name: f"{name!r} {tuple(given[name].shape)}, in the model {tuple(own.shape)}"
+        for name, own in wanted.items() if name in given and given[name].shape != own.shape}
+    found = [f"{len(names)} tensors {fault}: {alike(names)}" for fault, names in (faults | others).items() if names]
+    if faults["missing"] and all(is_mtp(config, name) for name in faults["missing"]):
+        found.append("for a model without MTP layers set num_nextn_predict_layers=0")
+    require(not found, "; ".join(found))
+
+
+def alike(texts):
+    """{name: text} in short: the first of those that differ in numbers only, and how many follow."""
+    groups = {}
+    for name, text in texts.items():
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(text)
+    words = [text if not more else f"{text} and {len(more)} alike" for text, *more in groups.values()]
+    return ", ".join(words[:20]) + (f", and {len(words) - 20} kinds more" if len(words) > 20 else "")
+
+
+def is_left_out(config, name):
+    return is_mtp(config, name) or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
 def is_mtp(config, name):
@@ -1840,7 +1909,7 @@ def is_mtp(config, name):
     if not name.startswith("model.layers."):
         return False
     number = name.split(".")[2]
-    return number.isdigit() and int(number) >= config.num_hidden_layers
+    return number.isdecimal() and int(number) >= config.num_hidden_layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,16 +12,13 @@ sim.py plans, parallel.py executes: the bytes counted there are the bytes sent h
 
 In this order: device; what torch does not publish; world; joining and leaving it; groups and their collectives;
 collectives with autograd; dispatchers; grid; cuts; parallelize; a sequence over ranks (tensor, context); data
-parallelism; memory; segments; pipeline; live load balance; checkpoints.
-
-A checkpoint is a folder `step_N` written by torch.distributed.checkpoint (DCP): training goes on while it is written
-under the name `step_N.tmp`; when it is complete, a list of its files with sizes and checksums is added and the folder
-renamed. So a folder without `.tmp` is whole, or it was damaged later, which the list shows. It holds whole tensors by
-names that no plan changes, so any plan reads what any other wrote.
+parallelism; memory; segments; pipeline; live load balance; checkpoints; weights of others.
 """
 import json
+import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import threading
@@ -31,6 +28,7 @@ import zlib
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -53,8 +51,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.checkpoint import checkpoint
 
 from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, KeepAll, LocalDispatcher, MTPLayer, Output,
-                   Part, Vocabulary, WeightGradStore, count_ids, document_mask, fill_initial, fill_inputs, permute,
-                   rope_table, sorted_slots, unpermute)
+                   Model, Part, Vocabulary, WeightGradStore, alike, check_published, config_from_hf, count_ids,
+                   count_params, document_mask, fill_initial, fill_inputs, permute, published_names, require,
+                   rope_table, sorted_slots, to_hf, unpermute)
 from sim import (STEP_BYTES, balance_ranks, check_plan, decide, first_placement, imbalance, items_in_force,
                  moved_experts, plan_placement, predict_load, schedule_table, stage_layers)
 
@@ -75,12 +74,10 @@ def pick_device(name="auto"):
     if name == "auto":
         there = [kind for kind in ("npu", "cuda") if hasattr(torch, kind) and getattr(torch, kind).is_available()]
         name = there[0] if there else "cpu"
-    if name not in ("cpu", "cuda", "npu"):
-        raise ValueError(f"--device {name}: use auto, cpu, cuda or npu")
+    require(name in ("cpu", "cuda", "npu"), f"--device {name}: use auto, cpu, cuda or npu")
     if name != "cpu":
         accelerators = getattr(torch, name)
-        if not accelerators.is_available():
-            raise ValueError(f"--device {name}: none found here; use --device cpu")
+        require(accelerators.is_available(), f"--device {name}: none found here; use --device cpu")
         accelerators.set_device(int(os.environ.get("LOCAL_RANK", 0)) % accelerators.device_count())
     return torch.device(name)
 
@@ -175,12 +172,14 @@ class TorchRuntime:
 
 def prepare_sharding(model):
     """FSDP2 makes itself ready in a hook of the root's first forward; segments call parts of layers, so none runs."""
-    fully_shard.state(model)._lazy_init()
+    if isinstance(model, FSDPModule):
+        fully_shard.state(model)._lazy_init()
 
 
 def end_sharded_backward(model):
     """What FSDP2 does at the end of a backward: gradients are added up in float32, or after the last one reduced."""
-    fully_shard.state(model)._root_post_backward_final_callback()
+    if isinstance(model, FSDPModule):
+        fully_shard.state(model)._root_post_backward_final_callback()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,30 +232,31 @@ def all_sum(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Joining the world and leaving it; which rank died or stands still
 #
-# Each process has a pulse: a thread of its own writes a new number into torchrun's store every second, whatever the
-# process itself waits for. Who loses contact looks twice which numbers stay. torchrun names no rank when it starts a
-# run again, and dist.monitored_barrier none that died: it ends at the first closed connection (measured, torch 2.13).
+# Who loses contact calls the roll in torchrun's store, and a thread of its own answers for each process, whatever the
+# process itself waits for. torchrun names no rank when it starts a run again, and dist.monitored_barrier none that
+# died: it ends at the first closed connection (measured, torch 2.13).
 
 
-def open_store():
+def open_store(timeout):
     """torchrun's key-value store; keys of a run that was started again are not those of the run before."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    except dist.DistError as error:
+        raise ValueError(f"no answer from torchrun's first machine at {host}:{port} in {timeout.total_seconds():g} s: "
+                         f"is it up, and does --master-addr name it?") from error
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def beat():
-    store, count = open_store(), 0
-    while not LEAVING.is_set():
-        store.set(pulse_of(rank()), str(count))
-        count += 1
-        LEAVING.wait(1)
+def answer_roll_call():
+    store = open_store(timedelta(minutes=5))
+    while not LEAVING.wait(1):
+        if store.check(["roll call"]):
+            store.set(f"here: {rank()}", "")
+            return
 
 
-def pulse_of(other):
-    return f"pulse of {other}"
-
-
-PULSE = threading.Thread(target=beat, daemon=True)
+ANSWERING = threading.Thread(target=answer_roll_call, daemon=True)
 LEAVING = threading.Event()
 
 
@@ -267,14 +267,14 @@ def join_world(device, timeout):
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    dist.init_process_group(backend, timeout=timeout, store=open_store(), rank=rank(), world_size=world_size())
-    PULSE.start()
+    dist.init_process_group(backend, timeout=timeout, store=open_store(timeout), rank=rank(), world_size=world_size())
+    ANSWERING.start()
 
 
 def leave_world():
     if dist.is_initialized():
         LEAVING.set()
-        PULSE.join()
+        ANSWERING.join()
         dist.destroy_process_group()
 
 
@@ -284,14 +284,15 @@ def is_lost_contact(error):
 
 
 def missing_ranks(patience=4.0):
-    """Ranks without a pulse for so many seconds, as text. Who asks first decides for all: then these leave, too."""
-    store = open_store()
+    """Ranks that do not answer for so many seconds, as text. Who asks first decides for all: then these leave, too."""
+    try:
+        store = open_store(timedelta(seconds=10))
+    except ValueError:
+        return "0, nor of torchrun on its machine"
     if not store.check(["missing"]):
-        pulses = [pulse_of(other) for other in range(world_size())]
-        before = store.multi_get(pulses)
+        store.set("roll call", "")
         time.sleep(patience)
-        after = store.multi_get(pulses)
-        silent = [str(other) for other in range(world_size()) if before[other] == after[other]]
+        silent = [str(other) for other in range(world_size()) if not store.check([f"here: {other}"])]
         store.compare_set("missing", "", ", ".join(silent))               # kept if somebody was faster
     return store.get("missing").decode()
 
@@ -306,8 +307,10 @@ scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 class Group:
     """Ranks that exchange with each other. Every collective is started, not awaited: it returns (out, work)."""
 
-    def __init__(self, group):
-        self.group, self.size, self.rank = group, group.size(), group.rank()
+    def __init__(self, mesh):
+        """mesh: DeviceMesh of one dimension."""
+        self.group = mesh.get_group()
+        self.size, self.rank = self.group.size(), self.group.rank()
         self.whole = False                 # of a tensor group: members hold all tokens, not parts; see generating
 
     def all_to_all(self, x, send=None, recv=None):
@@ -337,12 +340,12 @@ class SummedParts:
     """A reduce-scatter as an all-to-all and a sum: gloo's own is an all-reduce and sends twice as much (measured)."""
 
     def __init__(self, out, x, group):
-        self.out, self.parts = out, torch.empty_like(x)
-        self.work = dist.all_to_all_single(self.parts, x, group=group, async_op=True)
+        self.out, self.received = out, torch.empty_like(x)
+        self.work = dist.all_to_all_single(self.received, x, group=group, async_op=True)
 
     def wait(self):
         self.work.wait()
-        torch.sum(self.parts.view(-1, *self.out.shape), 0, out=self.out)
+        torch.sum(self.received.view(-1, *self.out.shape), 0, out=self.out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,8 +427,8 @@ class Finish(torch.autograd.Function):
 
 def host_sizes(*sizes):
     """The one host synchronisation of a dispatch: split sizes (1-d tensors) -> lists. Fake-tensor runs replace it."""
-    parts = torch.cat(sizes).cpu().split([len(part) for part in sizes])
-    return [part.tolist() for part in parts]
+    on_host = torch.cat(sizes).cpu().split([len(size) for size in sizes])
+    return [size.tolist() for size in on_host]
 
 
 class Hop:
@@ -466,10 +469,8 @@ class Route:
     between_nodes: Hop = None
     to_experts: Hop = None
     slot: torch.Tensor = None              # (N,K) row of each copy that starts the last hop
-    # by wait
-    order: torch.Tensor = None             # (M,1) row, sorted by expert, of each copy that arrived
-    # which of the calls in brackets were made
-    relayed: bool = False
+    order: torch.Tensor = None             # (M,1) row, sorted by expert, of each copy that arrived; by wait
+    # which of these calls were made
     sent_back: bool = False
     relayed_back: bool = False
 
@@ -488,9 +489,10 @@ class FlatDispatcher(LocalDispatcher):
         super().__init__(config)
         self.group = group                                                # of the last hop
         self.n_reached = config.n_routed_experts                          # experts on its ranks
+        self.slot_of = None                # (E,) of each expert, where LiveBalance moves them: its number on the ranks
 
     def dispatch(self, x, ids, weights):
-        ids = self.choices_here(self.within_capacity(ids, weights))
+        ids = self.choices_here(self.places(ids, weights))
         leaving, arriving = self.exchange_counts(count_ids(ids, self.n_reached + 1)[:-1])
         send, recv = host_sizes(leaving.sum(1), arriving.sum(1))
         route = Route(ids, send, recv, experts_of_copies(arriving, sum(recv)))
@@ -501,8 +503,10 @@ class FlatDispatcher(LocalDispatcher):
         """Experts (N,K) of this rank's tokens -> Route.ids."""
         return ids
 
-    def within_capacity(self, ids, weights):
-        """A copy above capacity gets an expert that does not exist, and travels nowhere."""
+    def places(self, ids, weights):
+        """Experts (N,K) -> where they are; a copy above capacity is at a place that does not exist, and stays here."""
+        if self.slot_of is not None:
+            ids = self.slot_of[ids]
         if self.capacity_factor == 0:
             return ids
         capacity = self.capacity(ids)
@@ -530,19 +534,18 @@ class FlatDispatcher(LocalDispatcher):
         return route.to_experts.start(rows, row_weights)
 
     def relay(self, rows, row_weights, route):
-        route.relayed = True
         return rows, row_weights
 
     def wait(self, rows, row_weights, route):
         """Rows arrive sorted by (sender, expert) and leave here sorted by expert."""
-        if not route.relayed:
+        if route.to_experts is None:
             rows, row_weights = self.relay(rows, row_weights, route)
         rows, row_weights = route.to_experts.finish(rows, row_weights)
         rows, route.order = permute(rows, route.expert.unsqueeze(1))
         return rows, torch.zeros_like(row_weights).scatter(0, route.order.flatten().long(), row_weights)
 
     def resend(self, x, route):
-        again = replace(route, relayed=False)                             # its hops are on their way back by now
+        again = replace(route, to_experts=None)                           # its hops are on their way back by now
         no_weights = x.new_zeros(len(x), route.ids.size(1))
         rows, _ = self.wait(*self.start_first_hop(x, no_weights, again), again)
         return rows
@@ -552,7 +555,6 @@ class FlatDispatcher(LocalDispatcher):
         return route.to_experts.rows_back.start(unpermute(rows, route.order))
 
     def relay_back(self, rows, route):
-        route.relayed_back = True
         return rows
 
     def combine(self, rows, route):
@@ -595,7 +597,6 @@ class HierarchicalDispatcher(FlatDispatcher):
         return route.between_nodes.start(x, weights)
 
     def relay(self, tokens, weights, route):
-        route.relayed = True
         tokens, weights = route.between_nodes.finish(tokens, weights)
         return self.start_last_hop(tokens, weights, route)
 
@@ -620,15 +621,15 @@ class DedupDispatcher(HierarchicalDispatcher):
 
     def dispatch(self, x, ids, weights):
         nodes = self.outer.size
-        ids = self.within_capacity(ids, weights)
+        ids = self.places(ids, weights)
         wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N,nodes) 0, 1
         # 1. one message to each node: tokens that will come, and how many copies they hold for each of its experts
-        copies = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
-        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), copies), 1))
+        counts = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
+        message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), counts), 1))
         work.wait()
-        from_nodes, copies_here = message[:, 0], message[:, 1:].sum(0)
+        from_nodes, counts_here = message[:, 0], message[:, 1:].sum(0)
         # 2. the sizes of both hops
-        leaving, arriving = self.exchange_counts(copies_here)
+        leaving, arriving = self.exchange_counts(counts_here)
         node_send, node_recv, send, recv = host_sizes(wanted.sum(0), from_nodes, leaving.sum(1), arriving.sum(1))
         node_slot = slots_by_node(wanted, sum(node_send))
         # 3. the tokens' choices, then the tokens
@@ -703,23 +704,15 @@ class Grid:
             self.groups[members] = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
         return self.groups[members]
 
-    def parts_mesh(self, axis):
-        """(replicate, axis, shard) of the ranks that hold a tensor cut by ep or by tp."""
-        mesh = self.expert if axis == "ep" else self.tensor
-        return mesh["replicate", axis, "shard"]
-
-    def group(self, mesh, name):
-        return Group(mesh[name].get_group())
-
     def dispatcher(self, config):
         """What the plan says; the local one with no rank to exchange with; flat where the group lies in one node."""
         plan = self.plan
         if plan.ep == 1:
             return LocalDispatcher(config)
         if plan.dispatch == "flat" or plan.ep == plan.inner:
-            return FlatDispatcher(config, self.group(self.expert, "ep"))
+            return FlatDispatcher(config, Group(self.expert["ep"]))
         kind = HierarchicalDispatcher if plan.dispatch == "hierarchical" else DedupDispatcher
-        return kind(config, self.group(self.exchange, "inner"), self.group(self.exchange, "outer"))
+        return kind(config, Group(self.exchange["inner"]), Group(self.exchange["outer"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,24 +756,12 @@ class Slice(NamedTuple):
     parts: int
 
 
-def keep_own_slice(module, dim, group):
-    module.slice = Slice(dim, group.rank, group.size)
-    module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
-
-
 def own_slice(module, whole):
     """What this rank holds of a tensor of a module; all of it, if it is not cut."""
     if not hasattr(module, "slice"):
         return whole
     dim, place, parts = module.slice
     return whole.chunk(parts, dim)[place]
-
-
-def whole_shape(module, tensor):
-    shape = list(tensor.shape)
-    if hasattr(module, "slice"):
-        shape[module.slice.dim] *= module.slice.parts
-    return shape
 
 
 def local(tensor):
@@ -791,13 +772,13 @@ def local(tensor):
 def count_holders(name, tensor, grid):
     """How many ranks hold the same part of a tensor."""
     plan = grid.plan
-    parts = {"ep": plan.ep, "tp": plan.tp, None: 1}[cut_of(name).axis]
+    n_parts = {"ep": plan.ep, "tp": plan.tp, None: 1}[cut_of(name).axis]
     if isinstance(tensor, DTensor):
-        parts *= tensor.device_mesh["shard"].size()
+        n_parts *= tensor.device_mesh["shard"].size()
     ranks = plan.dp * plan.cp * plan.tp
     if grid.embedding_twice and name.startswith("embed_tokens"):
         ranks *= 2
-    return ranks // parts
+    return ranks // n_parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -821,11 +802,12 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
     for block in model.moe_blocks():
         keep_own_experts(block.mlp.experts, plan)
         if n_balance > 1:
-            block.mlp.gate.average_counts = partial(mean_over, grid.balance["balance"].get_group())
+            block.mlp.gate.average_counts = partial(mean_over, Group(grid.balance["balance"]))
     if plan.tp > 1:
         cut_matrices(model, grid)
     if plan.cp > 1:
-        gather_contexts(model, grid)
+        for block in model.layers.values():
+            block.self_attn.gather_context = partial(gather_together, Group(grid.sequence["cp"]))
     if plan.dp * plan.cp * plan.tp > 1:
         shard(model, grid)
     dispatcher = grid.dispatcher(model.config)                            # last: a group cannot be copied or saved
@@ -836,12 +818,11 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
 
 
 def refuse_what_is_not_run(plan):
-    if plan.tp > 1 and not plan.sp:
-        raise ValueError(f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
-    if plan.balance_live and "optimizer" in plan.swap:
-        raise ValueError("swap=optimizer keeps moments where balance_live cannot move them: use one of both")
-    if plan.precision not in ("fp32", "bf16", "fp64"):
-        raise ValueError(f"precision={plan.precision} is not run: use fp32 or bf16")
+    require(plan.tp == 1 or plan.sp, f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
+    require(plan.pp > 1 or plan.vpp == 1, f"vpp={plan.vpp} with pp=1 is timed by sim.py, but not run: use vpp=1")
+    require(not (plan.balance_live and "optimizer" in plan.swap),
+            "swap=optimizer keeps moments where balance_live cannot move them: use one of both")
+    require(plan.precision in ("fp32", "bf16", "fp64"), f"precision={plan.precision} is not run: use fp32 or bf16")
 
 
 def keep_own_stages(model, grid):
@@ -853,7 +834,7 @@ def keep_own_stages(model, grid):
         del model.layers[index]
     first, last = 0 in own, plan.n_stages - 1 in own
     read_at_end = config.num_nextn_predict_layers > 0 or config.tie_word_embeddings
-    grid.embedding_twice = read_at_end and plan.embedding_twice
+    grid.embedding_twice = read_at_end
     if not first and not (last and read_at_end):
         model.embed_tokens = None
     if not last:
@@ -861,8 +842,7 @@ def keep_own_stages(model, grid):
 
 
 def mean_over(group, counts):
-    dist.all_reduce(counts, group=group)
-    return counts / group.size()
+    return group.all_reduce(counts) / group.size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -877,33 +857,23 @@ def mean_over(group, counts):
 
 
 def cut_matrices(model, grid):
-    group = grid.group(grid.sequence, "tp")
+    group = Group(grid.sequence["tp"])
     for name, module in model.named_modules():
         matrix = name.rpartition(".")[2]
         if matrix in TENSOR_CUTS:
-            keep_own_slice(module, TENSOR_CUTS[matrix], group)
+            module.slice = Slice(TENSOR_CUTS[matrix], group.rank, group.size)
+            module.weight = torch.nn.Parameter(own_slice(module, module.weight.detach()).clone())
         if isinstance(module, Attention):
             module.gather_tokens = partial(gather_together, group)
         if isinstance(module, MLP):
-            module.register_forward_pre_hook(partial(gather_input, group))
+            module.register_forward_pre_hook(lambda _, tokens: gather_sequence(group, *tokens))
         if isinstance(module, (Attention, MLP)):
-            module.register_forward_hook(partial(scatter_output, group))
+            module.register_forward_hook(lambda _, tokens, partial_sums: scatter_sequence(group, partial_sums))
     n_own = model.config.vocab_size // group.size
     model.embed = partial(embed_part, group, model.embed, n_own)
     model.cross_entropy = partial(cross_entropy_part, group, n_own)
     model.gather_logits = partial(gather_logits, group)
     grid.tensor_group = group
-
-
-def gather_input(group, module, args):
-    """A hook before a module: it gets the tokens of the whole group."""
-    x, = args
-    return (gather_sequence(group, x),)
-
-
-def scatter_output(group, module, args, partial_sums):
-    """A hook behind a module: this rank's tokens of what it made, summed over the group."""
-    return scatter_sequence(group, partial_sums)
 
 
 def gather_sequence(group, x):
@@ -954,21 +924,15 @@ def cross_entropy_part(group, n_own, h, weight, targets):
     return HeadCrossEntropy.apply(h, weight, targets, vocabulary)
 
 
-def gather_contexts(model, grid):
-    group = grid.group(grid.sequence, "cp")
-    for block in model.layers.values():
-        block.self_attn.gather_context = partial(gather_together, group)
-
-
 def context_parts(n_tokens, cp, device):
     """Numbers of the tokens that each context rank has; gather_context brings keys together in this order."""
     slices = torch.arange(n_tokens, device=device).chunk(2 * cp)
     return [torch.cat((slices[i], slices[-1 - i])) for i in range(cp)]
 
 
-def own_tokens(plan, depths, ids, targets, positions=None, doc_ids=None, next_ids=None, routing=None):
-    """Model.forward's arguments for whole sequences -> for this rank's part of them. depths: of MTP."""
-    positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
+def own_tokens(plan, n_mtp, ids, targets, positions=None, doc_ids=None, next_ids=None, routing=None):
+    """Model.forward's arguments for whole sequences -> for this rank's part of them. n_mtp: layers of MTP."""
+    positions, next_ids = fill_inputs(ids, targets, n_mtp, positions, next_ids)
     contexts, place = context_parts(ids.size(1), plan.cp, ids.device), rank() % (plan.cp * plan.tp)
     context = contexts[place // plan.tp]                                  # tokens of the tensor group
     own = context.chunk(plan.tp)[place % plan.tp]
@@ -1000,10 +964,13 @@ def shard(model, grid):
     plan = grid.plan
     dense, tensor, expert = [mesh["replicate", "shard"] for mesh in (grid.dense, grid.tensor, grid.expert)]
     as_stored = MixedPrecisionPolicy(cast_forward_inputs=False)
-    policy = as_stored
-    if plan.precision == "bf16":
-        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = bf16 if plan.precision == "bf16" else as_stored
     alone = set()                                                         # what no other rank holds
+    if tensor.size() == 1:
+        alone.update(module.weight for module in model.modules() if hasattr(module, "slice"))
+    if expert.size() == 1:
+        alone.update(*(block.mlp.experts.parameters() for block in model.moe_blocks()))
 
     def wrap(part, mesh=dense, mp_policy=policy, free=plan.zero == 3, **placement):
         fully_shard(part, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=free, ignored_params=alone, **placement)
@@ -1011,15 +978,11 @@ def shard(model, grid):
     # 1. matrices cut by tensor; embedding and head are children of the root, which takes them
     for part in model.modules():
         matrices = [child for child in part.children() if hasattr(child, "slice")]
-        if matrices and tensor.size() == 1:
-            alone.update(child.weight for child in matrices)
-        elif matrices and part is not model:
+        if matrices and tensor.size() > 1 and part is not model:
             wrap(matrices, tensor)
     # 2. layers
     for block in model.layers.values():
-        if block.is_moe and expert.size() == 1:
-            alone.update(block.mlp.experts.parameters())
-        elif block.is_moe:
+        if block.is_moe and expert.size() > 1:
             wrap(block.mlp.experts, expert, shard_placement_fn=partial(cut_inside_experts, plan))
         if block.is_moe:
             wrap(block.mlp.gate, mp_policy=as_stored)
@@ -1096,7 +1059,10 @@ def init_weights(model, seed=0):
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         module = model.get_submodule(name.rpartition(".")[0])
         first_expert = module.first_expert if cut_of(name).axis == "ep" else 0
-        whole = torch.empty(whole_shape(module, tensor), dtype=tensor.dtype)
+        shape = list(tensor.shape)
+        if hasattr(module, "slice"):
+            shape[module.slice.dim] *= module.slice.parts
+        whole = torch.empty(shape, dtype=tensor.dtype)
         fill_initial(whole, model.config, name, seed, first_expert)
         part = own_slice(module, whole)
         if isinstance(tensor, DTensor):
@@ -1129,7 +1095,8 @@ def param_groups(model):
     """Parameters for an optimizer by mesh, since fused and foreach steps refuse tensors of different ones."""
     by_axis = {None: [], "tp": [], "ep": []}
     for name, parameter in model.named_parameters():
-        by_axis[cut_of(name).axis].append(parameter)
+        if parameter.requires_grad:
+            by_axis[cut_of(name).axis].append(parameter)
     return [dict(params=parameters) for parameters in by_axis.values()]
 
 
@@ -1139,30 +1106,29 @@ def param_groups(model):
 # Autograd gives every tensor that backward will need to Memory.pack and stores what pack returns; in backward it gives
 # that to unpack and takes back a tensor. pack returns a note, which says where backward finds the tensor's memory:
 #
-#     Kept       on the device, where it stays
+#     Stored     on the device, where it stays, or in the host's memory, where it waits
 #     Remade     nowhere: a recipe, that is an operator and what it was given, makes it again
-#     OnHost     in the host's memory, where it waits
 #
 # Example: recompute=act in an MLP, whose forward is  hidden = again("act", swiglu, gate_up); y = down_proj(hidden)
 #
-#     forward    swiglu saves gate_up           pack returns Kept, which holds gate_up
-#                again leaves a note at hidden  Remade by the recipe swiglu(gate_up)
-#                down_proj saves hidden         pack finds this note and returns it; the recipe packs gate_up: same Kept
+#     forward    swiglu saves gate_up           pack returns Stored, which holds gate_up
+#                again leaves a note at hidden  Remade by the recipe swiglu(gate_up), which has the same Stored
+#                down_proj saves hidden         pack finds this note and returns it
 #                down_proj returns              nothing holds hidden any more, so its memory is free
-#     backward   down_proj asks for hidden      the recipe takes gate_up from its Kept and runs swiglu, nothing else
-#                swiglu asks for gate_up        its Kept has it
+#     backward   down_proj asks for hidden      the recipe takes gate_up from its Stored and runs swiglu, nothing else
+#                swiglu asks for gate_up        its Stored has it
 #
 # Who holds what: autograd's graph holds the notes, so they live until backward has passed. A note is found from the
 # memory it is of, a storage, which is one for a tensor and its views: what is saved twice has one note, and what is
-# swapped after an operator saved it finds that note and moves the memory. The storage holds a Remade and an OnHost
-# itself, as nobody else does before the first save. It knows its Kept by a weak reference: that one holds the storage,
-# and the two would keep each other alive.
+# swapped after an operator saved it finds that note and moves the memory. The storage holds a Remade itself, as nobody
+# else does before the first save. It knows its Stored by a weak reference: that one holds the storage, and the two
+# would keep each other alive.
 
 
 class Memory(KeepAll):
     """KeepAll with the names that a plan recomputes and swaps in force.
 
-    observer: None, or a function that is given each Kept and OnHost when it is made; its nbytes are what it holds now.
+    observer: None, or a function that is given each Stored when it is made.
     """
 
     def __init__(self, plan, device):
@@ -1170,8 +1136,8 @@ class Memory(KeepAll):
         self.observer = None
         self.streams = torch.get_device_module(device)                    # torch.cpu's streams do nothing
         self.side_stream = self.streams.Stream()                          # where copies to the host and back run
-        self.swapped_now = []                                             # weak references to this layer's OnHost ...
-        self.swapped_before = []                                          # ... and to those of the layer before
+        self.swapped_now = weakref.WeakSet()                              # this layer's Stored that were swapped ...
+        self.swapped_before = weakref.WeakSet()                           # ... and those of the layer before
 
     def attach(self, model):
         for module in model.modules():
@@ -1189,17 +1155,20 @@ class Memory(KeepAll):
     def pack(self, x):
         if not torch.is_tensor(x) or is_weight(x):
             return x
-        note = note_of(x)
-        if note is None:
-            note = Kept(x)
-            leave_note(x, note)
-            self.observe(note)
-        note.count_use()
-        return Packed(note, x.size(), x.stride(), x.storage_offset())
+        return Packed(self.note_of(x), x.size(), x.stride(), x.storage_offset())
 
-    def observe(self, note):
-        if self.observer is not None:
-            self.observer(note)
+    def note_of(self, x):
+        """The note of x's storage: a new Stored, if it has none."""
+        storage = x.untyped_storage()
+        note = getattr(storage, "note", None)
+        if isinstance(note, weakref.ref):
+            note = note()
+        if note is None:
+            note = Stored(self, x)
+            storage.note = weakref.ref(note)
+            if self.observer is not None:
+                self.observer(note)
+        return note
 
     # what model.py calls
 
@@ -1210,11 +1179,11 @@ class Memory(KeepAll):
     def remake(self, names, made, make, *inputs):
         if self.names.isdisjoint(names.split()) or not torch.is_grad_enabled():
             return made
-        recipe = Recipe(self, make, inputs)
+        recipe = Recipe(make, [self.pack(x) for x in inputs])
         given = {id(x.untyped_storage()) for x in inputs if torch.is_tensor(x)}
         for index, x in enumerate(as_tuple(made)):
             if id(x.untyped_storage()) not in given:                      # else a view of what is kept anyway
-                leave_note(x, Remade(recipe, index))
+                x.untyped_storage().note = Remade(recipe, index)
         return made
 
     def region(self, name, run, x):
@@ -1226,23 +1195,18 @@ class Memory(KeepAll):
     def swap(self, name, x):
         if name not in self.names or not torch.is_grad_enabled():
             return x
-        note = note_of(x)
-        if isinstance(note, OnHost):                                      # x is a view of what was swapped
-            return x
-        on_host = OnHost(self, x)
-        if note is not None:                                              # the operator that made x has saved it
-            note.move_to(on_host)
-        leave_note(x, on_host)
-        self.swapped_now.append(weakref.ref(on_host))
-        self.observe(on_host)
+        note = self.note_of(x)
+        if note.host is None:                                             # else x is a view of what was swapped
+            note.send_to_host()
+            self.swapped_now.add(note)
+            x.note = note                                                 # nobody else holds it before the first save
         return x
 
     def begin_layer(self):
         """So tensors of one layer at a time are on their way out, and in backward those of one layer on the way in."""
-        for reference in self.swapped_now:
-            if on_host := reference():
-                on_host.leave_device()
-        self.swapped_before, self.swapped_now = self.swapped_now, []
+        for stored in self.swapped_now:
+            stored.leave_device()
+        self.swapped_before, self.swapped_now = self.swapped_now, weakref.WeakSet()
 
     def copy_aside(self, to, source):
         """A copy on the side stream, behind all that was queued so far -> event of its end."""
@@ -1266,15 +1230,6 @@ def unpack(packed):
     return packed.note.get().as_strided(packed.size, packed.stride, packed.offset)
 
 
-def leave_note(x, note):
-    x.untyped_storage().note = weakref.ref(note) if isinstance(note, Kept) else note
-
-
-def note_of(x):
-    note = getattr(x.untyped_storage(), "note", None)
-    return note() if isinstance(note, weakref.ref) else note
-
-
 def whole_storage(x):
     """The storage of x as a vector."""
     return x.new_empty(0).set_(x.untyped_storage())
@@ -1292,55 +1247,56 @@ def is_weight(x):
     return isinstance(x, torch.nn.Parameter) or hasattr(node, "variable")
 
 
-# Notes. count_use: autograd has stored the note once more. get: backward asks, once for each use -> the whole storage.
+class Stored:
+    """A storage on the device, or one that waits in the host's memory; get gives backward the whole of it.
 
+    Swapped in four steps, on a CPU too, so that tests run the same code.
+    1. send_to_host: a copy sets out. 2. leave_device: when the next layer begins, it has arrived, and the device is rid
+    of it. 3. fetch: when backward comes to the layer behind, a copy sets out back. 4. get: backward waits for it.
+    """
 
-class Kept:
-    """Memory that stays on the device, or that a swap took from there after it had been saved."""
+    def __init__(self, memory, x):
+        self.memory, self.device = memory, x.device
+        self.whole, self.host = whole_storage(x), None                    # what is where; None: it is not there
 
-    def __init__(self, x):
-        self.whole, self.on_host = whole_storage(x), None                 # one of both
-        self.uses = 0
+    def send_to_host(self):
+        self.host = torch.empty_like(self.whole, device="cpu", pin_memory=self.device.type != "cpu")
+        self.layer_before = self.memory.swapped_before                    # backward comes to it next
+        self.copied = self.memory.copy_aside(self.host, self.whole)
 
-    @property
-    def nbytes(self):
-        return 0 if self.whole is None else self.whole.nbytes
+    def leave_device(self):
+        self.wait_for_copy()
+        self.whole = None
 
-    def count_use(self):
-        self.uses += 1
-
-    def move_to(self, on_host):
-        self.whole, self.on_host = None, on_host
-        on_host.uses += self.uses
+    def fetch(self):
+        if self.whole is None:
+            self.whole = torch.empty_like(self.host, device=self.device)
+            self.copied = self.memory.copy_aside(self.whole, self.host)
 
     def get(self):
-        return self.on_host.get() if self.whole is None else self.whole
+        if self.host is not None:
+            self.fetch()
+            for stored in self.layer_before:
+                stored.fetch()
+            self.wait_for_copy()
+        return self.whole
+
+    def wait_for_copy(self):
+        self.memory.streams.current_stream().wait_event(self.copied)
 
 
 class Recipe:
-    """make(*inputs), which backward runs once for all that ask for what it makes, other recipes among them."""
+    """make of packed inputs, which backward runs once for all that ask for what it makes, other recipes among them."""
 
-    def __init__(self, memory, make, inputs):
-        self.memory, self.make, self.inputs = memory, make, inputs
-        self.packed = None                                                # the inputs, once anything made was saved
-        self.uses = 0                                                     # how often backward will ask
-        self.made = None                                                  # from the first time to the last
-
-    def count_use(self):
-        if self.packed is None:
-            self.packed = [self.memory.pack(x) for x in self.inputs]
-            self.inputs = None
-        self.uses += 1
+    def __init__(self, make, inputs):
+        self.make, self.inputs = make, inputs
+        self.made = None
 
     @torch.no_grad()
     def get(self, index):
         if self.made is None:
-            self.made = as_tuple(self.make(*[unpack(x) for x in self.packed]))
-        whole = whole_storage(self.made[index])
-        self.uses -= 1
-        if self.uses <= 0:
-            self.made = None
-        return whole
+            self.made = as_tuple(self.make(*[unpack(x) for x in self.inputs]))
+        return whole_storage(self.made[index])
 
 
 class Remade(NamedTuple):
@@ -1348,58 +1304,8 @@ class Remade(NamedTuple):
     recipe: Recipe
     index: int
 
-    def count_use(self):
-        self.recipe.count_use()
-
     def get(self):
         return self.recipe.get(self.index)
-
-
-class OnHost:
-    """Memory that waits in the host's, in four steps. On a CPU it is copied too, so that tests run the same code.
-
-    1. made: a copy sets out. 2. leave_device: it has arrived, the device's memory is free. 3. fetch: a copy sets out
-    back, when backward comes to the layer behind. 4. get: backward waits for it.
-    """
-
-    def __init__(self, memory, x):
-        whole = whole_storage(x)
-        self.memory, self.device = memory, whole.device
-        self.host = torch.empty_like(whole, device="cpu", pin_memory=whole.device.type != "cpu")
-        self.nbytes = self.host.nbytes
-        self.layer_before = memory.swapped_before                         # backward comes to it next
-        self.uses = 0
-        self.leaving = whole                                              # held until its copy has arrived
-        self.has_left = memory.copy_aside(self.host, whole)
-        self.back = None
-        if whole.device.type == "cpu":
-            self.leave_device()
-
-    def count_use(self):
-        self.uses += 1
-
-    def leave_device(self):
-        if self.leaving is not None:
-            self.memory.streams.current_stream().wait_event(self.has_left)
-            self.leaving = None
-
-    def fetch(self):
-        self.leave_device()
-        if self.back is None and self.uses > 0:
-            self.back = torch.empty_like(self.host, device=self.device)
-            self.is_back = self.memory.copy_aside(self.back, self.host)
-
-    def get(self):
-        self.fetch()
-        for reference in self.layer_before:
-            if other := reference():
-                other.fetch()
-        self.memory.streams.current_stream().wait_event(self.is_back)
-        back = self.back
-        self.uses -= 1
-        if self.uses == 0:
-            self.back = None
-        return back
 
 
 # a layer that runs again as a whole
@@ -1414,15 +1320,15 @@ def run_layer_twice(block, x, angles, mask=None, routing=None, cache=None):
     def run(x):
         return Block.forward(block, x, angles, mask, chosen, cache)
 
-    return checkpoint(run, x, context_fn=lambda: (nullcontext(), uncounted(block)), **ONCE_MORE)
+    def contexts():
+        return nullcontext(), uncounted(block) if block.is_moe else nullcontext()
+
+    return checkpoint(run, x, context_fn=contexts, **ONCE_MORE)
 
 
 @contextmanager
 def uncounted(block):
-    """A layer that runs again counts no loads."""
-    if not block.is_moe:
-        yield
-        return
+    """A layer with experts that runs again counts no loads."""
     load, dropped = block.mlp.gate.load, block.mlp.dropped
     try:
         yield
@@ -1452,16 +1358,15 @@ class HostAdamW(torch.optim.AdamW):
 
 def in_slices(parameters):
     """Consecutive parameters whose two moments have at most STEP_BYTES, or one parameter that has more."""
-    piece, size = [], 0
+    slices, room = [], 0
     for parameter in parameters:
         both_moments = 2 * local(parameter).nbytes
-        if piece and size + both_moments > STEP_BYTES:
-            yield piece
-            piece, size = [], 0
-        piece.append(parameter)
-        size += both_moments
-    if piece:
-        yield piece
+        if not slices or both_moments > room:
+            slices.append([])
+            room = STEP_BYTES
+        slices[-1].append(parameter)
+        room -= both_moments
+    return slices
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1494,7 +1399,8 @@ class LayerSegments:
         shared       h               ->  shared                  by the shared expert, or a dense layer's MLP
         combine      x, shared, out  ->  x
 
-    A dense layer has no rows, weights and out, and its relay, experts and relay_back do nothing.
+    Rows, weights and out are None in a dense layer, and nothing is under way where experts are here: then a relay does
+    nothing.
     """
     is_layer = True
 
@@ -1503,29 +1409,18 @@ class LayerSegments:
         self.chosen = {} if routing is None else routing                  # noted; forced if the layer runs again
         self.add_aux_loss = add_aux_loss
         self.has_run = False
-        self.segments = self.moe_segments() if block.is_moe else self.dense_segments()
-
-    def moe_segments(self):
-        sent = ("rows", "weights")
-        travels = hasattr(self.mlp.dispatcher, "relay")                   # else experts are here, nothing is under way
-        return [Segment(self.attend, ("x",), ("x", "h", *sent)),
-                Segment(self.relay if travels else pass_on, sent, sent),
-                Segment(self.experts_and_send_back if travels else self.experts, sent, ("out",)),
-                Segment(self.relay_back if travels else pass_on, ("out",), ("out",)),
-                Segment(self.shared, ("h",), ("shared",)),
-                Segment(self.combine, ("x", "shared", "out"), ("x",))]
-
-    def dense_segments(self):
-        nothing = Segment(pass_on, (), ())
-        return [Segment(self.attend_dense, ("x",), ("x", "h")),
-                nothing,
-                nothing,
-                nothing,
-                Segment(self.shared_dense, ("h",), ("shared",)),
-                Segment(self.combine_dense, ("x", "shared"), ("x",))]
+        self.travels = block.is_moe and hasattr(self.mlp.dispatcher, "relay")
+        self.segments = [Segment(self.attend, ("x",), ("x", "h", "rows", "weights")),
+                         Segment(self.relay, ("rows", "weights"), ("rows", "weights")),
+                         Segment(self.experts, ("rows", "weights"), ("out",)),
+                         Segment(self.relay_back, ("out",), ("out",)),
+                         Segment(self.shared, ("h",), ("shared",)),
+                         Segment(self.combine, ("x", "shared", "out"), ("x",))]
 
     def attend(self, x):
         x = self.block.attend(x, self.angles, self.mask)
+        if not self.block.is_moe:
+            return x, self.block.dispatch(x), None, None
         with uncounted(self.block) if self.has_run else nullcontext():
             h, _, rows, weights, self.counts, self.route = self.block.dispatch(x, self.chosen)
         if not self.has_run:
@@ -1535,39 +1430,25 @@ class LayerSegments:
         return x, h, rows, weights
 
     def relay(self, rows, weights):
-        return self.mlp.dispatcher.relay(rows, weights, self.route)
+        return self.mlp.dispatcher.relay(rows, weights, self.route) if self.travels else (rows, weights)
 
     def experts(self, rows, weights):
+        if not self.block.is_moe:
+            return (None,)
         h, self.h = self.h, None
-        return (self.mlp.compute_routed(h, rows, weights, self.counts, self.route),)
-
-    def experts_and_send_back(self, rows, weights):
-        out, = self.experts(rows, weights)
-        return (self.mlp.dispatcher.send_back(out, self.route),)
+        out = self.mlp.compute_routed(h, rows, weights, self.counts, self.route)
+        return (self.mlp.dispatcher.send_back(out, self.route) if self.travels else out,)
 
     def relay_back(self, out):
-        return (self.mlp.dispatcher.relay_back(out, self.route),)
+        return (self.mlp.dispatcher.relay_back(out, self.route) if self.travels else out,)
 
     def shared(self, h):
-        expert = self.mlp.shared_experts
-        return (None if expert is None else expert(h),)
+        mlp = self.mlp.shared_experts if self.block.is_moe else self.mlp
+        return (None if mlp is None else mlp(h),)
 
     def combine(self, x, shared, out):
-        return (self.block.combine(x, (out, shared, x.shape, self.route)),)
-
-    def attend_dense(self, x):
-        x = self.block.attend(x, self.angles, self.mask)
-        return x, self.block.dispatch(x)
-
-    def shared_dense(self, h):
-        return (self.mlp(h),)
-
-    def combine_dense(self, x, shared):
-        return (self.block.combine(x, shared),)
-
-
-def pass_on(*tensors):
-    return tensors
+        done = (out, shared, x.shape, self.route) if self.block.is_moe else shared
+        return (self.block.combine(x, done),)
 
 
 class Chunk:
@@ -1628,14 +1509,10 @@ class Chunk:
                 self.run_layer_again()
             edges = self.tape.pop()
             segment = self.segments[len(self.tape)]
-            reached, grads = [], []
-            for edge, name in zip(edges, segment.gives):
-                grad = self.grads.pop(name, None)
-                if edge is not None and grad is not None:
-                    reached.append(edge)
-                    grads.append(grad)
-            if reached:
-                torch.autograd.backward(reached, grads)
+            found = [(edge, self.grads.pop(name, None)) for edge, name in zip(edges, segment.gives)]
+            found = [(edge, grad) for edge, grad in found if edge is not None and grad is not None]
+            if found:
+                torch.autograd.backward(*zip(*found))
 
     @torch.enable_grad()
     def run_layer_again(self):
@@ -1666,12 +1543,6 @@ class Enter(torch.autograd.Function):
         return None, None, None, None
 
 
-def run_backward(chunk, store):
-    for piece in reversed(chunk.pieces):
-        backward_piece(chunk, piece, store)
-    store.pop()
-
-
 def backward_piece(chunk, piece, store):
     """Weight gradients of the experts hide the way back of the gradients, which the last segment left waits for."""
     chunk.backward(len(piece.segments) - 1)
@@ -1680,16 +1551,14 @@ def backward_piece(chunk, piece, store):
 
 
 def run_pair(forward, backward, store):
-    """A forward of one micro-batch among a backward of another, layer by layer: each hides the other's exchanges."""
-    to_forward, to_backward = list(forward.pieces), backward.pieces[::-1]
+    """A forward of one micro-batch among a backward of another, layer by layer: each hides the other's exchanges.
+    Either may be None: then it is the other alone."""
+    to_forward = list(forward.pieces) if forward else []
+    to_backward = backward.pieces[::-1] if backward else []
     while to_forward or to_backward:
-        if not to_forward:
+        if to_backward and not (to_forward and to_backward[0].is_layer):
             backward_piece(backward, to_backward.pop(0), store)
-        elif not to_backward:
-            forward.forward(len(to_forward.pop(0).segments))
-        elif not to_backward[0].is_layer:
-            backward_piece(backward, to_backward.pop(0), store)
-        elif not to_forward[0].is_layer:
+        elif not (to_backward and to_forward[0].is_layer):
             forward.forward(len(to_forward.pop(0).segments))
         else:
             pair_layer(forward, backward, store)
@@ -1734,7 +1603,7 @@ class Pipeline:
                 module.store = self.store
         self.memory = Memory(plan, next(model.parameters()).device)
         self.memory.attach(model)
-        self.runtimes = {}                 # number of micro-batches -> TorchRuntime, or OneRank
+        self.runtimes = {}                 # number of micro-batches -> TorchRuntime
 
     def step(self, batches, loss_tokens, train=True):
         """Forward and backward of a global batch, or its forward alone; weights stay as they are.
@@ -1746,8 +1615,8 @@ class Pipeline:
         # an evaluation may have another number of micro-batches than the plan
         plan = replace(self.plan, global_batch=len(batches) * self.plan.dp * self.plan.micro_batch)
         if plan.cp * plan.tp > 1:
-            depths = self.model.config.num_nextn_predict_layers
-            batches = [own_tokens(plan, depths, **batch) for batch in batches]
+            n_mtp = self.model.config.num_nextn_predict_layers
+            batches = [own_tokens(plan, n_mtp, **batch) for batch in batches]
         self.batches, self.loss_tokens, self.train = batches, loss_tokens, train
         self.sums = dict.fromkeys(("loss", "mtp_loss", "aux_loss"), loss_tokens.new_zeros(()))
         with torch.set_grad_enabled(train):
@@ -1755,9 +1624,8 @@ class Pipeline:
                 self.run_plain()
             else:
                 self.run_table(plan)
-        loss, mtp_loss, aux_loss = self.sums["loss"], self.sums["mtp_loss"], self.sums["aux_loss"]
-        total_loss = loss + self.model.config.mtp_loss_weight * mtp_loss + aux_loss
-        return Output(loss=loss, mtp_loss=mtp_loss, aux_loss=aux_loss, total_loss=total_loss)
+        sums, mtp_weight = self.sums, self.model.config.mtp_loss_weight
+        return Output(**sums, total_loss=sums["loss"] + mtp_weight * sums["mtp_loss"] + sums["aux_loss"])
 
     def run_plain(self):
         for number, batch in enumerate(self.batches, 1):
@@ -1766,23 +1634,24 @@ class Pipeline:
                 out = self.model(**batch, loss_tokens=self.loss_tokens)
             if self.train:
                 out.total_loss.backward()
-            self.add("loss", out.loss)
-            self.add("mtp_loss", out.mtp_loss)
-            self.add("aux_loss", out.aux_loss)
+            for name in self.sums:
+                self.add(name, getattr(out, name))
             del out                                                       # and its graph, before the next one is made
 
     def run_table(self, plan):
         self.chunks = {}                   # (stage, micro-batch) -> Chunk, from its forward to its backward
-        if plan.n_micro not in self.runtimes:
-            self.runtimes[plan.n_micro] = self.make_runtime(plan)
-        self.runtime = self.runtimes[plan.n_micro]
         self.gather_weights()
-        self.runtime.step(self.train)
+        if plan.pp == 1:
+            for action in schedule_table(plan)[0]:
+                self.perform(action.parts())
+        else:
+            if plan.n_micro not in self.runtimes:
+                self.runtimes[plan.n_micro] = self.make_runtime(plan)
+            self.runtime = self.runtimes[plan.n_micro]
+            self.runtime.step(self.train)
         self.release_weights()
 
     def make_runtime(self, plan):
-        if plan.pp == 1:
-            return OneRank(schedule_table(plan)[0], self.perform)
         shape = plan.micro_batch, plan.tokens // plan.micro_batch, self.model.config.hidden_size
         x = torch.empty(shape, dtype=model_dtype(self.model), device="meta", requires_grad=True)
         device, group = next(self.model.parameters()).device, self.grid.dense["pp"].get_group()
@@ -1793,48 +1662,21 @@ class Pipeline:
 
     def perform(self, parts):
         """parts: one or two of (kind, stage, microbatch), kind F or B; two are a pair, its forward first."""
-        if len(parts) == 2 and self.plan.overlap == "adaptive" and self.train:
-            self.perform_pair(*parts)
-            return
-        for kind, stage, microbatch in parts:
-            if kind == "F":
-                self.perform_forward(stage, microbatch)
-            elif self.train:
-                self.perform_backward(stage, microbatch)
+        if not self.train:
+            parts = [part for part in parts if part[0] == "F"]
+        beside = self.plan.overlap == "adaptive"                          # two of a pair, or one after the other
+        for together in [parts] if beside else [[part] for part in parts]:
+            chunks = {part[0]: self.begin(*part) for part in together}
+            run_pair(chunks.get("F"), chunks.get("B"), self.store)
+            for part in together:
+                self.end(chunks[part[0]], *part)
 
-    def perform_forward(self, stage, microbatch):
-        chunk = self.begin_forward(stage, microbatch)
-        chunk.forward(len(chunk.segments))
-        self.end_forward(chunk, stage, microbatch)
-
-    def perform_backward(self, stage, microbatch):
-        chunk = self.begin_backward(stage, microbatch)
-        run_backward(chunk, self.store)
-        self.end_backward(chunk, stage, microbatch)
-
-    def perform_pair(self, forward_part, backward_part):
-        _, *forward_of = forward_part                                     # stage, microbatch
-        _, *backward_of = backward_part
-        forward, backward = self.begin_forward(*forward_of), self.begin_backward(*backward_of)
-        run_pair(forward, backward, self.store)
-        self.end_forward(forward, *forward_of)
-        self.end_backward(backward, *backward_of)
-
-    def begin_forward(self, stage, microbatch):
-        batch = self.batches[microbatch]
-        if stage == 0:
-            x = batch["ids"]
-        else:
-            x = self.runtime.received_input(stage, microbatch).detach().requires_grad_(self.train)
-        return Chunk(self.pieces(stage, **batch), x, self.memory)
-
-    def end_forward(self, chunk, stage, microbatch):
-        if self.train:
-            self.chunks[stage, microbatch] = chunk
-        if stage < self.last_stage:
-            self.runtime.send_output(stage, microbatch, chunk.values.pop("x").detach().contiguous())
-
-    def begin_backward(self, stage, microbatch):
+    def begin(self, kind, stage, microbatch):
+        """The Chunk of an action, with what the neighbour sent: an input, or the gradient of the output."""
+        if kind == "F":
+            batch = self.batches[microbatch]
+            x = self.runtime.received_input(stage, microbatch) if stage > 0 else batch["ids"]
+            return Chunk(self.pieces(stage, **batch), x, self.memory)
         chunk = self.chunks.pop((stage, microbatch))
         if stage == self.last_stage:                                      # where nothing comes from behind
             chunk.grads["loss"] = torch.ones_like(chunk.values["loss"])
@@ -1842,17 +1684,23 @@ class Pipeline:
             chunk.grads["x"] = self.runtime.received_gradient(stage, microbatch)
         return chunk
 
-    def end_backward(self, chunk, stage, microbatch):
-        self.end_fsdp_backward()
+    def end(self, chunk, kind, stage, microbatch):
+        if kind == "F":
+            if self.train:
+                self.chunks[stage, microbatch] = chunk
+            if stage < self.last_stage:
+                self.runtime.send_output(stage, microbatch, chunk.values.pop("x").detach().contiguous())
+            return
+        end_sharded_backward(self.model)
         if stage > 0:
-            self.runtime.send_gradient(stage, microbatch, chunk.grads.pop("x").detach().contiguous())
+            self.runtime.send_gradient(stage, microbatch, chunk.grads.pop("x").contiguous())
 
     # a stage's segments
 
     def pieces(self, stage, ids, targets=None, positions=None, doc_ids=None, next_ids=None, routing=None):
         """What Model.forward does, as pieces of a Chunk: embedding, layers, what joins MTP layers to them, losses."""
-        model, depths = self.model, self.model.config.num_nextn_predict_layers
-        positions, next_ids = fill_inputs(ids, targets, depths, positions, next_ids)
+        model, n_mtp = self.model, self.model.config.num_nextn_predict_layers
+        positions, next_ids = fill_inputs(ids, targets, n_mtp, positions, next_ids)
         angles, mask = rope_table(model.config, positions, model_dtype(model)), document_mask(doc_ids)
 
         def embed(ids):
@@ -1885,9 +1733,8 @@ class Pipeline:
     # FSDP: its hooks on layers do not run, since segments call a layer's parts
 
     def gather_weights(self):
-        if isinstance(self.model, FSDPModule):
-            prepare_sharding(self.model)
-            self.set_last_backward(False)
+        prepare_sharding(self.model)
+        self.set_last_backward(False)
         for part in fsdp_parts(self.model):
             part.unshard()
 
@@ -1898,7 +1745,7 @@ class Pipeline:
                 part.reshard()
             return
         self.set_last_backward(True)
-        self.end_fsdp_backward()
+        end_sharded_backward(self.model)
         if self.grid and self.grid.embedding_twice and self.model.embed_tokens is not None:
             self.add_other_embedding(local(self.model.embed_tokens.weight.grad))
 
@@ -1918,34 +1765,6 @@ class Pipeline:
             self.model.set_reshard_after_backward(last)
             self.model.set_requires_gradient_sync(last)
 
-    def end_fsdp_backward(self):
-        if isinstance(self.model, FSDPModule):
-            end_sharded_backward(self.model)
-
-
-class OneRank:
-    """What TorchRuntime is on several pipeline ranks: the actions one by one, stages hand their tensors over."""
-
-    def __init__(self, actions, perform):
-        self.actions, self.perform = actions, perform
-        self.outputs, self.gradients = {}, {}                             # (receiving stage, micro-batch) -> tensor
-
-    def step(self, train):
-        for action in self.actions:
-            self.perform(action.parts())
-
-    def send_output(self, stage, microbatch, x):
-        self.outputs[stage + 1, microbatch] = x
-
-    def received_input(self, stage, microbatch):
-        return self.outputs.pop((stage, microbatch))
-
-    def send_gradient(self, stage, microbatch, grad):
-        self.gradients[stage - 1, microbatch] = grad
-
-    def received_gradient(self, stage, microbatch):
-        return self.gradients.pop((stage, microbatch))
-
 
 def model_dtype(model):
     """Of the residual stream."""
@@ -1961,23 +1780,6 @@ def model_dtype(model):
 # Router, its optimizer state and bias, loads and the balance loss know experts by their own numbers, so nothing of them
 # moves: only dispatch looks up in which slot an expert is now. Checkpoints hold experts in order of their numbers, for
 # any plan and reader.
-
-
-class PlacedDispatcher:
-    """Sends rows to the slot where their expert is now, through one of the exchanges above, to which slots are experts.
-
-    All else of a dispatcher is the exchange's.
-    """
-
-    def __init__(self, exchange):
-        self.exchange = exchange
-        self.slot_of = None                                               # (E,) slot of each expert
-
-    def __getattr__(self, name):
-        return getattr(self.exchange, name)
-
-    def dispatch(self, x, ids, weights):
-        return self.exchange.dispatch(x, self.slot_of[ids], weights)
 
 
 def leaving_and_arriving(old, new, me):
@@ -2025,10 +1827,10 @@ class LiveBalance:
     def __init__(self, model, grid):
         config, self.plan = model.config, grid.plan
         n_layers = config.num_hidden_layers + config.num_nextn_predict_layers - config.first_k_dense_replace
-        self.group = Group(grid.expert["ep"].get_group())
+        self.group = Group(grid.expert["ep"])
         self.moes = {block.index - config.first_k_dense_replace: block.mlp for block in model.moe_blocks()}
         for moe in self.moes.values():
-            moe.dispatcher = PlacedDispatcher(moe.dispatcher)
+            moe.dispatcher = copy(moe.dispatcher)                         # each layer's, with a slot_of of its own
         self.expected = torch.zeros(n_layers, config.n_routed_experts, device=grid.dense.device_type)
         self.first = first_placement(config.n_routed_experts, self.plan.ep)
         self.placements = [self.first] * n_layers
@@ -2122,11 +1924,14 @@ def mean_imbalance(loads, placements):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 #
-# A folder step_N:   *.distcp        tensors, whole by name, each rank's part of them in a file of its own
-#                    .metadata       DCP's list of the parts: which tensor, which slice, in which file
-#                    progress.json   plain numbers: steps, tokens, where experts live
-#                    files.json      sizes and checksums of the others; written last
+# A folder step_N, written by torch.distributed.checkpoint (DCP) while training goes on:
 #
+#     *.distcp        tensors, whole by name, each rank's part of them in a file of its own
+#     .metadata       DCP's list of the parts: which tensor, which slice, in which file
+#     progress.json   plain numbers: steps, tokens, where experts live
+#     files.json      sizes and checksums of the others; written last, so that later damage shows
+#
+# No plan changes the names and shapes of whole tensors, so any plan reads what any other wrote.
 # It may come from anywhere, so nothing in it can name code to run: JSON, tensors, and DCP's list of known types.
 
 MANIFEST, PROGRESS, DCP_LIST = "files.json", "progress.json", ".metadata"
@@ -2172,7 +1977,7 @@ def part_of_whole(name, tensor, grid):
     dim, axis = cut_of(name)
     if axis is None or tensor.dim() < 2:                                  # vectors are not cut, nor counts of steps
         return tensor
-    mesh = grid.parts_mesh(axis)
+    mesh = (grid.expert if axis == "ep" else grid.tensor)["replicate", axis, "shard"]
     shape = list(tensor.shape)
     shape[dim] *= mesh.size(1)
     stride = torch.empty(shape, device="meta").stride()
@@ -2195,16 +2000,16 @@ class Saver:
 
         1. save copies the state and returns; the rest happens in threads
         2. every rank writes its parts into step_N.tmp
-        3. rank 0 adds progress.json, then the list of all files
-        4. all ranks tell whether they failed; if one did, the folder goes, and all have failed
-        5. rank 0 renames the folder to step_N and deletes the oldest
-        6. all wait for that, so nobody looks for it before it has its name
+        3. rank 0 adds progress.json, then the list of all files, renames the folder to step_N and deletes the oldest
 
-    So a folder without .tmp was whole. SaveFailed tells of the disk's refusal at the next call of any method.
+    After 2 and after 3 each rank waits until all have told whether they failed; if one did, the folder goes, and all
+    have failed. So a folder without .tmp was whole, and nobody looks for it before it has its name. SaveFailed tells of
+    the disk's refusal at the next call of any method.
     """
 
-    def __init__(self, folder, keep):
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder, keep, keep_too=lambda steps: ()):
+        """keep: newest checkpoints that stay; keep_too: of all steps, ascending, those whose checkpoints stay, too."""
+        self.folder, self.keep, self.keep_too = Path(folder), keep, keep_too
         # the thread that writes talks over a group of its own
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -2223,43 +2028,35 @@ class Saver:
         self.pending = self.pool.submit(self.complete, written, unfinished, json.dumps(progress))
 
     def complete(self, written, unfinished, progress):
+        self.on_all_ranks(unfinished, written.result)
+        self.on_all_ranks(unfinished, partial(self.publish, unfinished, progress))
+
+    def on_all_ranks(self, unfinished, work):
+        """work() here, and SaveFailed on all ranks if it failed on one."""
         error = None
         try:
-            written.result()
-            if rank() == 0:
-                write_synced(unfinished / PROGRESS, progress)
-                write_manifest(unfinished)
+            work()
         except (OSError, CheckpointException, RuntimeError) as caught:
             error = caught
-        self.agree(unfinished, error)
-        try:
-            if rank() == 0:
-                self.publish(unfinished)
-        except OSError as caught:
-            error = caught
-        self.agree(unfinished, error)
-
-    def agree(self, unfinished, error):
-        """SaveFailed on all ranks, where one has an error."""
-        if self.of_all_ranks(error is not None):
+        failed = torch.tensor(error is not None, dtype=torch.int32)
+        if self.group is not None:
+            dist.all_reduce(failed, group=self.group)
+        if failed:
             shutil.rmtree(unfinished, ignore_errors=True)                 # gives its space back
             cause = in_one_line(cause_of(error)) if error else "on another rank"
             raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({cause})") from error
 
-    def of_all_ranks(self, failed):
-        """Whether any rank failed; nobody goes on before all have said so."""
-        if self.group is None:
-            return failed
-        failed = torch.tensor(int(failed))
-        dist.all_reduce(failed, group=self.group)
-        return failed.item() > 0
-
-    def publish(self, unfinished):
+    def publish(self, unfinished, progress):
+        if rank() > 0:
+            return
+        write_synced(unfinished / PROGRESS, progress)
+        write_manifest(unfinished)
         final = unfinished.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         sync_folder(self.folder)
-        for step in steps_in(self.folder)[:-self.keep]:
+        steps = steps_in(self.folder)
+        for step in set(steps[:-self.keep]).difference(self.keep_too(steps)):
             shutil.rmtree(self.folder / f"step_{step}")
 
     def poll(self):
@@ -2330,16 +2127,23 @@ def read_json(folder, name):
 
 def check_files(folder):
     """CheckpointError with the file's name, if one is missing or not as written."""
-    for name, written in read_json(folder, MANIFEST).items():
-        if Path(name).name != name or not name.isprintable() or not is_numbers(written) or len(written) != 2:
-            raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not a list of files with sizes and checksums")
-        path, (size, crc) = folder / name, written
+    for name, (size, crc) in listed_files(folder).items():
+        path = folder / name
         if not path.exists():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
         if path.stat().st_size != size:
             raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes")
         if checksum(path) != crc:
             raise CheckpointError(f"{folder} is damaged: the content of {name} is not what was written")
+
+
+def listed_files(folder):
+    """What write_manifest wrote: {name: [size, checksum]}."""
+    files = read_json(folder, MANIFEST)
+    for name, written in files.items():
+        if Path(name).name != name or not name.isprintable() or not is_numbers(written) or len(written) != 2:
+            raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not a list of files with sizes and checksums")
+    return files
 
 
 def is_numbers(x):
@@ -2358,7 +2162,7 @@ def load_progress(folder, progress):
 
 
 class DCPList(pickle.Unpickler):
-    """Reads .metadata, a pickle, which could call anything: here no more than what DCP writes into it."""
+    """Reads .metadata, a pickle, which could call anything: here no more than what DCP writes into it of tensors."""
     known = {"torch": "Size float64 float32 bfloat16 float16 int64 uint8",
              "torch.serialization": "_get_layout",
              "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata TensorProperties "
@@ -2372,20 +2176,20 @@ class DCPList(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_parts(folder):
-    """DCP's Metadata of a checkpoint, whose files all lie in it."""
+def read_list(folder):
+    """DCP's Metadata of a checkpoint, which names no file but those of the manifest."""
     try:
         with open(folder / DCP_LIST, "rb") as file:
             metadata = DCPList(file).load()
-        files = {part.relative_path for part in metadata.storage_data.values()}
-        outside = [name for name in files if Path(name).name != name]
+        named = {part.relative_path for part in metadata.storage_data.values()}
         metadata.storage_meta = StorageMeta()
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from None
     except Exception as error:                                            # a pickle that is none fails in any way
         raise CheckpointError(f"{folder} is damaged: {DCP_LIST} cannot be read ({in_one_line(error)})") from error
-    if outside:
-        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {outside[0]!r}, which is not in the folder")
+    unlisted = named - listed_files(folder).keys()
+    if unlisted:
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {unlisted.pop()!r}, which is not in {MANIFEST}")
     return metadata
 
 
@@ -2394,16 +2198,10 @@ class SafeReader(dcp.FileSystemReader):
 
     def __init__(self, folder):
         super().__init__(folder)
-        self.parts = read_parts(folder)
+        self.list = read_list(folder)
 
     def read_metadata(self, *args, **kwargs):
-        return self.parts
-
-
-class TensorsOnly(dcp.DefaultLoadPlanner):
-    def load_bytes(self, read_item, value):
-        """Called for what the list says is no tensor; DCP would unpickle it."""
-        raise CheckpointError(f"{DCP_LIST} says that {read_item.dest_index.fqn} is no tensor")
+        return self.list
 
 
 def load_state(folder, state, grid=None):
@@ -2413,7 +2211,7 @@ def load_state(folder, state, grid=None):
     """
     reader = SafeReader(folder)
     try:
-        dcp.load(whole_tensors(state, grid), storage_reader=reader, planner=TensorsOnly(), no_dist=grid is None)
+        dcp.load(whole_tensors(state, grid), storage_reader=reader, no_dist=grid is None)
     except CheckpointException as error:
         cause = cause_of(error)
         if isinstance(cause, (CheckpointError, pickle.UnpicklingError)):
@@ -2444,3 +2242,295 @@ def restore(folder, model, optimizer, progress, grid=None):
     load_progress(folder, progress)
     if grid is not None and grid.live:
         grid.live.restore(progress, optimizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of others: a folder as transformers writes it
+#
+#     config.json                     the shape: model.config_from_hf
+#     *.safetensors                   8 bytes: length of the header; the header, JSON: name -> dtype, shape, where its
+#                                     numbers begin and end; the numbers
+#     model.safetensors.index.json    "weight_map": name -> file; not needed where all is in model.safetensors
+#
+# It may come from anywhere: no number is read before every length, offset, dtype, shape and path has been checked.
+#
+# Read by this file's own few lines: torch.distributed.checkpoint's HuggingFaceStorageReader fills tensors of the same
+# names, where half of a stack of ours lies in another file, checks no header, and turns a Python loop for each block of
+# fp8. Bands of rows are read, not mapped to memory: a file that is cut short while it is mapped ends the process.
+
+INDEX, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F8_E4M3=torch.float8_e4m3fn)
+MAX_HEADER = 100_000_000                   # bytes; the format's own limit
+BLOCK = 128                                # fp8: rows, and columns, with one scale
+BAND = 2**24                               # numbers read at a time
+SHARD_BYTES = 5 * 10**9                    # of a file that is written, but for a tensor that is larger
+
+
+class Piece(NamedTuple):
+    """A tensor of a folder: where its numbers lie."""
+    path: Path
+    dtype: str                             # a key of DTYPES, or what is not known here
+    shape: torch.Size
+    start: int                             # the first byte in the file
+    scale: "Piece | None" = None           # of fp8: a factor for each block, (rows / BLOCK, columns / BLOCK)
+
+
+@contextmanager
+def faults_of(folder):
+    """What is found amiss, as CheckpointError with the folder's name; also where JSON has another structure."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: {in_one_line(error)}") from None
+
+
+def read_published_config(folder):
+    """The Config of such a folder; CheckpointError for what is none, or of another kind of model."""
+    with faults_of(folder / "config.json"):
+        return config_from_hf(read_json(folder, "config.json"))
+
+
+def published_pieces(folder, config, trained):
+    """{published name: Piece} of all that a model of this Config needs; CheckpointError names all that does not fit.
+
+    trained: MTP layers in the folder. A config that has more of them gets the last one again and again.
+    """
+    kept = replace(config, num_nextn_predict_layers=min(trained, config.num_nextn_predict_layers))
+    with faults_of(folder):
+        pieces = with_scales(apart(config, read_index(folder)))
+        refuse_other_size(kept, pieces)
+        with torch.device("meta"):
+            wanted, needed = to_hf(Model(kept)), to_hf(Model(config))
+        check_published(kept, wanted, pieces, unreadable(wanted, pieces))
+    return {name: pieces[trained_name(config, trained, name)] for name in needed}
+
+
+def trained_name(config, trained, name):
+    """The name, published or ours, under which a source with so many MTP layers has a tensor."""
+    last = config.num_hidden_layers + trained - 1
+    return re.sub(r"layers\.(\d+)", lambda found: f"layers.{min(int(found[1]), last)}", name, count=1)
+
+
+def read_index(folder):
+    """{name: Piece} of all files that the index names."""
+    if not (folder / INDEX).exists():
+        require((folder / ONE_FILE).exists(), f"neither {INDEX} nor {ONE_FILE} is there; other formats are not read")
+        return read_header(folder / ONE_FILE)
+    named, pieces = read_json(folder, INDEX)["weight_map"], {}
+    for file in sorted(set(named.values())):
+        require(Path(file).name == file and file.endswith(".safetensors"),
+                f"{INDEX} names the file {file!r}, which is no .safetensors of this folder")
+        pieces |= read_header(folder / file)
+    wrong = {name: repr(name) for name in named.keys() | pieces.keys()
+             if name not in pieces or named.get(name) != pieces[name].path.name}
+    require(not wrong, f"{INDEX} and the files do not agree about {len(wrong)} tensors: {alike(wrong)}")
+    return pieces
+
+
+def read_header(path):
+    """{name: Piece} of a file, whose tensors fill it one after the other, as the format says."""
+    require(path.is_file(), f"{path.name} is missing, or no file")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        require(length <= min(size - 8, MAX_HEADER), f"{path.name} is damaged: a header of {length} in {size} bytes")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    pieces, place = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        where = f"{path.name} is damaged: {name!r}, {dtype!r} {shape!r} at {start!r} to {end!r}"
+        require(all(type(n) is int and 0 < n < 2**40 for n in [*shape, end]) and isinstance(dtype, str), where)
+        require(start == place < end, f"{where}, overlaps another, or leaves a hole")
+        require(dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].itemsize == end - start, where)
+        pieces[name] = Piece(path, dtype, torch.Size(shape), 8 + length + start)
+        place = end
+    require(8 + length + place == size, f"{path.name} is damaged: its tensors end at byte {place}, it has {size}")
+    return pieces
+
+
+def apart(config, pieces):
+    """The same with fused experts, e.g. mlp.experts.gate_up_proj (E, 2I, C), one by one: parts of the same bytes."""
+    single = {}
+    for name, piece in pieces.items():
+        first = published_names(config, name.removeprefix("model."), 0)   # the one or two of the first expert
+        n_experts, rows = (*piece.shape, 0)[:2]
+        is_fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj")) and len(piece.shape) == 3
+        if not is_fused or piece.dtype not in DTYPES or n_experts != config.n_routed_experts or rows % len(first):
+            single[name] = piece
+            continue
+        shape, start = torch.Size((rows // len(first), piece.shape[2])), piece.start
+        for expert in range(n_experts):
+            for own in published_names(config, name.removeprefix("model."), expert):
+                single[own] = piece._replace(shape=shape, start=start)
+                start += shape.numel() * DTYPES[piece.dtype].itemsize
+    return single
+
+
+def with_scales(pieces):
+    """The same with the `NAME_scale_inv` of an fp8 weight at it."""
+    scales = {f"{name}_scale_inv" for name, piece in pieces.items() if piece.dtype == "F8_E4M3"}
+    return {name: piece._replace(scale=pieces.get(f"{name}_scale_inv"))
+            for name, piece in pieces.items() if name not in scales}
+
+
+def unreadable(wanted, pieces):
+    """{what is amiss: {name: in words}} of numbers that cannot be read, for check_published."""
+    unknown, unscaled = {}, {}
+    for name in wanted.keys() & pieces.keys():
+        piece, scale = pieces[name], pieces[name].scale
+        blocks = tuple(-(-n // BLOCK) for n in piece.shape)
+        if piece.dtype not in DTYPES:
+            unknown[name] = f"{name!r} {piece.dtype!r}"
+        elif piece.dtype == "F8_E4M3" and (scale is None or scale.shape != blocks or scale.dtype != "F32"):
+            unscaled[name] = f"{name!r} {tuple(piece.shape)}"
+    return {f"of another dtype than {', '.join(DTYPES)}": unknown,
+            f"in fp8 without a float32 scale for each block of {BLOCK} x {BLOCK}": unscaled}
+
+
+def refuse_other_size(config, pieces):
+    """A config.json that is far from the files: no model is made from it, not even one without memory."""
+    numbers = sum(piece.shape.numel() for piece in pieces.values())
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    fits = layers * (1 + config.n_routed_experts) <= 100 * len(pieces)
+    require(fits and count_params(config)["total"] <= 100 * numbers,
+            f"{layers} layers of {config.n_routed_experts} experts, {config.hidden_size} wide, are no model of the "
+            f"{len(pieces)} tensors in the files: is this their config.json?")
+
+
+@torch.no_grad()
+def load_published(model, pieces):
+    """Fills a model that may be cut: a rank reads the rows that it holds, a few MiB at a time."""
+    for name, tensor in model.state_dict().items():
+        begins = begin_of(model.get_submodule(name.rpartition(".")[0]), name, tensor)
+        first, matrices = 0, [local(tensor)]
+        if ".experts." in name:
+            first, *begins = begins
+            matrices = local(tensor)
+        for expert, matrix in enumerate(matrices, first):
+            names = published_names(model.config, name, expert)
+            fill_rows(matrix, [pieces[name] for name in names], begins)
+
+
+def begin_of(module, name, tensor):
+    """Where in the whole tensor this rank's part begins, by dimension."""
+    begin = [0] * tensor.dim()
+    if isinstance(tensor, DTensor):                                       # of zero, inside what tp or ep left
+        mesh = tensor.device_mesh
+        for place, parts, placement in zip(mesh.get_coordinate(), mesh.shape, tensor.placements):
+            if placement.is_shard():
+                begin[placement.dim] = place * -(-tensor.size(placement.dim) // parts)
+    if hasattr(module, "slice"):
+        begin[module.slice.dim] += module.slice.place * tensor.size(module.slice.dim)
+    if cut_of(name).axis == "ep":
+        begin[0] += module.first_expert
+    return begin
+
+
+def fill_rows(out, pieces, begin):
+    """out, a part of matrices that lie one below the other; it begins there in them."""
+    top, first = 0, begin[0]
+    for piece in pieces:
+        start, stop = max(first, top), min(first + len(out), top + piece.shape[0])
+        if start < stop:
+            fill_part(out[start - first:stop - first], piece, [start - top, *begin[1:]])
+        top += piece.shape[0]
+
+
+def fill_part(out, piece, begin):
+    """out, (n,) or (n, m), from the numbers of a piece from there on, in out's dtype; fp8 times its scales."""
+    dtype, width = DTYPES[piece.dtype], piece.shape[1:].numel()           # of a whole row
+    is_scaled = piece.dtype == "F8_E4M3"
+    if is_scaled:
+        scales = torch.empty(piece.scale.shape)
+        fill_part(scales, piece.scale, [0, 0])
+    with open(piece.path, "rb") as file:
+        for part in out.split(max(1, BAND // width)):
+            file.seek(piece.start + begin[0] * width * dtype.itemsize)
+            raw = np.fromfile(file, np.uint8, len(part) * width * dtype.itemsize)
+            if len(raw) < len(part) * width * dtype.itemsize:
+                raise CheckpointError(f"{piece.path} has become shorter")
+            numbers = torch.from_numpy(raw).view(dtype).view(len(part), *piece.shape[1:])
+            if part.dim() == 2:
+                numbers = numbers[:, begin[1]:begin[1] + part.size(1)]
+            if is_scaled:
+                rows, columns = [(first + torch.arange(n)) // BLOCK for first, n in zip(begin, part.shape)]
+                numbers = numbers.float() * scales[rows][:, columns]
+            part.copy_(numbers)
+            begin = [begin[0] + len(part), *begin[1:]]
+
+
+def load_trained(checkpoint, model, trained, grid=None):
+    """Fills a model that may be cut from a checkpoint of ours. trained: as in published_pieces."""
+    # what is read twice is read by two calls, as many on each rank, for they wait for each other
+    rounds = [{} for _ in range(1 + max(0, model.config.num_nextn_predict_layers - trained))]
+    for name, tensor in model.state_dict().items():
+        source = trained_name(model.config, trained, name)
+        free = next(state for state in rounds if source not in state)
+        free[source] = tensor
+    for state in rounds:
+        load_state(checkpoint, dict(model=state), grid)
+
+
+# writing
+
+
+def write_published(folder, model, dtype, texts):
+    """Such a folder, whole or not at all. texts: {name: what a small file of it holds}, config.json among them."""
+    folder = Path(folder)
+    require(not folder.is_file() and not (folder.is_dir() and any(folder.iterdir())),
+            f"{folder} is there already: choose a new folder")
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        shards, weight_map = in_shards(to_hf(model), dtype), {}
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map |= dict.fromkeys(shard, file)
+            write_shard(unfinished / file, shard)
+        total = sum(n_bytes(*entry) for shard in shards for entry in shard.values())
+        index = dict(metadata=dict(total_size=total), weight_map=weight_map)
+        for name, text in (texts | {INDEX: json.dumps(index, indent=1)}).items():
+            write_synced(unfinished / name, text)
+        sync_folder(unfinished)
+        unfinished.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def in_shards(tensors, dtype):
+    """[{name: (tensor, the dtype it gets)}], a file each. A router's bias stays float32: its steps are small."""
+    shards, held = [{}], 0
+    for name, tensor in tensors.items():
+        entry = tensor, torch.float32 if "e_score_correction_bias" in name else dtype
+        if held and held + n_bytes(*entry) > SHARD_BYTES:
+            shards.append({})
+            held = 0
+        shards[-1][name] = entry
+        held += n_bytes(*entry)
+    return shards
+
+
+def n_bytes(tensor, dtype):
+    return tensor.numel() * dtype.itemsize
+
+
+def write_shard(path, shard):
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, place = dict(__metadata__=dict(format="pt")), 0
+    for name, (tensor, dtype) in shard.items():
+        end = place + n_bytes(tensor, dtype)
+        header[name] = dict(dtype=names[dtype], shape=list(tensor.shape), data_offsets=[place, end])
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                       # numbers begin at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor, dtype in shard.values():
+            file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())

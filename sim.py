@@ -32,6 +32,7 @@ import re
 import signal
 import sys
 import time
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
@@ -98,13 +99,8 @@ class Plan:
     def __post_init__(self):
         for name in ("recompute", "swap", "layer_split"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.schedule:
-            object.__setattr__(self, "schedule", self._usual_schedule())
-
-    def _usual_schedule(self):
-        if self.overlap == "adaptive":
-            return "paired"
-        return "1f1b" if self.vpp == 1 else "interleaved"
+        usual = "paired" if self.overlap == "adaptive" else "1f1b" if self.vpp == 1 else "interleaved"
+        object.__setattr__(self, "schedule", self.schedule or usual)
 
     # -- sizes of the step
 
@@ -136,10 +132,6 @@ class Plan:
     def stages_of(self, rank):
         return list(range(rank, self.n_stages, self.pp))
 
-    def homes(self):
-        """Stage -> the pipeline rank that holds it."""
-        return {stage: stage % self.pp for stage in range(self.n_stages)}
-
     @property
     def turn(self):
         """Micro-batches that a rank runs of one chunk before the next chunk has its turn: pp, or what divides n_micro.
@@ -155,7 +147,7 @@ class Plan:
         return self.n_stages == 1 and self.schedule == "1f1b"
 
     @property
-    def embedding_twice(self):
+    def ends_apart(self):
         """The first and the last stage are on different ranks: where both read the embedding, both hold it."""
         return self.pp > 1
 
@@ -194,16 +186,21 @@ class Plan:
         """The exchange uses the links inside the node and between nodes at once, not one after the other."""
         return self.dispatch == "flat"
 
+    @property
+    def defers_weight_gradients(self):
+        """Weight gradients are put off, to hide an exchange."""
+        return not self.is_plain
+
     def hidden_share(self, axis, hardware):
-        """Share of the time of an axis' collectives (tp, dp or pp) that runs beside computation: none, as run here."""
+        """Share of the time of a layer's collectives on an axis that runs beside its matmuls: none, as run here."""
         return 0.0
 
     @property
-    def layer_key(self):
-        """All that the counts and the time of a layer depend on: plans that agree in it share them."""
-        gathered_from = (self.dp, self.edp) if self.zero == 3 else ()      # ranks that hold a part of each weight
-        return (self.cp, self.tp, self.sp, self.ep, self.node_size, self.micro_batch, self.seq_len, self.dispatch,
-                self.recompute, self.swap, self.precision, self.is_plain, self.embedding_twice, gathered_from)
+    def layer_plan(self):
+        """This plan without all that makes no difference to a layer: plans that agree in it share counts and times."""
+        return replace(
+            self, pp=min(2, self.pp), dp=self.dp if self.zero == 3 else 1, vpp=1, global_batch=1, layer_split=(),
+            schedule="1f1b" if self.is_plain else "paired", overlap="none", balance_live=0)
 
 
 def plan_value(name, text):
@@ -364,6 +361,8 @@ def check_live(config, plan):
     cut_inside_experts = config.hidden_size % plan.edp == 0 or config.moe_intermediate_size % plan.edp == 0
     require(plan.zero == 0 or cut_inside_experts,
             f"zero={plan.zero} over {plan.edp} ranks would cut between experts, which then cannot move: use zero=0")
+    require("optimizer" not in plan.swap,
+            "swap=optimizer keeps moments where balance_live cannot move them: use one of both")
 
 
 def check_devices(plan, devices):
@@ -441,14 +440,14 @@ def share_that_crosses(config, plan):
     return 1 - missed
 
 
-class Sent(NamedTuple):
+class PeerBytes(NamedTuple):
     """Bytes of dispatch and combine together."""
     forward: float
     backward: float
 
 
 def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
-    """Sent by a rank to one peer. inside: of its own node; rows: that it dispatches to the peer and gets back;
+    """PeerBytes by a rank to one peer. inside: of its own node; rows: that it dispatches to the peer and gets back;
     rows_of_peer: that the peer dispatches to it and it sends back."""
     element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row = element * config.hidden_size
@@ -459,7 +458,7 @@ def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
         if plan.dispatch == "dedup":                       # tokens that come, rows for each expert of the peer's node
             header = INDEX_BYTES + counts * plan.inner
-    return Sent(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
+    return PeerBytes(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
                 backward=rows * row + rows_of_peer * (row + weights))
 
 
@@ -785,52 +784,52 @@ class Attention(NamedTuple):
 
 
 class Matmul(NamedTuple):
-    """(rows, inner) by (inner, columns); or by several matrices, each with its share of the rows, as experts are."""
+    """(rows, summed) by (summed, columns); or by several matrices, each with its share of the rows, as experts are."""
     part: str
     name: str
     rows: float
-    inner: int
+    summed: int
     columns: int
     matrices: int
     element: int                   # bytes
-    wide: bool = False             # stays in 16 bits where others read 8
+    in_16_bits: bool = False       # where others read 8
     again: frozenset = frozenset()
 
     @property
     def flops(self):
-        return 2 * self.rows * self.inner * self.columns
+        return 2 * self.rows * self.summed * self.columns
 
     @property
     def moved(self):
-        elements = self.rows * self.inner + self.matrices * self.inner * self.columns + self.rows * self.columns
+        elements = self.rows * self.summed + self.matrices * self.summed * self.columns + self.rows * self.columns
         return self.element * elements
 
     def seconds(self, plan, hardware):
         """Each half of the backward does as much arithmetic as the forward, in another shape."""
-        rows, inner, columns, matrices = self.rows, self.inner, self.columns, self.matrices
+        rows, summed, columns, matrices = self.rows, self.summed, self.columns, self.matrices
         start = hardware.static_matmul
         if matrices > 1:
             start += matrices * hardware.static_expert
-        forward = self.product_seconds(plan, hardware, rows, inner, columns) + start
-        inputs = self.product_seconds(plan, hardware, rows, columns, inner) + start
-        weights = self.product_seconds(plan, hardware, inner * matrices, rows / matrices, columns, tokens_inside=True)
+        forward = self.product_seconds(plan, hardware, rows, summed, columns) + start
+        inputs = self.product_seconds(plan, hardware, rows, columns, summed) + start
+        weights = self.product_seconds(plan, hardware, summed * matrices, rows / matrices, columns, tokens_inside=True)
         # the sum over micro-batches is read and written
-        weights += start + 2 * gradient_bytes(plan) * inner * columns * matrices / hardware.memory_rate
+        weights += start + 2 * gradient_bytes(plan) * summed * columns * matrices / hardware.memory_rate
         if plan.precision in NARROW:                       # inputs and gradients are cast, in two layouts
-            forward += 2 * rows * inner / hardware.memory_rate
+            forward += 2 * rows * summed / hardware.memory_rate
             inputs += 2 * rows * columns / hardware.memory_rate
         return Passes(forward, inputs, weights)
 
-    def product_seconds(self, plan, hardware, rows, inner, columns, tokens_inside=False):
-        """One pass, as (rows, inner) by (inner, columns). tokens_inside: the sum is over tokens, as the weights' is."""
+    def product_seconds(self, plan, hardware, rows, summed, columns, tokens_inside=False):
+        """One pass, (rows, summed) by (summed, columns). tokens_inside: the sum is over tokens, as the weights' is."""
         half, tokens = hardware.matmul_half, hardware.tokens_half
         halves = (half, tokens, half) if tokens_inside else (tokens, half, half)
-        share = matmul_share(rows, inner, columns, self.matrices, halves, hardware.cores)
+        share = matmul_share(rows, summed, columns, self.matrices, halves, hardware.cores)
         return slower_of(self.flops, self.rate(plan, hardware) * share, self.moved, hardware)
 
     def rate(self, plan, hardware):
         """FLOP/s of a large matmul."""
-        narrow = plan.precision in NARROW and not self.wide
+        narrow = plan.precision in NARROW and not self.in_16_bits
         rate = peak_of(hardware, plan.precision, narrow) * hardware.matmul_efficiency * hardware.power
         if narrow:
             rate *= hardware.fp8_efficiency
@@ -845,10 +844,10 @@ def slower_of(flops, rate, moved, hardware):
 
 
 @lru_cache(None)
-def matmul_share(rows, inner, columns, matrices, halves, cores):
+def matmul_share(rows, summed, columns, matrices, halves, cores):
     """Share of its best rate that a matmul reaches: short sides, and a last wave of tiles that leaves cores idle."""
     share = 1.0
-    for side, half in zip((rows / matrices, inner, columns), halves):
+    for side, half in zip((rows / matrices, summed, columns), halves):
         share *= side / (side + half)
     if not cores:
         return share
@@ -958,7 +957,14 @@ def on_hardware(config, hardware):
     return replace(shape, value_padded=True) if hardware.value_padded else shape
 
 
-class Saved(NamedTuple):
+class Gather(NamedTuple):
+    """An all-gather or a reduce-scatter of activations, before or after a part of a layer."""
+    axis: str
+    part: str
+    again: frozenset               # items of Plan.recompute under which backward runs it again
+
+
+class SavedTensor(NamedTuple):
     """A tensor that forward leaves for backward."""
     size: float                    # bytes
     owner: str                     # part of the model that keeps it, in a report
@@ -976,12 +982,12 @@ class Work:
     def __init__(self, shape, plan, kind):
         self.shape, self.plan, self.kind = shape, plan, kind
         self.element = BYTES_OF[plan.precision]
-        self.wide = max(4, self.element)                   # bytes of what is computed in float32 or better
+        self.precise = max(4, self.element)                # bytes of what is computed in float32 or better
         self.matmuls = {} if kind == "embedding" else shape.matmuls(kind)
         self.ops = []
-        self.tensors = {}                                  # name -> Saved
+        self.tensors = {}                                  # name -> SavedTensor
         self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
-        self.sent = Counter()                              # (axis, part) -> bytes sent in that group, forward
+        self.collectives = Counter()                       # Gather -> bytes sent in that group, forward
         self.regions = ()                                  # items of Plan.recompute that run what is recorded now again
         if kind == "embedding":
             self.embedding()
@@ -1024,9 +1030,9 @@ class Work:
         """All items of Plan.recompute under which what is recorded now runs, or is made, again."""
         return frozenset((*self.regions, *again))
 
-    def matmul(self, part, name, rows, cut="", again=(), wide=False):
+    def matmul(self, part, name, rows, cut="", again=(), in_16_bits=False):
         own = self.own_part(name, cut)
-        self.ops.append(Matmul(part, name, rows, own.n_in, own.n_out, own.copies, self.element, wide,
+        self.ops.append(Matmul(part, name, rows, own.n_in, own.n_out, own.copies, self.element, in_16_bits,
                                self.items(again)))
         self.params["edp" if cut == "experts" else "dp"] += own.copies * own.n_in * own.n_out
 
@@ -1039,13 +1045,12 @@ class Work:
         tokens = self.plan.tokens
         self.vector(part, name, (5 if residual else 2) * tokens * width, again)
         self.params["dp"] += width
-        self.keep(name, tokens * width, owner)                             # its input ...
-        self.keep(name + ".scale", tokens, owner, size=self.wide)          # ... and 1 / rms of each token
+        self.keep(name, tokens * width, owner)             # its input; fused kernels keep 4 bytes a token beside it
 
     def keep(self, name, elements, owner, size=0, again=(), swap=""):
         """A saved tensor; kept twice under one name, it is what was said first. size: bytes of an element that is not
         in the plan's precision."""
-        saved = Saved(elements * (size or self.element), owner, self.items(again), swap)
+        saved = SavedTensor(elements * (size or self.element), owner, self.items(again), swap)
         self.tensors.setdefault(name, saved)
 
     def keep_input(self, name, elements, owner, again=(), swap=""):
@@ -1054,11 +1059,12 @@ class Work:
 
     def gather(self, axis, part, tokens, width):
         """All-gather of each rank's `tokens`, or the reduce-scatter that is as long; an all-reduce is both."""
-        self.sent[axis, part] += (getattr(self.plan, axis) - 1) * tokens * width * self.element
+        where = Gather(axis, part, self.items(()))
+        self.collectives[where] += (getattr(self.plan, axis) - 1) * tokens * width * self.element
 
-    def gather_stream(self, part):
-        """Residual stream to all tokens and the result back (sp=1), or the all-reduce of the result (sp=0)."""
-        self.gather("tp", part, 2 * self.plan.gathered_tokens / self.plan.tp, self.shape.hidden_size)
+    def gather_stream(self, part, times=1):
+        """Residual stream to all tokens, or their sums back (sp=1); an all-reduce of sums (sp=0) is as long as both."""
+        self.gather("tp", part, times * self.plan.gathered_tokens / self.plan.tp, self.shape.hidden_size)
 
     # -- the embedding
 
@@ -1127,7 +1133,6 @@ class Work:
         if "mla_up" in plan.recompute and plan.cp == 1:
             self.keep("k_rope", keys * c.qk_rope_head_dim, "attention")    # what keys are made from again
         self.core_attention(heads, heads, c.qk_head_dim, c.v_head_dim)
-        self.gather("tp", "attend", (1 if plan.sp else 2) * tokens / plan.tp, c.hidden_size)
 
     def keep_latent(self, name, tokens, width):
         """A latent that was gathered is kept: running its norm again is no way to it."""
@@ -1140,7 +1145,8 @@ class Work:
         c, plan = self.shape, self.plan
         tokens, heads = plan.gathered_tokens, c.num_attention_heads // plan.tp
         kv_heads = max(1, c.num_key_value_heads // plan.tp)
-        self.gather_stream("attend")
+        if plan.sp:
+            self.gather_stream("attend")
         self.keep_input("attn_in", tokens * c.hidden_size, "attention", again=("norm",))
         self.matmul("attend", "qkv_proj", tokens, cut="out", again=("mla_up",))
         self.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
@@ -1158,7 +1164,7 @@ class Work:
         self.attention_kernel(heads, qk + v, moved=(tokens * heads + keys * kv_heads) * (qk + v))
         if plan.cp > 1:                                    # pieces of a ring are merged one by one, in float32
             merged = (plan.cp - 1) * tokens * heads * v
-            self.vector("attend", "ring_merge", 4 * merged * self.wide / self.element)
+            self.vector("attend", "ring_merge", 4 * merged * self.precise / self.element)
         if padded != v:
             self.keep("attn_padded", tokens * heads * padded, "attention", swap="attn_out")
         self.keep_input("attn_out", tokens * heads * v, "attention", swap="attn_out")
@@ -1168,17 +1174,18 @@ class Work:
         tokens, seq_len = self.plan.gathered_tokens, self.plan.seq_len
         causal_flops = 2 * tokens * seq_len * heads * width / 2            # half of the square of scores
         self.ops.append(Attention("attend", "attention", causal_flops, moved * self.element, seq_len, self.items(())))
-        self.keep("log_sum", tokens * heads, "attention", size=self.wide)
+        self.keep("log_sum", tokens * heads, "attention", size=self.precise)
 
     def output_projection(self):
         # a matmul whose weight gradient may be deferred keeps its input last: attention runs again to this point
         again = () if self.plan.is_plain else ("attention",)
         self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
+        self.gather_stream("attend", times=1 if self.plan.sp else 2)
 
     def mlp(self, part, name):
         """A dense MLP or the shared experts, their inner width cut by tensor ranks."""
         tokens, width = self.plan.gathered_tokens, self.shape.hidden_size
-        self.gather_stream(part)
+        self.gather_stream(part, times=2)
         if self.plan.tp == 1:
             self.keep_input("mlp_in", tokens * width, "MLP", again=("norm",))
         else:
@@ -1212,32 +1219,33 @@ class Work:
 
     def route(self):
         """Scores, choice and balance loss, computed in float32 or better."""
-        c, plan, own, wide = self.shape, self.plan, self.plan.tokens, self.wide
+        c, plan, own, precise = self.shape, self.plan, self.plan.tokens, self.precise
         k, experts = c.num_experts_per_tok, c.n_routed_experts
-        if wide > self.element:
-            self.keep("router_in", own * c.hidden_size, "routing", size=wide, again=("norm",))     # cast
+        if precise > self.element:
+            self.keep("router_in", own * c.hidden_size, "routing", size=precise, again=("norm",))     # cast
         # without a cast the router keeps its input, and so do rows that are made again; else only a shared expert may
-        if wide == self.element or "permute" in plan.recompute:
+        if precise == self.element or "permute" in plan.recompute:
             self.keep_input("mlp_in", own * c.hidden_size, "routing", again=("norm",))
-        self.matmul("attend", "router", own, wide=True)
-        self.vector("attend", "choose", 6 * own * experts * wide / self.element)
-        self.keep("scores", own * experts, "routing", size=wide)
+        self.matmul("attend", "router", own, in_16_bits=True)
+        self.vector("attend", "choose", 6 * own * experts * precise / self.element)
+        self.keep("scores", own * experts, "routing", size=precise)
         self.keep("slot", own * k, "routing", size=8)
         if c.norm_topk_prob:
-            self.keep("weights", own * k, "routing", size=wide)
-            self.keep("weights.sum", own, "routing", size=wide)
+            self.keep("weights", own * k, "routing", size=precise)
+            self.keep("weights.sum", own, "routing", size=precise)
         if c.balance != "none" and c.aux_loss_alpha:
             groups = plan.micro_batch // sequences_of_group(c, plan.micro_batch)
-            self.keep("balance", groups * experts, "routing", size=wide)   # load of each group's experts
+            self.keep("balance", groups * experts, "routing", size=precise)   # load of each group's experts
             if c.aux_scores == "normalized":
-                self.keep("balance.sum", own, "routing", size=wide)
+                self.keep("balance.sum", own, "routing", size=precise)
 
     def experts(self, rows):
         """All of a rank's experts, which share the rows."""
         c = self.shape
         self.keep_input("rows", rows * c.hidden_size, "experts", again=("permute",))
         self.swiglu("experts", "expert", rows, "experts", cuts=("experts", "experts"), again=("expert",))
-        self.keep("row_weights", rows + (self.wide == self.element), "experts")        # a cast drops the spare last one
+        spare_row = self.precise == self.element           # a cast drops it
+        self.keep("row_weights", rows + spare_row, "experts")
         self.keep("counts", c.n_routed_experts // self.plan.ep, "experts", size=8)
         if c.expert_weight == "after_down":
             self.keep("expert_out", rows * c.hidden_size, "experts", swap="expert_out")
@@ -1251,7 +1259,7 @@ class Work:
         self.norm("attend", "enorm", c.hidden_size, "MTP")
         self.norm("attend", "hnorm", c.hidden_size, "MTP")
         self.norm("attend", "shared_head.norm", c.hidden_size, "head")
-        if not self.plan.embedding_twice:                  # else the copy counts it
+        if not self.plan.ends_apart:                  # else the copy counts it
             self.look_up()
         self.keep_input("eh_in", own * 2 * c.hidden_size, "MTP")
         self.matmul("attend", "eh_proj", own)
@@ -1265,24 +1273,24 @@ class Work:
         for depth in range(1 + c.num_nextn_predict_layers):
             self.predict_tokens(depth, plan.gathered_tokens, c.vocab_size // plan.tp)
         # all depths share one matrix, which may be the embedding's
-        tied = c.tie_word_embeddings and not plan.embedding_twice
+        tied = c.tie_word_embeddings and not plan.ends_apart
         matrix = 0 if tied else c.vocab_size // plan.tp * c.hidden_size
         self.params["dp"] = c.hidden_size + matrix
 
     def predict_tokens(self, depth, tokens, vocab):
         # in forward alone: targets (int64), all-reduces of the highest logit and of the sum of the softmax
-        forward_alone = 8 + 2 * 2 * self.wide              # bytes of a token
+        forward_alone = 8 + 2 * 2 * self.precise              # bytes of a token
         width = self.shape.hidden_size + forward_alone / 2 / self.element
         self.gather("tp", "attend", tokens / self.plan.tp, width)
-        self.matmul("attend", "lm_head", tokens, cut="out", wide=True)
-        self.vector("attend", "loss", 4 * tokens * vocab * self.wide / self.element, cached=True)
+        self.matmul("attend", "lm_head", tokens, cut="out", in_16_bits=True)
+        self.vector("attend", "loss", 4 * tokens * vocab * self.precise / self.element, cached=True)
         self.keep_loss(depth, tokens, vocab)
 
     def keep_loss(self, depth, tokens, vocab):
         """The loss makes its gradients in forward: of its input, and of the head's weight in float32 or better."""
         width = self.shape.hidden_size
         self.keep(f"grad_h.{depth}", tokens * width, "head")
-        self.keep(f"grad_w.{depth}", vocab * width, "head", size=self.wide)
+        self.keep(f"grad_w.{depth}", vocab * width, "head", size=self.precise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1326,7 +1334,7 @@ def stage_kinds(shape, plan):
     kinds = layer_kinds(shape)
     stages = [[kinds[i] for i in layers] for layers in stage_layers(shape, plan)]
     stages[0].insert(0, "embedding")
-    if "mtp" in kinds and plan.embedding_twice:            # a copy of the embedding feeds the MTP layers
+    if "mtp" in kinds and plan.ends_apart:            # a copy of the embedding feeds the MTP layers
         stages[-1].insert(stages[-1].index("mtp"), "embedding")
     stages[-1].append("head")
     return [tuple(stage) for stage in stages]
@@ -1342,28 +1350,22 @@ class SavedBytes(NamedTuple):
     swapped: float
 
 
-def saved_bytes(work):
-    """SavedBytes of a layer, the embedding or the head, under its plan's recompute and swap."""
-    items, kept, swapped = items_in_force(work.plan), 0, 0
-    for tensor in work.tensors.values():
-        if not tensor.again.isdisjoint(items):
-            continue
-        if tensor.swap in items:
-            swapped += tensor.size
-        else:
-            kept += tensor.size
-    return SavedBytes(kept, swapped)
-
-
 def saved_by_part(works):
-    """Bytes that backward keeps of one micro-batch, by the tensors' owners; `host`: what is swapped."""
-    parts = Counter()
+    """Bytes that backward needs of one micro-batch, by the tensors' owners; `host`: what is swapped."""
+    sizes = Counter()
     for work in works:
         items = items_in_force(work.plan)
         for tensor in work.tensors.values():
             if tensor.again.isdisjoint(items):
-                parts["host" if tensor.swap in items else tensor.owner] += tensor.size
-    return parts
+                sizes["host" if tensor.swap in items else tensor.owner] += tensor.size
+    return sizes
+
+
+def saved_bytes(work):
+    """SavedBytes of a layer, the embedding or the head, under its plan's recompute and swap."""
+    sizes = saved_by_part([work])
+    swapped = sizes.pop("host", 0)
+    return SavedBytes(sum(sizes.values()), swapped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1372,11 +1374,6 @@ def saved_by_part(works):
 
 class Collective(NamedTuple):
     axis: str
-    tier: str
-    seconds: float
-
-
-class Transfer(NamedTuple):
     tier: str
     seconds: float
 
@@ -1404,7 +1401,7 @@ class LayerTime:
         if self.has_experts:
             self._time_exchange()
         self.swap = saved_bytes(work).swapped / hardware.host_bandwidth
-        # zero=3: weights are gathered in forward and in backward, float32 gradients scattered after it
+        # (tier, seconds) with zero=3: weights are gathered in forward and in backward, gradients scattered after it
         self.weights = self._of_weights(work.element)
         self.gradients = self._of_weights(4)
 
@@ -1419,7 +1416,7 @@ class LayerTime:
         seconds = 0.0
         if self.plan.zero == 3:
             seconds = weights_seconds(self.plan, self.hardware, self.work.params, size)
-        return Transfer(tier_of(self.plan, "dp"), seconds)
+        return tier_of(self.plan, "dp"), seconds
 
     def _time_operators(self):
         for op in self.work.ops:
@@ -1433,15 +1430,14 @@ class LayerTime:
                 self.compute["recompute", "F"] += busiest * seconds.forward
 
     def _time_collectives(self):
-        for (axis, part), sent in self.work.sent.items():
+        for (axis, part, again), sent in self.work.collectives.items():
             tier = tier_of(self.plan, axis)
             seconds = axis_seconds(self.plan, self.hardware, axis, sent)
-            seconds *= 1 - self.plan.hidden_share(axis, self.hardware)     # the rest runs beside its matmul
-            one = Collective(axis, tier, seconds)
-            self.collectives[part].append(one)
+            seconds *= 1 - self.plan.hidden_share(axis, self.hardware)
             passes = 2
-            if self.whole_again or (not self.name and part == "attend" and "attention" in self.items):
-                self.collectives["recompute"].append(one)
+            self.collectives[part].append(Collective(axis, tier, seconds))
+            if not again.isdisjoint(self.items):
+                self.collectives["recompute"].append(Collective(axis, tier, seconds))
                 passes = 3
             self.sent[tier] += passes * sent
 
@@ -1450,36 +1446,24 @@ class LayerTime:
         outer_ranks = plan.ep if plan.dispatch == "flat" else plan.ep // plan.inner
         ranks = dict(inner=plan.inner, outer=outer_ranks)
         forwards = 2 + bool(self.rows_again) + self.whole_again            # how often rows travel one way
-        sent = exchange_bytes(self.work.shape, plan)
+        sent = uniform_exchange(self.work.shape, plan)
         for which, both_ways, times in (("F", sent["forward"], forwards), ("B", sent["backward"], 2)):
             for tier in ("inner", "outer"):
-                one_way = both_ways[tier][0] / 2
+                one_way = both_ways[tier] / 2
                 seconds = collective_seconds(self.hardware, tier, ranks[tier], self.slower * one_way)
                 self.exchange[which][tier] = seconds
                 self.sent[tier] += times * one_way
 
 
-WORKS, LAYER_TIMES = {}, {}        # of layer_work and layer_time
-MOST_CACHED = 2**14                # entries after which each starts anew
+@lru_cache(2**14)
+def layer_work(shape, layer_plan, kind, work=Work):
+    """work: Work or a class made from it."""
+    return work(shape, layer_plan, kind)
 
 
-def layer_work(shape, plan, kind, work=Work):
-    """work(shape, plan, kind), made once for all plans with the same layer_key. work: Work or a class made from it."""
-    return cached(WORKS, (shape, plan.layer_key, kind, work), lambda: work(shape, plan, kind))
-
-
-def layer_time(shape, plan, kind, hardware, max_vio, work=Work):
-    """LayerTime, made once for all plans with the same layer_key."""
-    return cached(LAYER_TIMES, (shape, plan.layer_key, kind, hardware, max_vio, work),
-                  lambda: LayerTime(layer_work(shape, plan, kind, work), plan, hardware, max_vio))
-
-
-def cached(cache, key, make):
-    if key not in cache:
-        if len(cache) >= MOST_CACHED:
-            cache.clear()
-        cache[key] = make()
-    return cache[key]
+@lru_cache(2**14)
+def layer_time(shape, layer_plan, kind, hardware, max_vio, work=Work):
+    return LayerTime(layer_work(shape, layer_plan, kind, work), layer_plan, hardware, max_vio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1488,51 +1472,76 @@ def cached(cache, key, make):
 
 class Task(NamedTuple):
     """What a device does for a while."""
-    name: str
-    stream: str                    # compute | inner | outer | host
     start: float                   # seconds, in Streams from the action's start
     end: float
+    name: str
+    stream: str                    # compute | inner | outer | host
+
+
+class Manner(NamedTuple):
+    """How a plan's actions run."""
+    flat: bool                     # the exchange uses both kinds of link at once
+    deferred: bool                 # weight gradients are put off, to hide an exchange
+    paired: bool                   # a forward and a backward take turns
 
 
 class Streams:
     """A device's queues: compute, links inside the node, links between nodes, the host's link; each runs in order."""
 
-    def __init__(self, flat):
-        self.flat = flat                                   # the exchange uses both kinds of link at once
+    def __init__(self, manner):
+        self.manner = manner
         self.free = {"compute": 0.0, "inner": 0.0, "outer": 0.0, "host": 0.0}      # seconds from which a stream is idle
         self.tasks = []
+        self.waiting = []                                  # (layer, part) whose weight gradients are put off
 
     def queue(self, name, stream, seconds, after=0.0):
         """Queue a task that starts when its stream is free and not before `after`; returns its end."""
         if seconds == 0:
             return after
-        start = max(self.free[stream], after)
+        start = self.free[stream]
+        if after > start:
+            start = after
         end = start + seconds
         self.free[stream] = end
-        self.tasks.append(Task(name, stream, start, end))
+        self.tasks.append(Task(start, end, name, stream))
         return end
 
     def compute(self, layer, part, which, after):
-        """One part of a layer behind its collectives. which: F, I, W or B, the two halves of a backward together."""
-        if which != "W":                                   # weight gradients need nothing from other ranks
-            for axis, tier, seconds in layer.collectives.get(part, ()):
+        """One part of a layer behind its collectives, which are called after all computation that was queued before.
+
+        which: F, I, W or B, the two halves of a backward together.
+        """
+        if which != "W" and part in layer.collectives:     # weight gradients need nothing from other ranks
+            after = max(after, self.free["compute"])
+            for axis, tier, seconds in layer.collectives[part]:
                 after = self.queue(f"{axis} {part}", tier, seconds, after)
-        seconds = layer.compute.get((part, which), 0.0)
-        return self.queue(f"{layer.name or part} {which}", "compute", seconds, after)
+        return self.queue(f"{layer.name or part} {which}", "compute", layer.compute[part, which], after)
+
+    def backward(self, layer, part, after):
+        """Backward of a part, for its inputs alone if its weight gradients are put off."""
+        if not self.manner.deferred:
+            return self.compute(layer, part, "B", after)
+        self.waiting.append((layer, part))
+        return self.compute(layer, part, "I", after)
+
+    def make_weight_gradients(self):
+        """All that were put off."""
+        for layer, part in self.waiting:
+            self.compute(layer, part, "W", 0.0)
+        self.waiting.clear()
 
     def exchange(self, layer, which, way, after):
         """Rows to the experts (way=out: outer hop first) or back; flat sends over both kinds of link at once."""
         name, seconds = f"exchange {way} {which}", layer.exchange[which]
-        hops = ("outer", "inner") if way == "out" else ("inner", "outer")
-        ends = [self.queue(name, hops[0], seconds[hops[0]], after)]
-        ends.append(self.queue(name, hops[1], seconds[hops[1]], after if self.flat else ends[0]))
-        return max(ends)
+        first, second = ("outer", "inner") if way == "out" else ("inner", "outer")
+        arrived = self.queue(name, first, seconds[first], after)
+        return max(arrived, self.queue(name, second, seconds[second], after if self.manner.flat else arrived))
 
     def forward_steps(self, layers):
         """Four steps a layer, as backward_steps, so that a pair's layers can take turns.
 
-        In a pair, attention F and shared expert B hide combine B, experts B dispatch F, experts F dispatch B, and all
-        weight gradients with attention B and shared expert F combine F. Alone, the shared expert hides a part of it.
+        In a pair, attention F and shared expert B hide combine B, experts I dispatch F, experts F and W dispatch B, and
+        attention I, shared expert F and attention W combine F. Alone, the shared expert hides a part of it.
         """
         ready = 0.0
         for layer in layers:
@@ -1549,11 +1558,13 @@ class Streams:
             returned = self.exchange(layer, "F", "back", computed)
             yield
             self.compute(layer, "shared", "F", attended)
+            self.make_weight_gradients()
             ready = self.compute(layer, "combine", "F", returned)
             yield
 
-    def backward_steps(self, layers, defer):
-        """defer: the experts' weight gradients wait, to hide the way back."""
+    def backward_steps(self, layers):
+        """Weight gradients that are put off hide the experts' way back: a layer's own, and those of the attention that
+        ran before; in a pair the shared expert's hide the way out."""
         backward = layers[::-1]
         ready = self.free["compute"]
         gathered = self.queue("weights", *backward[0].weights) if backward else 0.0
@@ -1569,15 +1580,16 @@ class Streams:
             again = self.recompute(layer, ready)
             arrived = self.exchange(layer, "B", "out", self.compute(layer, "combine", "I", ready))
             yield
-            self.compute(layer, "shared", "B", again)
+            self.backward(layer, "shared", again)
+            if self.manner.paired:
+                self.make_weight_gradients()
             yield
             rows = self.exchange(layer, "F", "out", ready) if layer.rows_again == "for experts" else ready
-            computed = self.compute(layer, "experts", "I" if defer else "B", max(arrived, again, rows))
+            computed = self.backward(layer, "experts", max(arrived, again, rows))
             returned = self.exchange(layer, "B", "back", computed)
             yield
-            if defer:
-                self.compute(layer, "experts", "W", computed)
-            ready = self.compute(layer, "attend", "B", returned)
+            self.make_weight_gradients()
+            ready = self.backward(layer, "attend", returned)
             self.queue("gradients", *layer.gradients, ready)
             yield
 
@@ -1588,17 +1600,14 @@ class Streams:
         return self.exchange(layer, "F", "back", again) if layer.whole_again else again
 
 
-def play_action(forward, backward, flat, adaptive):
+def play_action(forward, backward, manner):
     """Streams of one action: a forward of a stage, a backward of one, or a pair. Each: its LayerTimes, or ()."""
-    streams = Streams(flat)
-    forwards = streams.forward_steps(forward)
-    backwards = streams.backward_steps(backward, defer=adaptive)
-    if adaptive:
-        for _ in zip_longest(backwards, forwards):         # the two take turns, a step each
-            pass
-    else:
-        for _ in chain(forwards, backwards):
-            pass
+    streams = Streams(manner)
+    forwards, backwards = streams.forward_steps(forward), streams.backward_steps(backward)
+    steps = zip_longest(backwards, forwards) if manner.paired else chain(forwards, backwards)
+    for _ in steps:                                        # in a pair the two take turns, a step each
+        pass
+    streams.make_weight_gradients()
     return streams
 
 
@@ -1607,38 +1616,41 @@ class Account(NamedTuple):
     seconds: float
     # add up to `seconds`: computation by name; `exchange`, while rows travel and nothing is computed; `overlap tax`;
     # `collectives`, all other waits
-    parts: dict
+    by_name: dict
     travel: float                  # seconds of exchange on either link, hidden or not
 
 
 @lru_cache(2**15)
-def action_account(forward, backward, flat, adaptive, tax=0.0):
+def action_account(forward, backward, manner, tax=0.0):
     """Account of play_action. tax: seconds of computation lost for a second in which a link is busy beside it."""
-    streams = play_action(forward, backward, flat, adaptive)
-    computing = [task for task in streams.tasks if task.stream == "compute"]
-    on_links = [task for task in streams.tasks if task.stream in ("inner", "outer")]
-    travelling = [task for task in streams.tasks if task.name.startswith("exchange")]
-    parts = Counter()
-    for task in computing:
-        name, _ = task.name.split()
-        parts[name] += task.end - task.start
-    computed = sum(parts.values())
-    both = busy_seconds(computing) + busy_seconds(on_links) - busy_seconds(computing + on_links)
+    streams = play_action(forward, backward, manner)
+    by_name, travel, computing, travelling, on_links = Counter(), 0.0, [], [], []
+    for task in streams.tasks:
+        start, end, name, stream = task
+        if stream == "compute":
+            computing.append(task)
+            by_name[name[:-2]] += end - start                # without the pass
+        elif stream != "host":
+            on_links.append(task)
+        if name.startswith("exchange"):
+            travelling.append(task)
+            travel += end - start
+    computed = sum(by_name.values())
+    both = computed + busy_seconds(on_links) - busy_seconds(computing + on_links)
     busy = busy_seconds(computing + travelling)
     played = max(streams.free.values())
-    parts["exchange"] = max(0.0, busy - computed)          # rounding aside
-    parts["collectives"] = max(0.0, played - busy)
-    parts["overlap tax"] = tax * both
-    travel = sum(task.end - task.start for task in travelling)
-    return Account(played + tax * both, parts, travel)
+    by_name["exchange"] = max(0.0, busy - computed)          # rounding aside
+    by_name["collectives"] = max(0.0, played - busy)
+    by_name["overlap tax"] = tax * both
+    return Account(played + tax * both, by_name, travel)
 
 
 def busy_seconds(tasks):
     """Seconds in which at least one of the tasks runs."""
     total, last = 0.0, 0.0
-    for start, end in sorted(task[2:] for task in tasks):
+    for start, end, _, _ in sorted(tasks):
         if end > last:
-            total += end - max(start, last)
+            total += end - (start if start > last else last)
             last = end
     return total
 
@@ -1648,31 +1660,25 @@ def busy_seconds(tasks):
 
 
 class Action(NamedTuple):
-    """One entry of a table. kind: F forward, B backward, FB a pair of both.
+    """What a rank does at a time: a forward, a backward, or a pair of both, each as (stage, micro-batch).
 
     str() is the notation of torch.distributed.pipelining, whose runtime runs the table: 3F0, 3B0, (3F1;2B0)OVERLAP_F_B.
     """
-    kind: str
-    stage: int                     # of a pair: the forward's
-    microbatch: int
-    backward: tuple = ()           # of a pair: (stage, microbatch) of the backward
+    forward: tuple = None
+    backward: tuple = None
 
     @property
     def stages(self):
         """(stage of the forward, of the backward), None where there is none: all that the action's seconds depend on"""
-        if self.kind == "FB":
-            return self.stage, self.backward[0]
-        return (self.stage, None) if self.kind == "F" else (None, self.stage)
+        return self.forward and self.forward[0], self.backward and self.backward[0]
 
     def parts(self):
-        """The action as plain (kind, stage, microbatch): two for a pair, forward first."""
-        if self.kind != "FB":
-            return (self[:3],)
-        return ("F", self.stage, self.microbatch), ("B", *self.backward)
+        """The action as plain (kind, stage, microbatch), kind F or B: two for a pair, forward first."""
+        return tuple((kind, *part) for kind, part in zip("FB", self) if part)
 
     def __str__(self):
         names = [f"{stage}{kind}{microbatch}" for kind, stage, microbatch in self.parts()]
-        return f"({';'.join(names)})OVERLAP_F_B" if self.kind == "FB" else names[0]
+        return f"({';'.join(names)})OVERLAP_F_B" if len(names) == 2 else names[0]
 
 
 def schedule_table(plan):
@@ -1689,14 +1695,14 @@ def rank_actions(plan, rank):
     stages = plan.stages_of(rank)
     forwards, backwards = in_turns(plan, stages), in_turns(plan, stages[::-1])
     first = min(len(forwards), warm_up(plan, rank))
-    actions = [Action("F", *forward) for forward in forwards[:first]]
+    actions = [Action(forward) for forward in forwards[:first]]
     for forward, backward in zip(forwards[first:], backwards):
         if plan.schedule == "paired":
-            actions.append(Action("FB", *forward, backward))
+            actions.append(Action(forward, backward))
         else:
-            actions += [Action("F", *forward), Action("B", *backward)]
+            actions += [Action(forward), Action(None, backward)]
     left = backwards[len(forwards) - first:]
-    return actions + [Action("B", *backward) for backward in left]
+    return actions + [Action(None, backward) for backward in left]
 
 
 def in_turns(plan, stages):
@@ -1722,43 +1728,50 @@ def in_flight(schedule, pp, vpp, n_micro, rank):
     plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
     live, grown, peaks = dict.fromkeys(plan.stages_of(rank), 0), False, set()
     for action in rank_actions(plan, rank):
-        for kind, stage, _ in action.parts():
-            if kind == "B" and grown:                      # one less from here on: a peak lies behind
+        forward, backward = action.stages
+        if forward is not None:
+            live[forward] += 1
+            grown = True
+        if backward is not None:
+            if grown:                                      # one less from here on: a peak lies behind
                 peaks.add(tuple(live.values()))
-            live[stage] += 1 if kind == "F" else -1
-            grown = kind == "F"
+            live[backward] -= 1
+            grown = False
     return np.array(list(peaks))
 
 
 class Step(NamedTuple):
     """An action of a table, in an order in which each finds its inputs."""
     rank: int
-    action: Action
     stages: tuple                  # Action.stages
     needs: tuple                   # numbers of the steps, on other ranks, whose outputs it waits for
+    action: Action
 
 
 def in_order(plan, table):
     """list of Step: each rank runs as far as its inputs allow, until all are done."""
-    home, last = plan.homes(), plan.n_stages - 1
-    # (kind, stage, micro-batch) that can run -> number of the step that makes its input; None if the input is at hand,
-    # as are the tokens of the first stage and the losses of the last
-    makers = {}
-    for microbatch in range(plan.n_micro):
-        makers["F", 0, microbatch] = makers["B", last, microbatch] = None
+    # (stage, micro-batch) whose forward, or backward, can run -> numbers of the steps on other ranks that make its
+    # input: none for the tokens of the first stage and the losses of the last, which are at hand
+    forwards = {(0, microbatch): () for microbatch in range(plan.n_micro)}
+    backwards = {(plan.n_stages - 1, microbatch): () for microbatch in range(plan.n_micro)}
     steps, done, progress = [], [0] * len(table), True
     while progress:
         progress = False
         for rank, actions in enumerate(table):
             for action in islice(actions, done[rank], None):
-                parts = action.parts()
-                if parts[0] not in makers or parts[-1] not in makers:      # one or two parts
+                forward, backward = action
+                if (forward and forward not in forwards) or (backward and backward not in backwards):
                     break
-                needs = tuple([makers[part] for part in parts if makers[part] is not None])
-                for kind, stage, microbatch in parts:
-                    to = stage + 1 if kind == "F" else stage - 1
-                    makers[kind, to, microbatch] = None if home.get(to) == rank else len(steps)
-                steps.append(Step(rank, action, action.stages, needs))
+                needs, own = (), (len(steps),) if plan.pp > 1 else ()
+                if forward:
+                    stage, microbatch = forward
+                    needs += forwards[forward]
+                    forwards[stage + 1, microbatch] = own
+                if backward:
+                    stage, microbatch = backward
+                    needs += backwards[backward]
+                    backwards[stage - 1, microbatch] = own
+                steps.append(Step(rank, action.stages, needs, action))
                 done[rank] += 1
                 progress = True
     waiting = [str(actions[n]) for actions, n in zip(table, done) if n < len(actions)]
@@ -1766,39 +1779,36 @@ def in_order(plan, table):
     return steps
 
 
+class Timetable(NamedTuple):
+    """The steps of a schedule, and how often each Action.stages is among them."""
+    steps: list
+    times: Counter
+
+
 @lru_cache(8)
-def cached_steps(schedule, pp, vpp, n_micro):
-    """The steps of schedule_table, for many plans, one after the other, that differ in other things alone."""
+def timetable(schedule, pp, vpp, n_micro):
+    """For many plans, one after the other, that differ in other things alone."""
     plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
-    return in_order(plan, schedule_table(plan))
+    steps = in_order(plan, schedule_table(plan))
+    return Timetable(steps, Counter(step.stages for step in steps))
 
 
-class Span(NamedTuple):
-    start: float                   # seconds from the step's start
-    end: float
-    action: Action
-
-
-def play(plan, steps, duration, link=0.0):
-    """The clock: list (pp) of lists of Span. duration(action): seconds, the same for all with the same stages.
+def play(steps, seconds, pp, link=0.0):
+    """The clock: (seconds at which each step ends, and each rank). seconds: of each Action.stages.
 
     link: seconds that an output travels to another rank; sends are asynchronous, only the receiver waits. A pair starts
     when both of its inputs are there.
     """
-    spans, free = [[] for _ in range(plan.pp)], [0.0] * plan.pp
-    seconds, reached = {}, []                              # reached: when a step's output is on another rank
-    for rank, action, stages, needs in steps:
-        if stages not in seconds:
-            seconds[stages] = duration(action)
+    ends, free = [], [0.0] * pp
+    for rank, stages, needs, _ in steps:
         start = free[rank]
         for step in needs:
-            if reached[step] > start:
-                start = reached[step]
-        end = start + seconds[stages]
-        spans[rank].append(Span(start, end, action))
-        free[rank] = end
-        reached.append(end + link)
-    return spans
+            arrival = ends[step] + link
+            if arrival > start:
+                start = arrival
+        free[rank] = start + seconds[stages]
+        ends.append(free[rank])
+    return ends, free
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1816,20 +1826,21 @@ class Simulation:
         self.max_vio, self.work = max_vio, work
         self.stages = stage_kinds(self.shape, plan)        # of each stage: embedding, kinds of layers, head
         self.kinds = set(chain(*self.stages))
-        self.accounts = {}                                 # Action.stages -> Account
 
     @cached_property
     def works(self):
-        return {kind: layer_work(self.shape, self.plan, kind, self.work) for kind in self.kinds}
+        layer_plan = self.plan.layer_plan
+        return {kind: layer_work(self.shape, layer_plan, kind, self.work) for kind in self.kinds}
 
     @cached_property
-    def saved(self):
+    def kept(self):
         """kind -> bytes that a micro-batch's forward keeps on the device."""
         return {kind: saved_bytes(work).kept for kind, work in self.works.items()}
 
     @cached_property
     def times(self):
-        return {kind: layer_time(self.shape, self.plan, kind, self.hardware, self.max_vio, self.work)
+        layer_plan = self.plan.layer_plan
+        return {kind: layer_time(self.shape, layer_plan, kind, self.hardware, self.max_vio, self.work)
                 for kind in self.kinds}
 
     @cached_property
@@ -1837,9 +1848,6 @@ class Simulation:
         """list (pp) of tuples: kinds of the layers that a pipeline rank holds, stage by stage."""
         return [tuple(chain.from_iterable(self.stages[stage] for stage in self.plan.stages_of(rank)))
                 for rank in range(self.plan.pp)]
-
-    def works_of(self, rank):
-        return [self.works[kind] for kind in self.kinds_of[rank]]
 
     @cached_property
     def unlike_ranks(self):
@@ -1857,26 +1865,24 @@ class Simulation:
 
     @property
     def manner(self):
-        """play_action's (flat, adaptive)."""
-        return self.plan.hops_together, self.plan.overlap == "adaptive"
+        return Manner(self.plan.hops_together, self.plan.defers_weight_gradients, self.plan.overlap == "adaptive")
 
     def play_layers(self, forward, backward):
         """Account of an action. forward, backward: LayerTimes, or ()."""
-        return action_account(forward, backward, *self.manner, self.hardware.overlap_tax)
+        return action_account(forward, backward, self.manner, self.hardware.overlap_tax)
 
     def tasks_of(self, action):
         forward, backward = map(self.layers_of, action.stages)
-        return play_action(forward, backward, *self.manner).tasks
+        return play_action(forward, backward, self.manner).tasks
 
-    def account(self, action):
-        """Account of an action, made once for all that differ in the micro-batch alone."""
-        stages = action.stages
-        if stages not in self.accounts:
-            self.accounts[stages] = self.play_layers(*map(self.layers_of, stages))
-        return self.accounts[stages]
+    @property
+    def timetable(self):
+        return timetable(self.plan.schedule, self.plan.pp, self.plan.vpp, self.plan.n_micro)
 
-    def seconds_of(self, action):
-        return self.account(action).seconds
+    @cached_property
+    def accounts(self):
+        """Action.stages -> Account."""
+        return {stages: self.play_layers(*map(self.layers_of, stages)) for stages in self.timetable.times}
 
     def stream_bytes(self):
         """What a device sends to the next stage."""
@@ -1885,52 +1891,45 @@ class Simulation:
     @property
     def link(self):
         """Seconds that it travels and that the next stage waits for it."""
-        seconds = collective_seconds(self.hardware, tier_of(self.plan, "pp"), 2, self.stream_bytes())
-        return seconds * (1 - self.plan.hidden_share("pp", self.hardware))
+        return collective_seconds(self.hardware, tier_of(self.plan, "pp"), 2, self.stream_bytes())
 
     @cached_property
-    def spans(self):
-        """The pipeline played: list (pp) of lists of Span."""
-        plan = self.plan
-        steps = cached_steps(plan.schedule, plan.pp, plan.vpp, plan.n_micro)
-        return play(plan, steps, self.seconds_of, self.link)
+    def seconds(self):
+        """Action.stages -> seconds."""
+        return {stages: account.seconds for stages, account in self.accounts.items()}
+
+    @cached_property
+    def played(self):
+        """The pipeline played: seconds at which each step of the timetable ends, and each rank."""
+        return play(self.timetable.steps, self.seconds, self.plan.pp, self.link)
 
     # what follows the pipeline on a rank
 
     def gradient_seconds(self, rank):
         """To reduce gradients and to gather the new weights."""
-        plan, (held, _) = self.plan, self.params(rank)
+        plan, held = self.plan, self.params[rank]
         if plan.zero == 3:                                 # in LayerTime
             return 0.0
         gradients = weights_seconds(plan, self.hardware, held, gradient_bytes(plan))
         if plan.zero == 0:                                 # the second half of an all-reduce
-            gradients *= 2
-        else:
-            gradients += weights_seconds(plan, self.hardware, held, BYTES_OF[plan.precision])
-        hidden = plan.hidden_share("dp", self.hardware) * gradients
-        if hidden:                                         # beside the last backwards
-            hidden = min(hidden, sum(self.seconds_of(Action("B", stage, 0)) for stage in plan.stages_of(rank)))
-        return gradients - hidden
+            return 2 * gradients
+        return gradients + weights_seconds(plan, self.hardware, held, BYTES_OF[plan.precision])
 
     def optimizer_seconds(self, rank):
         seconds = self.optimizer_bytes(rank) / self.hardware.memory_rate
         if "optimizer" in self.plan.swap:                  # two moments come and go
-            _, cut = self.params(rank)
-            seconds += 2 * 8 * cut / self.hardware.host_bandwidth
+            seconds += 2 * 8 * self.params_cut[rank] / self.hardware.host_bandwidth
         return seconds
 
     def optimizer_bytes(self, rank):
         """Moved by AdamW: reads gradient, master, two moments; writes three of them and the weight."""
-        _, cut = self.params(rank)
-        return cut * (7 * 4 + BYTES_OF[self.plan.precision])
+        return self.params_cut[rank] * (7 * 4 + BYTES_OF[self.plan.precision])
 
     @cached_property
     def ends(self):
         """list (pp): seconds at which each pipeline rank is done, optimizer included; the last ends the step ..."""
-        ends = []
-        for rank, row in enumerate(self.spans):
-            ends.append(row[-1].end + self.gradient_seconds(rank) + self.optimizer_seconds(rank))
-        return ends
+        _, ends = self.played
+        return [end + self.gradient_seconds(rank) + self.optimizer_seconds(rank) for rank, end in enumerate(ends)]
 
     @property
     def straggling(self):
@@ -1940,14 +1939,14 @@ class Simulation:
     def breakdown(self):
         """({part: seconds} that add up to the step, a mean over pipeline ranks; seconds of exchange on either link)."""
         parts, travel = Counter(), 0.0
-        for rank, row in enumerate(self.spans):
+        for rank in range(self.plan.pp):
             parts["gradients"] += self.gradient_seconds(rank)
             parts["optimizer"] += self.optimizer_seconds(rank)
-            for stages, times in Counter(span.action.stages for span in row).items():
-                account = self.accounts[stages]
-                for name, seconds in account.parts.items():
-                    parts[name] += times * seconds
-                travel += times * account.travel
+        for stages, times in self.timetable.times.items():
+            account = self.accounts[stages]
+            for name, seconds in account.by_name.items():
+                parts[name] += times * seconds
+            travel += times * account.travel
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
         parts["stragglers"] = self.straggling * max(self.ends)
         parts["bubble"] = max(0.0, max(self.ends) + parts["stragglers"] - sum(parts.values()))     # rounding aside
@@ -1957,33 +1956,38 @@ class Simulation:
 
     def bytes_by_tier(self):
         """Bytes that a device sends while the pipeline runs, a mean over pipeline ranks; zero=3's weights apart."""
-        plan, home, total = self.plan, self.plan.homes(), Counter(inner=0, outer=0)
+        plan, total = self.plan, Counter(inner=0, outer=0)
         for kind in chain(*self.stages):
             total.update(self.times[kind].sent)
-        crossings = sum(home[stage] != home[stage + 1] for stage in range(plan.n_stages - 1))
-        total[tier_of(plan, "pp")] += 2 * crossings * self.stream_bytes()
+        if plan.pp > 1:                                    # each stage and the next are on two ranks
+            total[tier_of(plan, "pp")] += 2 * (plan.n_stages - 1) * self.stream_bytes()
         return {tier: sent * plan.n_micro / plan.pp for tier, sent in total.items()}
 
-    def params(self, rank):
-        """({axis of Plan.holders: parameters that a pipeline rank holds}, how many it keeps where they are cut)."""
-        counts = Counter(self.kinds_of[rank])
-        held = {axis: sum(n * self.works[kind].params[axis] for kind, n in counts.items())
-                for axis in self.plan.holders}
-        cut = sum(held[axis] / (ranks if self.plan.zero else 1) for axis, ranks in self.plan.holders.items())
-        return held, cut
+    @cached_property
+    def params(self):
+        """list (pp) of {axis of Plan.holders: parameters that a pipeline rank holds}."""
+        return [{axis: sum(self.works[kind].params[axis] for kind in kinds) for axis in self.plan.holders}
+                for kinds in self.kinds_of]
+
+    @cached_property
+    def params_cut(self):
+        """list (pp): parameters that a rank keeps where they are cut over those that hold the same."""
+        if not self.plan.zero:
+            return [sum(held.values()) for held in self.params]
+        return [sum(held[axis] / ranks for axis, ranks in self.plan.holders.items()) for held in self.params]
 
     def activations(self, rank):
         """Most bytes that micro-batches in flight keep."""
         plan = self.plan
-        by_chunk = [sum(self.saved[kind] for kind in self.stages[stage]) for stage in plan.stages_of(rank)]
+        by_chunk = [sum(self.kept[kind] for kind in self.stages[stage]) for stage in plan.stages_of(rank)]
         enough = min(plan.n_micro, 4 * plan.turn)          # later turns repeat what was in flight
         moments = in_flight(plan.schedule, plan.pp, plan.vpp, enough, rank)
         return float(np.max(moments @ by_chunk))
 
     def memory(self, rank):
         """Bytes of a pipeline rank at its peak, by part."""
-        plan, hardware, (held, cut) = self.plan, self.hardware, self.params(rank)
-        element, whole = BYTES_OF[plan.precision], sum(held.values())
+        plan, hardware, cut = self.plan, self.hardware, self.params_cut[rank]
+        element, whole = BYTES_OF[plan.precision], sum(self.params[rank].values())
         kept = cut if plan.zero == 3 else whole
         # float32 masters and two moments; whole float32 weights are their own masters
         optimizer = cut * (8 if element >= 4 and cut == whole else 12)
@@ -2007,31 +2011,19 @@ class Simulation:
                 rows = max(rows, 4 * work.saved.get("rows", 0))
             if plan.zero == 3:                             # weights of two layers, float32 gradients of one
                 layer = max(layer, sum(work.params.values()) * (2 * BYTES_OF[plan.precision] + 4))
-            again = max(again, sum(work.saved.values()) - self.saved[kind])
+            again = max(again, sum(work.saved.values()) - self.kept[kind])
         return rows + layer + again
 
-    @cached_property
-    def memories(self):
-        return [self.memory(rank) for rank in range(self.plan.pp)]
-
-    def overflows(self, parts):
-        """Whether a rank needs more than there is when the allocator has given unused pieces back."""
-        return sum(parts.values()) - parts["allocator"] > self.hardware.memory
-
     def refusal(self):
-        """Why the step does not fit; "" if it does."""
-        if not any(map(self.overflows, self.memories)):
-            return ""
-        rank = peak_rank(self.memories)
-        parts = self.memories[rank]
-        return (f"pipeline rank {rank} needs {sum(parts.values()) / GIB:.1f} of {self.hardware.memory / GIB:.1f} GiB, "
-                f"most of it {max(parts, key=parts.get)}: use more recompute, pp, tp or zero=3, or a smaller "
-                "micro_batch")
-
-
-def peak_rank(memories):
-    needs = [sum(parts.values()) for parts in memories]
-    return needs.index(max(needs))
+        """Why the step does not fit when the allocator has given unused pieces back; "" if it does."""
+        for rank in self.unlike_ranks:
+            sizes = self.memory(rank)
+            needed = sum(sizes.values())
+            if needed - sizes["allocator"] > self.hardware.memory:
+                return (f"pipeline rank {rank} needs {needed / GIB:.1f} of {self.hardware.memory / GIB:.1f} GiB, most "
+                        f"of it {max(sizes, key=sizes.get)}: use more recompute, pp, tp or zero=3, or a smaller "
+                        "micro_batch")
+        return ""
 
 
 def predict(config, plan, hardware, max_vio=0.0):
@@ -2039,23 +2031,24 @@ def predict(config, plan, hardware, max_vio=0.0):
 
     max_vio: load of the busiest rank over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
     included, nothing recomputed) over the peak of the plan's precision. hidden_comm_fraction: of the expert exchange.
-    memory_by_stage: one entry per pipeline rank. bytes_by_tier: sent by a device in a step.
+    memory_by_stage: a list by pipeline rank, of all its stages. bytes_by_tier: sent by a device in a step.
     """
     check_plan(config, plan, hardware)
     simulation = Simulation(config, plan, hardware, max_vio)
     parts, travel = simulation.breakdown()
     step, why_not = sum(parts.values()), simulation.refusal()
-    peak = peak_rank(simulation.memories)
+    memories = [simulation.memory(rank) for rank in range(plan.pp)]
+    needs = [sum(sizes.values()) for sizes in memories]
     rate = plan.global_batch * plan.seq_len / step
     flops = flops_per_token(simulation.shape, plan.seq_len) * rate / plan.world_size       # FLOP/s of a device
     return dict(
         step_time_s=step, tokens_per_s=rate, tokens_per_s_per_device=rate / plan.world_size,
         mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12,
-        mem_gib=sum(simulation.memories[peak].values()) / GIB, bubble=parts["bubble"] / step,
+        mem_gib=max(needs) / GIB, bubble=parts["bubble"] / step,
         exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
         hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0,
-        fits=not why_not, why_not=why_not, peak_rank=peak, breakdown=parts,
-        memory_by_stage=[{name: size / GIB for name, size in rank.items()} for rank in simulation.memories],
+        fits=not why_not, why_not=why_not, peak_rank=needs.index(max(needs)), breakdown=parts,
+        memory_by_stage=[{name: size / GIB for name, size in sizes.items()} for sizes in memories],
         bytes_by_tier=simulation.bytes_by_tier(), max_vio=max_vio, plan=asdict(plan))
 
 
@@ -2063,10 +2056,14 @@ def predict(config, plan, hardware, max_vio=0.0):
 # What to recompute and swap, so that a plan fits
 
 
-def memory_choices(config):
-    """Each choice of items to recompute and swap that makes a difference: (recompute, swap), smaller ones first."""
+def memory_choices(config, optimizer=True):
+    """Each choice of items to recompute and swap that makes a difference: (recompute, swap), smaller ones first.
+
+    optimizer: whether it may be swapped.
+    """
     fine = [item for item in RECOMPUTE if item != "layer"]
-    swaps = [item for item in SWAP if item != "expert_out" or config.expert_weight == "after_down"]
+    useful = dict(expert_out=config.expert_weight == "after_down", attn_out=True, optimizer=optimizer)
+    swaps = [item for item in SWAP if useful[item]]
     choices = []
     for recompute in [("layer",), *subsets(fine)]:
         if not {"attention", "mla_up"} <= set(recompute):                  # the first runs the second again
@@ -2081,15 +2078,14 @@ def subsets(items):
 def fit_memory(config, plan, hardware, budget):
     """predict of the plan with the cheapest items to recompute and swap, by simulated time, that needs at most `budget`
     bytes. ValueError says what is missing and what would help."""
-    results = []
-    for recompute, swap in memory_choices(config):
-        results.append(predict(config, replace(plan, recompute=recompute, swap=swap), hardware))
+    results = [predict(config, replace(plan, recompute=recompute, swap=swap), hardware)
+               for recompute, swap in memory_choices(config, optimizer=not plan.balance_live)]
     fitting = [result for result in results if result["mem_gib"] * GIB <= budget]
     if fitting:
         return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
     least = min(results, key=itemgetter("mem_gib"))
-    parts = least["memory_by_stage"][least["peak_rank"]]
-    sizes = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
+    needs = least["memory_by_stage"][least["peak_rank"]]
+    sizes = ", ".join(f"{name} {size:.2f}" for name, size in needs.items() if size >= 0.005)
     items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
     raise ValueError(f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB "
                      f"(simulated: {sizes}), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
@@ -2098,7 +2094,7 @@ def fit_memory(config, plan, hardware, budget):
 
 def what_would_fit(config, plan, hardware, budget):
     """The first of a few changes that brings a plan below the budget, with everything recomputed and swapped."""
-    smallest = replace(plan, recompute=("layer",), swap=("optimizer",))
+    smallest = replace(plan, recompute=("layer",), swap=() if plan.balance_live else ("optimizer",))
     sharded = dict(zero=3) if max(plan.holders.values()) > 1 else {}
     for change in (dict(micro_batch=1), sharded, dict(micro_batch=1, **sharded)):
         with contextlib.suppress(ValueError):              # a plan that cannot run
@@ -2117,14 +2113,15 @@ SEARCHED = (("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved",
 PLAYED = 400                               # plans that are played in full, at least
 
 
-def candidate_groups(config, hardware, devices, **batch):
+def candidate_groups(config, hardware, devices, **alike):
     """Plans to search, but for zero, dispatch and what is saved, in lists of those that cut a layer alike.
 
-    At most a node of tp, at least 1024 tokens a rank of a context group, micro-batches of at most 8.
+    alike: fields that all have the same, global_batch and seq_len among them. At most a node of tp, at least 1024
+    tokens a rank of a context group, micro-batches of at most 8.
     """
     powers = [2**i for i in range(devices.bit_length())]
     tensor = [n for n in powers if n <= hardware.node_size]
-    contexts = [n for n in powers if n == 1 or n * 1024 <= batch["seq_len"]]
+    contexts = [n for n in powers if n == 1 or n * 1024 <= alike["seq_len"]]
     experts = divisors(config.n_routed_experts) if has_experts(config) else [1]
     stages = [n for n in divisors(devices) if n <= config.num_hidden_layers + 1]
     for tp, cp, micro_batch, ep in product(tensor, contexts, (1, 2, 4, 8), experts):
@@ -2136,7 +2133,7 @@ def candidate_groups(config, hardware, devices, **batch):
             group.append(Plan(
                 tp=tp, sp=int(tp > 1), cp=cp, pp=pp, dp=ranks // (tp * cp), ep=ep, micro_batch=micro_batch,
                 schedule=schedule, vpp=vpp, overlap="adaptive" if schedule == "paired" else "none",
-                node_size=hardware.node_size, **batch))
+                node_size=hardware.node_size, **alike))
         yield group
 
 
@@ -2153,61 +2150,37 @@ def exchange_choices(plan):
     return ("flat", "hierarchical", "dedup") if plan.ep > plan.node_size else ("flat",)
 
 
-class Saving(NamedTuple):
-    """What layers recompute and swap, and what that makes of the model's most frequent layer."""
-    recompute: tuple
-    swap: tuple
-    seconds: float                 # of a forward and a backward
-    kept: float                    # bytes of a micro-batch
-
-
 def rank_savings(config, plan, hardware):
-    """list of Saving, cheapest first, each of which keeps less than all before it; a swapped optimizer apart."""
-    found, best = [], []
+    """list of dict(recompute, swap), cheapest first, each of which keeps less than all before it, as the model's most
+    frequent layer tells; a swapped optimizer apart."""
+    found, best, least = [], [], math.inf
     kind = Counter(layer_kinds(config)).most_common(1)[0][0]
-    for recompute, swap in memory_choices(config):
-        if "optimizer" not in swap:
-            simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
-            alone, _ = layer_seconds(simulation, layer_time(config, simulation.plan, kind, hardware, 0.0))
-            kept = saved_bytes(layer_work(config, simulation.plan, kind)).kept
-            found.append(Saving(recompute, swap, alone, kept))
-    for saving in sorted(found, key=lambda saving: (saving.seconds, saving.kept)):
-        if not best or saving.kept < best[-1].kept:
+    for recompute, swap in memory_choices(config, optimizer=False):
+        simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
+        layer = layer_time(config, simulation.plan.layer_plan, kind, hardware, 0.0)
+        seconds, _ = layer_seconds(simulation, layer)
+        found.append((seconds, saved_bytes(layer.work).kept, dict(recompute=recompute, swap=swap)))
+    for _, kept, saving in sorted(found, key=itemgetter(0, 1)):
+        if kept < least:
             best.append(saving)
+            least = kept
     return best
 
 
 def fitted(config, plan, hardware, savings):
     """([this plan with the cheapest saving that fits, for each way to hold the optimizer], or why none fits)."""
-    plans, why_not = [], ""
-    for zero, swapped in product(zero_choices(plan), ((), ("optimizer",))):
-        tried = [replace(plan, zero=zero, recompute=saving.recompute, swap=saving.swap + swapped) for saving in savings]
-        first, why_not = first_that_fits(config, tried, hardware)
+    def refusal(one):
+        return Simulation(config, one, hardware).refusal()
+
+    plans = []
+    for zero, optimizer in product(zero_choices(plan), ((), ("optimizer",))):
+        tried = [replace(plan, zero=zero, recompute=saving["recompute"], swap=saving["swap"] + optimizer)
+                 for saving in savings]
+        first = bisect_left(tried, True, key=lambda one: not refusal(one))     # each needs less than those before
         plans += tried[first:first + 1]
         if first == 0:                                     # nothing is recomputed: less memory gains nothing more
             break
-    return plans, "" if plans else "recomputed and swapped as much as can be, " + why_not
-
-
-def first_that_fits(config, plans, hardware):
-    """(index of the first that fits, found by halving, since each needs less memory than those before; why not all)."""
-    def simulate(index):
-        return Simulation(config, plans[index], hardware)
-
-    low, high = 0, len(plans) - 1
-    if not fits(simulate(high)):
-        return len(plans), simulate(high).refusal()
-    while low < high:
-        middle = (low + high) // 2
-        if fits(simulate(middle)):
-            high = middle
-        else:
-            low = middle + 1
-    return low, ""
-
-
-def fits(simulation):
-    return not any(simulation.overflows(simulation.memory(rank)) for rank in simulation.unlike_ranks)
+    return plans, "" if plans else "recomputed and swapped as much as can be, " + refusal(tried[-1])
 
 
 def price(simulation):
@@ -2267,12 +2240,12 @@ class Search(NamedTuple):
     interrupted: bool
 
 
-def search_plans(config, hardware, devices, top=10, **batch):
+def search_plans(config, hardware, devices, top=10, **alike):
     """The best plans by price are played, PLAYED or `top` of them; interrupted while it prices, the `top` best so far.
 
     A search, not a proof: a plan is missed whose price is too high by more than that of the others.
     """
-    groups = list(candidate_groups(config, hardware, devices, **batch))
+    groups = list(candidate_groups(config, hardware, devices, **alike))
     priced, refused, found, interrupted = [], {}, [], False
     try:
         for more, reasons in in_processes("groups of plans priced", partial(price_group, config, hardware), groups):
@@ -2383,7 +2356,8 @@ def print_shapes(hardware, devices, budget, seq_len, top, experts):
     shapes = [one for one in candidate_shapes(budget) if experts in (0, one[0].n_routed_experts)]
     plans, rows = list(shape_plans(hardware, devices, seq_len)), []
     require(shapes, f"budget={budget}: no shape within 3 % of both, use another ratio of active to total")
-    require(plans, f"devices={devices}: use a multiple of 8 * 16 = 128")
+    tp = min(8, hardware.node_size)
+    require(plans, f"devices={devices}: use a multiple of tp*pp={tp}*8={8 * tp}")
     for config, active, total in with_progress("shapes tried", shapes):
         result = fastest(config, plans, hardware)
         if result:
@@ -2467,14 +2441,13 @@ def print_predecessor(hardware):
 def print_hidden(hardware):
     """Which actions expose the exchange."""
     simulation = Simulation(PANGU, Plan(seq_len=PAPER_LENGTH, **PAPER["optimised"]["plan"]), hardware)
-    exposed = Counter()
-    for span in chain(*simulation.spans):
-        exposed[span.action.kind == "FB"] += simulation.account(span.action).parts["exchange"]
-    alone, paired = exposed[False] / simulation.plan.pp, exposed[True] / simulation.plan.pp
-    print(f"\nHidden is the share of the exchange that runs beside computation. Not hidden: {alone:.2f} s in passes "
-          "that have\nno partner, before and after the steady steps, where the shared expert alone hides a part, and "
-          f"{paired:.2f} s in pairs,\nwhere an exchange is longer than what runs beside it. The paper states no share; "
-          "later press says more than 98 %.")
+    exposed = Counter()                                    # whether in a pair -> seconds, a mean over pipeline ranks
+    for stages, times in simulation.timetable.times.items():
+        exposed[None not in stages] += times * simulation.accounts[stages].by_name["exchange"] / simulation.plan.pp
+    print("\nHidden is the share of the exchange that runs beside computation. Not hidden: "
+          f"{exposed[False]:.2f} s in passes without\na partner, before and after the steady steps, where the shared "
+          f"expert and weight gradients hide a part, and\n{exposed[True]:.2f} s in pairs, where an exchange is longer "
+          "than what runs beside it. The paper states no share; later press\nsays more than 98 %.")
 
 
 def print_prediction(result):
@@ -2487,10 +2460,12 @@ def print_prediction(result):
     sent = result["bytes_by_tier"]
     print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
           "between nodes")
-    print("\nGiB at the peak\nrank ", *(f"{name:>11}" for name in result["memory_by_stage"][0]), "        sum")
-    for rank, parts in enumerate(result["memory_by_stage"]):
-        sizes = [*parts.values(), sum(parts.values())]
-        print(f"{rank:5}", *(f"{size:11.2f}" for size in sizes), " <- peak" if rank == result["peak_rank"] else "")
+    names = result["memory_by_stage"][0]
+    print("\nGiB at the peak of each pipeline rank, with all its stages\nrank ", *(f"{name:>11}" for name in names),
+          "        sum")
+    for rank, sizes in enumerate(result["memory_by_stage"]):
+        peak = " <- peak" if rank == result["peak_rank"] else ""
+        print(f"{rank:5}", *(f"{size:11.2f}" for size in sizes.values()), f"{sum(sizes.values()):11.2f}", peak)
     print(f"\nfits: {'yes' if result['fits'] else 'no, ' + result['why_not']}")
 
 
@@ -2498,39 +2473,56 @@ def print_prediction(result):
 # The step as a picture
 
 
-def tails_of(simulation):
-    """list (pp) of lists of Task, seconds from the step's start: what a rank does when its pipeline is done."""
-    tails, last = [], max(simulation.ends)
-    for rank, row in enumerate(simulation.spans):
-        start = row[-1].end
-        reduced = start + simulation.gradient_seconds(rank)
-        tails.append([
-            Task("gradients", tier_of(simulation.plan, "dp"), start, reduced),
-            Task("optimizer", "compute", reduced, simulation.ends[rank]),
-            Task("stragglers", "schedule", last, last * (1 + simulation.straggling))])
-    return tails
+class Span(NamedTuple):
+    """What a rank does for a while: an action, or what follows the pipeline, which has a name alone."""
+    start: float                   # seconds from the step's start
+    end: float
+    name: str
+    action: Action = None
+
+
+def action_spans(steps, ends, seconds, pp):
+    """list (pp) of lists of Span, of a table that was played. seconds: of each Action.stages."""
+    rows = [[] for _ in range(pp)]
+    for (rank, stages, _, action), end in zip(steps, ends):
+        rows[rank].append(Span(end - seconds[stages], end, str(action), action))
+    return rows
+
+
+def step_spans(simulation):
+    """list (pp) of lists of Span: a rank's actions, then what it does when its pipeline is done."""
+    ends, _ = simulation.played
+    rows = action_spans(simulation.timetable.steps, ends, simulation.seconds, simulation.plan.pp)
+    last = max(simulation.ends)
+    for rank, row in enumerate(rows):
+        begin = row[-1].end
+        reduced = begin + simulation.gradient_seconds(rank)
+        row += [Span(begin, reduced, "gradients"), Span(reduced, simulation.ends[rank], "optimizer"),
+                Span(last, last * (1 + simulation.straggling), "stragglers")]
+    return rows
 
 
 def write_trace(simulation, path, about):
     """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds. about: a dict
     of what the file says of itself."""
     threads, events = ["schedule", "compute", "inner", "outer", "host"], []
+    stream_of = dict(gradients=tier_of(simulation.plan, "dp"), optimizer="compute", stragglers="schedule")
 
     def add(rank, name, stream, start, end):
         events.append(dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream), ts=1e6 * start,
                            dur=1e6 * (end - start)))
 
-    for rank, (row, tail) in enumerate(zip(simulation.spans, tails_of(simulation))):
+    for rank, row in enumerate(step_spans(simulation)):
         events.append(dict(ph="M", name="process_name", pid=rank, tid=0, args={"name": f"pipeline rank {rank}"}))
         for number, stream in enumerate(threads):
             events.append(dict(ph="M", name="thread_name", pid=rank, tid=number, args={"name": stream}))
-        for start, end, action in row:
-            add(rank, str(action), "schedule", start, end)
+        for start, end, name, action in row:
+            if action is None:
+                add(rank, name, stream_of[name], start, end)
+                continue
+            add(rank, name, "schedule", start, end)
             for task in simulation.tasks_of(action):
                 add(rank, task.name, task.stream, start + task.start, start + task.end)
-        for name, stream, start, end in tail:
-            for each in {"schedule", stream}:
-                add(rank, name, each, start, end)
     with open(path, "w") as file:
         json.dump(dict(traceEvents=events, displayTimeUnit="ms", otherData=about), file)
 
@@ -2539,23 +2531,24 @@ TEXT_LEGEND = ("forwards are the last digit of their micro-batch, backwards a le
                "gradients,\nO optimizer, S stragglers; blank: the rank waits")
 
 
-def draw_text(spans, tails=(), columns=120):
-    """A played table as text, a line per rank."""
-    rows = []
-    for row in spans:
-        bars = []
-        for start, end, (kind, _, microbatch, _) in row:
-            letter = chr(ord("a") + microbatch % 26)
-            bars.append((start, end, {"F": str(microbatch % 10), "FB": "=", "B": letter}[kind]))
-        rows.append(bars)
-    for bars, tail in zip(rows, tails):
-        bars += [(one.start, one.end, one.name[0].upper()) for one in tail]
-    scale, lines = columns / max(bars[-1][1] for bars in rows), []
-    for bars in rows:
+def mark_of(span):
+    if span.action is None:
+        return span.name[0].upper()
+    forward, backward = span.action
+    if forward and backward:
+        return "="
+    _, microbatch = forward or backward
+    return str(microbatch % 10) if forward else chr(ord("a") + microbatch % 26)
+
+
+def draw_text(rows, columns=120):
+    """Spans as text, a line per rank."""
+    scale, lines = columns / max(row[-1].end for row in rows), []
+    for row in rows:
         line = [" "] * columns
-        for start, end, mark in bars:
-            first, last = round(start * scale), round(end * scale)
-            line[first:last] = mark * (last - first)
+        for span in row:
+            first, last = round(span.start * scale), round(span.end * scale)
+            line[first:last] = mark_of(span) * (last - first)
         lines.append("".join(line))
     return "\n".join(lines)
 
@@ -2574,13 +2567,15 @@ def draw_png(simulation, path, title):
         return colors.to_rgba(COLOURS[kind], 0.4 + 0.6 * (1 + chunk) / plan.vpp)
 
     bars = []                                              # (middle in ranks, height, start, end, colour)
-    for rank, (row, tail) in enumerate(zip(simulation.spans, tails_of(simulation))):
-        for start, end, action in row:
+    for rank, row in enumerate(step_spans(simulation)):
+        for start, end, name, action in row:
+            if action is None:
+                bars.append((rank, 0.8, start, end, COLOURS[name]))
+                continue
             parts = action.parts()
             for i, (kind, stage, _) in enumerate(parts):
                 middle, height = rank + 0.4 * ((2 * i + 1) / len(parts) - 1), 0.8 / len(parts)
                 bars.append((middle, height, start, end, colour(kind, plan.stages_of(rank).index(stage))))
-        bars += [(rank, 0.8, start, end, COLOURS[name]) for name, _, start, end in tail]
     figure, axes = pyplot.subplots(figsize=(16, 2 + 0.4 * plan.pp), layout="constrained")
     middle, height, start, end, colours = zip(*bars)
     axes.barh(middle, np.subtract(end, start), height, start, color=colours)
@@ -2608,17 +2603,21 @@ def peak_words(hardware, precision="bf16"):
 def describe(plan):
     """What of a plan (a dict) is not the default, as --plan takes it."""
     chosen = []
-    for setting in fields(Plan):
-        value = plan[setting.name]
-        if value != setting.default:
-            chosen.append(f"{setting.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+    for one in fields(Plan):
+        value = plan[one.name]
+        if value != one.default:
+            chosen.append(f"{one.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
     return ",".join(chosen)
 
 
+def print_setting(model, hardware, devices, batch, seq_len, precision="bf16"):
+    print(f"{model} on {devices} {hardware.name}, {peak_words(hardware, precision)}; a step of {batch} sequences of "
+          f"{seq_len} tokens; simulated, nothing was run", flush=True)
+
+
 def print_header(model, hardware, plan, why):
-    print(f"{model} on {plan.world_size} {hardware.name}, {peak_words(hardware, plan.precision)}; a step of "
-          f"{plan.global_batch} sequences of {plan.seq_len} tokens; simulated, nothing was run\n"
-          f"plan: {describe(asdict(plan))}\n      ({why})\n")
+    print_setting(model, hardware, plan.world_size, plan.global_batch, plan.seq_len, plan.precision)
+    print(f"plan: {describe(asdict(plan))}\n      ({why})\n")
 
 
 def choose_plan(text, model, hardware, devices):
@@ -2686,16 +2685,18 @@ def positive(text):
 def parse_arguments(argv):
     parser = Parser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
-    for name, about in (("predict", "one plan: seconds, tokens/s, memory"),
-                        ("plans", "the fastest plans that fit; two minutes on two cores for thousands of devices"),
-                        ("trace", "one step as a timeline"), ("shapes", "the fastest shapes of a budget")):
+    own = f"{PAPER_DEVICES} for the paper's model on its hardware, else a node"
+    for name, about, default_devices in (
+            ("predict", "one plan: seconds, tokens/s, memory", own),
+            ("plans", "the fastest plans that fit; two minutes on two cores for thousands of devices", "a node"),
+            ("trace", "one step as a timeline", own),
+            ("shapes", "the fastest shapes of a budget", str(PAPER_DEVICES))):
         command = commands.add_parser(name, help=about, description=about)
         if name != "shapes":
             command.add_argument("--model", default="pangu-ultra-moe-718b",
                                  help="preset, or JSON file of Config's fields")
         command.add_argument("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
-        command.add_argument("--devices", type=positive, help="number of devices; default: the plan's, for plans one "
-                             f"node, for shapes {PAPER_DEVICES}")
+        command.add_argument("--devices", type=positive, help="number of devices; default: " + default_devices)
         if name in ("plans", "shapes"):
             command.add_argument("--seq-len", type=positive, default=4096, help="tokens in a sequence")
             command.add_argument("--top", type=positive, default=10, help="rows to print")
@@ -2742,8 +2743,7 @@ def main(argv=None):
 
 def run_plans(args, config, hardware):
     devices = args.devices or hardware.node_size
-    print(f"{args.model} on {devices} {hardware.name}, {peak_words(hardware)}; a step of {args.global_batch} sequences "
-          f"of {args.seq_len} tokens; all simulated", flush=True)
+    print_setting(args.model, hardware, devices, args.global_batch, args.seq_len)
     begin = time.monotonic()
     search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=args.seq_len)
     ending = "interrupted after" if search.interrupted else "in"
@@ -2768,7 +2768,7 @@ def run_trace(args, simulation, why):
     about = dict(model=args.model, hardware=simulation.hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
                  plan=describe(asdict(plan)), source="simulated by sim.py, nothing was run")
     write_trace(simulation, args.out, about)
-    print(draw_text(simulation.spans, tails_of(simulation)))
+    print(draw_text(step_spans(simulation)))
     print(TEXT_LEGEND)
     print(f"\nwrote {args.out}, for https://ui.perfetto.dev or chrome://tracing")
     if args.png:

@@ -5,19 +5,27 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     python train.py pretrain --preset small --data DIR_OR_FILES --out runs/a --steps 2000 --set aux_loss_alpha=0.001
     python train.py pretrain --resume runs/a               # continues exactly
     torchrun --nproc-per-node 4 train.py --ep 4 --node-size 2 --dispatch hierarchical   # --resume may take another plan
+    python train.py pretrain --init runs/a                 # a new run from its weights, or from a Hugging Face folder's
     python train.py sample --init runs/a --prompt "def " --draft 2    # or --file, a pipe, or line by line at a terminal
+    python train.py export --init runs/a --out HF_DIR      # a folder that transformers loads
 
-In this order: settings, tokenizer, files of text, corpus, phases, data order, one step,
-held-out text, a run and how it is opened, the run's folder, the loop, log and screen, commands. Everything that a step
-needs is a function of (settings, tokens seen so far): which phase, how many sequences, which learning rate, which
-windows of text. So a resumed run is the same run.
+In this order: settings, tokenizer, files of text, corpus, phases, data order, one step, held-out text, a run and how it
+is opened, weights to begin with, the run's folder, the loop, log and screen, commands. Everything that a step needs is
+a function of (settings, tokens seen so far): which phase, how many sequences, which learning rate, which windows of
+text. So a resumed run is the same run.
 
 A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N, sample.txt and, with
 --record-loads 1, loads.npy, which `sim.py predict --load` reads. The tokens of a corpus lie beside the runs, in
 data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                          # Ctrl-C while the rest is imported
+
 import argparse
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
@@ -25,6 +33,7 @@ import dataclasses
 import fcntl
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import lzma
@@ -33,14 +42,12 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import time
 import typing
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -54,8 +61,8 @@ import torch
 
 import parallel
 import sim
-from model import (PRESETS, Config, Model, check_setting, check_settings, compile_model, compile_operators,
-                   count_params, flops_per_token, generate, require, setting)
+from model import (IN_TRANSFORMERS, PRESETS, Config, Model, check_setting, check_settings, compile_model,
+                   compile_operators, config_to_hf, count_params, divisors, flops_per_token, generate, require, setting)
 from sim import Plan, balance_group, check_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +97,13 @@ def option(default, text, **allowed):
 OPTIONS = dict(
     # model
     preset=option("tiny", "size of the model", choices=tuple(PRESETS)),
-    set=option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5"),
+    set=option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5; with --init what owns no tensor"),
+    init=option("", "begin with the weights, shape and tokenizer of a run's folder, one of its ckpt/step_N, or a "
+                    "Hugging Face folder"),
+    average=option(1, "with --init RUN: the mean of its newest N checkpoints, in place of the newest"),
+    mtp_depth=option(0, "with --init: MTP layers; those that it lacks begin as copies of its last one; 0: as many as "
+                        "it has", least=0, most=64),
+    train=option("all", "mtp: only MTP layers learn, the rest is frozen", choices=("all", "mtp")),
     # data
     data=option([], "files or folders, each may be NAME=PATH for the mix of a phase; default: Python's own standard "
                     "library"),
@@ -109,6 +122,8 @@ OPTIONS = dict(
     threads=option(0, "CPU threads; 0: torch's choice, stored with the run", least=0, most=1024),
     save_every=option(500, "steps between checkpoints; one is always written at the end, 0: only that", least=0),
     keep=option(3, "newest checkpoints kept"),
+    keep_growing=option(0, "1: beside them the first one of steps 1, 2-3, 4-7, 8-15, ..., so that a run's past can be "
+                           "studied (tests/report.py)", choices=(0, 1)),
     eval_every=option(0, "steps between evaluations on the whole held-out text; 0: at the end only. With "
                          "capacity_factor, padding of the last batch takes experts' room too", least=0),
     timeout=option(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends",
@@ -127,18 +142,18 @@ OPTIONS = dict(
     min_lr=option(0.1, "final learning rate as a share of --lr", least=0, most=1),
     decay=option("cosine", "the learning rate after its warm-up", choices=("cosine", "constant")),
     warmup_steps=option(0, "steps over which the learning rate rises, at the full batch", least=0),
-    batch_warmup=option([], "SEQUENCES TOKENS: the batch grows linearly from SEQUENCES to --global-batch over TOKENS"),
     weight_decay=option(0.1, "of every tensor, gains of norms included (as PU's figures of falling gains show)",
                         least=0, most=100),
     beta1=option(0.9, "of AdamW", least=0, most=0.99999),
     beta2=option(0.95, "of AdamW", least=0, most=0.99999),
     clip=option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
-    compile=option("none", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
-                           "for one process without recompute and swap)",
-                   choices=("none", "operators", "layers")),
+    compile=option("auto", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
+                           "for one process without recompute and swap); auto: operators where that works, which takes "
+                           "a C++ compiler or a GPU's Triton", choices=("auto", "none", "operators", "layers")),
     precision=option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
                      choices=("auto", "fp32", "bf16")),
 )
+PRETRAIN_ONLY = "preset text_field tokenizer document_mask phases train mtp_depth".split()
 PLAN_DEFAULTS = dict(micro_batch=8, global_batch=32, seq_len=256)
 PLAN_OPTIONS = {field.name: option(PLAN_DEFAULTS.get(field.name, field.default), field.metadata["text"],
                                    **field.metadata["allowed"])
@@ -148,12 +163,13 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
     small=dict(steps=10000, lr=6e-4, warmup_steps=500, seq_len=2048, global_batch=64, micro_batch=8),
 )
 # what --resume lets one change; with --data the text must be the same
-CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "eval_every", "device", "threads", "peak_tflops",
-              "max_skips", "timeout", "record_loads", "fit", "hardware", "resume"}
+CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "keep_growing", "eval_every", "device", "threads",
+              "peak_tflops", "max_skips", "timeout", "record_loads", "fit", "hardware", "resume",
+              "compile"}
 CHANGEABLE |= set(PLAN_OPTIONS) - {"global_batch", "seq_len"}
 # what describes many processes, and means nothing for one
 CUTS = ("pp", "dp", "cp", "tp", "sp", "ep", "vpp", "schedule", "overlap", "layer_split", "balance_live")
-RULES = 2                                  # raised when the same settings come to mean another run
+RULES = 3                                  # raised when the same settings come to mean another run
 
 
 def flag(name):
@@ -193,28 +209,39 @@ def check_option(name, value, option):
         check_setting(name, value, type(option.default), **option.allowed)
 
 
-def settings_of(given):
-    """All settings: what was given, else the preset's recipe, else the default."""
-    defaults = {name: option.default for name, option in (OPTIONS | PLAN_OPTIONS).items()}
-    recipe = RECIPES.get(given.get("preset", "tiny"), {})
-    return fit_to_world(defaults | recipe | given, given)
+def settings_of(given, options={}, recipe=None):
+    """All settings, options beside those of every stage: what was given, else the recipe of the stage or preset, else
+    the default."""
+    if recipe is None:
+        recipe = {} if given.get("init") else RECIPES.get(given.get("preset", "tiny"), {})
+    settings = {name: option.default for name, option in (OPTIONS | PLAN_OPTIONS | options).items()} | recipe | given
+    settings["set"] = recipe.get("set", []) + given.get("set", [])
+    return fit_to_world(settings, given)
 
 
-def fit_to_world(settings, given):
-    """Where they are not given, dp takes what processes there are, and a micro-batch is no more than a rank's share.
+def fit_to_world(settings, given, group=1):
+    """What is not given follows from the number of processes.
 
-    E.g. 4 processes with --tp 2: dp=2; of a global batch of 12 each takes 6, so that a micro-batch of 8 becomes 6.
+    dp takes those there are, and a micro-batch is no more than a rank's share, e.g. with 4 processes and --tp 2: dp=2;
+    of a global batch of 12 each takes 6, so that a micro-batch of 8 becomes 6. What several processes began, one goes
+    on with: axes of one, and micro-batches that hold a balance group.
     """
+    if parallel.world_size() == 1:
+        settings |= {name: PLAN_OPTIONS[name].default for name in CUTS if name not in given}
+    else:
+        group = 1
     if "dp" not in given:
         settings["dp"] = max(1, parallel.world_size() // (settings["pp"] * settings["cp"] * settings["tp"]))
     if "micro_batch" not in given:
+        most = max(settings["micro_batch"], group)
         share = max(1, settings["global_batch"] // settings["dp"])
-        settings["micro_batch"] = max(n for n in range(1, settings["micro_batch"] + 1) if share % n == 0)
+        settings["micro_batch"] = max(n for n in divisors(share) if n <= most)
     return settings
 
 
-def make_config(settings):
-    """The preset with what --set changes."""
+def make_config(settings, config=None):
+    """The config of --init, or of the preset, with what --set changes."""
+    config = config or PRESETS[settings["preset"]]
     by_name = {field.name: field for field in dataclasses.fields(Config)}
     changes = {}
     for pair in settings["set"]:
@@ -223,7 +250,7 @@ def make_config(settings):
             raise UserError(f"--set {pair}: write KEY=VALUE with a key of {', '.join(by_name)}")
         changes[key] = read_word(word, by_name[key].type)
     with refusals("--set: "):
-        return replace(PRESETS[settings["preset"]], **changes)
+        return replace(config, **changes)
 
 
 def make_plan(settings):
@@ -233,14 +260,21 @@ def make_plan(settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE, always run by tiktoken
 
-# Words for BPE, in cl100k_base's manner: letters with one sign before them, up to 3 digits, signs, line ends, spaces.
-PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# Words for BPE, in cl100k_base's manner: letters with one sign before them, a digit, signs, line ends, spaces. Digits
+# stand alone, so that sums can be learnt: 0.9 % more tokens of Python's library.
+PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
+# reserved for conversations in vocabularies without special tokens of their own; no text is encoded as one of them
+RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>", "<|think|>", "<|/think|>",
+            *(f"<|reserved_{number}|>" for number in range(10)))
 LEARN_FROM = 16 << 20                      # characters of training text that a vocabulary is learnt from
+MOST_RANK = 1 << 24                        # in a vocabulary
+LONGEST = 32                               # characters of a word there: text without breaks is cut, which bounds time
 
 
 def learn_bpe(texts, vocab_size):
-    """Byte-level BPE -> {bytes: rank}, vocab_size - 1 of them (the last id is END's).
+    """Byte-level BPE -> {bytes: rank}, vocab_size - 1 of them (one id is END's).
 
     Repeatedly merges the most frequent pair of neighbours inside words. Words are counted once; a merge visits only the
     words that hold its pair, and a heap with stale entries finds the next one.
@@ -249,7 +283,10 @@ def learn_bpe(texts, vocab_size):
     for text in texts:
         occurrences.update(regex.findall(PATTERN, text))
     # each different word once, as ids of its bytes, and how often it occurs
-    words = [(list(word.encode()), n) for word, n in sorted(occurrences.items())]
+    words = []
+    for word, n in sorted(occurrences.items()):
+        parts = (word[start:start + LONGEST] for start in range(0, len(word), LONGEST))
+        words += [(list(part.encode()), n) for part in parts]
     pair_counts, words_with = collections.Counter(), collections.defaultdict(set)
     for index, (word, n) in enumerate(words):
         for pair in zip(word, word[1:]):
@@ -260,18 +297,26 @@ def learn_bpe(texts, vocab_size):
     heapq.heapify(heap)
     vocabulary = [bytes([i]) for i in range(256)]
     known = set(vocabulary)
-    while heap and len(vocabulary) < vocab_size - 1:
-        n, pair = heapq.heappop(heap)
-        if -n != pair_counts[pair] or n == 0:
-            continue                                                      # stale: the count has changed since
-        merged = vocabulary[pair[0]] + vocabulary[pair[1]]
-        if merged in known:
-            continue                                                      # the same bytes by another way
-        known.add(merged)
-        for other in merge_pair(words, pair, len(vocabulary), pair_counts, words_with):
+    for new in sim.with_progress("learning a vocabulary", range(256, vocab_size - 1)):
+        pair = next_pair(heap, pair_counts, vocabulary, known)
+        if pair is None:
+            break
+        vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
+        known.add(vocabulary[new])
+        for other in merge_pair(words, pair, new, pair_counts, words_with):
             heapq.heappush(heap, (-pair_counts[other], other))
-        vocabulary.append(merged)
     return {token: rank for rank, token in enumerate(vocabulary)}
+
+
+def next_pair(heap, pair_counts, vocabulary, known):
+    """Takes the most frequent pair off the heap; None if there is none. What is stale there, or would make bytes that
+    are known by another way, goes too."""
+    while heap:
+        n, pair = heapq.heappop(heap)
+        is_stale = n == 0 or -n != pair_counts[pair]
+        if not is_stale and vocabulary[pair[0]] + vocabulary[pair[1]] not in known:
+            return pair
+    return None
 
 
 def merge_pair(words, pair, new, pair_counts, words_with):
@@ -302,9 +347,10 @@ def replaced(word, pair, new):
     return out
 
 
-def make_encoding(ranks, pattern=PATTERN, end=None):
-    """{bytes: rank} -> tiktoken.Encoding; the id after the last rank is END's."""
-    special = {END: len(ranks) if end is None else end}
+def make_encoding(ranks, pattern=PATTERN, special=None):
+    """{bytes: rank} -> tiktoken.Encoding. special: {word: id}; by default END and RESERVED follow the highest rank."""
+    if special is None:
+        special = {word: id for id, word in enumerate((END, *RESERVED), start=max(ranks.values()) + 1)}
     return tiktoken.Encoding("learnt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -321,16 +367,23 @@ def ranks_of(encoding):
     return sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
 
 
-def load_encoding(path, pattern=PATTERN, end=None):
+def load_encoding(path, pattern=PATTERN, special=None):
+    """The encoding of a file that save_encoding, or tiktoken, wrote."""
     ranks = {}
     try:
-        for line in Path(path).read_bytes().splitlines():
+        lines = Path(path).read_bytes().splitlines()
+        for line in lines:
             token, rank = line.split()
             ranks[base64.b64decode(token)] = int(rank)
-        return make_encoding(ranks, pattern, end)
     except (OSError, ValueError):
         raise UserError(f"--tokenizer {path}: no tiktoken file here; use learn, gpt2, cl100k_base, o200k_base or a "
                         f"file of base64 and rank a line") from None
+    numbers = sorted(set(ranks.values()))
+    is_whole = len(numbers) == len(lines) and all(bytes([i]) in ranks for i in range(256))
+    if not is_whole or numbers[0] < 0 or numbers[-1] > MOST_RANK:
+        raise UserError(f"--tokenizer {path}: use a file where each single byte has a rank, nothing stands twice, and "
+                        f"ranks go from 0 to at most {MOST_RANK}")
+    return make_encoding(ranks, pattern, special)
 
 
 def find_encoding(name):
@@ -347,14 +400,183 @@ def find_encoding(name):
                         ) from None
 
 
+def byte_letters():
+    """The letter that a tokenizer.json writes for each byte: printable ones are themselves, others follow from 256 on.
+    """
+    letters, others = [], 0
+    for byte in range(256):
+        is_itself = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte
+        letters.append(chr(byte if is_itself else 256 + others))
+        others += not is_itself
+    return letters
+
+
+def encoding_of_folder(folder):
+    """A byte-level BPE tokenizer.json as tiktoken.Encoding; UserError for what tiktoken would cut in another way."""
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        config = folder / "tokenizer_config.json"
+        end = json.loads(config.read_text()).get("eos_token") if config.exists() else END
+        return encoding_from_json(content, end.get("content") if isinstance(end, dict) else end)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        why = str(error).partition("\n")[0] if isinstance(error, (OSError, ValueError)) else type(error).__name__
+        raise UserError(f"{folder / 'tokenizer.json'} is no byte-level BPE that tiktoken can run ({why}): give its "
+                        f"FILE.tiktoken, or gpt2, cl100k_base or o200k_base, to --tokenizer") from None
+
+
+def encoding_from_json(content, end):
+    """content: of tokenizer.json. end: the token between documents, which is called END here."""
+    model, byte_of = content["model"], {letter: byte for byte, letter in enumerate(byte_letters())}
+    special = {token["content"]: token["id"] for token in content["added_tokens"]}
+    require(end in special, f"{end!r}, its eos_token, is none of its added_tokens")
+    require(not content["normalizer"], "it has a normalizer")
+    # 1. ids: tiktoken merges the pair whose token has the lowest id, so ids must rise in the order of merges
+    ranks = {bytes(byte_of[letter] for letter in token): id for token, id in model["vocab"].items()
+             if token not in special}
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merged = [model["vocab"][left + right] for left, right in pairs]
+    require(merged == sorted(merged), "its ids do not follow its merges")
+    made = {*merged, *(id for token, id in ranks.items() if len(token) == 1)}
+    require(set(ranks.values()) == made, "some of its tokens are made by no merge")
+    require(all(bytes([byte]) in ranks for byte in range(256)), "it lacks some bytes")
+    # 2. the words that it merges inside of
+    special[END] = special.pop(end)
+    ids = [*ranks.values(), *special.values()]
+    require(all(type(id) is int and 0 <= id < 2**31 for id in ids) and len(set(ids)) == len(ids), "its ids are no "
+                                                                                                  "numbers, or twice")
+    encoding = tiktoken.Encoding("folder", pat_str=words_of(content["pre_tokenizer"]), mergeable_ranks=ranks,
+                                 special_tokens=special)
+    # tiktoken leaves out what its pattern does not match
+    letters = "".join(map(chr, range(0x3000)))
+    require(encoding.decode(encoding.encode_ordinary(letters)) == letters, "its pattern does not match all text")
+    return encoding
+
+
+def words_of(pre_tokenizer):
+    """The pattern of a tokenizer.json; ByteLevel alone has GPT-2's."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    require(steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"], "it is not byte-level")
+    if len(steps) == 1 and steps[0]["use_regex"]:
+        return GPT2_PATTERN
+    require(len(steps) == 2 and steps[0]["type"] == "Split" and not steps[1]["use_regex"] and not steps[0]["invert"]
+            and steps[0]["behavior"] == "Isolated", "it finds words by more than one pattern")
+    return steps[0]["pattern"]["Regex"]
+
+
+def tokenizer_files(encoding):
+    """What transformers needs for the same ids: the contents of two JSON files."""
+    letters, ranks = byte_letters(), ranks_of(encoding)
+    written = {token: "".join(letters[byte] for byte in token) for token, _ in ranks}
+    merges = []
+    for token, _ in ranks:                                                # all ways to make it, for tiktoken takes any
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        merges += [[written[a], written[b]] for a, b in halves if a in written and b in written]
+    special = [dict(id=id, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+               for name, id in sorted(encoding._special_tokens.items(), key=lambda item: item[1])]
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    split = dict(type="Split", pattern=dict(Regex=encoding._pat_str), behavior="Isolated", invert=False)
+    model = dict(type="BPE", vocab={written[token]: rank for token, rank in ranks}, merges=merges, ignore_merges=True,
+                 dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                 fuse_unk=False, byte_fallback=False)
+    tokenizer = dict(version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None,
+                     pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]), post_processor=None,
+                     decoder=byte_level, model=model)
+    return {"tokenizer.json": tokenizer,
+            "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=END, eos_token=END)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations: a template of roles and turns, by ids that a learnt vocabulary reserves
+#
+#   END <|system|> ... <|end_of_turn|>
+#       <|user|> ... <|end_of_turn|>
+#       <|assistant|> <|think|> ... <|/think|> ... <|end_of_turn|>
+#
+# The structure is the openPangu family's: a system turn is always there, if need be an empty one, and thinking is slow
+# unless the user's words end with NO_THINK; then, and where no thinking was written, its part is empty.
+
+ROLES = dict(system="<|system|>", user="<|user|>", assistant="<|assistant|>")
+TURN_END, THINK, THINK_END = "<|end_of_turn|>", "<|think|>", "<|/think|>"
+NO_THINK = " /no_think"
+
+
+def special_id(encoding, name):
+    try:
+        return encoding.encode_single_token(name)
+    except KeyError:
+        raise UserError(f"the tokenizer has no {name}, which conversations need: start from a model with a vocabulary "
+                        f"that train.py learnt") from None
+
+
+def check_messages(messages):
+    """ValueError for what is no conversation that teaches: roles in turn, the last one an assistant's."""
+    require(isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages),
+            "no messages: write a list of objects with role and content")
+    for message in messages:
+        require(message.get("role") in ROLES, f"role {message.get('role')!r}: use {', '.join(ROLES)}")
+        for part in ("content", "thinking"):
+            require(isinstance(message.get(part, ""), str), f"{part} of {message['role']} is no text")
+    roles = [message["role"] for message in messages]
+    require("assistant" in roles, "no turn of the assistant, so nothing to learn")
+    empty = [m for m in messages if m["role"] == "assistant" and not m.get("content", "").strip()]
+    require(not empty, "an answer of the assistant is empty")
+
+
+def conversation(encoding, end, messages):
+    """messages -> (ids, whether each is trained on): the assistant's words and the end of its turns."""
+    ids, counted = [end], [False]
+
+    def add(new, trained=False):
+        ids.extend(new)
+        counted.extend([trained] * len(new))
+
+    if messages[0]["role"] != "system":
+        messages = [dict(role="system", content=""), *messages]
+    for number, message in enumerate(messages):
+        words = message["content"]
+        if message["role"] == "user" and answered_fast(messages[number + 1:]) and not words.endswith(NO_THINK):
+            words += NO_THINK
+        text = encoding.encode_ordinary(words)
+        add([special_id(encoding, ROLES[message["role"]])])
+        if message["role"] == "assistant":
+            fast = number > 0 and messages[number - 1]["content"].endswith(NO_THINK)
+            thinking = "" if fast else message.get("thinking", "")
+            begin, end_of_it = special_id(encoding, THINK), special_id(encoding, THINK_END)
+            add([begin, *encoding.encode_ordinary(thinking), end_of_it], True)
+        add([*text, special_id(encoding, TURN_END)], message["role"] == "assistant")
+    return ids, counted
+
+
+def answered_fast(following):
+    """Whether the message after a user's is an answer without thinking."""
+    answer = following[0] if following else {}
+    return answer.get("role") == "assistant" and not answer.get("thinking", "").strip()
+
+
+def question(encoding, end, words):
+    """The ids after which the assistant speaks."""
+    ids, _ = conversation(encoding, end, [dict(role="user", content=words)])
+    return [*ids, special_id(encoding, ROLES["assistant"])]
+
+
+def answer_of(encoding, ids):
+    """What the assistant said, without its thinking and the end of the turn; None if it is not in the format."""
+    think, think_end, turn_end = (special_id(encoding, name) for name in (THINK, THINK_END, TURN_END))
+    if ids[:1] != [think] or ids[-1:] != [turn_end] or ids.count(think) != 1 or ids.count(think_end) != 1:
+        return None
+    return encoding.decode(ids[ids.index(think_end) + 1:-1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of text: --data -> files -> pieces, some of them held out
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go",
                  ".rs", ".rb", ".sh", ".sql", ".tex", ".html", ".css", ".jsonl")
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", ".git"}     # folders
+RUN_FILES = {"config.json", "metrics.jsonl"}          # in a folder, they say that it is a run's
 PIECE = 1 << 16                            # characters, or tokens, that are read and encoded at a time
 HELDOUT_BYTES = 8 << 20                    # at most, so that an evaluation takes a bounded time
+LEAST_FOR_XZ = 8 << 10                     # held-out bytes below which xz's own frame would make its share meaningless
 
 
 class TextFile(typing.NamedTuple):
@@ -372,7 +594,7 @@ class Piece(typing.NamedTuple):
 
 def list_files(data):
     """--data -> TextFiles in the order of a hash of their names, so that any stretch of them is a mixture of all."""
-    files = []
+    files, skipped = [], collections.Counter()
     for word in data or [sysconfig.get_path("stdlib")]:
         source, equals, path = word.partition("=")
         if not equals or Path(word).exists():
@@ -380,23 +602,38 @@ def list_files(data):
         if not re.fullmatch("[A-Za-z0-9_-]+", source) or source == "heldout":
             raise UserError(f"--data {word}: {source!r} names the source; use letters, digits, - and _, not heldout")
         path = Path(path)
-        if not path.exists():
+        if not path.is_dir() and not path.is_file():
             raise UserError(f"--data {path}: no such file or folder")
         root = path if path.is_dir() else path.parent
-        found = sorted(walk(path)) if path.is_dir() else [path]
+        found = sorted(walk(path, skipped)) if path.is_dir() else [path]
         if not found:
             raise UserError(f"--data {path}: this folder has no text; what is read there: {' '.join(TEXT_SUFFIXES)}")
         files += [TextFile(source, str(file.relative_to(root)), file) for file in found]
-    return sorted(files, key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.name))
+    if skipped and data:
+        kinds = ", ".join(f"{n} {ending or 'without ending'}" for ending, n in skipped.most_common(8))
+        print(f"--data: {skipped.total()} files are no text by their endings and are left out: {kinds}")
+    return sorted(files, key=lambda file: (hashlib.sha256(os.fsencode(file.name)).digest(), file.name))
 
 
-def walk(folder):
-    """Files of text below a folder, without folders of tests, packages and the like."""
-    for here, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in LEFT_OUT]
+def walk(folder, skipped):
+    """Files of text below a folder, linked folders too, but not those of tests, packages, runs and the like.
+
+    skipped: Counter of the endings of what is there and is no text.
+    """
+    seen = set()                                                          # a link may lead back to where it lies
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(here)
+        if place in seen or RUN_FILES <= set(names):
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if name not in LEFT_OUT)
         for name in names:
-            if name.endswith(TEXT_SUFFIXES):
-                yield Path(here, name)
+            path = Path(here, name)
+            if not name.endswith(TEXT_SUFFIXES):
+                skipped[path.suffix] += 1
+            elif path.is_file():                                          # a pipe would be waited for
+                yield path
 
 
 def total_bytes(files):
@@ -439,33 +676,41 @@ def read_text(path):
 
 
 def read_jsonl(path, field):
-    """A line is a document, and a piece."""
+    """A line is a document, and a piece or several. Half a surrogate pair becomes U+FFFD, as tiktoken has it."""
     with open(path, encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 text = json.loads(line)[field]
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
             except (KeyError, TypeError):
                 text = None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
             if not isinstance(text, str):
                 raise UserError(f"{path}, line {number}: no text under {field!r}; name the right key with --text-field")
-            yield text, True
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            for start in range(0, len(text) or 1, PIECE):
+                yield text[start:start + PIECE], start + PIECE >= len(text)
 
 
 def read_bin(path, encoding):
     """Token ids, 16 bit or, for a vocabulary above 65536, 32 bit. Documents end where END stands."""
     if encoding is None:
         raise UserError(f"{path} holds tokens: name the tokenizer that made them with --tokenizer")
-    ids = np.memmap(path, dtype=dtype_for(encoding), mode="r")
+    size, dtype = path.stat().st_size, dtype_for(encoding)
+    if size == 0 or size % dtype.itemsize:
+        raise UserError(f"{path} has {size} bytes, which are no tokens of {8 * dtype.itemsize} bits: leave it out of "
+                        f"--data, or name the tokenizer that made it")
+    known = [*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()]
+    ids = np.memmap(path, dtype, mode="r")
     for start in range(0, len(ids), PIECE):
-        piece = ids[start:start + PIECE].tolist()
-        if max(piece) >= encoding.n_vocab:
-            raise UserError(f"{path} holds id {max(piece)}, the tokenizer has {encoding.n_vocab}: name the one that "
-                            f"made the file with --tokenizer")
-        yield piece, False
+        piece = ids[start:start + PIECE]
+        strange = np.setdiff1d(piece, known)
+        if len(strange):
+            raise UserError(f"{path} holds id {strange[-1]}, the tokenizer has none such: name the one that made the "
+                            f"file with --tokenizer")
+        yield piece.tolist(), False
 
 
 def dtype_for(encoding):
@@ -495,7 +740,7 @@ class Corpus:
     end: int                               # END's id
     train: dict                            # source -> tokens, memory-mapped
     heldout: np.ndarray                    # tokens, of all sources
-    facts: dict                            # hash, bytes and token counts, what gzip and xz need for the held-out bytes
+    facts: dict                            # hash, bytes and token counts, what xz needs for the held-out bytes
 
 
 def make_cache(settings, encoding, vocab_size, parent):
@@ -508,7 +753,8 @@ def make_cache(settings, encoding, vocab_size, parent):
     remove_leftovers(parent)
     unfinished = Path(f"{cache}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        tokenise(files, settings, encoding or learn_encoding(files, settings, vocab_size), unfinished)
+        with naming(unfinished):
+            tokenise(files, settings, encoding or learn_encoding(files, settings, vocab_size), unfinished)
         if not is_whole(cache):                                           # else another run was faster: its is as good
             shutil.rmtree(cache, ignore_errors=True)
             unfinished.rename(cache)
@@ -523,7 +769,7 @@ def is_whole(cache):
     try:
         parallel.check_files(cache)
         return json.loads((cache / "facts.json").read_text())["name"] == cache.name
-    except parallel.CheckpointError:
+    except (ValueError, LookupError, TypeError, OSError):
         return False
 
 
@@ -540,7 +786,7 @@ def identity_of(files, settings, tokenizer):
     stats = [(file.source, file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
     if isinstance(tokenizer, tiktoken.Encoding):
         tokenizer = ranks_of(tokenizer), tokenizer._pat_str
-    identity = repr((stats, tokenizer, settings["heldout"], settings["text_field"], PIECE))
+    identity = repr((stats, tokenizer, RESERVED, settings["heldout"], settings["text_field"], PIECE))
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
@@ -549,7 +795,7 @@ def open_corpus(cache):
     facts = json.loads((cache / "facts.json").read_text())
     train = {split: np.memmap(cache / f"{split}.bin", facts["dtype"], mode="r") for split in facts["tokens"]}
     heldout = train.pop("heldout")
-    encoding = load_encoding(cache / "tokenizer.tiktoken", facts["pattern"], facts["end"])
+    encoding = load_encoding(cache / "tokenizer.tiktoken", facts["pattern"], facts["special"])
     return Corpus(encoding, facts["end"], train, heldout, facts)
 
 
@@ -564,7 +810,7 @@ def learn_encoding(files, settings, vocab_size):
                 left -= len(piece.content)
                 yield piece.content
     print(f"learning a vocabulary of {vocab_size} tokens", flush=True)
-    return make_encoding(learn_bpe(texts(), vocab_size))
+    return make_encoding(learn_bpe(texts(), vocab_size - len(RESERVED)))
 
 
 def tokenise(files, settings, encoding, folder):
@@ -575,30 +821,28 @@ def tokenise(files, settings, encoding, folder):
     writers = {split: open(folder / f"{split}.bin", "wb") for split in {"heldout", *(file.source for file in files)}}
     for writer in writers.values():
         writer.write(np.array([end], dtype).tobytes())
-    # 2. the text, hashed, and what others need to pack the held-out part of it
+    # 2. the text, hashed, and what xz needs to pack the held-out part of it
     hasher = hashlib.sha256()
-    sizes = dict(train_bytes=0, heldout_bytes=0, gzip=0, xz=0)
-    packers = dict(gzip=zlib.compressobj(9, wbits=31), xz=lzma.LZMACompressor(preset=9))
+    sizes, packer = dict(train_bytes=0, heldout_bytes=0, xz=0), lzma.LZMACompressor(preset=9)
     pieces = encoded(pieces_of(files, settings, encoding), encoding, end)
     for piece, raw, tokens in sim.with_progress("tokenising", pieces, count_pieces(files)):
-        hasher.update(f"\0{piece.file.source}\0{piece.file.name}\0".encode() + raw)
+        hasher.update(os.fsencode(f"\0{piece.file.source}\0{piece.file.name}\0") + raw)
         if piece.is_heldout:
             sizes["heldout_bytes"] += len(raw)
-            for name, packer in packers.items():
-                sizes[name] += len(packer.compress(raw))
+            sizes["xz"] += len(packer.compress(raw))
         else:
             sizes["train_bytes"] += len(raw)
         split = "heldout" if piece.is_heldout else piece.file.source
         writers[split].write(tokens.astype(dtype).tobytes())
-    for name, packer in packers.items():
-        sizes[name] += len(packer.flush())
+    sizes["xz"] += len(packer.flush())
     # 3. facts
     counts = {split: writer.tell() // dtype.itemsize for split, writer in writers.items()}
     for writer in writers.values():
         writer.close()
     save_encoding(encoding, folder / "tokenizer.tiktoken")
     facts = dict(name=folder.name.split(".")[0], sha256=hasher.hexdigest(), files=len(files), tokens=counts,
-                 dtype=dtype.name, end=end, pattern=encoding._pat_str)
+                 dtype=dtype.name, end=end,
+                 special=encoding._special_tokens, pattern=encoding._pat_str)
     write_whole(folder / "facts.json", json.dumps(facts | sizes, indent=1))
     # 4. on the disk before the folder gets its name, with sizes and checksums
     for path in folder.iterdir():
@@ -609,11 +853,14 @@ def tokenise(files, settings, encoding, folder):
 
 def encoded(pieces, encoding, end):
     """(piece, its bytes, its tokens) in order. Threads encode: tiktoken lets go of the interpreter."""
+    special = set(encoding._special_tokens.values())                      # END is no byte of text
+
     def encode(piece):
         if isinstance(piece.content, str):
             raw, tokens = piece.content.encode(), encoding.encode_ordinary(piece.content)
         else:
-            raw, tokens = encoding.decode_bytes(piece.content), piece.content
+            tokens = piece.content
+            raw = encoding.decode_bytes([id for id in tokens if id not in special])
         return piece, raw, np.array(tokens + [end] if piece.ends else tokens, np.uint32)
 
     workers = len(os.sched_getaffinity(0))
@@ -625,8 +872,92 @@ def encoded(pieces, encoding, end):
 def write_whole(path, text):
     """All of a file or nothing of it."""
     unfinished = Path(f"{path}.tmp")
-    unfinished.write_text(text)
+    with naming(path):
+        unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """The operating system names a file that cannot be opened, but not one for which a disk has no room."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations: read, and packed into sequences
+
+
+def read_lines(path):
+    """(line number, object) of a .jsonl file."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:                                           # UnicodeDecodeError is one
+        raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
+
+
+def read_conversations(data, encoding, end):
+    """[(ids, counted)] of all lines: with `messages`, or `prompt` and `response`."""
+    found = []
+    for file in list_files(data):
+        for number, line in read_lines(file.path):
+            with refusals(f"{file.path}, line {number}: "):
+                require(isinstance(line, dict), "no object")
+                if "messages" not in line and {"prompt", "response"} <= set(line):
+                    line = dict(messages=[dict(role="user", content=line["prompt"]),
+                                          dict(role="assistant", content=line["response"])])
+                messages = line.get("messages")
+                check_messages(messages)
+                found.append(conversation(encoding, end, messages))
+    return found
+
+
+def best_fit(lengths, room):
+    """Which conversations share a sequence: the longest first, each where it leaves the least room -> lists of numbers.
+    """
+    bins, spaces = [], []                                                 # spaces: (room left, bin), ascending
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(spaces, (lengths[number], 0))
+        if place < len(spaces):
+            left, chosen = spaces.pop(place)
+        else:
+            left, chosen = room, len(bins)
+            bins.append([])
+        bins[chosen].append(number)
+        bisect.insort(spaces, (left - lengths[number], chosen))
+    return bins
+
+
+class Packed:
+    """Conversations in sequences of seq_len, padded, none cut: arrays (sequences, seq_len + depths). Attention does not
+    cross from one to the next, and as rotary position is relative, each is as if it were alone."""
+
+    def __init__(self, conversations, seq_len, depths, end):
+        bins = best_fit([len(ids) for ids, _ in conversations], seq_len)
+        shape = len(bins), seq_len + depths
+        self.tokens, self.counted = np.full(shape, end, np.int64), np.zeros(shape, bool)
+        self.documents = np.full(shape, -1)
+        for row, members in enumerate(bins):
+            at = 0
+            for number in members:
+                ids, counted = conversations[number]
+                own = slice(at, at + len(ids))
+                self.tokens[row, own], self.counted[row, own], self.documents[row, own] = ids, counted, number
+                at += len(ids)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def examples(self, rows, depths, device):
+        return examples(self.tokens[rows], depths, device, self.documents[rows], self.counted[rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,7 +983,7 @@ class Phase:
         require(isinstance(self.batches, list) and all(isinstance(row, list) and len(row) == 2 for row in self.batches),
                 f"global_batch={self.global_batch}: use sequences, or [[0, sequences], [token, sequences], ...]")
         for start, sequences in self.batches:
-            check_setting("global_batch", sequences, int)
+            check_setting("global_batch", sequences, int, most=10**6)
             check_setting("global_batch from token", start, float, least=0)
         starts = [start for start, _ in self.batches]
         require(starts[:1] == [0] and starts == sorted(starts), f"global_batch={self.global_batch}: use rising tokens, "
@@ -695,34 +1026,38 @@ def make_phases(settings, given):
     """One phase from --steps or --tokens, or those of --phases, where a key that is left out is as in the first one, or
     else as in that single phase."""
     step = settings["global_batch"] * settings["seq_len"]
-    single = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=settings["seq_len"],
-                  global_batch=batch_ramp(settings), lr=settings["lr"], min_lr=settings["lr"] * settings["min_lr"],
-                  decay=settings["decay"], warmup_tokens=settings["warmup_steps"] * step)
+    usual = dict(tokens=settings["tokens"] or settings["steps"] * step, seq_len=settings["seq_len"],
+                 global_batch=settings["global_batch"], lr=settings["lr"], decay=settings["decay"],
+                 warmup_tokens=settings["warmup_steps"] * step)
     if not settings["phases"]:
-        return [Phase(**single)]
+        return [make_phase(settings, usual)]
     where = f"--phases {settings['phases']}"
     phases, rows = [], read_rows(settings["phases"])
     # sizes that a later phase leaves out are those of the first, so that all are scaled alike
-    single |= {key: rows[0][key] for key in ("seq_len", "global_batch", "lr") if key in rows[0]}
+    usual |= {key: rows[0][key] for key in ("seq_len", "global_batch", "lr") if key in rows[0]}
     for number, row in enumerate(rows, 1):
         with refusals(f"{where}, phase {number}: "):
-            unknown = set(row) - set(PHASE_KEYS)
-            require(not unknown, f"{', '.join(unknown)}: use keys of {', '.join(PHASE_KEYS)}")
-            lr = row.get("lr", single["lr"])
-            check_setting("lr", lr, float)
-            phases.append(Phase(**single | dict(min_lr=lr * settings["min_lr"]) | row))
+            phases.append(make_phase(settings, usual | row))
     phases = scaled(phases, given, once=settings["micro_batch"] * settings["dp"])
     refuse_too_short(phases, where)
     return phases
 
 
+def make_phase(settings, row):
+    """A Phase, whose last rate is --min-lr of its own where it names none."""
+    unknown = set(row) - set(PHASE_KEYS)
+    require(not unknown, f"{', '.join(unknown)}: use keys of {', '.join(PHASE_KEYS)}")
+    check_setting("lr", row["lr"], float)
+    return Phase(**dict(min_lr=row["lr"] * settings["min_lr"]) | row)
+
+
 def read_rows(path):
     """The phases of a JSON file: a list of objects, or an object that has it as `phases` beside its sources."""
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"--phases {path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--phases {path}: not JSON ({error})") from None
     if isinstance(rows, dict):
         rows = rows.get("phases")
@@ -731,42 +1066,27 @@ def read_rows(path):
     return rows
 
 
-def batch_ramp(settings):
-    """--batch-warmup as [[from token, sequences], ...], rising by a micro-batch at a time."""
-    if not settings["batch_warmup"]:
-        return settings["global_batch"]
-    once = settings["micro_batch"] * settings["dp"]
-    words = settings["batch_warmup"]
-    with refusals("--batch-warmup takes two numbers, sequences and tokens: "):
-        require(len(words) == 2, f"not {len(words)}")
-        start, over = read_word(words[0], int), read_word(words[1], float)
-        check_setting("sequences", start, int, least=1, most=settings["global_batch"])
-        check_setting("tokens", over, float, least=0)
-    sizes = [*range(start, settings["global_batch"], once), settings["global_batch"]]
-    return [[over * i / max(1, len(sizes) - 1), size] for i, size in enumerate(sizes)]
-
-
 def scaled(phases, given, once):
     """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given.
 
     The others keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it.
     """
-    # factors, 1 where nothing was given
-    first = phases[0]
-    tokens = given["tokens"] / sum(phase.tokens for phase in phases) if given.get("tokens") else 1
-    length = given["seq_len"] / first.seq_len if "seq_len" in given else 1
-    batch = given["global_batch"] / first.batches[-1][1] if "global_batch" in given else 1
-    rate = given["lr"] / first.lr if "lr" in given else 1
+    # by how much: what was given over what the phases say, 1 where nothing was given
+    said = dict(tokens=sum(phase.tokens for phase in phases), seq_len=phases[0].seq_len,
+                global_batch=phases[0].batches[-1][1], lr=phases[0].lr)
+    by = {name: (given.get(name) or value) / value for name, value in said.items()}
+
+    def batch(sequences):
+        if by["global_batch"] == 1:
+            return sequences
+        return max(1, round(sequences * by["global_batch"] / once)) * once
+
     result = []
     for phase in phases:
-        batches = []
-        for start, sequences in phase.batches:
-            if batch != 1:
-                sequences = max(1, round(sequences * batch / once)) * once
-            batches.append([start * tokens, sequences])
-        result.append(replace(phase, tokens=phase.tokens * tokens, warmup_tokens=phase.warmup_tokens * tokens,
-                              seq_len=max(1, int(phase.seq_len * length)), global_batch=batches,
-                              lr=phase.lr * rate, min_lr=phase.min_lr * rate))
+        result.append(replace(
+            phase, tokens=phase.tokens * by["tokens"], warmup_tokens=phase.warmup_tokens * by["tokens"],
+            seq_len=max(1, int(phase.seq_len * by["seq_len"])), lr=phase.lr * by["lr"], min_lr=phase.min_lr * by["lr"],
+            global_batch=[[start * by["tokens"], batch(sequences)] for start, sequences in phase.batches]))
     return result
 
 
@@ -827,10 +1147,12 @@ class Order:
         source = self.pattern[place]
         # its number among the source's own: those of earlier blocks, then those before it in this one
         own = block * self.pattern.count(source) + self.pattern[:place].count(source)
-        n_windows = (len(self.train[source]) - self.span) // self.seq_len + 1
+        tokens = self.train[source]
+        n_windows = (len(tokens) - self.span) // self.seq_len + 1
         epoch, index = divmod(own, n_windows)
-        start = shuffled(index, n_windows, f"{self.seed},{source},{epoch}") * self.seq_len
-        return self.train[source][start:start + self.span]
+        place = shuffled(index, n_windows, f"{self.seed},{source},{epoch}")
+        start = place * self.seq_len
+        return tokens[start:start + self.span]
 
     def batch(self, tokens, count):
         """The sequences that follow this many tokens: (count, seq_len + lookahead)."""
@@ -860,22 +1182,39 @@ def mix_pattern(corpus, phase, seed):
 # One step
 
 
-def examples(windows, depths, device, document_end=None):
-    """Windows (B, T + depths) -> ids (B,T), targets (B, depths, T), doc_ids (B,T) or None: what Model.forward takes.
+def examples(windows, depths, device, documents=None, counted=None):
+    """Windows (B, T + depths) of tokens -> what Model.forward takes: ids (B,T), targets (B, depths, T), and doc_ids
+    (B,T) where documents are kept apart.
 
-    With documents kept apart, the tokens ahead that MTP predicts count as long as they are of the same document; the
-    next token always does, since END is followed by one, too.
+    documents, counted (B, T + depths): the number of each token's document; whether a token is a target. With documents
+    kept apart, the tokens ahead that MTP predicts count as long as they are of the same one; the next token always
+    does, since END is followed by one, too.
     """
-    tokens = torch.from_numpy(windows.astype(np.int64)).to(device, non_blocking=True)
+    def on_device(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    tokens = on_device(windows.astype(np.int64))
     T = tokens.size(1) - depths
-    targets = torch.stack([tokens[:, 1 + d:1 + d + T] for d in range(depths)], 1)
-    if document_end is None:
-        return tokens[:, :T], targets, None
-    is_end = tokens == document_end
-    documents = is_end.cumsum(1) - is_end.long()                          # END belongs to the document that it ends
-    for d in range(1, depths):
-        targets[:, d].masked_fill_(documents[:, 1 + d:1 + d + T] != documents[:, :T], -100)
-    return tokens[:, :T], targets, documents[:, :T]
+
+    def ahead(x):
+        """x (B, T + depths), 1, 2, ... tokens ahead: (B, depths, T)."""
+        return torch.stack([x[:, 1 + d:1 + d + T] for d in range(depths)], 1)
+
+    batch = dict(ids=tokens[:, :T], targets=ahead(tokens))
+    if counted is not None:
+        batch["targets"].masked_fill_(~ahead(on_device(counted)), -100)
+    if documents is not None:
+        documents = on_device(documents)
+        batch["doc_ids"] = documents[:, :T]
+        is_other = ahead(documents) != documents[:, None, :T]
+        batch["targets"][:, 1:].masked_fill_(is_other[:, 1:], -100)
+    return batch
+
+
+def document_numbers(windows, end):
+    """Windows of tokens -> the number of each one's document; END belongs to the document that it ends."""
+    is_end = windows == end
+    return is_end.cumsum(1) - is_end
 
 
 # what a step returns; stop: ranks that were asked to
@@ -891,17 +1230,23 @@ def own_sequences(plan, size):
     return places[:, parallel.data_rank(plan)].flatten()
 
 
-def micro_batches(ids, targets, doc_ids, size):
+def part_of(batch, own):
+    """A batch's sequences by a slice."""
+    return {name: part_of(value, own) if isinstance(value, dict) else value[own] for name, value in batch.items()}
+
+
+def on_device(batch, device):
+    return {name: on_device(value, device) if isinstance(value, dict) else value.to(device)
+            for name, value in batch.items()}
+
+
+def micro_batches(batch, size):
     """A rank's share of a batch as inputs of the model, `size` sequences at a time."""
-    inputs = []
-    for start in range(0, len(ids), size):
-        own = slice(start, start + size)
-        inputs.append(dict(ids=ids[own], targets=targets[own], doc_ids=None if doc_ids is None else doc_ids[own]))
-    return inputs
+    return [part_of(batch, slice(start, start + size)) for start in range(0, len(batch["ids"]), size)]
 
 
 def train_step(pipeline, optimizer, batch, clip, stop=False):
-    """One optimizer step on this rank's share of a global batch, which `examples` made.
+    """One optimizer step on this rank's share of a global batch: a dict of what Model.forward takes.
 
     -> float32 tensor of MEASURES, those of all ranks, and the copies that went to each expert, (MoE layers, E), of all
     ranks. Both are still on the device: nothing waits for them. clip: 0 for none. stop: whether this rank was asked to.
@@ -909,40 +1254,47 @@ def train_step(pipeline, optimizer, batch, clip, stop=False):
     A loss or gradient that is not finite leaves weights and moments as they are: the optimizer is told by found_inf.
     """
     model, plan = pipeline.model, pipeline.plan
-    ids, targets, doc_ids = batch
     # 1. forward and backward; losses are means over the target tokens of the whole global batch
     ranks_alike = plan.world_size // plan.dp                              # that share the same sequences
-    loss_tokens = parallel.all_sum((targets != -100).sum((0, 2)).float()) / ranks_alike
-    model.aux_scale = plan.micro_batch / (len(ids) * plan.dp * plan.cp * plan.tp)
-    out = pipeline.step(micro_batches(ids, targets, doc_ids, plan.micro_batch), loss_tokens)
+    loss_tokens = parallel.all_sum((batch["targets"] != -100).sum((0, 2)).float()) / ranks_alike
+    loss_tokens = loss_tokens.clamp(min=1)                                # MTP may have no targets
+    model.aux_scale = plan.micro_batch / (len(batch["ids"]) * plan.dp * plan.cp * plan.tp)
+    out = pipeline.step(micro_batches(batch, plan.micro_batch), loss_tokens)
 
     # 2. what all ranks must know before they step
     stats = model.pop_stats()
     loads, own_layers = parallel.sum_loads(model, stats["loads"])         # (MoE layers, E)
     losses = torch.stack([out.loss, out.mtp_loss, out.aux_loss]).float()
-    sums = parallel.all_sum(torch.stack([*losses, stats["dropped"].float(), losses.new_tensor(stop)]))
+    dropped, asked = stats["dropped"].float(), losses.new_tensor(stop)
+    sums = parallel.all_sum(torch.stack([*losses, dropped, asked]))
     norm = parallel.grad_norm(model, pipeline.grid).float()
     finite = torch.isfinite(norm) & torch.isfinite(sums).all()
     cut = (norm / clip).clamp(min=1) if clip else torch.ones_like(norm)   # what clipping divides gradients by
 
     # 3. the step, or none
-    if parallel.fused_skips(ids.device):
+    if parallel.fused_skips(norm.device):
         optimizer.found_inf, optimizer.grad_scale = (~finite).float(), cut
         optimizer.step()
     elif finite:                                                          # here the host waits
-        torch._foreach_div_([parallel.local(p.grad) for p in model.parameters() if p.grad is not None], cut)
+        grads = [parallel.local(p.grad) for p in model.parameters() if p.grad is not None]
+        torch._foreach_div_(grads, cut)
         optimizer.step()
     optimizer.zero_grad()
     model.update_router_bias(loads[own_layers] * finite)
 
-    # 4. measures
+    return measured(sums, norm, finite, loads), loads
+
+
+def measured(sums, norm, finite, loads):
+    """A step's MEASURES as one tensor. sums: of all ranks, losses, dropped copies and ranks that were asked to stop."""
     *losses, dropped, stop = sums
     copies = loads.float()
     max_vio = norm * 0                                                    # of a dense model
     if len(copies):
-        max_vio = (copies.amax(1) / copies.mean(1).clamp(min=1) - 1).mean()
+        over_mean = copies.amax(1) / copies.mean(1).clamp(min=1)          # of each layer
+        max_vio = (over_mean - 1).mean()
     drop_rate = dropped / copies.sum().clamp(min=1)
-    return torch.stack([*losses, norm, (~finite).float(), max_vio, drop_rate, stop]), loads
+    return torch.stack([*losses, norm, (~finite).float(), max_vio, drop_rate, stop])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -950,62 +1302,562 @@ def train_step(pipeline, optimizer, batch, clip, stop=False):
 
 
 @torch.no_grad()
-def evaluate(pipeline, corpus, document_end=None):
-    """Held-out loss (nats a token) and bits per UTF-8 byte; {} where no text is held out.
+def heldout_nats(pipeline, batches, total):
+    """Summed loss of the next tokens, in nats, over all ranks' batches of one micro-batch each; total: how many."""
+    depths, device = 1 + pipeline.model.config.num_nextn_predict_layers, next(pipeline.model.parameters()).device
+    divisor = torch.ones(depths, device=device)                           # so that the loss is a sum, not a mean
+    nats = torch.zeros((), dtype=torch.float64)
+    if parallel.rank() == 0:
+        batches = sim.with_progress("held-out text", batches, total)
+    pipeline.model.eval()
+    for batch in batches:
+        batch["targets"][:, 1:] = -100
+        nats += pipeline.step([batch], divisor, train=False).loss.item()
+    pipeline.model.train()
+    return parallel.all_sum(nats).item()
 
-    Every token is predicted once, END included. Windows overlap by half and only their second half counts, so that each
-    token sees at least half a window before it.
+
+def heldout_windows(corpus, plan, depths, device, document_end):
+    """The held-out text as batches of a rank. Every token is predicted once, END included: windows overlap by half and
+    only their second half counts, so that each token sees at least half a window before it.
+
+    -> (an iterator of batches, how many there are).
     """
-    model, plan = pipeline.model, pipeline.plan
-    device, depths = next(model.parameters()).device, 1 + model.config.num_nextn_predict_layers
+    # windows, and behind the text room (-1) that keeps the last ones and the last batch whole
     n = len(corpus.heldout) - 1                                           # tokens to predict
-    if n < 1:
-        return {}
-    # 1. windows, and behind the text room (-1) that keeps the last ones and the last batch whole
     seq_len, at_once = plan.seq_len, plan.dp * plan.micro_batch
     stride = max(1, seq_len // 2)
     starts = range(0, max(1, n - (seq_len - stride)), stride)
     text = np.full(starts[-1] + at_once * stride + seq_len + depths, -1, np.int64)
     text[:n + 1] = corpus.heldout
-    batches = range(0, len(starts), at_once)
-    if parallel.rank() == 0:
-        batches = sim.with_progress("held-out text", batches)
+    firsts = range(0, len(starts), at_once)
 
-    # 2. a micro-batch of windows on each rank at a time
-    nats = 0.0
-    model.eval()
-    for first in batches:
-        first += parallel.data_rank(plan) * plan.micro_batch              # this rank's first window
-        places = [number * stride for number in range(first, first + plan.micro_batch)]
-        windows = np.stack([text[start:start + seq_len + depths] for start in places])
-        ids, targets, doc_ids = examples(windows, depths, device, document_end)
+    def batches():
+        for first in firsts:
+            first += parallel.data_rank(plan) * plan.micro_batch          # this rank's first window
+            begins = stride * np.arange(first, first + plan.micro_batch)
+            windows = text[begins[:, None] + np.arange(seq_len + depths)]             # (micro_batch, seq_len + depths)
+            # what counts: the second half, all of the first window, nothing past the end
+            counted = windows >= 0
+            counted[:, :seq_len - stride + 1] &= begins[:, None] == 0
+            counted[max(0, len(starts) - first):] = False
+            documents = None if document_end is None else document_numbers(windows, document_end)
+            yield examples(windows.clip(0), depths, device, documents, counted)
+    return batches(), len(firsts)
 
-        # 3. what counts: depth 0 alone, the second half, all of the first window, nothing past the end
-        counted = torch.full_like(targets, -100)
-        counted[:, 0, seq_len - stride:] = targets[:, 0, seq_len - stride:]
-        if first == 0:
-            counted[0, 0] = targets[0, 0]
-        counted[max(0, len(starts) - first):] = -100
-        counted.masked_fill_(counted < 0, -100)
-        inputs = dict(ids=ids.clamp(min=0), targets=counted, doc_ids=doc_ids)
-        divisor = torch.ones(depths, device=device)                       # so that the loss is a sum, not a mean
-        nats += pipeline.step([inputs], divisor, train=False).loss.item()
-    model.train()
-    nats = parallel.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
-    return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: what differs between pre-training, fine-tuning and reinforcement learning, which are one loop
+
+
+class Stage:
+    """A kind of training, opened for a run: where batches come from, and what held-out data says of the model."""
+    name = ""                              # of the command, and first on each line of metrics.jsonl
+    options = {}                           # its settings: name -> Option
+    example = ""                           # a prompt, for the sample at the end
+    recipe = None                          # values of settings where the command line says nothing; None: the preset's
+
+    def __init__(self, run):
+        self.run, self.depths = run, 1 + run.config.num_nextn_predict_layers
+
+    def open_data(self):
+        """-> Corpus. UserError for data that cannot be trained on."""
+
+    def describe(self, facts):
+        """Lines about the data."""
+
+    def begin(self, phase, pipeline):
+        """A phase begins, with a model of its own."""
+
+    def batches(self, progress, size):
+        """This rank's share of a step's global batch, `size` sequences: dicts of what Model.forward takes, one for each
+        update of the weights."""
+
+    def measures(self):
+        """What the log tells of a step, beside MEASURES."""
+        return {}
+
+    def evaluate(self, pipeline):
+        """What the log tells of held-out data."""
+        return {}
+
+
+class Pretrain(Stage):
+    """Text, of which every token is predicted."""
+    name, options, example = "pretrain", OPTIONS | PLAN_OPTIONS, "def "
+
+    def open_data(self):
+        run = self.run
+        cache = parallel.first_does(lambda: make_cache(run.settings, run.encoding, run.config.vocab_size,
+                                                       run.folder.parent))
+        corpus = open_corpus(cache)
+        for phase in run.phases:
+            Order(corpus, phase, self.depths, run.settings["seed"])       # refuses text that is too short
+        return corpus
+
+    def describe(self, facts):
+        xz = f" (xz -9 {facts['xz']:,})" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
+        yield (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train "
+               f"on, {facts['heldout_bytes']:,} held out{xz}, tokens {facts['tokens']}")
+        # of few pieces of text, the share that is held out can be far from the one asked for
+        asked, share = self.run.settings["heldout"], facts["heldout_bytes"] / max(1, facts["train_bytes"]
+                                                                                  + facts["heldout_bytes"])
+        if facts["heldout_bytes"] < HELDOUT_BYTES / 2 and not asked / 2 <= share <= 2 * asked:
+            yield f"held out is {share:.2%} of this text, not {asked:.2%}: it has few pieces, or uneven ones"
+
+    def begin(self, phase, pipeline):
+        self.order = Order(self.run.corpus, phase, self.depths, self.run.settings["seed"])
+
+    def batches(self, progress, size):
+        run = self.run
+        windows = self.order.batch(progress["tokens"], size)[own_sequences(run.plan, size)]
+        documents = None if run.document_end is None else document_numbers(windows, run.document_end)
+        return [examples(windows, self.depths, run.device, documents)]
+
+    def evaluate(self, pipeline):
+        """Held-out loss (nats a token) and bits per UTF-8 byte; {} where no text is held out."""
+        corpus = self.run.corpus
+        n = len(corpus.heldout) - 1
+        if n < 1:
+            return {}
+        nats = heldout_nats(pipeline, *heldout_windows(corpus, pipeline.plan, self.depths, self.run.device,
+                                                       self.run.document_end))
+        return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
+
+
+class SFT(Stage):
+    """Conversations, several in a sequence: the assistant's words and the ends of its turns are predicted."""
+    name = "sft"
+    options = {name: option for name, option in Pretrain.options.items() if name not in PRETRAIN_ONLY}
+    recipe = dict(steps=200, lr=2e-3, warmup_steps=10, min_lr=0.0, set=["aux_loss_alpha=0"])
+
+    def open_data(self):
+        run, seq_len = self.run, min(phase.seq_len for phase in self.run.phases)
+        if not run.settings["init"] or not run.settings["data"]:
+            raise UserError("sft needs --init, a model to begin with, and --data, .jsonl files of conversations")
+        end = run.encoding.encode_single_token(END)
+        found = read_conversations(run.settings["data"], run.encoding, end)
+        fitting = [each for each in found if len(each[0]) <= seq_len]
+        if len(fitting) < len(found):
+            print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
+                  f"longest has {max(len(ids) for ids, _ in found)} tokens: left out")
+        every = round(1 / run.settings["heldout"]) if run.settings["heldout"] else 0
+        held = [each for number, each in enumerate(fitting) if every and number % every == 1]
+        kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
+        if not kept:
+            raise UserError("no conversation is left to train on: give more with --data, or a larger --seq-len")
+        facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), end=end,
+                     special=run.encoding._special_tokens, pattern=run.encoding._pat_str, conversations=len(kept),
+                     heldout=len(held))
+        return Corpus(run.encoding, end, kept, held, facts)
+
+    def describe(self, facts):
+        sequences = len(best_fit([len(ids) for ids, _ in self.run.corpus.train], self.run.phases[0].seq_len))
+        yield (f"conversations: {facts['conversations']} to train on in {sequences} sequences, {facts['heldout']} held "
+               f"out, sha256 {facts['sha256'][:12]}")
+
+    def begin(self, phase, pipeline):
+        self.seq_len = phase.seq_len
+        self.packed = Packed(self.run.corpus.train, phase.seq_len, self.depths, self.run.corpus.end)
+
+    def batches(self, progress, size):
+        plan, n = self.run.plan, len(self.packed)
+        first, rows = progress["tokens"] // self.seq_len, []
+        for number in first + own_sequences(plan, size):
+            epoch, index = divmod(int(number), n)
+            rows.append(shuffled(index, n, f"{self.run.settings['seed']},{epoch}"))
+        return [self.packed.examples(rows, self.depths, self.run.device)]
+
+    def evaluate(self, pipeline):
+        """Held-out loss, nats a token that counts."""
+        run, plan = self.run, pipeline.plan
+        if not run.corpus.heldout:
+            return {}
+        packed = Packed(run.corpus.heldout, plan.seq_len, self.depths, run.corpus.end)
+        at_once = plan.dp * plan.micro_batch
+        firsts = range(0, len(packed), at_once)
+
+        def batches():
+            for first in firsts:
+                rows = first + parallel.data_rank(plan) * plan.micro_batch + np.arange(plan.micro_batch)
+                batch = packed.examples(rows % len(packed), self.depths, run.device)
+                batch["targets"][rows >= len(packed)] = -100              # what fills the last batch
+                yield batch
+        n = packed.counted[:, 1:].sum()
+        return dict(val_loss=heldout_nats(pipeline, batches(), len(firsts)) / n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage rl: GRPO (arXiv:2402.03300), as mixtures of experts are trained by it
+#
+# 1. answers    several to each prompt, by the model as it is, sampled from its whole softmax
+# 2. rewards    by code; what is better than the mean of its group becomes likelier, what is worse less likely
+# 3. scores     the trainer's own log-probabilities and experts for what the sampler wrote: engines differ in rounding,
+#               and then in experts, so rows are weighted by how much, and experts may be replayed
+# 4. updates    of the weights, one or several from the same answers, kept close to the old policy by clipping
+
+RL_OPTIONS = dict(
+    tasks=option("", "FILE.jsonl, a line each: prompt, answer, checker (exact | partial | a function of --checkers)"),
+    checkers=option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to "
+                        "1"),
+    answers=option(16, "to each prompt: a group", least=2),
+    new_tokens=option(64, "of an answer, at most"),
+    updates=option(1, "of the weights, from the answers of a step"),
+    clip_low=option(0.2, "how far a token's ratio to the old policy may fall below 1 (DAPO)", least=0, most=1),
+    clip_high=option(0.28, "and rise above it", least=0),
+    ratio=option("token", "of the new to the old policy: each token's, or of whole answers (GSPO)",
+                 choices=("token", "sequence")),
+    divide_by_std=option(0, "1: advantages are divided by the group's deviation (GRPO; not with experts)",
+                         choices=(0, 1)),
+    importance_cap=option(5.0, "most that a token counts for the trainer finding it likelier than the sampler did"),
+    kl=option(0.0, "weight of the divergence from the model of --init, which is then held too", least=0),
+    replay=option("none", "experts forced in training: none | sampler: those chosen in sampling | old: those of the "
+                          "trainer before the first update", choices=("none", "sampler", "old")),
+    shuffle_rewards=option(0, "1: shuffled inside each group, a control that should learn nothing", choices=(0, 1)),
+)
+CHECK_SECONDS = 5                          # that a checker may take
+TOO_FAR = 10.0                             # log-ratios are clamped to this before exp
+
+
+def check_exact(text, task):
+    return float(text.strip() == task["answer"])
+
+
+def check_partial(text, task):
+    """1 for the answer; less than half of it for each sign in its place."""
+    text, answer = text.strip(), task["answer"]
+    right = sum(a == b for a, b in zip(text, answer))
+    return 1.0 if text == answer else 0.5 * right / max(len(text), len(answer))
+
+
+def read_checkers(path):
+    """{name: function}: the two above, and those of a file that the user names."""
+    found = dict(exact=check_exact, partial=check_partial)
+    if path:
+        names = {}
+        try:
+            exec(compile(Path(path).read_text(), path, "exec"), names)
+        except Exception as error:
+            raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
+        found |= {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
+    return found
+
+
+def read_tasks(path, checkers):
+    """The lines of --tasks, checked."""
+    tasks = []
+    for number, task in read_lines(path):
+        with refusals(f"{path}, line {number}: "):
+            require(isinstance(task, dict), "no object: write prompt, answer and checker")
+            for key in ("prompt", "answer"):
+                require(isinstance(task.get(key), str) and task[key], f"no {key}: write prompt, answer and checker")
+            task = dict(checker="exact") | task | dict(line=number)
+            require(task["checker"] in checkers,
+                    f"checker {task['checker']!r}: use {', '.join(checkers)}, or give its file to --checkers")
+            tasks.append(task)
+    if not tasks:
+        raise UserError(f"{path}: no tasks")
+    return tasks
+
+
+class CheckerError(UserError):
+    """What a checker did wrong, on the ranks where it did; empty on the others."""
+
+
+class TooSlow(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    def stop(number, frame):
+        raise TooSlow
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def reward(text, task, checkers):
+    """What a checker says of an answer, which is None if it is not in the format. CheckerError if it says nothing."""
+    if text is None:
+        return 0.0
+    where = f"task of line {task['line']}: checker {task['checker']}"
+    try:
+        with time_limit(CHECK_SECONDS):
+            value = checkers[task["checker"]](text, task)
+    except TooSlow:
+        raise CheckerError(f"{where} took more than {CHECK_SECONDS} s for {text!r}") from None
+    except Exception as error:
+        raise CheckerError(f"{where} raised {type(error).__name__}: {error}, for {text!r}") from None
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    if not is_number:
+        raise CheckerError(f"{where} returned {value!r}, no finite number, for {text!r}")
+    return float(value)
+
+
+def advantages_of(rewards, divide_by_std):
+    """rewards (groups, answers) -> the same shape: less the group's mean. A group of equal ones has exactly zeros."""
+    spread = rewards - rewards.mean(1, keepdims=True)
+    spread[np.ptp(rewards, axis=1) == 0] = 0                              # a mean may be rounded
+    if divide_by_std:
+        spread /= rewards.std(1, keepdims=True) + 1e-6
+    return spread
+
+
+# columns of `policy`, what the loss knows of each token beside its log-probability
+COUNTED, ADVANTAGE, SAMPLER, OLD, REFERENCE = range(5)
+
+
+def policy_losses(log_probs, policy, settings):
+    """GRPO's loss of each token: log_probs (B,T) of the tokens that came, with gradient, one answer a row; policy
+    (B,T,5) -> losses (B,T), 0 where nothing counts, and how many ratios were clipped."""
+    counted, advantage, sampler, old, reference = policy.unbind(-1)
+    low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
+
+    def ratio_of(log_ratio):
+        return log_ratio.clamp(-TOO_FAR, TOO_FAR).exp()
+
+    # 1. how far the policy moved since the answers were scored
+    log_ratio = (log_probs - old) * counted
+    if settings["ratio"] == "sequence":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
+    ratio = ratio_of(log_ratio)
+    gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    clipped = (ratio * advantage > gain) & (counted > 0)
+    # 2. how much more often the trainer would have written the token than the sampler did
+    weight = ratio_of(old - sampler).clamp(max=settings["importance_cap"])
+    losses = -weight * gain
+    # 3. how far it is from the reference: k3, unbiased and never below 0 (arXiv:2402.03300, eq. 4)
+    if settings["kl"]:
+        losses = losses + settings["kl"] * k3(log_probs, reference)
+    return losses * counted, clipped.sum()
+
+
+def k3(log_probs, reference):
+    difference = (reference - log_probs).clamp(-TOO_FAR, TOO_FAR)
+    return difference.exp() - difference - 1
+
+
+class RL(Stage):
+    """Tasks whose answers are checked by code."""
+    name = "rl"
+    options = SFT.options | RL_OPTIONS
+    recipe = dict(steps=100, lr=3e-4, warmup_steps=5, min_lr=1.0, global_batch=256, micro_batch=64, seq_len=128,
+                  set=["aux_loss_alpha=0"], weight_decay=0.0)
+
+    def open_data(self):
+        run, settings = self.run, self.run.settings
+        if not settings["init"] or not settings["tasks"]:
+            raise UserError("rl needs --init, a model to begin with, and --tasks, a .jsonl file")
+        self.refuse_plan(run.plan)
+        self.checkers = read_checkers(settings["checkers"])
+        self.tasks = read_tasks(settings["tasks"], self.checkers)
+        encoding, end = run.encoding, run.encoding.encode_single_token(END)
+        self.turn_end = special_id(encoding, TURN_END)
+        self.prompts = [question(encoding, end, task["prompt"]) for task in self.tasks]
+        # none may be too long for an answer behind it
+        room = min(phase.seq_len for phase in run.phases) - settings["new_tokens"]
+        longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        if len(self.prompts[longest]) > room:
+            raise UserError(f"{settings['tasks']}, line {self.tasks[longest]['line']}: a prompt of "
+                            f"{len(self.prompts[longest])} tokens and --new-tokens {settings['new_tokens']} do not fit "
+                            f"--seq-len: raise it, or leave the line out")
+        facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), end=end,
+                     special=encoding._special_tokens, pattern=encoding._pat_str, tasks=len(self.tasks))
+        return Corpus(encoding, end, None, None, facts)
+
+    def refuse_plan(self, plan):
+        if plan.pp * plan.cp * plan.tp > 1 or not plan.is_plain:
+            raise UserError("rl runs with dp and ep, without pp, tp, cp and overlap")
+        sizes = {sequences for phase in self.run.phases for _, sequences in phase.batches}
+        group = self.run.settings["answers"] * self.run.settings["updates"]
+        for size in sizes:
+            least = math.lcm(group, plan.micro_batch * self.run.settings["updates"]) * plan.dp
+            if size % least:
+                raise UserError(f"--global-batch {size}, the answers of a step: use a multiple of {least}, as "
+                                f"--answers, --updates, --micro-batch and dp want it")
+
+    def describe(self, facts):
+        yield f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
+
+    def begin(self, phase, pipeline):
+        self.pipeline, self.reference = pipeline, None
+        pipeline.model.token_loss = self.token_loss
+        if self.run.settings["kl"]:
+            self.reference, _ = build(self.run, phase, None)
+
+    # a step
+
+    def batches(self, progress, size):
+        settings, plan = self.run.settings, self.run.plan
+        # 1. tasks, and this rank's answers: whole groups, of each update as many
+        n_groups = size // settings["answers"]
+        chosen = self.choose_tasks(progress, n_groups)
+        own = np.arange(size).reshape(plan.dp, -1)[parallel.data_rank(plan)]
+        tasks = [chosen[number // settings["answers"]] for number in own]
+        answers = self.sample([self.prompts[task] for task in tasks], seed=progress["step"])
+        # 2. rewards, known to all ranks, and what is better than its group
+        rewards = np.zeros(size)
+        rewards[own] = self.rewards_of(tasks, answers)
+        rewards = parallel.all_sum(torch.from_numpy(rewards)).numpy().reshape(n_groups, -1)
+        self.note_rewards(progress, chosen, rewards)
+        if settings["shuffle_rewards"]:
+            rng = np.random.default_rng([settings["seed"], progress["step"]])
+            rewards = rng.permuted(rewards, axis=1)
+        advantages = advantages_of(rewards, settings["divide_by_std"]).flatten()[own]
+        # 3. what the trainer thinks of them
+        batch = self.examples([self.prompts[task] for task in tasks], answers, advantages)
+        batch = self.scored(batch)
+        # 4. updates, each from some of the groups
+        self.counted, self.clipped = batch["policy"][..., COUNTED].sum(), torch.zeros((), device=self.run.device)
+        share = len(own) // settings["updates"]
+        return [part_of(batch, slice(i * share, (i + 1) * share)) for i in range(settings["updates"])]
+
+    def rewards_of(self, tasks, answers):
+        """On all ranks, or CheckerError on all: where a checker fails on one, the others must not wait for it."""
+        encoding, rewards, failure = self.run.corpus.encoding, [], None
+        try:
+            for task, answer in zip(tasks, answers):
+                rewards.append(reward(answer_of(encoding, answer.ids), self.tasks[task], self.checkers))
+        except CheckerError as error:
+            failure = error
+        if parallel.all_sum(torch.tensor(float(failure is not None))).item():
+            raise failure or CheckerError("")
+        return rewards
+
+    def choose_tasks(self, progress, n):
+        """Numbers of tasks, drawn by what is known of them: those always or never solved are drawn less."""
+        rates = progress["pass_rates"] or [-1.0] * len(self.tasks)        # -1: not drawn yet
+        weights = np.where([rate in (0.0, 1.0) for rate in rates], 0.2, 1.0)
+        rng = np.random.default_rng([self.run.settings["seed"], progress["step"]])
+        return rng.choice(len(self.tasks), n, replace=n > len(self.tasks), p=weights / weights.sum())
+
+    def note_rewards(self, progress, chosen, rewards):
+        rates = progress["pass_rates"] or [-1.0] * len(self.tasks)
+        for task, rewarded in zip(chosen, rewards):
+            rates[task] = float((rewarded == 1).mean())
+        progress["pass_rates"] = rates
+        self.log = dict(reward=rewards.mean(), reward_std=rewards.std(1).mean(), solved=(rewards == 1).mean(),
+                        zero_spread=(np.ptp(rewards, axis=1) == 0).mean())
+
+    def sample(self, prompts, seed):
+        device = self.run.device
+        with parallel.generating(self.pipeline.grid) as anybody:
+            found = generate(self.pipeline.model, [torch.tensor(prompt, device=device) for prompt in prompts],
+                             self.run.settings["new_tokens"], seed=self.seed_of(seed), stop=(self.turn_end,),
+                             note_routing=True, anybody=anybody)
+        return found.answers
+
+    def seed_of(self, step):
+        """Of the sampler: another for each step and each rank that has sequences of its own."""
+        words = f"{self.run.settings['seed']} {step} {parallel.data_rank(self.run.plan)}"
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+
+    def examples(self, prompts, answers, advantages):
+        """Prompt and answer, one each row, padded behind: what Model.forward takes, of which nothing but depth 0 of the
+        answer's tokens is a target."""
+        run = self.run
+        whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers)]
+        B, T = len(whole), max(map(len, whole)) - 1
+        ids = torch.full((B, T), run.corpus.end)
+        targets = torch.full((B, self.depths, T), -100)
+        policy = torch.zeros(B, T, 5)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers)):
+            tokens = torch.tensor(whole[row])
+            ids[row, :len(tokens) - 1] = tokens[:-1]
+            answered = slice(len(prompt) - 1, len(tokens) - 1)            # where the next token is the answer's
+            targets[row, 0, answered] = tokens[len(prompt):]
+            policy[row, answered, COUNTED] = 1
+            policy[row, answered, ADVANTAGE] = advantages[row]
+            policy[row, answered, SAMPLER] = torch.tensor(answer.log_probs)
+        # the sampler's experts; what stands behind an answer goes to the first ones
+        routing = {}
+        for layer, chosen in answers[0].routing.items():
+            routing[layer] = torch.arange(chosen.size(1)).expand(B, T, -1).clone()
+            for row, answer in enumerate(answers):
+                chosen = answer.routing[layer]
+                routing[layer][row, :len(chosen)] = chosen.cpu()
+        self.log["length"] = sum(len(answer.ids) for answer in answers) / B
+        self.log["entropy"] = -policy[..., SAMPLER].sum().item() / policy[..., COUNTED].sum().item()
+        return on_device(dict(ids=ids, targets=targets, policy=policy, routing=routing), run.device)
+
+    def scored(self, batch):
+        """The batch with the trainer's log-probabilities, and experts if those are replayed; tokens whose
+        log-probability is not finite count no more."""
+        policy, replay = batch["policy"], self.run.settings["replay"]
+        sampled = batch.pop("routing")
+        policy[..., OLD], chosen = self.log_probs(self.pipeline, batch)
+        if self.reference:
+            policy[..., REFERENCE], _ = self.log_probs(self.reference, batch)
+        broken = ~torch.isfinite(policy).all(-1)
+        policy[broken] = 0
+        batch["targets"][:, 0].masked_fill_(broken, -100)
+        # how far sampler and trainer are from each other
+        counted = policy[..., COUNTED] > 0
+        differs = torch.stack([(sampled[layer].sort(-1).values != chosen[layer].sort(-1).values).any(-1)
+                               for layer in sampled]).any(0)
+        distance = (policy[..., OLD] - policy[..., SAMPLER]).abs()
+        sums = [differs[counted].sum(), (distance > math.log(2))[counted].sum(), counted.sum(), broken.sum()]
+        if self.reference:
+            sums.append((k3(policy[..., OLD], policy[..., REFERENCE]) * counted).sum())
+        router_diff, far, total, not_finite, *kl = parallel.all_sum(torch.stack(sums).float()).tolist()
+        self.log |= dict(router_diff=router_diff / total, far=far / total, not_finite=int(not_finite),
+                         kl=kl[0] / total if kl else None)
+        if replay == "none":
+            return batch
+        return batch | dict(routing=sampled if replay == "sampler" else chosen)
+
+    @torch.no_grad()
+    def log_probs(self, pipeline, batch):
+        """(B,T) of the targets of depth 0, by a pipeline's model as it is, and the experts that it chose."""
+        model, noted, found = pipeline.model, [], []
+
+        def note(nats, policy):
+            found.append(-nats)
+            return nats
+
+        model.eval()
+        model.token_loss = note
+        ones = torch.ones(self.depths, device=self.run.device)
+        for inputs in micro_batches(batch, self.run.plan.micro_batch):
+            noted.append({})
+            pipeline.step([inputs | dict(routing=noted[-1])], ones, train=False)
+        model.train()
+        model.token_loss = self.token_loss
+        trunk = range(model.config.num_hidden_layers)                     # MTP's experts are not the sampler's matter
+        chosen = {layer: torch.cat([each[layer] for each in noted]) for layer in noted[0] if layer in trunk}
+        return torch.cat(found), chosen
+
+    def token_loss(self, nats, policy):
+        """What Model.output makes of each token's loss: (B,T), policy (B,T,5)."""
+        losses, clipped = policy_losses(-nats, policy, self.run.settings)
+        self.clipped = self.clipped + clipped
+        return losses
+
+    def measures(self):
+        clipped, counted = parallel.all_sum(torch.stack([self.clipped, self.counted]).float()).tolist()
+        return self.log | dict(clip_share=clipped / max(1, counted))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run, and how it is opened
 
+STAGES = {kind.name: kind for kind in (Pretrain, SFT, RL)}
+
 
 @dataclass
 class Run:
     """A training run. open_run fills the fields in this order; afterwards only `progress` changes."""
+    kind: type                             # of stage: Pretrain, SFT or RL
     given: dict                            # what was typed
     settings: dict = None                  # all settings by name, with what `auto` became
     checkpoint: Path = None                # where it goes on from; None: it begins
     stored: dict = None                    # config.json of the run that goes on
+    source: object = None                  # where a new run has its weights from; None: initialised
     device: torch.device = None
     encoding: tiktoken.Encoding = None     # of a named tokenizer; None: learnt from the text
     config: Config = None                  # of the model
@@ -1013,50 +1865,56 @@ class Run:
     phases: list = None                    # of Phase
     folder: Path = None                    # where it writes
     lock: typing.IO = None                 # of the folder: ours as long as this file is open
+    stage: Stage = None
     corpus: Corpus = None
     progress: dict = None                  # where it stands, stored with checkpoints
+
+    @property
+    def document_end(self):
+        """END's id, where documents are kept apart."""
+        return self.corpus.end if self.settings["document_mask"] else None
 
 
 def beginning():
     """The progress of a run without a step; all of it is stored with checkpoints."""
     progress = dict(step=0, tokens=0, phase=0, phase_tokens=0)            # phase: its number; tokens: of all phases
     progress |= dict(skipped=0, skipped_in_a_row=0)                       # steps that were not finite
+    progress |= dict(pass_rates=[])                                       # of rl: by task, -1 where it is not known
     return progress | dict(placement=[], expert_load=[])                  # of live balance
 
 
-def open_run(given):
+def open_run(kind, given):
     """A Run, ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
-    run = Run(given)
+    run = Run(kind, given)
     # 1. settings: of the run that goes on, or new ones
     if parallel.is_restarted():
         given = restarted(given)
     if given.get("resume"):
-        run.settings, run.stored, run.checkpoint = resume_settings(given)
+        run.settings, run.stored, run.checkpoint = resume_settings(kind, given)
     else:
-        run.settings = settings_of(given)
+        run.settings = settings_of(given, kind.options, kind.recipe)
     # 2. the device, and what `auto` becomes on it
     run.device = parallel.pick_device(run.settings["device"])
     fix_automatic(run.settings, run.device)
     # 3. the shape, with room for the vocabulary
-    run.encoding = find_encoding(run.settings["tokenizer"])
-    config = run.stored["config"] if run.stored else make_config(run.settings)
-    run.config = with_vocabulary(config, run.encoding)
+    if run.settings["init"]:
+        open_init(run)
+    else:
+        run.encoding = find_encoding(run.settings["tokenizer"])
+        config = run.stored["config"] if run.stored else make_config(run.settings)
+        run.config = with_vocabulary(config, run.encoding)
     # 4. the plan, and what the balance loss means under it
     run.plan = make_plan(run.settings)
     refuse_lone_process(run.plan)
+    check_mtp(run)
     if run.settings["fit"]:
         run.plan = fit_plan(run)
     run.config = replace(run.config, balance_group=balance_group(run.config, run.plan))
     # 5. the phases, each of which must fit the plan
-    if run.stored and not {"steps", "tokens"} & set(given):
-        run.phases = run.stored["phases"]
-    else:
-        run.phases = make_phases(run.settings, run.stored["given"] | given if run.stored else given)
-    for phase in run.phases:
-        for _, sequences in phase.batches:
-            plan = replace(run.plan, seq_len=phase.seq_len, global_batch=sequences)
-            check_plan(run.config, plan, devices=parallel.world_size())
-    # 6. the other processes
+    run.phases = phases_of(run, given)
+    refuse_too_large(run)
+    # 6. what is compiled, and the other processes
+    fix_compiled(run.settings, run.plan, run.device)
     parallel.join_world(run.device, timedelta(seconds=run.settings["timeout"]))
     refuse_unequal_ranks(run)
     # 7. the folder
@@ -1070,18 +1928,31 @@ def open_run(given):
     return run
 
 
+def phases_of(run, given):
+    """The stored phases of a run that goes on, unless its length is given; else those of the settings."""
+    phases = run.stored["phases"] if run.stored else []
+    if not phases or {"steps", "tokens"} & set(given):
+        before = run.stored["given"] if run.stored else {}
+        phases = make_phases(run.settings, before | given)
+    if run.source:
+        run.config = replace(run.config, max_position_embeddings=max(phase.seq_len for phase in phases))
+    for phase in phases:
+        for _, sequences in phase.batches:
+            plan = replace(run.plan, seq_len=phase.seq_len, global_batch=sequences)
+            check_plan(run.config, plan, devices=parallel.world_size())
+            parallel.refuse_what_is_not_run(plan)
+    return phases
+
+
 def fill_run(run):
     """The steps of open_run that need the folder."""
-    # 8. the text
-    cache = parallel.first_does(lambda: make_cache(run.settings, run.encoding, run.config.vocab_size,
-                                                   run.folder.parent))
-    run.corpus = open_corpus(cache)
-    for phase in run.phases:
-        order_of(run, phase)                                              # refuses text that is too short
+    # 8. the data
+    run.stage = run.kind(run)
+    run.corpus = run.stage.open_data()
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
-        run.progress = parallel.first_does(lambda: read_progress(run.checkpoint))
+        run.progress = parallel.first_does(lambda: read_progress(run.checkpoint, run.phases))
     parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
 
 
@@ -1095,36 +1966,29 @@ def restarted(given):
     return given
 
 
-def resume_settings(given):
+def resume_settings(kind, given):
     """The stored settings of a run with what may be changed -> (settings, stored config.json, checkpoint)."""
     folder, checkpoint = find_checkpoint(given["resume"])
     stored = read_config(folder)
     settings = stored["settings"]
+    if stored["stage"] != kind.name:
+        raise UserError(f"{folder} is a run of {stored['stage']}: python train.py {stored['stage']} --resume {folder}")
     if stored.get("rules") != RULES:
         raise UserError(f"{folder} was begun under other rules of train.py, at commit {stored.get('commit')}: resume "
                         f"it with that version, or start a new run")
     if Path(given.get("out", folder)).resolve() != folder.resolve():
         raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away")
-    given = {name: value for name, value in given.items() if (name, value) != ("precision", "auto")}
+    given = {name: value for name, value in given.items() if name not in ("precision", "compile") or value != "auto"}
     for name, value in given.items():
         if name not in CHANGEABLE and value != settings[name]:
             raise UserError(f"{flag(name)} {value}: the run in {folder} has {settings[name]!r}, and resuming cannot "
                             f"change it; leave it away, or start a new run")
-    settings |= given | dict(out=str(folder))
-    if parallel.world_size() == 1:
-        be_alone(settings, given, stored["config"].balance_group)
-    return fit_to_world(settings, given), stored, checkpoint
-
-
-def be_alone(settings, given, group):
-    """What several processes began, one goes on with: axes of one, and micro-batches that hold a balance group."""
-    alone = {name: PLAN_OPTIONS[name].default for name in CUTS if name not in given and settings[name]}
-    if "micro_batch" not in given:
-        alone["micro_batch"] = max(settings["micro_batch"], group)
-    changed = {name: value for name, value in alone.items() if settings[name] != value}
-    if changed:
-        print("one process goes on with", " ".join(f"{flag(name)} {value}" for name, value in changed.items()))
-    settings.update(changed)
+    before = settings | given | dict(out=str(folder))
+    settings = fit_to_world(dict(before), given, stored["config"].balance_group)
+    changed = [f"{flag(name)} {value}" for name, value in settings.items() if before[name] != value]
+    if changed and parallel.world_size() == 1:
+        print("one process goes on with", " ".join(changed))
+    return settings, stored, checkpoint
 
 
 def fix_automatic(settings, device):
@@ -1134,6 +1998,19 @@ def fix_automatic(settings, device):
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     settings["threads"] = torch.get_num_threads()
+
+
+def fix_compiled(settings, plan, device):
+    """--compile, from here on in this process; what `auto` becomes is stored, and kept on resume."""
+    wanted = settings["compile"]
+    why_not = compile_operators(wanted != "none", device)
+    if wanted == "auto":
+        settings["compile"] = "none" if why_not else "operators"
+    elif why_not:
+        raise UserError(f"--compile {wanted}: {why_not}; --compile none does without, also with --resume: the losses "
+                        f"are then the same within rounding, no longer bit for bit")
+    if wanted == "layers" and (plan.world_size > 1 or not plan.is_plain or plan.recompute or plan.swap):
+        raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
 
 
 def fit_plan(run):
@@ -1159,8 +2036,8 @@ def fit_plan(run):
 
 
 def with_vocabulary(config, encoding):
-    """The config with room for an encoding; one that is learnt has at least all bytes and END."""
-    needed = encoding.n_vocab if encoding else 257
+    """The config with room for an encoding; one that is learnt has at least all bytes, END and RESERVED."""
+    needed = encoding.n_vocab if encoding else 257 + len(RESERVED)
     if needed <= config.vocab_size:
         return config
     return replace(config, vocab_size=math.ceil(needed / 64) * 64)
@@ -1173,9 +2050,29 @@ def refuse_lone_process(plan):
                         f"--nproc-per-node {needed} train.py ...")
 
 
+def refuse_too_large(run):
+    """Weights, gradients and two moments, of 4 bytes each, need room in all devices together under any plan; moments
+    that are swapped lie with the host."""
+    if run.device.type == "cpu":                                          # whose ranks share a machine's memory
+        machines = parallel.world_size() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * machines
+    else:
+        have = getattr(torch, run.device.type).mem_get_info()[1] * parallel.world_size()
+    need = parameters(run.config) * (8 if "optimizer" in run.plan.swap else 16)
+    if need > have:
+        raise UserError(f"weights, gradients and moments of this model take {need / 2**30:,.1f} GiB, here are "
+                        f"{have / 2**30:,.1f} GiB in all: choose a smaller --preset, or more devices")
+
+
+def parameters(config):
+    """Of the whole model, MTP layers included."""
+    counts = count_params(config)
+    return counts["total"] + counts["mtp"]
+
+
 def refuse_unequal_ranks(run):
     """All ranks must have been given the same: each compares its settings with those of the first."""
-    mine = run.settings | dict(set=repr(run.config), phases=repr(run.phases))
+    mine = run.settings | dict(set=repr(run.config), phases=repr(run.phases))      # with what --set and FILE say
     mine.pop("threads")                                                   # machines may differ in these
     first = parallel.first_does(lambda: mine)
     differs = torch.tensor([float(mine[name] != value) for name, value in first.items()])
@@ -1184,8 +2081,138 @@ def refuse_unequal_ranks(run):
         raise UserError(f"ranks were started with different {', '.join(sorted(names))}: start all with one command")
 
 
-def order_of(run, phase):
-    return Order(run.corpus, phase, 1 + run.config.num_nextn_predict_layers, run.settings["seed"])
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights to begin with: of a run, or of a Hugging Face folder
+
+
+class RunSource:
+    """--init names a run or one of its checkpoints."""
+
+    def __init__(self, init, average):
+        self.folder, self.checkpoint = find_checkpoint(init, "--init")
+        self.checkpoints = newest_to(self.checkpoint, average)
+        self.stored = read_config(self.folder)
+        progress = progress_of(self.checkpoint, self.stored["phases"])
+        # as its last phase left it; it sees no more text than it was trained on
+        has_begun = progress["phase_tokens"] > 0                          # else the phase before it was the last
+        phase = self.stored["phases"][max(0, progress["phase"] - (not has_begun))]
+        config = self.stored["config"]
+        self.config = replace(config, rope_theta=phase.rope_theta or config.rope_theta,
+                              max_position_embeddings=phase.seq_len)
+        self.path = self.checkpoint.resolve()
+
+    def encoding(self):
+        return encoding_of_run(self.folder, self.stored)
+
+    def check(self, config):
+        """A run's own config.json and tensors are one; config may have other MTP layers."""
+
+    @torch.no_grad()
+    def fill(self, model, grid=None):
+        for number, checkpoint in enumerate(self.checkpoints, 1):
+            parallel.first_does(lambda: refuse_damaged(checkpoint))
+            parallel.load_trained(checkpoint, model, self.config.num_nextn_predict_layers, grid)
+            weights = list(model.state_dict().values())
+            if number == 1:
+                means = [weight.clone() for weight in weights]
+            for mean, weight in zip(means, weights):
+                mean.lerp_(weight, 1 / number)
+        for mean, weight in zip(means, weights):
+            weight.copy_(mean)
+
+
+class FolderSource:
+    """--init names a folder as transformers writes it."""
+
+    def __init__(self, init):
+        self.path = Path(init).resolve()
+        self.config = parallel.read_published_config(self.path)
+
+    def encoding(self):
+        return encoding_of_folder(self.path)
+
+    def check(self, config):
+        """ValueError unless the files hold all tensors of this config and, but for MTP layers, no others."""
+        self.pieces = parallel.published_pieces(self.path, config, self.config.num_nextn_predict_layers)
+
+    def fill(self, model, grid=None):
+        parallel.load_published(model, self.pieces)
+
+
+def newest_to(checkpoint, count):
+    """A checkpoint and those before it, `count` in all."""
+    last = int(checkpoint.name.removeprefix("step_"))
+    steps = [step for step in parallel.steps_in(checkpoint.parent) if step <= last]
+    if len(steps) < count:
+        raise UserError(f"--average {count}: {checkpoint.parent} has {len(steps)} checkpoints up to {checkpoint.name}; "
+                        f"--save-every and --keep of that run say how many stay")
+    return [checkpoint.parent / f"step_{step}" for step in steps[-count:]]
+
+
+def open_source(init, average=1):
+    if (folder_of(init) / "ckpt").exists():
+        return RunSource(init, average)
+    if not Path(init, "config.json").exists():
+        raise UserError(f"--init {init}: neither a run's folder, with checkpoints in ckpt, nor a Hugging Face folder, "
+                        f"with config.json")
+    if average > 1:
+        raise UserError(f"--average {average} is of a run's checkpoints, and --init {init} is a Hugging Face folder")
+    return FolderSource(init)
+
+
+def encoding_of_run(folder, stored):
+    return load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], stored["corpus"]["special"])
+
+
+def open_init(run):
+    """The config and tokenizer of a run that began with others' weights, and of a new one the source of these."""
+    settings, learn = run.settings, run.settings["tokenizer"] == "learn"
+    if run.stored:                                                        # the source may be gone
+        run.config = run.stored["config"]
+        run.encoding = encoding_of_run(folder_of(settings["resume"]), run.stored)
+        return
+    if "preset" in run.given:
+        raise UserError("--init brings a model's shape: leave --preset away")
+    run.source = open_source(settings["init"], settings["average"])
+    run.config = config_of(run.source, settings)
+    run.encoding = run.source.encoding() if learn else find_encoding(settings["tokenizer"])
+    refuse_larger(run.encoding, run.config)
+
+
+def check_mtp(run):
+    """What --mtp-depth and --train mtp need."""
+    settings, plan = run.settings, run.plan
+    require(settings["init"] or not settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
+    fits = plan.is_plain and not plan.balance_live and run.config.num_nextn_predict_layers
+    require(fits or settings["train"] == "all",
+            "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
+
+
+def refuse_larger(encoding, config):
+    require(encoding.n_vocab <= config.vocab_size,
+            f"the tokenizer has {encoding.n_vocab} tokens, the model of --init {config.vocab_size}: it needs its own")
+
+
+def config_of(source, settings):
+    """The source's, with what --set and --mtp-depth change of it, once its tensors are found to fit."""
+    trained = source.config.num_nextn_predict_layers
+    config = make_config(settings, replace(source.config, balance_group=0))    # its own plan will say
+    depth = config.num_nextn_predict_layers
+    require(depth <= trained, f"--set num_nextn_predict_layers={depth}: --init has {trained}; --mtp-depth {depth} adds "
+                              f"to them")
+    if settings["mtp_depth"]:
+        require(trained, f"--mtp-depth {settings['mtp_depth']}: --init has no MTP layer to copy")
+        config = replace(config, num_nextn_predict_layers=settings["mtp_depth"])
+    as_there = replace(source.config, num_nextn_predict_layers=config.num_nextn_predict_layers)
+    source.check(as_there)
+    require(shapes_of(config) == shapes_of(as_there),
+            f"--set {' '.join(settings['set'])}: with --init it may change only what owns no tensor")
+    return config
+
+
+def shapes_of(config):
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Model(config).state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1195,65 +2222,52 @@ def order_of(run, phase):
 def open_folder(run):
     """The run's folder, ours until the process ends."""
     settings = run.settings
-    folder = Path(settings["out"]) if settings["out"] else free_folder(settings["preset"])
+    name = folder_of(settings["init"]).name or settings["preset"]
+    folder = Path(settings["out"]) if settings["out"] else free_folder(name)
     if not run.stored:
         refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     run.lock = open(folder / ".lock", "w")
     try:
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{folder} is in use by another run: wait for it, or choose another --out") from None
+    except OSError as error:                                              # of a network file system, for instance
+        print(f"{folder} cannot be locked ({error.strerror}): see that no other run writes into it")
     return folder
-
-
-def contents(folder):
-    """What a run left in its folder, but for its lock, files half written, and what was put aside."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in found if path.suffix != ".tmp" and not path.name.startswith((".lock", "aside_"))]
 
 
 def refuse_foreign(folder):
     """A new run writes into a new folder, an empty one, or that of a run which never got to a checkpoint."""
     if newest(folder):
         raise UserError(f"{folder} already holds a run: --resume {folder} continues it, another --out starts one")
-    begun = contents(folder)
-    if folder.is_file() or (begun and folder / "config.json" not in begun):
+    names = {path.name for path in folder.glob("*") if path.suffix != ".tmp"} - {".lock"}
+    if folder.is_file() or (names and "config.json" not in names):
         raise UserError(f"--out {folder}: there is something that is no run; choose a new folder")
-    if begun:
+    if names:
         read_config(folder)                                               # refuses what train.py did not write
 
 
-def put_aside(folder):
-    """What a run left that was killed before its first checkpoint, its log above all."""
-    begun = contents(folder)
-    if begun:
-        aside = folder / f"aside_{time.time():.0f}"
-        aside.mkdir()
-        for path in begun:
-            path.rename(aside / path.name)
-        print(f"{folder} held a run without a checkpoint: its log is now in {aside}")
-
-
-def free_folder(preset):
-    """runs/PRESET, or the first of runs/PRESET-2, -3, ... that is not there."""
-    folder = Path("runs", preset)
+def free_folder(name):
+    """runs/NAME, or the first of runs/NAME-2, -3, ... that is not there."""
+    folder = Path("runs", name)
     for number in itertools.count(2):
         if not folder.exists():
             return folder
-        folder = Path("runs", f"{preset}-{number}")
+        folder = Path("runs", f"{name}-{number}")
 
 
 def find_checkpoint(resume, typed="--resume"):
     """A run's folder, or one of its checkpoints -> (run's folder, its newest complete checkpoint, or the named one)."""
     # a folder is not a run's because it exists: what counts is a checkpoint, which has its name only when it is whole
     path, folder = Path(resume), folder_of(resume)
-    steps = parallel.steps_in(folder / "ckpt")
-    if path != folder and not path.is_dir():
-        raise UserError(f"{typed} {resume}: no such checkpoint; complete ones: {steps}")
-    if not steps:
+    if not newest(folder):
         raise UserError(f"{typed} {resume}: no complete checkpoint in {folder / 'ckpt'}; start the run anew with --out")
-    return folder, path if path != folder else newest(folder)
+    if path == folder:
+        return folder, newest(folder)
+    if not path.is_dir():
+        raise UserError(f"{typed} {resume}: no such checkpoint; complete ones: {parallel.steps_in(folder / 'ckpt')}")
+    return folder, path
 
 
 def folder_of(resume):
@@ -1271,12 +2285,14 @@ def newest(folder):
 def read_config(folder):
     """config.json of a run, checked: `config` is a Config, `phases` are Phases, an older run's missing settings are the
     defaults."""
-    path, options = folder / "config.json", OPTIONS | PLAN_OPTIONS
+    path = folder / "config.json"
     try:
         stored = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{folder} has no readable config.json: it is no run's folder") from None
     try:
+        stored = dict(stage=Pretrain.name) | stored
+        options = OPTIONS | PLAN_OPTIONS | STAGES[stored["stage"]].options
         settings = {name: option.default for name, option in options.items()} | stored["settings"]
         settings = {name: settings[name] for name in options}             # none that went since
         given = {name: value for name, value in stored["given"].items() if name in options}
@@ -1285,6 +2301,8 @@ def read_config(folder):
                 check_option(name, value, options[name])
             for name, kind in dict(sha256=str, end=int, pattern=str).items():
                 check_setting(f"{name} of the corpus", stored["corpus"][name], kind)
+            for word, id in stored["corpus"].setdefault("special", {END: stored["corpus"]["end"]}).items():
+                check_setting(f"{word} of the corpus", id, int, least=0)
             config = Config(**stored["config"])
             phases = [Phase(**row) for row in stored["phases"]]
             require(phases, "no phases: use at least one")
@@ -1294,8 +2312,13 @@ def read_config(folder):
     return stored | dict(settings=settings, given=given, config=config, phases=phases)
 
 
-def read_progress(checkpoint):
-    """Where a checkpoint stands, once its files are found to be as they were written."""
+def read_progress(checkpoint, phases):
+    """Where a checkpoint of a run of these phases stands, once its files are found to be as they were written."""
+    refuse_damaged(checkpoint)
+    return progress_of(checkpoint, phases)
+
+
+def refuse_damaged(checkpoint):
     try:
         parallel.check_files(checkpoint)
     except parallel.CheckpointError as error:
@@ -1305,14 +2328,20 @@ def read_progress(checkpoint):
         if earlier:
             advice = f"go on from the one before it: --resume {checkpoint.parent / f'step_{earlier[-1]}'}"
         raise UserError(f"{error}; {advice}") from None
+
+
+def progress_of(checkpoint, phases):
     progress = beginning()
     parallel.load_progress(checkpoint, progress)                          # in place
+    if progress["phase"] >= len(phases) or any(isinstance(n, int) and n < 0 for n in progress.values()):
+        raise UserError(f"{checkpoint} is damaged: progress.json has numbers that no run of {len(phases)} phases has")
     return progress
 
 
 def write_config(run, given, **facts):
     """config.json: all that a resumed run needs to know, and facts about where it ran."""
-    facts |= dict(rules=RULES, config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan), given=given,
+    facts |= dict(rules=RULES, stage=run.kind.name, given=given,
+                  config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan),
                   settings=run.settings | dict(resume=""), phases=[dataclasses.asdict(phase) for phase in run.phases],
                   corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
                   torch=torch.__version__)
@@ -1320,12 +2349,15 @@ def write_config(run, given, **facts):
 
 
 def begin_folder(run):
-    """config.json and the tokenizer, before the first step."""
-    put_aside(run.folder)
+    """config.json, the tokenizer and an empty log, before the first step."""
+    log = run.folder / "metrics.jsonl"
+    if log.exists():                                                      # of a run without a checkpoint
+        aside = log.rename(run.folder / f"aside_{time.time():.0f}.jsonl")
+        print(f"{run.folder} held a run without a checkpoint: its log is now {aside}")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    write_config(run, run.given, commit=git.stdout.strip())
+    write_config(run, run.given, commit=git.stdout.strip(), source=str(run.source.path) if run.source else "")
     save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
-    write_whole(run.folder / "metrics.jsonl", "")
+    write_whole(log, "")
 
 
 def continue_folder(run):
@@ -1335,23 +2367,24 @@ def continue_folder(run):
     if now != before:
         raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
                         f"the old text with --data, or start a new run")
-    cut_metrics(run.folder / "metrics.jsonl", run.progress["step"])
+    step, checkpoints = run.progress["step"], run.folder / "ckpt"
+    cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}
-    write_config(run, run.stored["given"] | given, commit=run.stored.get("commit", ""))
-    for later in parallel.steps_in(run.folder / "ckpt"):
-        if later > run.progress["step"]:
-            aside = f"aside_{later}_{time.time():.0f}"
-            (run.folder / "ckpt" / f"step_{later}").rename(run.folder / "ckpt" / aside)
+    kept = {name: run.stored.get(name, "") for name in ("commit", "source")}
+    write_config(run, run.stored["given"] | given, **kept)
+    for later in parallel.steps_in(checkpoints):
+        if later > step:
+            (checkpoints / f"step_{later}").rename(checkpoints / f"aside_{later}_{time.time():.0f}")
 
 
 def cut_metrics(path, step):
     """Leaves the lines up to this step; a line half written by a killed run goes too."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     write_whole(path, "".join(kept))
 
@@ -1365,7 +2398,7 @@ class Stopper:
     signals = signal.SIGINT, signal.SIGTERM
 
     def __init__(self):
-        self.asked = None
+        self.asked, self.agreed = None, False    # what this rank was told; whether all ranks know that one was
         for number in self.signals:
             signal.signal(number, self.ask)
 
@@ -1390,9 +2423,15 @@ def build(run, phase, checkpoint):
     plan = replace(run.plan, seq_len=phase.seq_len)
     grid = parallel.parallelize(model, plan, run.device.type, timedelta(seconds=settings["timeout"]))
     model.to_empty(device=run.device)
-    parallel.init_weights(model, settings["seed"])
+    if run.source and not checkpoint:
+        run.source.fill(model, grid)
+    else:
+        parallel.init_weights(model, settings["seed"])
+    if settings["train"] == "mtp":
+        freeze_trunk(model)
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
-    compile_parts(settings["compile"], model, plan)
+    if settings["compile"] == "layers":
+        compile_model(model)
     # 2. the optimizer; its rate is set at each step
     kind = parallel.HostAdamW if "optimizer" in plan.swap else torch.optim.AdamW
     optimizer = kind(parallel.param_groups(model), lr=0.0, eps=1e-8, fused=True,
@@ -1405,96 +2444,105 @@ def build(run, phase, checkpoint):
     return parallel.Pipeline(model, plan, grid), optimizer
 
 
-def compile_parts(wanted, model, plan):
-    """--compile, for a model that is built."""
-    why_not = compile_operators(wanted == "operators", next(model.parameters()).device)
-    if why_not:
-        raise UserError(f"--compile operators: {why_not}; leave it away")
-    if wanted == "layers":
-        if plan.world_size > 1 or not plan.is_plain or plan.recompute or plan.swap:
-            raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
-        compile_model(model)
-    if wanted != "none":
-        print(f"the first step compiles {wanted} too: some seconds, less with what is in its cache", flush=True)
+def freeze_trunk(model):
+    """Nothing but MTP layers gets gradients, and so moments; they read what the rest makes of the text."""
+    model.requires_grad_(False)
+    for layer in model.mtp_layers():
+        layer.requires_grad_(True)
 
 
-def pretrain(given):
+def train(kind, given):
     """Opens a run and trains it to its end, or until it is asked to stop."""
     with refusals():
-        run = open_run(given)
-    settings, progress, phases, checkpoint = run.settings, run.progress, run.phases, run.checkpoint
-    depths = 1 + run.config.num_nextn_predict_layers
-    document_end = run.corpus.end if settings["document_mask"] else None
-    introduce(run)
-    if is_done(run):
-        print(f"{run.folder} is finished: {progress['step']} steps; --steps with a larger number trains on")
-        return
-    stop, stopped = Stopper(), False
-    saver = parallel.Saver(run.folder / "ckpt", settings["keep"])
-    # a line is written when it ends; rank 0 writes
-    log = open(run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull, "a", buffering=1)
-    total, first_token, busy = end_of(phases, len(phases) - 1), progress["tokens"], 0.0    # busy: seconds in steps
+        run = open_run(kind, given)
+    try:
+        introduce(run)
+        if not is_done(run):
+            train_to_end(run)
+    finally:
+        if run.lock:
+            run.lock.close()
 
-    while not is_done(run) and not stopped:
-        phase = phases[progress["phase"]]
-        phase_end = end_of(phases, progress["phase"])
+
+def train_to_end(run):
+    settings, progress, checkpoint = run.settings, run.progress, run.checkpoint
+    stop, log = Stopper(), Log(run)
+    saver = parallel.Saver(run.folder / "ckpt", settings["keep"],
+                           keep_too=first_of_doublings if settings["keep_growing"] else lambda steps: ())
+
+    while not is_done(run) and not stop.agreed:
+        # a phase has batches of its own, and a model that is built for it, as the checkpoint left it
+        phase = run.phases[progress["phase"]]
         pipeline, optimizer = build(run, phase, checkpoint)
-        model, plan, grid = pipeline.model, pipeline.plan, pipeline.grid
-        order, flops = order_of(run, phase), flops_per_token(run.config, phase.seq_len)
+        run.stage.begin(phase, pipeline)
 
-        while progress["tokens"] < phase_end and not stopped:
+        while not phase_is_done(run) and not stop.agreed:
             # 1. the batch: how many sequences, which, at what rate
             began = time.perf_counter()
             size = phase.batch(progress["phase_tokens"])
-            windows = order.batch(progress["tokens"], size)[own_sequences(plan, size)]
-            batch = examples(windows, depths, run.device, document_end)
-            new_tokens = size * phase.seq_len
-            progress["step"] += 1
-            progress["tokens"] += new_tokens
-            progress["phase_tokens"] += new_tokens
-            lr = phase.learning_rate(progress["phase_tokens"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            batches = run.stage.batches(progress, size)
+            line = advance(run, phase, size, optimizer)
 
-            # 2. the step; tolist waits for the device, the only time
-            measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
-            line = dict(step=progress["step"], tokens=progress["tokens"], lr=lr)
-            line |= dict(zip(MEASURES, measures.tolist()))
-            stopped = line.pop("stop") > 0                                # all ranks at the same step
+            # 2. the step, of one update of the weights, or of several in rl; tolist waits for the device
+            for batch in batches:
+                measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
+            line |= dict(zip(MEASURES, measures.tolist())) | run.stage.measures()
+            stop.agreed = line.pop("stop") > 0                            # at the same step on all ranks
             count_skips(run, line)
-            line |= watch_loads(run, grid, optimizer, loads)
+            line |= watch_loads(run, pipeline.grid, optimizer, loads)
+            line |= speed(run, phase, size, time.perf_counter() - began)
 
             # 3. the log; once in a while held-out text and checkpoint
-            seconds = time.perf_counter() - began
-            line |= speed(run, seconds, new_tokens, flops)
             if is_done(run) or is_due(settings["eval_every"], progress["step"]):
-                line |= evaluate(pipeline, run.corpus, document_end)
-            log.write(json.dumps(line) + "\n")
-            busy += seconds
-            print_step(run, line, total, busy * (total - progress["tokens"]) / (progress["tokens"] - first_token))
-            saver.poll()
+                line |= run.stage.evaluate(pipeline)
+            log.write(line)
+            saver.poll()                                                  # raises if a checkpoint could not be written
             if is_due(settings["save_every"], progress["step"]) and progress["skipped_in_a_row"] == 0:
-                save_finite(run, saver, model, optimizer, grid)
+                save_finite(run, saver, pipeline, optimizer)
+        checkpoint = end_phase(run, saver, pipeline, optimizer)
+    conclude(run, checkpoint)
 
-        # 4. the end of a phase or an early one: the next phase goes on from this checkpoint, in a model built for it
-        if progress["tokens"] >= phase_end and not is_done(run):
-            progress.update(phase=progress["phase"] + 1, phase_tokens=0)
-        save_finite(run, saver, model, optimizer, grid)
-        saver.wait()
-        checkpoint = run.folder / "ckpt" / f"step_{progress['step']}"
 
-    if parallel.rank() == 0:
-        conclude(run, checkpoint)
+def advance(run, phase, size, optimizer):
+    """Counts the step that begins, of so many sequences, and sets its rate -> the beginning of its line of the log."""
+    progress, new_tokens = run.progress, size * phase.seq_len
+    progress["step"] += 1
+    progress["tokens"] += new_tokens
+    progress["phase_tokens"] += new_tokens
+    lr = phase.learning_rate(progress["phase_tokens"])
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return dict(stage=run.kind.name, step=progress["step"], tokens=progress["tokens"], lr=lr)
+
+
+def end_phase(run, saver, pipeline, optimizer):
+    """The checkpoint at the end of a phase, or at an early one: the next phase goes on from it."""
+    if phase_is_done(run) and not is_done(run):
+        run.progress.update(phase=run.progress["phase"] + 1, phase_tokens=0)
+    save_finite(run, saver, pipeline, optimizer)
+    saver.wait()
+    return run.folder / "ckpt" / f"step_{run.progress['step']}"
+
+
+def phase_is_done(run):
+    return run.progress["tokens"] >= end_of(run.phases, run.progress["phase"])
 
 
 def is_done(run):
-    last = len(run.phases) - 1
-    return run.progress["phase"] == last and run.progress["tokens"] >= end_of(run.phases, last)
+    return run.progress["phase"] == len(run.phases) - 1 and phase_is_done(run)
 
 
 def is_due(every, step):
     """Whether something falls on this step that is done every so many; 0: never."""
     return every > 0 and step % every == 0
+
+
+def first_of_doublings(steps):
+    """Of ascending steps the first in each of 1, 2-3, 4-7, 8-15, ...: what is once among them stays among them."""
+    first = {}
+    for step in steps:
+        first.setdefault(step.bit_length(), step)
+    return list(first.values())
 
 
 def watch_loads(run, grid, optimizer, loads):
@@ -1531,13 +2579,14 @@ def count_skips(run, line):
         give_up(run, f"loss or gradient not finite {most} times in a row")
 
 
-def save_finite(run, saver, model, optimizer, grid):
+def save_finite(run, saver, pipeline, optimizer):
     """A checkpoint, but never one of weights that are not finite: the older ones that it would displace are better."""
-    broken = sum((~torch.isfinite(parallel.local(weight))).any().float() for weight in model.parameters())
+    weights = pipeline.model.parameters()
+    broken = sum((~torch.isfinite(parallel.local(weight))).any().float() for weight in weights)
     if parallel.all_sum(broken).item():
         saver.wait()
         give_up(run, "weights are not finite")
-    parallel.save(saver, model, optimizer, run.progress, grid)
+    parallel.save(saver, pipeline.model, optimizer, run.progress, pipeline.grid)
 
 
 def give_up(run, what):
@@ -1555,15 +2604,39 @@ def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
-def speed(run, seconds, new_tokens, flops):
-    """What the log tells of a step's time and memory. flops: of a token, forward and backward."""
-    rate = new_tokens / seconds
+def speed(run, phase, size, seconds):
+    """What the log tells of the time and memory of a step of so many sequences."""
+    rate = size * phase.seq_len / seconds
     peak = run.settings["peak_tflops"] * 1e12 * parallel.world_size()
-    return dict(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=rate * flops / peak if peak else None,
-                mem_gib=parallel.peak_memory(run.device) / 2**30)
+    mfu = rate * flops_per_token(run.config, phase.seq_len) / peak if peak else None
+    return dict(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=mfu, mem_gib=parallel.peak_memory(run.device) / 2**30)
 
 
-def print_step(run, line, total, seconds_left):
+class Log:
+    """metrics.jsonl, a line a step, and the screen. Rank 0 writes."""
+
+    def __init__(self, run):
+        self.run = run
+        self.total = end_of(run.phases, len(run.phases) - 1)              # tokens
+        self.first_token, self.busy = run.progress["tokens"], 0.0         # busy: seconds in steps
+        path = run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull
+        self.file = open(path, "a", buffering=1)                          # a line is written when it ends
+
+    def write(self, line):
+        with naming(self.file.name):
+            self.file.write(json.dumps(line) + "\n")
+        compiled = self.run.settings["compile"]
+        if self.busy == 0 and compiled != "none":
+            print(f"the first step, which compiled {compiled}, took {line['step_ms'] / 1e3:.1f} s", flush=True)
+        self.busy += line["step_ms"] / 1e3
+        seconds_a_token = self.busy / (line["tokens"] - self.first_token)
+        left = clock(max(0, self.total - line["tokens"]) * seconds_a_token)
+        print_step(self.run, line, share=min(1, line["tokens"] / self.total), left=left)
+
+
+
+
+def print_step(run, line, share, left):
     text = "step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
     text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
     text += "left {left}"
@@ -1571,39 +2644,57 @@ def print_step(run, line, total, seconds_left):
         text += f"  MFU {line['mfu']:.1%} of {run.settings['peak_tflops']:g} TFLOP/s"
     if line["skipped"]:
         text += "  skipped {skipped}"
-    share, left = min(1, line["tokens"] / total), clock(max(0, seconds_left))
+    if line.get("balance_moved"):
+        text += "  experts moved {balance_moved}"
     print(text.format(**line, share=share, left=left), flush=True)
     if "val_bpb" in line:
         facts = run.corpus.facts
         ours = line["val_bpb"] * facts["heldout_bytes"] / 8               # bytes that an arithmetic coder would need
-        print(f"held-out: {line['val_bpb']:.4f} bits per byte, {ours / facts['xz']:.3f} of xz -9, "
-              f"{ours / facts['gzip']:.3f} of gzip -9", flush=True)
+        beside = f", {ours / facts['xz']:.3f} of xz -9" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
+        print(f"held-out: {line['val_bpb']:.4f} bits per byte{beside}", flush=True)
 
 
 def introduce(run):
     """What will be trained, on what."""
-    counts, facts, settings = count_params(run.config), run.corpus.facts, run.settings
-    total, active, mtp = (f"{counts[part] / 1e6:.2f}M" for part in ("total", "active", "mtp"))
-    print(f"{run.folder}: {settings['preset']} on {run.device}, {settings['precision']}, {settings['threads']} threads"
-          f"; {total} parameters, {active} active; MTP {mtp} more")
-    print(f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train on, "
-          f"{facts['heldout_bytes']:,} held out (gzip -9 {facts['gzip']:,}, xz -9 {facts['xz']:,}), tokens "
-          f"{facts['tokens']}")
-    for phase in run.phases:
-        print(phase, flush=True)
+    millions = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.config).items()}
+    plan, settings, begins = run.plan, run.settings, run.settings["init"] or run.settings["preset"]
+    print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
+          f"{millions['total']} parameters, {millions['active']} active; MTP {millions['mtp']} more")
+    cuts = " ".join(f"{axis} {getattr(plan, axis)}" for axis in ("pp", "dp", "cp", "tp", "ep"))
+    print(f"processes: {parallel.world_size()} ({cuts}), {plan.node_size} in a node, {plan.dispatch} exchange; a "
+          f"checkpoint takes {12 * parameters(run.config) / 2**30:.2g} GiB")
+    for line in (*run.stage.describe(run.corpus.facts), *levels_alike(run), *run.phases):
+        print(line, flush=True)
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
+    if is_done(run):
+        print(f"{run.folder} is finished: {run.progress['step']} steps; --steps with a larger number trains on")
+
+
+def levels_alike(run):
+    """A line where levels of the balance loss mean the same under this plan."""
+    def group(level):
+        return balance_group(replace(run.config, balance=level, balance_group=0), run.plan)
+
+    chosen, levels = run.config.balance, {"sequence", "micro_batch", "ep_group", "dp_group"}
+    alike = sorted(level for level in levels - {chosen} if group(level) == group(chosen))
+    if chosen != "none" and run.config.aux_loss_alpha and alike:
+        yield f"balance={chosen} is {' and '.join(alike)} too in this plan: --micro-batch, --ep and --dp set them apart"
 
 
 def conclude(run, checkpoint):
     """How to go on with a run that was stopped; a sample of text from one that is done."""
+    if parallel.rank() > 0:
+        return
     if not is_done(run):
-        print(f"stopped after step {run.progress['step']}; go on with: python train.py pretrain --resume {run.folder}")
+        print(f"stopped after step {run.progress['step']}; go on with: python train.py {run.kind.name} --resume "
+              f"{run.folder}")
         return
     try:
         settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()}
         opened = open_model(str(checkpoint), parallel.pick_device(run.settings["device"]))
-        (text,), _ = continue_texts(opened, ["def "], settings)
+        prompt = run.stage.example
+        (text,), _ = continue_texts(opened, [prompt], settings, chat=run.kind is not Pretrain)
     except (RuntimeError, ValueError) as error:                           # it fits on several devices only, or its
         # window is shorter than this prompt
         print(f"no sample: {str(error).splitlines()[0]}")
@@ -1616,9 +2707,10 @@ def conclude(run, checkpoint):
 # Commands
 
 SAMPLE_OPTIONS = dict(
-    init=option("", "the run's folder or one of its ckpt/step_N"),
-    prompt=option([], "text to continue, or several at once; \"\": the beginning of a document. Default: what a pipe "
-                      "brings, and at a terminal line after line"),
+    init=option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
+    prompt=option([], "text to continue, or, by a model after sft, to answer; several at once; \"\": the beginning of "
+                      "a document. Default: what a pipe brings, and at a terminal line after line"),
+    average=OPTIONS["average"],
     file=option("", "FILE with the text to continue"),
     new_tokens=option(0, "tokens to write, or up to the end of the document; 0: 200, or what the model's window holds",
                       least=0, most=10**9),
@@ -1635,11 +2727,12 @@ SAMPLE_OPTIONS = dict(
 def sample(given):
     settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()} | given
     if not settings["init"]:
-        raise UserError("sample needs --init RUN, a run's folder")
+        raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
     with refusals():
-        opened = open_model(settings["init"], parallel.pick_device(settings["device"]))
+        opened = open_model(settings["init"], parallel.pick_device(settings["device"]), settings["average"])
+        chat = is_chat(settings["init"])
         for prompts in prompts_of(settings):
-            write_texts(opened, prompts, settings)
+            write_texts(opened, prompts, settings, chat)
 
 
 def prompts_of(settings):
@@ -1661,14 +2754,20 @@ def prompts_of(settings):
                 return
 
 
-def write_texts(opened, prompts, settings):
+def is_chat(init):
+    """Whether the model of --init learnt to answer, rather than to continue."""
+    folder = folder_of(init)
+    return bool(newest(folder)) and read_config(folder)["stage"] != Pretrain.name
+
+
+def write_texts(opened, prompts, settings, chat):
     """On the screen: one text as it comes, several when they are whole; how drafts did."""
     start = time.perf_counter()
     if len(prompts) == 1:
-        _, result = continue_texts(opened, prompts, settings, partial(print, end="", flush=True))
+        _, result = continue_texts(opened, prompts, settings, chat, partial(print, end="", flush=True))
         print()
     else:
-        texts, result = continue_texts(opened, prompts, settings)
+        texts, result = continue_texts(opened, prompts, settings, chat)
         for number, text in enumerate(texts, 1):
             print(f"--- {number}\n{text}")
     rate = sum(len(answer.ids) for answer in result.answers) / (time.perf_counter() - start)
@@ -1679,27 +2778,28 @@ def write_texts(opened, prompts, settings):
     print(f"{rate:.0f} tokens/s{drafts}", file=sys.stderr)
 
 
-def open_model(init, device):
-    """--init -> (the model of a checkpoint, its tokenizer, END's id)."""
-    # as its last phase left it; it sees no more text than it was trained on
-    folder, checkpoint = find_checkpoint(init, "--init")
-    stored, progress = read_config(folder), read_progress(checkpoint)
-    has_begun = progress["phase_tokens"] > 0                              # else the phase before it was the last
-    phase = stored["phases"][max(0, progress["phase"] - (not has_begun))]
-    config = stored["config"]
-    config = replace(config, rope_theta=phase.rope_theta or config.rope_theta, max_position_embeddings=phase.seq_len)
-    model = Model(config).to(device)
-    parallel.load_state(checkpoint, dict(model=model.state_dict()))
-    end = stored["corpus"]["end"]
-    return model, load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], end), end
+def open_model(init, device, average=1):
+    """--init -> (its model, its tokenizer, END's id)."""
+    source = open_source(init, average)
+    source.check(source.config)
+    model = Model(source.config).to(device)
+    source.fill(model)
+    encoding = source.encoding()
+    refuse_larger(encoding, source.config)
+    return model, encoding, encoding.encode_single_token(END)
 
 
-def continue_texts(opened, prompts, settings, on_text=None):
+def continue_texts(opened, prompts, settings, chat, on_text=None):
     """-> ([each prompt with what the model writes after it], model.Answers). opened: of open_model; settings: those of
-    SAMPLE_OPTIONS; on_text takes a single text piece by piece, the prompt with the first."""
+    SAMPLE_OPTIONS; chat: prompts are a user's words, which the assistant answers; on_text takes a single text piece by
+    piece, the prompt with the first."""
     model, encoding, end = opened
     device = next(model.parameters()).device
-    ids = [torch.tensor([end, *encoding.encode_ordinary(prompt)], device=device) for prompt in prompts]
+    if chat:
+        ids, stop = [question(encoding, end, prompt) for prompt in prompts], special_id(encoding, TURN_END)
+    else:
+        ids, stop = [[end, *encoding.encode_ordinary(prompt)] for prompt in prompts], end
+    ids = [torch.tensor(prompt, device=device) for prompt in ids]
     how = {name: settings[name] for name in ("temperature", "top_k", "top_p", "seed")}
     if how["temperature"] < 0.01:
         how["temperature"] = 0                                            # so near to it that a division overflows
@@ -1710,17 +2810,46 @@ def continue_texts(opened, prompts, settings, on_text=None):
     texts = [""] * len(prompts)
 
     def on_tokens(number, ids, final=False):
-        known = [i for i in ids if i < encoding.n_vocab and i != end]     # the model may have more rows than tokens
+        known = [i for i in ids if i < encoding.n_vocab and i != stop]     # the model may have more rows than tokens
         piece = decoders[number].decode(encoding.decode_bytes(known), final)
-        piece = piece if texts[number] else prompts[number] + piece
+        piece = piece if texts[number] else prompts[number] + "\n" * chat + piece
         texts[number] += piece
         if on_text is not None:
             on_text(piece)
 
-    result = generate(model, ids, new_tokens, **how, drafts=settings["draft"], stop=(end,), on_tokens=on_tokens)
+    result = generate(model, ids, new_tokens, **how, drafts=settings["draft"], stop=(stop,), on_tokens=on_tokens)
     for number in range(len(prompts)):
         on_tokens(number, [], final=True)
     return texts, result
+
+
+EXPORT_OPTIONS = dict(
+    init=SAMPLE_OPTIONS["init"],
+    average=OPTIONS["average"],
+    out=option("", "the Hugging Face folder that is made"),
+    dtype=option("bf16", "of what is written", choices=("bf16", "fp32")),
+)
+
+
+def export(given):
+    """Writes the model and the tokenizer of --init as a folder that others' programs load."""
+    settings = {name: option.default for name, option in EXPORT_OPTIONS.items()} | given
+    if not settings["init"] or not settings["out"]:
+        raise UserError("export needs --init, a run's folder, and --out, the Hugging Face folder to make")
+    with refusals():
+        model, encoding, end = open_model(settings["init"], torch.device("cpu"), settings["average"])
+        dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[settings["dtype"]]
+        config = config_to_hf(model.config) | dict(torch_dtype=str(dtype).removeprefix("torch."), bos_token_id=end,
+                                                   eos_token_id=end)
+        files = {"config.json": config} | tokenizer_files(encoding)
+        texts = {name: json.dumps(content, indent=1) for name, content in files.items()}
+        parallel.write_published(settings["out"], model, dtype, texts)
+    others = [f"{key}={getattr(model.config, key)}" for key, theirs in IN_TRANSFORMERS.items()
+              if getattr(model.config, key) != theirs]
+    verdict = "transformers loads it"
+    if others:
+        verdict = f"transformers has no model with {', '.join(others)}: it does not load it, or computes something else"
+    print(f"{settings['out']}: {verdict}")
 
 
 class Command(typing.NamedTuple):
@@ -1730,8 +2859,11 @@ class Command(typing.NamedTuple):
 
 
 COMMANDS = dict(
-    pretrain=Command(pretrain, OPTIONS | PLAN_OPTIONS, "train on text (the command that is meant if none is given)"),
+    pretrain=Command(partial(train, Pretrain), Pretrain.options, "train on text (meant where no command is given)"),
+    sft=Command(partial(train, SFT), SFT.options, "fine-tune the model of --init on conversations"),
+    rl=Command(partial(train, RL), RL.options, "reinforce what checkers reward, from the model of --init"),
     sample=Command(sample, SAMPLE_OPTIONS, "write text"),
+    export=Command(export, EXPORT_OPTIONS, "write a Hugging Face folder"),
 )
 
 
@@ -1786,17 +2918,25 @@ def main(argv=None):
               f"unset it", file=sys.stderr)
         sys.exit(2)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # DCP tells that there is one process
-    if parallel.rank() > 0:
-        sys.stdout = open(os.devnull, "w")                                # rank 0 speaks for all
+    for stream in (sys.stdout, sys.stderr):                               # a terminal may lack some letters of a text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     handlers = [(number, signal.getsignal(number)) for number in Stopper.signals]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    silence = open(os.devnull, "w") if parallel.rank() > 0 else sys.stdout        # rank 0 speaks for all
     try:
-        command, given = parse(sys.argv[1:] if argv is None else argv)
-        command(given)
-        parallel.leave_world()
+        with contextlib.redirect_stdout(silence):
+            command, given = parse(sys.argv[1:] if argv is None else argv)
+            command(given)
+            parallel.leave_world()
+    except KeyboardInterrupt:                                             # before the first step; then Stopper heeds it
+        sys.exit("train.py: interrupted")
     except (UserError, parallel.CheckpointError, OSError) as error:
-        advice = "; make room, then --resume the run" if isinstance(error, parallel.SaveFailed) else ""
         shared = isinstance(error, UserError)                             # what was typed, all ranks refuse
-        if parallel.rank() == 0 or not shared:
+        if str(error) and (parallel.rank() == 0 or not shared or isinstance(error, CheckerError)):
+            advice = ""
+            if isinstance(error, parallel.SaveFailed):
+                advice = "; make room, then --resume the run, or start it again if this was its first checkpoint"
             print(f"train.py: {error}{advice}", file=sys.stderr)
         if shared:
             parallel.leave_world()

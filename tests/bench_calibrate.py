@@ -30,7 +30,7 @@ def run(*command):
 
 def train(preset, steps, out):
     """(plan, milliseconds of each step, GiB held) of a run."""
-    run("train.py", "--preset", preset, "--steps", str(steps), "--out", str(out))
+    run("train.py", "--preset", preset, "--steps", str(steps), "--compile", "none", "--out", str(out))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     stored = json.loads((out / "config.json").read_text())
     plan = sim.Plan(**{**stored["plan"], "precision": stored["settings"]["precision"]})

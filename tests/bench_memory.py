@@ -57,7 +57,8 @@ class Watch:
     """What is kept for backward, and where: by the part of the model that was entered last, or `host`."""
 
     def __init__(self, memory, model):
-        self.notes = []                    # (weak reference to a note of parallel.py, part)
+        self.memory = memory
+        self.notes = []                    # (weak reference to a parallel.Stored, part)
         self.part = ""
         memory.observer = self.see
         for name, module in model.named_modules():
@@ -71,18 +72,19 @@ class Watch:
         module.register_forward_pre_hook(lambda *_: setattr(self, "part", part))
 
     def see(self, note):
-        part = "host" if isinstance(note, parallel.OnHost) else self.part
-        self.notes.append((weakref.ref(note), part))
+        self.notes.append((weakref.ref(note), self.part))
 
     def alive(self):
-        """(note, part) of what is held now."""
+        """(parallel.Stored, part) of what is held now."""
         return [(reference(), part) for reference, part in self.notes if reference() is not None]
 
     def held(self):
-        """Bytes by part."""
+        """Bytes by part, once what the last layer swaps has left the device."""
+        self.memory.begin_layer()
         held = Counter()
         for note, part in self.alive():
-            held[part] += note.nbytes
+            held[part] += 0 if note.whole is None else note.whole.nbytes
+            held["host"] += 0 if note.host is None else note.host.nbytes
         return held
 
 

@@ -10,8 +10,8 @@ All contenders live in one process, hold the same weights and take turns: a roun
 median over rounds of (their time / our time in that round), so that what disturbs the machine disturbs both sides.
 
     ours                    norm=pre: the very model that the others run (its first loss must agree to 1e-4)
-    ours-operators          the same, norms and SwiGLU through torch.compile, as train.py runs it
-    ours-compiled           the same, whole layers through torch.compile, as train.py --compile 1 runs it
+    ours-operators          the same, norms and SwiGLU through torch.compile, as train.py runs it where it can
+    ours-compiled           the same, whole layers through torch.compile, as train.py --compile layers does
     ours-sandwich           norm=dssn: our own layout, with two more norms in every layer
     transformers            DeepseekV3ForCausalLM, experts by grouped_mm, attention by sdpa; -compiled: torch.compile
     torchtitan              its deepseek_v3, attention by sdpa (its own, flex, has no backward on a CPU); experts and

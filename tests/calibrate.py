@@ -113,7 +113,7 @@ def training_step(small, precision, device):
 
     name = f"step: {config.hidden_size} x {config.num_hidden_layers}, {config.n_routed_experts} experts"
     simulation = Simulation(config, plan, CPU)
-    ops = [op for work in simulation.works_of(0) for op in work.ops]
+    ops = [op for kind in simulation.kinds_of[0] for op in simulation.works[kind].ops]
     return Measurement(name, step, tuple(ops), simulation.optimizer_bytes(0), weight=4.0)
 
 

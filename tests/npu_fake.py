@@ -113,11 +113,11 @@ def run_checks():
     """Runs all; status 1 if one failed. Ends without the package's exit hooks, which would ask for a device."""
     import torch_npu                               # registers the device and its operators
     from npu_fake_exchange import exchange_dedup, exchange_flat, exchange_hierarchical
-    from npu_fake_pipeline import pair_two_pipeline_ranks, pair_two_stages_on_one_rank
+    from npu_fake_pipeline import pair_two_pipeline_ranks, pair_on_one_rank
     from torch._subclasses.fake_tensor import FakeTensorMode
     torch._C._set_only_lift_cpu_tensors(True)      # torch.tensor(..., device="npu") must not go through the allocator
     failed = 0
-    checks = (schemas, training_step, exchange_flat, exchange_hierarchical, exchange_dedup, pair_two_stages_on_one_rank,
+    checks = (schemas, training_step, exchange_flat, exchange_hierarchical, exchange_dedup, pair_on_one_rank,
               pair_two_pipeline_ranks)
     for check in checks:
         start = time.time()

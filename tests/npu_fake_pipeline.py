@@ -1,5 +1,5 @@
 """
-Checks for npu_fake.py: a step of two pipeline stages in pairs, experts exchanged hierarchically, on 16 fake NPU ranks.
+Checks for npu_fake.py: a step of pipeline stages in pairs, experts exchanged hierarchically, on 16 fake NPU ranks.
 
 The world is npu_fake_exchange.py's: this process is rank 0, and what other ranks send has a shape alone.
 """
@@ -48,8 +48,8 @@ def step_of_stages(**axes):
     return f"{len(list(model.parameters()))} parameters with gradients, norm on {norm.device}"
 
 
-def pair_two_stages_on_one_rank():
-    return step_of_stages(dp=WORLD, ep=WORLD, vpp=2)
+def pair_on_one_rank():
+    return step_of_stages(dp=WORLD, ep=WORLD)
 
 
 def pair_two_pipeline_ranks():

@@ -78,14 +78,15 @@ class RowPlan(Plan):
     def hops_together(self):
         return self.pipelined or super().hops_together
 
+    @property
+    def defers_weight_gradients(self):
+        """Elsewhere only where passes are paired."""
+        return self.overlap == "adaptive"
+
     def hidden_share(self, axis, hardware):
         if axis not in self.hide:
             return 0.0
         return 1.0 if axis == "pp" else hardware.hidden_share
-
-    @property
-    def layer_key(self):
-        return (*super().layer_key, self.etp, self.hide)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class RowWork(Work):
         """Logits in float32, beside those of the matmul, and its input. torch's own loss does not work in place."""
         copies = 2 if self.shape.attn_kernel == "portable" else 1
         self.keep(f"head_in.{depth}", self.plan.tokens * self.shape.hidden_size, "head")
-        self.keep(f"logits.{depth}", tokens * vocab, "head", size=self.element + copies * self.wide)
+        self.keep(f"logits.{depth}", tokens * vocab, "head", size=self.element + copies * self.precise)
 
     def attention_kernel(self, heads, width, moved):
         with self.runs_again("core_attention"):
@@ -183,6 +184,19 @@ class RowWork(Work):
 
 
 class RowSimulation(Simulation):
+    @property
+    def link(self):
+        return super().link * (1 - self.plan.hidden_share("pp", self.hardware))
+
+    def gradient_seconds(self, rank):
+        """But for what runs beside the last backwards."""
+        seconds = super().gradient_seconds(rank)
+        hidden = self.plan.hidden_share("dp", self.hardware) * seconds
+        if hidden:
+            backwards = [self.play_layers((), self.layers_of(stage)).seconds for stage in self.plan.stages_of(rank)]
+            hidden = min(hidden, sum(backwards))
+        return seconds - hidden
+
     def stream_bytes(self):
         """Whole tensors are sent in parts by the tensor ranks."""
         whole = super().stream_bytes()

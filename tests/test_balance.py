@@ -235,7 +235,7 @@ def test_move_with_router_bias_and_groups():
 # Training with moves, killed and resumed
 
 
-STEPS, SAVE_EVERY = 12, 4
+STEPS, SAVE_EVERY = 10, 4
 
 
 def train(folder, plan, killed_at=0):
@@ -275,7 +275,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_training_with_moves(undisturbed):
-    """Twelve steps with four decisions follow those without, to rounding; saving at home and coming back included."""
+    """Ten steps with three decisions follow those without, to rounding; saving at home and coming back included."""
     without, (losses, moved, _) = undisturbed
     assert moved > 10
     for step, loss in without.items():
@@ -283,13 +283,13 @@ def test_training_with_moves(undisturbed):
 
 
 def train_through_pipeline(config, plan):
-    """Losses of six steps and how many experts moved."""
+    """Losses of four steps and how many experts moved."""
     model, grid, optimizer = start(config, plan)
     pipeline = parallel.Pipeline(model, plan, grid)
     model.aux_scale = 1 / (plan.n_micro * plan.dp * plan.cp * plan.tp)
     batches, loss_tokens = batches_of(config, plan, plan)
     losses, moved = [], 0
-    for step in range(1, 7):
+    for step in range(1, 5):
         losses.append(parallel.all_sum(pipeline.step(batches, loss_tokens).total_loss).item())
         optimizer.step()
         optimizer.zero_grad()
@@ -303,7 +303,7 @@ def train_through_pipeline(config, plan):
     dict(pp=2, dp=2, ep=2, overlap="adaptive"), dict(dp=4, ep=4, node_size=2, overlap="adaptive", dispatch="dedup"),
     pytest.param(dict(tp=2, sp=1, cp=2, ep=4), marks=pytest.mark.slow)], ids=str)
 def test_training_with_moves_on_a_grid(axes):
-    """Three decisions; on two stages each for its own layers, in pairs, and with sequences over the expert group."""
+    """Two decisions; on two stages each for its own layers, in pairs, and with sequences over the expert group."""
     config = replace(TINY, num_hidden_layers=4, balance_group=1)
     plan = replace(PLAN, **{"schedule": "", "seq_len": 16, **axes}, balance_threshold=0.0)
     without = dist.run(4, train_through_pipeline, config, plan)[0][0]
@@ -326,7 +326,7 @@ def test_killed_between_decision_and_move(undisturbed, killed, tmp_path):
     _, (losses, _, (expected, placements)) = undisturbed
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     resumed, moved, (expected_again, placements_again) = dist.run(4, train, tmp_path, LIVE)[0]
-    assert list(resumed) == [9, 10, 11, 12]
+    assert list(resumed) == [9, 10]
     assert all(resumed[step] == losses[step] for step in resumed), "bit for bit"
     assert torch.equal(expected, expected_again) and np.array_equal(placements, placements_again)
 
@@ -352,7 +352,7 @@ def test_recording_grows_and_is_cut_back(tmp_path):
 
 
 RUN = """--dp 4 --ep 4 --steps 6 --micro-batch 1 --global-batch 8 --seq-len 32 --save-every 3 --set n_routed_experts=16
-         num_experts_per_tok=2 balance=none""".split()
+         num_experts_per_tok=2 balance=none --compile none""".split()
 
 
 @pytest.mark.slow

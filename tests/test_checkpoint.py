@@ -139,18 +139,22 @@ def test_list_of_parts_that_leads_elsewhere(hostile):
     refused(hostile, ".metadata names '/etc/passwd'")
 
 
-def test_a_tensor_that_is_said_to_be_an_object(hostile, monkeypatch):
-    """DCP would unpickle it. The type that says so is not among those that are read; were it, the planner refuses."""
+def test_file_of_tensors_that_is_not_listed(hostile):
+    """It would be read without its checksum."""
+    files = json.loads((hostile / "files.json").read_text())
+    del files["__0_0.distcp"]
+    (hostile / "files.json").write_text(json.dumps(files))
+    refused(hostile, ".metadata names '__0_0.distcp', which is not in files.json")
+
+
+def test_a_tensor_that_is_said_to_be_an_object(hostile):
+    """DCP would unpickle it. The type that says so is not among those that are read."""
     metadata = metadata_of(hostile)
     metadata.state_dict_metadata["random"] = BytesStorageMetadata()
     place, = [place for place in metadata.storage_data if place.fqn == "random"]
     metadata.storage_data[MetadataIndex("random")] = metadata.storage_data.pop(place)
     with_metadata(hostile, metadata)
     refused(hostile, "BytesStorageMetadata', which no checkpoint needs")
-    module = "torch.distributed.checkpoint.metadata"
-    known = parallel.DCPList.known | {module: parallel.DCPList.known[module] + " BytesStorageMetadata"}
-    monkeypatch.setattr(parallel.DCPList, "known", known)
-    refused(hostile, "says that random is no tensor")
 
 
 def test_code_in_place_of_tensors(hostile):

@@ -84,9 +84,10 @@ def pipelines():
     one = replace(PLAN, micro_batch=1)
     for pp in (1, 2, 4):
         for schedule, vpp in (("1f1b", 1), ("interleaved", 1), ("interleaved", 2), ("paired", 1), ("paired", 2)):
-            if pp * vpp <= 7:
-                yield replace(one, pp=pp, vpp=vpp, schedule=schedule)
-            if pp * vpp <= 7 and schedule == "paired":
+            if pp * vpp > 7 or pp < vpp:
+                continue
+            yield replace(one, pp=pp, vpp=vpp, schedule=schedule)
+            if schedule == "paired":
                 yield replace(one, pp=pp, vpp=vpp, schedule=schedule, overlap="adaptive")
 
 
@@ -294,14 +295,13 @@ def test_end_of_a_sharded_backward_sums_gradients_over_ranks():
 
 
 def sequence_plans():
-    """Each axis alone, with others, and all together; slow: what those hold already."""
-    for axes in (dict(tp=2), dict(cp=2), dict(cp=4, zero=1), dict(tp=2, ep=2),
-                 dict(cp=2, ep=2), dict(tp=2, dp=2, ep=4, zero=1, dispatch="hierarchical", node_size=2),
-                 dict(cp=2, dp=2, zero=3), dict(tp=2, pp=2), dict(cp=2, pp=2, zero=1),
+    """Each axis with experts and with others, and all together; slow: what those hold already."""
+    for axes in (dict(cp=4, zero=1), dict(tp=2, ep=2), dict(cp=2, ep=2), dict(cp=2, dp=2, zero=3), dict(tp=2, pp=2),
+                 dict(cp=2, pp=2, zero=1), dict(tp=2, dp=2, ep=4, zero=1, dispatch="hierarchical", node_size=2),
                  dict(tp=4, ep=4, overlap="adaptive", schedule="paired", dispatch="dedup", node_size=2),
                  dict(tp=2, cp=2, dp=2, ep=4, zero=3)):
         yield replace(PLAN, sp=1, **axes)
-    for axes in dict(tp=4, zero=1), dict(tp=2, cp=2), dict(tp=2, dp=2, zero=3):
+    for axes in dict(tp=2), dict(cp=2), dict(tp=4, zero=1), dict(tp=2, cp=2), dict(tp=2, dp=2, zero=3):
         yield pytest.param(replace(PLAN, sp=1, **axes), marks=pytest.mark.slow)
 
 
@@ -341,7 +341,8 @@ def count_step(config, plan):
 
 
 @pytest.mark.parametrize("axes", [
-    dict(tp=2, sp=1), dict(tp=4, sp=1), dict(cp=4, node_size=1), dict(tp=2, sp=1, pp=2, node_size=2),
+    dict(tp=2, sp=1), pytest.param(dict(tp=4, sp=1), marks=pytest.mark.slow), dict(cp=4, node_size=1),
+    pytest.param(dict(tp=2, sp=1, pp=2, node_size=2), marks=pytest.mark.slow),
     dict(tp=2, sp=1, cp=2, dp=2, ep=4, node_size=2, dispatch="hierarchical"),
     dict(tp=2, sp=1, pp=2, vpp=2, dp=2, ep=4, node_size=2, overlap="adaptive", schedule="paired")], ids=str)
 def test_bytes_and_parameters_are_those_that_sim_predicts(axes):
@@ -354,7 +355,7 @@ def test_bytes_and_parameters_are_those_that_sim_predicts(axes):
         mean = sum(sent[tier] for sent, _ in answers) / plan.world_size
         assert mean == pytest.approx(predicted, rel=1e-12), tier
     per_stage = plan.world_size // plan.pp
-    assert [held for _, held in answers] == [sum(run.params(rank // per_stage)[0].values())
+    assert [held for _, held in answers] == [sum(run.params[rank // per_stage].values())
                                              for rank in range(plan.world_size)]
 
 
@@ -390,8 +391,9 @@ def test_checkpoints_move_between_any_two_plans(tmp_path, writer):
 
 
 def test_checkpoints_move_between_tensor_pipeline_and_data(tmp_path):
-    move(tmp_path, MOVES[1], MOVES[2:3])
-    move(tmp_path, MOVES[2], MOVES[:2])
+    """The slow test moves on to more ranks."""
+    move(tmp_path, MOVES[6], MOVES[2:3])
+    move(tmp_path, MOVES[2], MOVES[6:])
 
 
 def move(tmp_path, writer, readers):

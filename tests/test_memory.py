@@ -104,16 +104,12 @@ def kept_by_layer(config, plan, kind):
     of_model = {table.data_ptr() for table in angles}
     held = watch.held()
     away = held.pop("host", 0)
-    here = sum(held.values()) - sum(note.nbytes for note, _ in watch.alive()
-                                    if isinstance(note, parallel.Kept) and address_of(note) in of_model)
+    here = sum(held.values()) - sum(note.whole.nbytes for note, _ in watch.alive()
+                                    if note.whole is not None and note.whole.data_ptr() in of_model)
     if "layer" in plan.recompute:
         here += sum(ids.nbytes for ids in routing.values())                # noted, seen by no hook
     assert out.requires_grad
     return here, away
-
-
-def address_of(kept):
-    return None if kept.whole is None else kept.whole.data_ptr()
 
 
 @pytest.mark.parametrize("precision", list(DTYPES))
@@ -217,6 +213,12 @@ def test_fit(at, text, capsys):  # noqa: F811
     assert chosen["mem_gib"] * 1024 <= budget and stored["recompute"] + stored["swap"]
     assert "GiB too much: use" in refusal(capsys, *common, "--out", "none", "--fit", f"{min(needs) - 1:.6f}MiB")
     assert "write a number and GiB or MiB" in refusal(capsys, *common, "--out", "none", "--fit", "lots")
+
+
+def test_plan_that_is_not_run(at, text, capsys):  # noqa: F811
+    """Refused by the trainer in one line, as whatever was typed."""
+    message = refusal(capsys, *SMALL_RUN, "--data", text, "--vpp", 2, "--schedule", "interleaved", "--out", "none")
+    assert "vpp=2 with pp=1" in message and "use vpp=1" in message
 
 
 def vars_of(words):

@@ -401,7 +401,6 @@ def check_routing(config, model, routing, right):
         assert torch.equal(loads, counts), f"loads of layer {layer}"
         dropped += expected.numel() - len(kept)
     assert int(stats["dropped"]) == dropped
-    assert int(stats["rows"]) == sum(ids.numel() for ids in right.ids)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -385,11 +386,23 @@ def refusal(plan):
     (replace(PLAN, dp=4), "for 2 devices: use dp=2"),
     (replace(PLAN, dp=2, ep=4, micro_batch=2), "ep=4 does not divide"),
     (replace(PLAN, dp=2, recompute=("all",)), "use any of norm"),
-    (replace(PLAN, dp=2, precision="fp8"), "fp32 or bf16")])
+    (replace(PLAN, dp=2, precision="fp8"), "fp32 or bf16"),
+    (replace(PLAN, dp=2, vpp=2, schedule="interleaved"), "use vpp=1")])
 def test_refused_before_anybody_waits(plan, words):
     """Every rank refuses by itself, in one line."""
     for message in dist.run(2, refusal, plan):
         assert words in message and "\n" not in message
+
+
+def test_ranks_that_do_not_answer_are_named(monkeypatch):
+    """Rank 1 died before it said anything, rank 2 answers, rank 0 asks and answers; who asks later hears the same."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_RESTART_COUNT=0, RANK=0,
+                            WORLD_SIZE=3).items():
+        monkeypatch.setenv(name, str(value))
+    parallel.open_store().set("here: 2", "")
+    threading.Thread(target=parallel.answer_roll_call, daemon=True).start()
+    assert parallel.missing_ranks(patience=1.5) == parallel.missing_ranks() == "1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,15 +441,23 @@ def two_steps(folder):
 
 WRITERS = dict(one=WHOLE, ep4=replace(TWO_NODES, dispatch="dedup"), zero3=replace(TWO_NODES, ep=1, zero=3),
                ep2_zero0=replace(TWO_NODES, ep=2, zero=0))
-READERS = (WHOLE, replace(PLAN, dp=2, ep=2, micro_batch=4, zero=3), replace(TWO_NODES, ep=2, zero=3), TWO_NODES)
+READERS = (WHOLE, TWO_NODES, replace(PLAN, dp=2, ep=2, micro_batch=4, zero=3), replace(TWO_NODES, ep=2, zero=3))
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-def test_checkpoints_move_between_plans(tmp_path, writer):
+def moves():
+    """Each writer with two readers, and each reader with two writers; the other pairs in the slow tests."""
+    for number, writer in enumerate(WRITERS):
+        readers = READERS[number:] + READERS[:number]
+        yield pytest.param(writer, readers[1:3], id=f"{writer}")
+        yield pytest.param(writer, readers[:1] + readers[3:], id=f"{writer}-others", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("writer, readers", list(moves()))
+def test_checkpoints_move_between_plans(tmp_path, writer, readers):
     """Written by 1 or 4 ranks, read by 1, 2 and 4 under other plans: the next step is one process's."""
     path, plan = two_steps(tmp_path), WRITERS[writer]
     on_ranks(plan, save_after_step, tmp_path / "ckpt", plan)
-    for reader in READERS:
+    for reader in readers:
         for error, step_number in on_ranks(reader, check_resumed_step, tmp_path / "ckpt", path, reader):
             assert error <= EXACT and step_number == 1, (reader, error)
 

@@ -29,7 +29,7 @@ def test_training_commands_are_understood(capsys):
         if "--help" in words:
             continue
         command, given = train.parse(words)
-        if command is train.pretrain and "resume" not in given:
+        if command is train.COMMANDS["pretrain"].function and not {"resume", "init"} & set(given):
             settings = train.settings_of(given)
             config = train.make_config(settings)
             settings["precision"] = "fp32"

@@ -2,6 +2,7 @@
 What makes model.py fast changes no result: compiled operators, compiled layers, a CPU's attention in bfloat16. And what
 would make it slow does not happen: compiling anew for new numbers of rows, a host that waits for its GPU.
 """
+import json
 import multiprocessing
 import warnings
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 import model as M
+import train
 from model import PRESETS, Model
 from test_model import EXACT, OPERATORS, TOLERANCE, assert_close, batch, random_tensor, run_operator
+from test_train import TINY, at, losses, refusal, run, text  # noqa: F401
 
 ELEMENTWISE = [name for name in OPERATORS if name.startswith(("rms_norm", "swiglu"))]
 
@@ -78,13 +81,48 @@ def test_a_forked_process_goes_on(compiled):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# train.py --compile
+
+
+def test_a_compiled_run(at, text, compiled, capsys):  # noqa: F811
+    """auto becomes operators, is stored and kept; the losses are the same within rounding; after the first steps
+    nothing is compiled any more, and nothing was cut in pieces."""
+    torch._dynamo.utils.counters["graph_break"].clear()
+    common = *TINY, "--data", text, "--precision", "fp32", "--steps", 4, "--save-every", 2
+    run(*common, "--out", "plain")
+    run(*common, "--out", "r", "--compile", "auto")
+    assert "the first step, which compiled operators, took" in capsys.readouterr().out
+    assert json.loads((at / "r/config.json").read_text())["settings"]["compile"] == "operators"
+    before = graphs()
+    run("--resume", "r/ckpt/step_2")
+    assert M.COMPILED and graphs() == before and not torch._dynamo.utils.counters["graph_break"]
+    assert losses(at / "r") == pytest.approx(losses(at / "plain"), rel=1e-4)
+
+
+def test_no_compiler_here(at, text, monkeypatch, capsys):  # noqa: F811
+    """auto becomes none; what was compiled elsewhere goes on with --compile none alone."""
+    monkeypatch.setattr(train, "compile_operators", lambda wanted, device: "no g++" if wanted else None)
+    common = *TINY, "--data", text, "--steps", 2
+    run(*common, "--out", "r", "--compile", "auto")
+    config = json.loads((at / "r/config.json").read_text())
+    assert config["settings"]["compile"] == "none"
+    for wanted in ("operators", "layers"):
+        assert "no g++; --compile none does without" in refusal(capsys, *common, "--out", "new", "--compile", wanted)
+    config["settings"]["compile"] = "operators"
+    (at / "r/config.json").write_text(json.dumps(config))
+    assert "no g++; --compile none does without" in refusal(capsys, "--resume", "r", "--steps", 3)
+    run("--resume", "r", "--steps", 3, "--compile", "none")
+    assert len(losses(at / "r")) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Whole layers through torch.compile
 
 
-def train(model, dtype, device, steps=3):
+def train_steps(model, dtype, device, steps=3):
     """Losses of some AdamW steps on other tokens each, and the pieces compiled after each."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    losses, compiled_pieces = [], []
+    values, compiled_pieces = [], []
     for seed in range(steps):
         ids, targets, _ = batch(model.config, B=2, T=32, seed=seed)
         out = model(ids.to(device), targets=targets.to(device))
@@ -92,9 +130,9 @@ def train(model, dtype, device, steps=3):
         model.pop_stats()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(out.loss.item())
+        values.append(out.loss.item())
         compiled_pieces.append(graphs())
-    return losses, compiled_pieces
+    return values, compiled_pieces
 
 
 @pytest.mark.slow
@@ -107,11 +145,11 @@ def test_compiled_layers_train_like_others(dtype):
         model = Model(PRESETS["tiny"])
         model.init_weights(0)
         models.append(model.to(device, dtype))
-    expected, _ = train(models[0], dtype, device)
+    expected, _ = train_steps(models[0], dtype, device)
     before = graphs()
     M.compile_model(models[1])
-    losses, pieces = train(models[1], dtype, device, steps=4)
-    assert losses[:3] == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-2)
+    values, pieces = train_steps(models[1], dtype, device, steps=4)
+    assert values[:3] == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-2)
     assert pieces[1] == pieces[3] and pieces[3] - before < 30
 
 

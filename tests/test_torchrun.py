@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ("vocab_size=300 balance_group=4 hidden_size=32 num_hidden_layers=2 intermediate_size=64 q_lora_rank=16 "
          "kv_lora_rank=16 moe_intermediate_size=32").split()
 OPTIONS = ["--set", *SHAPE, "--seq-len", "32", "--global-batch", "8", "--warmup-steps", "3", "--lr", "1e-3",
-           "--steps", "20", "--save-every", "5", "--threads", "1", "--precision", "fp32"]
+           "--steps", "20", "--save-every", "5", "--threads", "1", "--precision", "fp32", "--compile", "none"]
 PLAN = ["--ep", "4", "--node-size", "2", "--dispatch", "hierarchical"]
 
 

@@ -3,9 +3,9 @@ The trainer: tokenizer, data and its order, phases, one step, exact resume, and 
 
 Runs are made by train.main in this process on a few kilobytes of made-up text; what kills a run starts another.
 """
-import gzip
 import hashlib
 import json
+import lzma
 import math
 import os
 import platform
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ PANGU_ULTRA = str(ROOT / "tests" / "data" / "phases_pangu_ultra.json")
 TINY = ("--set hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
         "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
         "qk_rope_head_dim=4 v_head_dim=8 --seq-len 16 --global-batch 4 --micro-batch 2 --warmup-steps 2 "
-        "--threads 1").split()
+        "--threads 1 --compile none").split()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,10 @@ def test_bpe_equals_the_plain_algorithm():
     counts = {}
     for word in train.regex.findall(train.PATTERN, text):
         counts[word] = counts.get(word, 0) + 1
-    words = [[[bytes([b]) for b in word.encode()], n] for word, n in counts.items()]
+    words = []
+    for word, n in counts.items():
+        parts = [word[i:i + train.LONGEST] for i in range(0, len(word), train.LONGEST)]
+        words += [[[bytes([b]) for b in part.encode()], n] for part in parts]
     vocabulary = [bytes([i]) for i in range(256)]
     while len(vocabulary) < 256 + 59:
         pairs = {}
@@ -144,6 +148,29 @@ def test_saved_encoding_is_the_same(at):
     assert again.n_vocab == encoding.n_vocab
 
 
+def test_ids_reserved_for_conversations(text, at):
+    """END and 16 ids follow the learnt ones and count as part of the vocabulary; no text is encoded as one of them."""
+    corpus = corpus_of([text], at)
+    encoding = corpus.encoding
+    assert encoding.n_vocab == 300 and len(train.RESERVED) == 16
+    ids = [encoding.encode_single_token(word) for word in (train.END, *train.RESERVED)]
+    assert ids == list(range(283, 300)) and corpus.end == 283
+    assert max(encoding.encode_ordinary("".join((train.END, *train.RESERVED)))) < 283
+    # a file of ranks has room for the same, so another run can take this one's vocabulary
+    train.save_encoding(encoding, at / "t.tiktoken")
+    assert train.load_encoding(at / "t.tiktoken")._special_tokens == encoding._special_tokens
+
+
+def test_end_behind_a_gap(at):
+    """p50k_base leaves out id 50256, END's, and goes on; a file of such ranks has END after the highest."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 300}
+    train.save_encoding(train.make_encoding(ranks), at / "t.tiktoken")
+    encoding = train.load_encoding(at / "t.tiktoken")
+    assert encoding.encode_ordinary("ab") == [300] and encoding.encode_single_token(train.END) == 301
+    named = train.make_encoding(ranks, special={train.END: 256})
+    assert named.decode([256, 300]) == train.END + "ab"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -162,7 +189,7 @@ def test_tokens_give_back_the_text(text, at):
     assert found == files and corpus.facts["files"] == 8
     assert corpus.facts["train_bytes"] + corpus.facts["heldout_bytes"] == sum(map(len, files))
     held = parts[1].replace(train.END.encode(), b"")
-    assert len(held) == corpus.facts["heldout_bytes"] and corpus.facts["gzip"] == len(gzip.compress(held, 9, mtime=0))
+    assert len(held) == corpus.facts["heldout_bytes"] and corpus.facts["xz"] == len(lzma.compress(held, preset=9))
 
 
 @pytest.mark.parametrize("count, share, held", [(300, 0.02, range(1, 300, 50)), (7, 0.5, (1, 3, 5)), (9, 0, ())])
@@ -258,10 +285,11 @@ def test_examples_shift_and_documents():
 
     Targets 2 E 4 5 and E 4 5 6, of which 4 and 5 lie in the document after that of 2 and E.
     """
-    ids, targets, documents = train.examples(np.array([[1, 2, 9, 4, 5, 6]]), 2, torch.device("cpu"), document_end=9)
-    assert ids.tolist() == [[1, 2, 9, 4]]
-    assert targets.tolist() == [[[2, 9, 4, 5], [9, -100, -100, 6]]]
-    assert documents.tolist() == [[0, 0, 0, 1]]
+    windows = np.array([[1, 2, 9, 4, 5, 6]])
+    batch = train.examples(windows, 2, torch.device("cpu"), train.document_numbers(windows, end=9))
+    assert batch["ids"].tolist() == [[1, 2, 9, 4]]
+    assert batch["targets"].tolist() == [[[2, 9, 4, 5], [9, -100, -100, 6]]]
+    assert batch["doc_ids"].tolist() == [[0, 0, 0, 1]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,10 +303,9 @@ def test_learning_rate():
     assert phase.learning_rate(101) == pytest.approx(1, abs=1e-5)        # nothing is lost there
 
 
-def test_batch_warmup():
-    settings = train.settings_of(dict(batch_warmup=["4", "300"], global_batch=16, micro_batch=4))
-    phase = train.make_phases(settings, {})[0]
-    assert [phase.batch(t) for t in (0, 99, 100, 250, 300, 1e6)] == [4, 4, 8, 12, 16, 16]
+def test_a_batch_that_grows():
+    phase = train.Phase(tokens=1000, seq_len=1, global_batch=[[0, 4], [100, 8], [250, 12]], lr=1.0, min_lr=0.1)
+    assert [phase.batch(t) for t in (0, 99, 100, 249, 250, 1e6)] == [4, 4, 8, 8, 12, 12]
 
 
 def test_published_phases_scale():
@@ -374,8 +401,7 @@ def test_accumulation_and_clipping():
 
     model, optimizer = small_model(balance="sequence")
     model.double()
-    ids, targets, _ = random_batch()
-    model(ids, targets=targets).total_loss.backward()
+    model(**random_batch()).total_loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, error_if_nonfinite=True)
     optimizer.step()
     assert (torch.cat([p.detach().flatten() for p in model.parameters()]) - results[1][1]).abs().max() < 1e-6
@@ -387,7 +413,8 @@ def test_evaluation_counts_every_token_once():
     torch.nn.init.zeros_(model.lm_head.weight)
     for n in (2, 17, 18, 40, 41, 100):
         corpus = train.Corpus(None, 0, {}, np.arange(n) % 300, dict(heldout_bytes=2 * n))
-        found = train.evaluate(parallel.Pipeline(model, Plan(seq_len=16, micro_batch=3)), corpus)
+        opened = SimpleNamespace(config=model.config, corpus=corpus, device=torch.device("cpu"), document_end=None)
+        found = train.Pretrain(opened).evaluate(parallel.Pipeline(model, Plan(seq_len=16, micro_batch=3)))
         assert found["val_loss"] == pytest.approx(math.log(300), rel=1e-5), n
         assert found["val_bpb"] == pytest.approx(math.log2(300) * (n - 1) / (2 * n), rel=1e-5)
 
@@ -403,9 +430,10 @@ def test_a_run_leaves_what_it_promises(text, at, capsys):
     out = capsys.readouterr().out
     lines = [json.loads(line) for line in (at / "r/metrics.jsonl").read_text().splitlines()]
     keys = "step tokens loss mtp_loss aux_loss grad_norm lr step_ms tokens_per_s mfu mem_gib max_vio drop_rate skipped"
+    assert all(next(iter(line.items())) == ("stage", "pretrain") for line in lines)
     assert all(set(keys.split()) <= set(line) for line in lines) and {"val_loss", "val_bpb"} <= set(lines[-1])
     assert parallel.steps_in(at / "r/ckpt") == [4, 6] and (at / "r/sample.txt").read_text().startswith("def ")
-    assert "of xz -9" in out and "left 0:00:0" in out
+    assert "held-out: " in out and "left 0:00:0" in out
     assert json.loads((at / "r/config.json").read_text())["config"]["balance_group"] == 2
     run("sample", "--init", "r", "--prompt", "the é", "--new-tokens", 3)
     assert capsys.readouterr().out.startswith("the é")
@@ -454,6 +482,14 @@ def test_sigterm_then_kill_then_resume(text, at):
     assert weights(at / "a/ckpt/step_40", at) == weights(at / "b/ckpt/step_40", at)
 
 
+@pytest.mark.parametrize("bytes_of_a_file, name", [(2_000, "data-"), (40_000, "r/ckpt/step_1 could not be written")])
+def test_full_disk_before_the_first_checkpoint(text, at, bytes_of_a_file, name):
+    """What could not be written is named, and nothing is to be resumed."""
+    limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file)))
+    _, err = start("--data", text, "--steps", 1, "--out", "r", *TINY, **limit).communicate(timeout=100)
+    assert "File too large" in err and name in err and "--resume r" not in err and "Traceback" not in err, err
+
+
 def test_full_disk_while_saving(text, at):
     """A file may grow to 40 kB, less than the checkpoint: one line, exit 2, the earlier checkpoint whole."""
     options = ("--data", text, "--steps", 4, "--out", "r", *TINY)
@@ -497,7 +533,6 @@ def test_bad_settings(text, at, capsys):
             (("--seq-len", "5000"), "max_position_embeddings=1024"),
             (("--global-batch", "5", "--micro-batch", "2"), "global_batch=5"),
             (("--phases", "none.json"), "no such file"),
-            (("--batch-warmup", "x", "y"), "two numbers"),
             (("--tokenizer", "none.tiktoken"), "no tiktoken file"),
             (("--data", "nowhere"), "--data nowhere: no such file or folder")]:
         assert words in refusal(capsys, "--data", text, "--out", "r", *argv), argv
@@ -524,6 +559,113 @@ def test_bad_text(text, at, capsys):
             (("ids.bin", "--tokenizer", "t.tiktoken"), "holds id 65000")]:
         assert words in refusal(capsys, "--out", "r", *TINY, "--data", *argv), argv
     assert not list(at.glob("data-*.tmp"))
+
+
+@pytest.mark.parametrize("change, rank", [("twice", None), (b"ab", 255), (b"\xff", -1), (b"ab", 10**12),
+                                          (b"\xff", None)])
+def test_vocabularies_that_are_none(at, change, rank):
+    """A line that stands twice, a rank taken, negative or huge, a byte without one."""
+    ranks = {bytes([i]): i for i in range(256)}
+    train.save_encoding(train.make_encoding(ranks), at / "t.tiktoken")
+    lines = (at / "t.tiktoken").read_text().splitlines()
+    if change == "twice":
+        lines.append(lines[0])
+    else:
+        lines = lines if change == b"ab" else lines[:-1]
+        lines += [f"{train.base64.b64encode(change).decode()} {rank}"] if rank is not None else []
+    (at / "t.tiktoken").write_text("\n".join(lines))
+    with pytest.raises(train.UserError, match="t.tiktoken: use a file where each single byte has a rank"):
+        train.load_encoding(at / "t.tiktoken")
+
+
+def test_text_as_people_have_it(text, at, capsys):
+    """Linked folders are read, once each; runs and pipes are not; others are counted; names may be any bytes."""
+    (at / "data").mkdir()
+    (at / "data/link").symlink_to(text)
+    (at / "data/up").symlink_to(at / "data")
+    os.mkfifo(at / "data/pipe.txt")
+    Path(os.fsdecode(os.fsencode(at / "data") + b"/\xff.txt")).write_text("word " * 400)
+    for name in ("config.json", "metrics.jsonl", "sample.txt"):
+        (at / "data/run").mkdir(exist_ok=True)
+        (at / "data/run" / name).write_text("{}")
+    (at / "data/a.png").write_text("")
+    files = train.list_files([str(at / "data")])
+    assert sorted(os.fsencode(file.name) for file in files) == [b"link/%d.txt" % n for n in range(8)] + [b"\xff.txt"]
+    assert "1 files are no text by their endings and are left out: 1 .png" in capsys.readouterr().out
+    assert corpus_of([at / "data"], at).facts["files"] == 9
+    with pytest.raises(train.UserError, match="no such file or folder"):
+        train.list_files([str(at / "data/pipe.txt")])
+
+
+def test_odd_lines_of_json(at):
+    """Half a surrogate pair is replaced, a long line is several pieces of one document, a deep one is refused."""
+    (at / "a.jsonl").write_text('{"text": "a \\ud83d b"}\n' + json.dumps(dict(text="word " * 30000)) + "\n")
+    pieces = list(train.read_jsonl(at / "a.jsonl", "text"))
+    assert pieces[0] == ("a \ufffd b", True)
+    assert [ends for _, ends in pieces] == [True, False, False, True]
+    assert "".join(part for part, _ in pieces[1:]) == "word " * 30000
+    (at / "deep.jsonl").write_text('{"text": ' + "[" * 100000)
+    with pytest.raises(train.UserError, match="deep.jsonl, line 1: not JSON"):
+        list(train.read_jsonl(at / "deep.jsonl", "text"))
+
+
+def test_odd_files_of_tokens(at):
+    """Empty, half a token, an id in a gap; END is no byte of text."""
+    train.save_encoding(train.make_encoding({bytes([i]): i for i in range(256)} | {b"ab": 300}), at / "t.tiktoken")
+    encoding = train.load_encoding(at / "t.tiktoken")
+    for ids, words in ((b"", "has 0 bytes"), (b"abc", "has 3 bytes"), (np.array([97, 299], np.uint16), "holds id 299")):
+        (at / "ids.bin").write_bytes(bytes(ids))
+        with pytest.raises(train.UserError, match=words):
+            list(train.read_bin(at / "ids.bin", encoding))
+    np.array([97, 301, 300], np.uint16).tofile(at / "ids.bin")
+    corpus = corpus_of([at / "ids.bin"], at, tokenizer=str(at / "t.tiktoken"), heldout=0.0)
+    assert corpus.facts["train_bytes"] == 3 and corpus.train["text"].tolist() == [301, 97, 301, 300]
+
+
+def test_words_without_breaks_are_cut():
+    """A vocabulary of one long word holds no token longer than the parts that it is cut into."""
+    text = "".join(random.Random(0).choices("AC", k=3000)) + "G" * 3000
+    assert max(map(len, train.learn_bpe([text], 400))) == train.LONGEST
+
+
+def test_lock_that_a_file_system_refuses(text, at, capsys, monkeypatch):
+    """Only a lock that is held means that the folder is in use."""
+    def refuse(file, how):
+        raise OSError(train.fcntl.LOCK_EX, "No locks available")
+    monkeypatch.setattr(train.fcntl, "flock", refuse)
+    run("--data", text, "--steps", 1, "--out", "r", *TINY)
+    assert "r cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_a_model_too_large_is_refused_before_the_text_is_read(text, at, capsys):
+    said = refusal(capsys, "--data", text, "--preset", "pangu-ultra-moe-718b", "--out", "r")
+    assert "weights, gradients and moments of this model take 10,9" in said
+    assert not list(at.iterdir())
+
+
+def test_lines_at_the_start(text, at, capsys):
+    """How it is cut, what a checkpoint takes, levels of balance that are the same here, too much held out."""
+    run("--data", text, "--steps", 1, "--out", "r", *TINY)
+    out = capsys.readouterr().out
+    assert "processes: 1 (pp 1 dp 1 cp 1 tp 1 ep 1)" in out and "a checkpoint takes 0." in out
+    assert "balance=ep_group is dp_group and micro_batch too in this plan" in out
+    assert "of this text, not 2.00%" in out
+
+
+def test_interrupted_before_the_first_step(text, at, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "tokenise", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run("--data", text, "--out", "r", *TINY)
+    assert stop.value.code == "train.py: interrupted" and not list(at.glob("data-*"))
+
+
+def test_other_ranks_are_silent_and_the_screen_is_given_back(text, at, capsys, monkeypatch):
+    screen = sys.stdout
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    run("--data", text, "--steps", 1, "--out", "r", *TINY)
+    assert sys.stdout is screen and not capsys.readouterr().out
 
 
 def test_bad_resume(text, at, capsys):
@@ -664,12 +806,6 @@ def test_zero_means_off(text, at):
     assert "val_loss" not in (at / "off/metrics.jsonl").read_text()
 
 
-def test_batch_warmup_refuses_what_does_not_fit(at, capsys):
-    for words in ("2", "0 9", "2 -100", "nan 9", "2 inf", "64 9", "2 9 9", "x 9"):
-        error = refusal(capsys, "--out", "r", "--batch-warmup", *words.split())
-        assert error.startswith("train.py: --batch-warmup takes two numbers, sequences and tokens: ")
-
-
 def test_names_of_sources(text, at, capsys):
     """A name becomes the name of a file of tokens: a plain word, and not that of the held-out text."""
     for name in ("../x", "/tmp/x", "heldout", "", "a.b"):
@@ -697,8 +833,8 @@ def test_log_of_a_run_without_checkpoint_is_kept(text, at, capsys):
     parallel.shutil.rmtree(at / "r/ckpt")
     capsys.readouterr()
     run(*options)
-    assert "its log is now in r/aside_" in capsys.readouterr().out
-    assert next(at.glob("r/aside_*/metrics.jsonl")).read_text() == log
+    assert "its log is now r/aside_" in capsys.readouterr().out
+    assert next(at.glob("r/aside_*.jsonl")).read_text() == log
     assert len(losses(at / "r")) == 2
 
 
@@ -858,7 +994,7 @@ def test_a_step_without_the_fused_skip_equals_one_with_it(monkeypatch, broken):
         model.norm.weight.data[0] = float("nan") if broken else 1.0
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
         ids = torch.arange(36).view(2, 18) % 64
-        batch = ids[:, :16], torch.stack((ids[:, 1:17], ids[:, 2:18]), 1), None
+        batch = dict(ids=ids[:, :16], targets=torch.stack((ids[:, 1:17], ids[:, 2:18]), 1))
         pipeline = parallel.Pipeline(model, Plan(micro_batch=2, global_batch=2, seq_len=16))
         train.train_step(pipeline, optimizer, batch, clip=0.01)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))

@@ -4,14 +4,18 @@ Our model beside transformers' DeepseekV3, in fp32: the plain layout, and the sa
 An expert that no token chose has a gradient of zeros on both sides (experts are stacked in one tensor here and there),
 so AdamW decays it alike. Skipped where transformers is not installed; it is no dependency of the project.
 """
-import copy
-from dataclasses import asdict
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from model import Config, Model, load_hf, to_hf
+import parallel
+import train
+from model import Config, Model, config_to_hf, to_hf
 from reference import fill_random
+from test_weights import quantised
 
 pytest.importorskip("transformers", reason="compares with transformers>=5: pip install transformers")
 
@@ -198,30 +202,110 @@ def test_a_gradient_of_zeros_for_an_expert_without_tokens(monkeypatch):
         close(mine.grad, twin.grad, name)
 
 
-@pytest.mark.parametrize("layout", ["deepseek-v3", "sandwich-mtp"])
-def test_weights_pass_through_files_of_transformers(layout, monkeypatch, tmp_path):
-    """Files that transformers writes load into ours by load_hf; what to_hf gives loads into transformers."""
+# files: what transformers writes is read here, what is written here transformers loads
+
+
+def randomised(config):
+    """transformers' DeepSeek-V3, random, with a router bias; eager, so that float32 is exact."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+    model = deepseek.DeepseekV3ForCausalLM(transformers_config(config)).eval()
+    fill_random(model.state_dict(), seed=0)
+    return model
+
+
+def opened(folder, depths=0):
+    """Our model of a folder's weights, with so many MTP layers: transformers never writes any."""
+    config = replace(parallel.read_published_config(folder), num_nextn_predict_layers=depths)
+    model = Model(config).eval()
+    parallel.load_published(model, parallel.published_pieces(folder, config, depths))
+    return model
+
+
+def same_text(ours, theirs, ids):
+    """Greedy tokens of both."""
+    expected = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for _ in range(12):
+        ids = torch.cat((ids, ours(ids).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(ids, expected)
+
+
+@torch.no_grad()
+def test_a_folder_of_transformers_gives_its_logits_and_tokens(tmp_path):
+    """Groups, router bias, YaRN. Its config.json says that there is an MTP layer."""
+    theirs = randomised(DEEPSEEK)
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    with pytest.raises(ValueError, match="num_nextn_predict_layers=0"):
+        opened(tmp_path, depths=1)
+    ours = opened(tmp_path)
+    same = {key: value for key, value in asdict(DEEPSEEK).items() if key not in ("balance", "rope_scaling")}
+    assert same.items() <= asdict(ours.config).items()
+    ids, _, _ = batch(DEEPSEEK, seed=3)
+    close(ours(ids).logits, theirs(ids).logits, "logits")
+    same_text(ours, theirs, ids[:1])
+
+
+@torch.no_grad()
+def test_a_folder_in_blocks_of_fp8_gives_its_logits(tmp_path):
+    """Written as DeepSeek's own: every matrix of a layer but the router's. theirs gets what the blocks are worth."""
     from safetensors.torch import load_file, save_file
-    config = LAYOUTS[layout]
-    ours, (model, _), _ = build_twins(config, monkeypatch)
+    config = replace(DEEPSEEK, hidden_size=144, moe_intermediate_size=136)
+    theirs = randomised(config)
+    theirs.save_pretrained(tmp_path)
+    worth = load_file(tmp_path / "model.safetensors")
+    files = dict(worth)
+    for name, tensor in worth.items():
+        if "layers" in name and tensor.dim() == 2 and "gate.weight" not in name:
+            small, worth[name] = quantised(name, tensor)
+            files |= small
+    save_file(worth, tmp_path / "model.safetensors", metadata=dict(format="pt"))
+    theirs = type(theirs).from_pretrained(tmp_path, config=theirs.config, dtype=torch.float32).eval()
+    save_file(files, tmp_path / "model.safetensors")
     ids, _, _ = batch(config, seed=3)
-    expected = ours(ids).logits
+    close(opened(tmp_path)(ids).logits, theirs(ids).logits, "logits")
 
-    model.save_pretrained(tmp_path / "theirs")
-    written = load_file(tmp_path / "theirs" / "model.safetensors")
-    if not config.router_bias:                            # transformers always has one, and writes its zeros
-        written = {name: tensor for name, tensor in written.items() if not name.endswith("e_score_correction_bias")}
-    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
-    published = to_hf(ours)
-    assert {name for name in published if not name.startswith(mtp_prefix)} == set(written)
-    empty = Model(config)
-    load_hf(empty, {**published, **written})
-    torch.testing.assert_close(empty(ids).logits, expected, rtol=0, atol=0)
 
-    (tmp_path / "ours").mkdir()
-    model.config.save_pretrained(tmp_path / "ours")
-    contiguous = {name: tensor.contiguous() for name, tensor in published.items() if not name.startswith(mtp_prefix)}
-    save_file(contiguous, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
-    loaded = type(model).from_pretrained(tmp_path / "ours", config=copy.deepcopy(model.config), dtype=torch.float32)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_transformers_loads_an_export(bias, tmp_path):
+    """The folder as it is, by the Auto classes: config, weights, tokenizer. Without a router bias theirs is zero; MTP
+    layers it passes over."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    config = replace(DEEPSEEK, router_bias=bias, vocab_size=400, num_nextn_predict_layers=int(bias))
+    ours = Model(config).eval()
+    fill_random(ours.state_dict(), seed=0)
+    text = (Path(__file__).parent / "test_transformers.py").read_text() + "Schön — 1234567 ½ \U0001f600  \n\n x"
+    encoding = train.make_encoding(train.learn_bpe([text], 380))
+    files = {"config.json": config_to_hf(config)} | train.tokenizer_files(encoding)
+    parallel.write_published(tmp_path / "out", ours, torch.float32, {n: json.dumps(f) for n, f in files.items()})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    theirs.set_experts_implementation("eager")
+    ids, _, _ = batch(config, seed=3)
+    close(ours(ids).logits, theirs(ids).logits, "logits")
+    same_text(ours, theirs, ids[:1])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(text)["input_ids"] == encoding.encode_ordinary(text)
+    assert tokenizer.eos_token_id == encoding.encode_single_token(train.END)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "ours"])
+def test_a_tokenizer_of_others_gives_its_ids(pattern, tmp_path):
+    """Byte-level BPE as the tokenizers library learns it, with special tokens before the bytes."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern == "ours":
+        byte_level.use_regex = False
+        byte_level = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(train.PATTERN), "isolated"), byte_level])
+    tokenizer.pre_tokenizer = byte_level
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet,
+                                  show_progress=False)
+    root = Path(__file__).parent.parent
+    tokenizer.train([str(root / "model.py")], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="</s>")))
+    encoding = train.encoding_of_folder(tmp_path)
+    text = (root / "train.py").read_text()
+    assert encoding.encode_ordinary(text) == tokenizer.encode(text).ids
+    assert encoding.encode_single_token(train.END) == 1 and encoding.n_vocab == 1500

@@ -1,0 +1,545 @@
+"""
+What a run learnt and how its experts behave: one HTML page of one run, or of several beside each other.
+
+    python tests/report.py runs/tiny                                  # runs/tiny/report/page.html, PNGs, numbers.json
+    python tests/report.py runs/a runs/b --out compared --domain chinese=zh.txt poems=DIR
+    python train.py --save-every 10 --keep-growing 1 --record-loads 1 --eval-every 100     # a run that shows everything
+
+It may be called while a run goes on. What a run does not hold is left out, and a line on the page says why. The page
+needs no other file; numbers.json holds the numbers behind each picture, and a picture is drawn from these alone.
+
+Routing is studied (tests/study.py) on text of domains: Python code, English prose and tables of names from Python's
+own library, and whatever --domain names. A run on the default text has been trained on most of that.
+"""
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+from study import (Missing, coactivation, expert_shares, favourite_share, find_domains, flat, max_vio, read_run,
+                   specialisation_spread, spikes, study_checkpoints)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import parallel  # noqa: E402
+import train  # noqa: E402
+from model import count_params, require  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers of a picture, from a run; what they look like, the function that draws them says
+
+UNITS = dict(
+    loss="loss, nats a token", mtp_loss="MTP loss, nats a token", aux_loss="balance loss × alpha, nats",
+    val_loss="held-out loss, nats a token", val_bpb="held-out bits per byte", grad_norm="gradient norm before clipping",
+    lr="learning rate", tokens_per_s="tokens/s, all ranks", mem_gib="memory, GiB", mfu="MFU",
+    max_vio="MaxVio of a batch", text_vio="MaxVio of the text of 50 steps", device_vio="MaxVio of devices",
+    drop_rate="share of copies dropped", reward="reward", reward_std="reward, standard deviation",
+    solved="share of answers solved", zero_spread="share of groups alike", kl="KL to the reference, nats",
+    entropy="entropy, nats a token", length="length of an answer, tokens", clip_share="share of tokens clipped",
+    router_diff="share of choices that differ")
+OF_RL = ("reward", "reward_std", "solved", "zero_spread", "kl", "entropy", "length", "clip_share", "router_diff")
+
+
+def series(run, keys):
+    """Curves of keys of metrics.jsonl: {key: tokens and values}, without those that are always 0."""
+    found = {}
+    for key in keys:
+        points = [(line["tokens"], line[key]) for line in run.lines
+                  if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
+        if any(value for _, value in points):
+            tokens, values = zip(*points)
+            found[key] = dict(tokens=tokens, value=values)
+    if not found:
+        raise Missing("" if not run.lines or keys is OF_RL else f"metrics.jsonl has no {', '.join(keys)}")
+    return found
+
+
+def of_gradient(run):
+    found = series(run, ["grad_norm"])
+    found["grad_norm"]["spikes"] = spikes(found["grad_norm"]["value"])
+    return found
+
+
+def of_balance(run, window=50):
+    """Curves, with the tokens at which experts moved, and from the recorded loads that of longer text."""
+    run.need_experts()
+    found = series(run, ["max_vio", "drop_rate", "device_vio"])
+    if run.loads is not None:
+        sums = np.cumsum(run.loads, 0, dtype=np.float64)                  # of all steps up to each
+        sums[window:] -= sums[:-window].copy()                            # of the last `window`
+        tokens = [line["tokens"] for line in run.lines][-len(sums):]
+        found["text_vio"] = dict(tokens=tokens, value=max_vio(sums).mean(1)[-len(tokens):])        # mean over layers
+    for curve in found.values():
+        curve["moves"] = [line["tokens"] for line in run.lines if line.get("balance_moved")]
+    return found
+
+
+def of_load(run, parts=20):
+    """Maps of load over the mean: each layer at the end of the recording, and the least even one from its start."""
+    run.need_experts()
+    if run.loads is None:
+        study = run.studied()
+        copies = np.stack([copies_of(ids, study.experts) for ids in flat(study.ids.values())])
+        return [dict(title="text of the domains", rows=run.layers, row="layer", ratio=relative(copies))]
+    last = run.loads[-max(1, len(run.loads) // 10):].sum(0)
+    worst = int(max_vio(last).argmax())
+    stretches = np.array_split(run.loads[:, worst], min(parts, len(run.loads)))
+    ends = np.cumsum([len(stretch) for stretch in stretches])
+    return [dict(title="last tenth of the recorded steps", rows=run.layers, row="layer", ratio=relative(last)),
+            dict(title=f"layer {run.layers[worst]}, the least even", rows=ends, row="up to recorded step",
+                 ratio=[relative(stretch.sum(0)) for stretch in stretches])]
+
+
+def copies_of(ids, experts):
+    return np.bincount(ids.ravel(), minlength=experts)
+
+
+def relative(copies):
+    return copies / copies.mean(-1, keepdims=True)
+
+
+def even_share(run):
+    """K/E."""
+    return run.config.num_experts_per_tok / run.config.n_routed_experts
+
+
+def of_domains(run):
+    study, maps = run.studied(), []
+    for name, ids in study.ids.items():
+        shares = np.stack([expert_shares(layer, study.experts) for layer in flat([ids])])
+        maps.append(dict(title=name, rows=run.layers, row="layer", ratio=shares / even_share(run)))
+    return maps
+
+
+def of_coactivation(run):
+    study, k = run.studied(), run.config.num_experts_per_tok
+    if k < 2:
+        raise Missing("a token has one expert")
+    maps, ids = [], flat(study.ids.values())
+    for layer in sorted({0, len(ids) // 2, len(ids) - 1}):
+        rates = coactivation(ids[layer], study.experts) / ((k - 1) / (study.experts - 1))
+        title = f"layer {run.layers[layer]}"
+        maps.append(dict(title=title, rows=range(study.experts), row="tokens with expert", ratio=rates))
+    return maps
+
+
+def of_specialisation(run):
+    study = run.studied()
+    if len(study.ids) < 2 or min(map(len, study.tokens.values())) < 8:
+        raise Missing("it takes two domains of eight sequences: give --domain NAME=PATH, or more --tokens")
+    found = []
+    for layer in range(len(run.layers)):
+        copies = []
+        for ids in study.ids.values():
+            copies.append(np.stack([copies_of(sequence, study.experts) for sequence in ids[layer]]))
+        found.append(specialisation_spread(copies))
+    value, spread, chance = zip(*found)
+    return {"specialisation index": dict(rows=run.layers, value=value, spread=spread, dotted=chance)}
+
+
+def of_vocabulary(run):
+    study, rng = run.studied(), np.random.default_rng(0)
+    tokens = np.concatenate([windows.ravel() for windows in study.tokens.values()])
+    value, chance = [], []
+    for ids in flat(study.ids.values()):
+        value.append(favourite_share(ids, tokens, study.experts))
+        chance.append(favourite_share(rng.permutation(ids), tokens, study.experts))
+    return {"share with the favourite": dict(rows=run.layers, value=value, dotted=chance)}
+
+
+def of_entropy(run):
+    return {"entropy / log E": dict(rows=run.layers, value=run.studied().entropy)}
+
+
+def of_gains(run):
+    if run.study is None:
+        raise Missing
+    names = dict(input_layernorm="before attention", post_attention_layernorm="after attention",
+                 pre_mlp_layernorm="before MLP", post_mlp_layernorm="after MLP")
+    found = {}
+    for name, gains in run.study.gains.items():
+        rows = [str(layer) for layer in range(len(gains["mean"]))]
+        found[f"gain {names[name]}"] = dict(rows=rows, value=gains["mean"], spread=gains["std"], dotted=gains["first"])
+    return found
+
+
+def of_saturation(run):
+    study = run.studied()
+    if not study.past:
+        raise Missing("it takes several checkpoints: train.py --save-every 10 --keep-growing 1")
+    steps, shares = zip(*study.past)
+    return dict(x=[100 * step / study.step for step in steps], lines=np.transpose(shares), layers=run.layers,
+                level=even_share(run))
+
+
+def of_scores(run):
+    scores = run.studied().scores
+    return dict(x=range(1, 1 + len(scores[0])), lines=scores, layers=run.layers, level=1 / len(scores[0]))
+
+
+def of_retention(run):
+    study = run.studied()
+    own = {name: study.kept[name, name] - loss for name, loss in study.loss.items()}
+    others = {name: [study.kept[name, other] - loss for other in study.loss if other != name]
+              for name, loss in study.loss.items()}
+    return dict(loss=study.loss, own=own, others=others)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing: a matplotlib Figure and {run: numbers}
+
+
+def new_axes(figure, panels, columns, height=2.7):
+    columns = min(columns, panels)
+    rows = math.ceil(panels / columns)
+    figure.set_size_inches(10.5, height * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in axes[panels:]:
+        unused.set_visible(False)
+    return axes[:panels]
+
+
+def panels_of(runs):
+    return list(dict.fromkeys(key for numbers in runs.values() for key in numbers))
+
+
+def draw_series(figure, runs):
+    """{key: tokens, value, perhaps indices of spikes, tokens of moves}: a panel for each key, a line for each run."""
+    keys = panels_of(runs)
+    for axis, key in zip(new_axes(figure, len(keys), columns=3), keys):
+        for color, (name, numbers) in enumerate(runs.items()):
+            if key in numbers:
+                draw_curve(axis, numbers[key], name, f"C{color}")
+        axis.set(xlabel="tokens, millions", ylabel=UNITS[key], yscale="log" if key == "grad_norm" else "linear")
+        axis.legend()
+
+
+def draw_curve(axis, curve, name, color):
+    """Faint as it is, and above that the mean over a fiftieth of the points; with few points dots, no mean."""
+    x, values = np.array(curve["tokens"]) / 1e6, np.array(curve["value"])
+    width = len(x) // 50
+    if "spikes" in curve:
+        name = f"{name}: {len(curve['spikes'])} spikes"
+        axis.plot(x[curve["spikes"]], values[curve["spikes"]], "x", color=color, ms=9, mew=2)
+    if width < 2:
+        axis.plot(x, values, color=color, marker="o" if len(x) < 8 else None, label=name)
+    else:
+        axis.plot(x, values, color=color, alpha=0.3, lw=1)
+        axis.plot(x[width - 1:], np.convolve(values, np.ones(width) / width, "valid"), color=color, label=name)
+    for move in curve.get("moves", ()):
+        axis.axvline(move / 1e6, color=color, ls=":", lw=1)
+
+
+def draw_maps(figure, runs, label, height=2.7):
+    """[title, names of rows and what they are, ratio (rows, experts)]: red above 1, blue below, by powers of two."""
+    columns = max(len(maps) for maps in runs.values())
+    axes = new_axes(figure, columns * len(runs), columns, height)
+    for row, (name, maps) in zip(axes.reshape(-1, columns), runs.items()):
+        for axis in row[len(maps):]:
+            axis.set_visible(False)
+        for axis, numbers in zip(row, maps):
+            ratio, rows = np.array(numbers["ratio"], float), numbers["rows"]
+            image = axis.imshow(np.log2(np.clip(ratio, 1 / 4, 4)), aspect="auto", cmap="RdBu_r", vmin=-2, vmax=2,
+                                interpolation="nearest")
+            every = math.ceil(len(rows) / 10)
+            axis.set_yticks(range(0, len(rows), every), rows[::every])
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set(title=f"{name}: {numbers['title']}", xlabel="expert", ylabel=numbers["row"], facecolor="lightgrey")
+    bar = figure.colorbar(image, ax=list(axes), ticks=[-2, -1, 0, 1, 2], label=label)
+    bar.ax.set_yticklabels(["≤ ¼", "½", "1", "2", "≥ 4"])
+
+
+def draw_by_layer(figure, runs, dotted=""):
+    """{panel: names of rows, value, and perhaps spread, dotted}: a panel for each, a line over layers for each run."""
+    keys = panels_of(runs)
+    for axis, key in zip(new_axes(figure, len(keys), columns=2), keys):
+        for color, (name, numbers) in enumerate(runs.items()):
+            if key not in numbers:
+                continue
+            found = numbers[key]
+            x = [int(row.split()[0]) for row in found["rows"]]
+            axis.errorbar(x, np.array(found["value"], float), found.get("spread"), color=f"C{color}", marker="o", ms=4,
+                          capsize=3, label=name)
+            if "dotted" in found:
+                axis.plot(x, np.array(found["dotted"], float), ":.", color=f"C{color}", label=f"{name}: {dotted}")
+        axis.set(xlabel="layer", ylabel=key, ylim=(0, 1.15 * axis.get_ylim()[1]))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(ncols=4, loc="upper left")
+
+
+def draw_lines(figure, runs, xlabel, ylabel, logarithmic):
+    """x, lines (layers, points) and a level: a panel for each run, shallow layers dark."""
+    from matplotlib import colormaps
+    for axis, (name, numbers) in zip(new_axes(figure, len(runs), columns=2), runs.items()):
+        layers = numbers["layers"]
+        for i, (layer, values) in enumerate(zip(layers, numbers["lines"])):
+            is_named = len(layers) <= 6 or i in (0, len(layers) // 2, len(layers) - 1)
+            axis.plot(numbers["x"], values, color=colormaps["viridis"](0.9 * i / max(1, len(layers) - 1)), marker=".",
+                      label=f"layer {layer}" if is_named else None)
+        axis.axhline(numbers["level"], color="grey", ls=":")
+        axis.set(title=name, xlabel=xlabel, ylabel=ylabel, ylim=(0, None), xscale="log" if logarithmic else "linear")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.legend()
+
+
+def draw_retention(figure, runs):
+    """{domain: loss}, {domain: rise} and {domain: [rises]}."""
+    for axis, (name, numbers) in zip(new_axes(figure, len(runs), columns=2), runs.items()):
+        domains = list(numbers["loss"])
+        places = np.arange(len(domains))
+        axis.bar(places - 0.2, list(numbers["own"].values()), 0.35, label="kept: the quarter it uses most")
+        for place, rises in zip(places, numbers["others"].values()):
+            axis.bar(place + 0.2, np.mean(rises) if rises else 0, 0.35, color="C1",
+                     label=None if place else "kept: another domain's quarter, mean (dots: each)")
+            axis.plot([place + 0.2] * len(rises), rises, "k.")
+        axis.set_xticks(places, [f"{domain}\nall experts: {numbers['loss'][domain]:.2f}" for domain in domains])
+        axis.set(title=name, ylabel="rise of the loss, nats a token")
+        axis.axhline(0, color="black", lw=1)
+        axis.margins(y=0.3)
+        axis.legend()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures
+
+
+class Picture(NamedTuple):
+    name: str
+    title: str
+    caption: str                           # what to see
+    theirs: str                            # what the paper or its relatives saw
+    numbers: Callable                      # run -> numbers, or Missing
+    draw: Callable                         # (figure, {run: numbers})
+
+
+PICTURES = [
+    Picture("loss", "Loss",
+            "Training loss of the next token, mean loss of the further tokens that MTP predicts, and balance loss, by "
+            "tokens seen. Faint: single steps. The first two should fall and stay smooth.",
+            "Pangu Ultra (2504.07866, figure 8; 1.6B, 94 layers): depth-scaled gains give a smoother and lower curve.",
+            partial(series, keys=("loss", "mtp_loss", "aux_loss")), draw_series),
+    Picture("heldout", "Held-out text",
+            "Loss and bits per UTF-8 byte on text that was not trained on. Bits per byte compare across tokenizers.",
+            "no held-out loss is published for this model.",
+            partial(series, keys=("val_loss", "val_bpb")), draw_series),
+    Picture("gradient", "Gradient norm",
+            "Before clipping, logarithmic. Crosses: above three times the median of the 50 steps before.",
+            "Pangu Ultra: fewer spikes with depth-scaled norms.", of_gradient, draw_series),
+    Picture("pace", "Learning rate, speed, memory",
+            "The schedule's learning rate; tokens a second; memory of rank 0's device, or of its process. Speed "
+            "should be level: dips are other work on the machine.",
+            "718B on 6K NPUs 1.46M tokens/s, MFU 30.0 %; on 4K before 0.61M, 18.9 %.",
+            partial(series, keys=("lr", "tokens_per_s", "mem_gib", "mfu")), draw_series),
+    Picture("rl", "Reinforcement learning",
+            "Groups alike have no spread of reward and teach nothing. Choices that differ: of experts, between the "
+            "model that sampled and the one that learns.",
+            "2512.01374: some 10 % of choices differ between two engines.", partial(series, keys=OF_RL), draw_series),
+    Picture("balance", "Balance over time",
+            "MaxVio, load of the busiest expert over the mean minus 1, mean over layers: 0 is even. Longer text is "
+            "more even where batches lean different ways. Vertical lines: experts moved between devices. A drop rate "
+            "only if copies were dropped.",
+            "loss-free balance (2408.15664): MaxVio of all text 0.04 with a router bias, 0.72 with a loss. The paper: "
+            "drop-and-pad drops 8 % of tokens at 718B, 6 % at 20B.", of_balance, draw_series),
+    Picture("load", "Load of each expert",
+            "Copies that each expert got over the mean of its layer. White is even; a column that keeps its colour is "
+            "an expert that stays over- or underused.",
+            "Pangu Pro (2505.21411): even groups by design; of DeepSeek-V2's groups the busiest takes up to 30 %.",
+            of_load, partial(draw_maps, label="load / mean")),
+    Picture("domains", "Experts by domain",
+            "Share of a domain's tokens that have the expert among their K, over the K/E of even routing. An expert "
+            "that is red in one panel and blue in another is specialised.",
+            "the paper: expert choice clearly depends on domain and language. Pangu Pro: more so in deeper layers.",
+            of_domains, partial(draw_maps, label="share of tokens / (K/E)")),
+    Picture("specialisation", "Specialisation by domain",
+            "0: all domains use all experts alike; 1: no two share an expert. Bars: standard deviation over sequences "
+            "drawn anew. Dotted: the sequences shuffled among the domains; only what stands above that is "
+            "specialisation.",
+            "OLMoE, Qwen1.5-MoE and DeepSeekMoE (zenodo 19457411): by topic 1.6 to 2.3 times an even share at most.",
+            of_specialisation, partial(draw_by_layer, dotted="chance")),
+    Picture("vocabulary", "Specialisation by token",
+            "Of each token id that occurs 8 times or more the share of occurrences that have its favourite expert "
+            "among their K; a mean. Dotted: the choices shuffled among the tokens.",
+            "the same three: experts specialise by kind of token, less by topic.",
+            of_vocabulary, partial(draw_by_layer, dotted="chance")),
+    Picture("coactivation", "Experts chosen together",
+            "Of the tokens with one expert (row) the share that have the other (column), too, over the (K-1)/(E-1) of "
+            "even routing; all pairs; first, middle and last layer. Red pairs work together, blue ones replace each "
+            "other.",
+            "OLMoE (2409.02060): few pairs. Pangu Pro: little, somewhat more in shallow and deep layers.",
+            of_coactivation, partial(draw_maps, label="share / even share", height=3.4)),
+    Picture("saturation", "Router saturation",
+            "Share of a token's experts at an earlier checkpoint that the newest chooses, too. Dotted: chance, K/E. A "
+            "layer that is high early settled early.",
+            "OLMoE: about 60 % after 1 % of training, about 80 % after 40 %.", of_saturation,
+            partial(draw_lines, xlabel="% of the steps so far", ylabel="share of experts kept", logarithmic=True)),
+    Picture("scores", "Router scores",
+            "A token's largest score, second, and so on, divided by their sum; means. Dotted: all alike. The steeper, "
+            "the surer.",
+            "the paper has such a figure; it is not public.", of_scores,
+            partial(draw_lines, xlabel="rank among a token's scores", ylabel="score / sum", logarithmic=False)),
+    Picture("entropy", "Entropy of router scores", "Of a token's scores over their sum; 1: all alike.",
+            "not public.", of_entropy, draw_by_layer),
+    Picture("gains", "Gains of the norms by depth",
+            "Mean over a norm's elements, bars their standard deviation. Dotted: the mean at the first checkpoint "
+            "kept.",
+            "Pangu Ultra: all four fall over training; mean and spread of the post norms rise with depth.",
+            of_gains, partial(draw_by_layer, dotted="first kept")),
+    Picture("retention", "A quarter of the experts",
+            "How much a domain's loss rises when its tokens may choose among a quarter of each layer's experts only: "
+            "those that it uses most, or those that another domain does. Where domains have experts of their own the "
+            "first bar is low and the second high.",
+            "Ai2's EMO: a quarter of 128 experts costs about 1 % of performance if trained for it; a usual MoE "
+            "degrades.",
+            of_retention, draw_retention),
+]
+
+
+def plain(value):
+    """Arrays as lists, numbers as JSON has them; what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, range, np.ndarray)):
+        return [plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def gather(runs):
+    """{picture: {run: numbers}}; what is missing goes into the run's notes."""
+    numbers = {}
+    for picture in PICTURES:
+        found = {}
+        for run in runs:
+            try:
+                found[run.name] = plain(picture.numbers(run))
+            except Missing as why:
+                run.notes += [f"no picture '{picture.title}': {why}"] if str(why) else []
+        if found:
+            numbers[picture.name] = found
+    return numbers
+
+
+def draw_all(numbers):
+    """{picture: its PNG}."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    drawn = {}
+    for picture in PICTURES:
+        if picture.name in numbers:
+            figure, file = Figure(layout="constrained"), io.BytesIO()
+            with rc_context({"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 7.5}):
+                picture.draw(figure, numbers[picture.name])
+                figure.savefig(file, dpi=100)
+            drawn[picture.name] = file.getvalue()
+    return drawn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+STYLE = """body {max-width: 1060px; margin: 2em auto; padding: 0 1em; font: 16px/1.5 sans-serif; color: #222}
+img {width: 100%} table {border-collapse: collapse; font-size: 14px} td, th {padding: .2em .8em; text-align: left;
+border-bottom: 1px solid #ddd} figure {margin: 0 0 2.5em} .theirs {color: #666}"""
+
+
+def facts_of(run):
+    """What the table says of a run."""
+    c, counts, last = run.config, count_params(run.config), run.lines[-1] if run.lines else {}
+    scored = [line["val_bpb"] for line in run.lines if "val_bpb" in line]
+    plan = run.stored["plan"]
+    commit = run.stored.get("commit", "")[:10]
+    axes = [f"{axis} {plan[axis]}" for axis in ("pp", "dp", "cp", "tp", "ep") if plan[axis] > 1]
+    experts = f"{c.n_routed_experts}, {c.num_experts_per_tok} a token, {c.n_shared_experts} shared"
+    return {
+        "stage": last.get("stage", "pretrain"), "steps": last.get("step", 0), "tokens": f"{last.get('tokens', 0):,}",
+        "parameters": f"{counts['total'] / 1e6:.2f}M, {counts['active'] / 1e6:.2f}M active",
+        "experts": experts if run.layers else "none",
+        "balance": f"{c.balance}, alpha {c.aux_loss_alpha:g}, groups of {c.balance_group} sequences",
+        "norm, init": f"{c.norm}, {c.init}", "plan": ", ".join(axes) or "one process",
+        "last loss": f"{last['loss']:.4f}" if "loss" in last else "-",
+        "held-out bits per byte": f"{scored[-1]:.4f}" if scored else "-", "skipped steps": last.get("skipped", 0),
+        "checkpoint studied": run.study.step if run.study else "-",
+        "device, torch": f"{run.stored['device']}, {run.stored['torch']}", "commit": commit or "-"}
+
+
+def page(facts, domains, drawn, notes):
+    """HTML that needs no other file."""
+    names = html.escape(", ".join(facts))
+    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{names}</title><style>{STYLE}</style>",
+           f"<h1>{names}</h1><table><tr><th>{''.join(f'<th>{html.escape(name)}' for name in facts)}"]
+    for key in next(iter(facts.values())):
+        out.append(f"<tr><th>{key}{''.join(f'<td>{html.escape(str(found[key]))}' for found in facts.values())}")
+    out.append(f"</table><p>Routing was studied on text of {html.escape(', '.join(domains))}. “Theirs”: what others "
+               f"published of other, larger models. All else was measured on the runs above.</p><ul>")
+    out += [f"<li>{html.escape(note)}" for note in notes]
+    out.append("</ul>")
+    for picture in PICTURES:
+        if picture.name in drawn:
+            data = base64.b64encode(drawn[picture.name]).decode()
+            out.append(f"<h2>{picture.title}</h2><figure><img alt='{picture.title}' src='data:image/png;base64,{data}'>"
+                       f"<figcaption>{html.escape(picture.caption)}<br><span class=theirs>Theirs: "
+                       f"{html.escape(picture.theirs)}</span></figcaption></figure>")
+    return "\n".join(out)
+
+
+def report(folders, out, given_domains, tokens, device):
+    """Writes page.html, PNGs and numbers.json into the folder `out`."""
+    # 1. the runs
+    runs = [read_run(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.folder)
+    # 2. their checkpoints
+    domains = find_domains(given_domains, 8 * tokens)
+    for run in runs:
+        try:
+            run.study = study_checkpoints(run.folder, domains, tokens, device)
+        except (ValueError, OSError) as error:
+            run.notes.append(f"no pictures of routing and gains: {error}")
+    # 3. numbers and pictures
+    numbers, drawn = gather(runs), {}
+    facts = {run.name: facts_of(run) for run in runs}
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    try:
+        drawn = draw_all(numbers)
+    except ImportError:
+        notes.append("no pictures, only numbers.json: they need matplotlib (pip install matplotlib)")
+    # 4. files
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in drawn.items():
+        (out / f"{name}.png").write_bytes(data)
+    train.write_whole(out / "numbers.json", json.dumps(dict(runs=facts, notes=notes, pictures=numbers)))
+    train.write_whole(out / "page.html", page(facts, domains, drawn, notes))
+    print("\n".join([*notes, f"{len(drawn)} pictures: {out / 'page.html'}"]))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, help="folder; default: RUN/report of the first run")
+    parser.add_argument("--domain", nargs="+", action="extend", default=[], metavar="NAME=PATH",
+                        help="more text to study routing on: a file or folder")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each domain, on which each checkpoint is run")
+    parser.add_argument("--device", default="cpu", help="auto | cpu | cuda | npu")
+    args = parser.parse_args(argv)
+    require(args.tokens > 0, f"--tokens {args.tokens}: use 1 or more")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # a checkpoint's reader, of one process
+    out = args.out or Path(args.runs[0], "report")
+    report(args.runs, out, args.domain, args.tokens, parallel.pick_device(args.device))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        sys.exit(2)
