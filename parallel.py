@@ -209,13 +209,19 @@ def first_does(work):
     """What work() returns on rank 0, or its refusal, on all ranks; the others wait for it as long as it takes."""
     if not dist.is_initialized():
         return work()
-    answer = [None, None]
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    answer, signs, sign = [None, None], [], torch.zeros(1)
     if rank() == 0:
         try:
             answer[0] = work()
         except (ValueError, OSError) as error:
             answer[1] = error
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        signs = [dist.isend(sign, other, group=patient) for other in range(1, world_size())]
+    else:
+        dist.recv(sign, 0, group=patient)
+    all_sum(torch.zeros(1))                                               # who stands still is missed here in --timeout
+    for each in signs:
+        each.wait()
     dist.broadcast_object_list(answer, src=0, group=patient)
     if answer[1] is not None:
         raise answer[1]

@@ -114,6 +114,17 @@ def test_rank_that_hangs_is_named(tmp_path, text):
 
 
 @pytest.mark.slow
+def test_rank_that_hangs_while_the_first_prepares_is_named(tmp_path):
+    """Rank 0 learns a vocabulary and tokenises, which may take hours; the others wait for it, but not it for them."""
+    (tmp_path / "big.txt").write_text("".join(f"{number * 7919} words {number ** 3}\n" for number in range(300_000)))
+    process = start("--data", tmp_path / "big.txt", "--out", tmp_path / "run", *OPTIONS, *PLAN, "--timeout", 15)
+    while "learning" not in process.stdout.readline():
+        assert process.poll() is None
+    os.kill(process_of_rank(process, 1), signal.SIGSTOP)
+    assert "has lost contact; no sign of rank 1 (" in finish(process, status=1)
+
+
+@pytest.mark.slow
 def test_wrong_plan_is_refused_before_any_process_waits(tmp_path, text):
     output = finish(start("--data", text, "--out", tmp_path / "run", *OPTIONS, "--ep", 3, ranks=2), status=1)
     assert "train.py: ep=3 does not divide" in output and not (tmp_path / "run").exists()
