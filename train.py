@@ -2767,7 +2767,6 @@ def write_texts(opened, prompts, settings, chat):
     """On the screen: one text as it comes, several when they are whole; how drafts did."""
     start = time.perf_counter()
     if len(prompts) == 1:
-        print(prompts[0], end="\n" * chat, flush=True)
         _, result = continue_texts(opened, prompts, settings, chat, partial(print, end="", flush=True))
         print()
     else:
@@ -2794,8 +2793,8 @@ def open_model(init, device, average=1):
 
 def continue_texts(opened, prompts, settings, chat, on_text=None):
     """-> ([each prompt with what the model writes after it], model.Answers). opened: of open_model; settings: those of
-    SAMPLE_OPTIONS; chat: prompts are a user's words, which the assistant answers; on_text takes what is written after a
-    single prompt, piece by piece."""
+    SAMPLE_OPTIONS; chat: prompts are a user's words, which the assistant answers; on_text takes a single text piece by
+    piece, the prompt with the first."""
     model, encoding, end = opened
     device = next(model.parameters()).device
     if chat:
@@ -2810,11 +2809,12 @@ def continue_texts(opened, prompts, settings, chat, on_text=None):
     new_tokens = settings["new_tokens"] or max(1, min(200, room))
     # a character may end in a later token: what it lacks waits in its decoder
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
-    texts = [prompt + "\n" * chat for prompt in prompts]
+    texts = [""] * len(prompts)
 
     def on_tokens(number, ids, final=False):
         known = [i for i in ids if i < encoding.n_vocab and i != stop]     # the model may have more rows than tokens
         piece = decoders[number].decode(encoding.decode_bytes(known), final)
+        piece = piece if texts[number] else prompts[number] + "\n" * chat + piece
         texts[number] += piece
         if on_text is not None:
             on_text(piece)

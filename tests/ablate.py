@@ -163,12 +163,15 @@ class Lab:
         status = self.train(arm, words)
         if status == 2:                                                   # train.py has said why: above all, in use
             return None
+        if status and "not finite" in status:
+            train.write_whole(folder / "diverged", status)
+            return folder
+        if status:
+            sys.exit(f"{status}; the same command goes on")
         text = json.loads((folder / "config.json").read_text())["corpus"]["sha256"]
         require(self.plan.get("text", text) == text, f"{folder} read another text than runs before: use another --out")
         self.store(text=text)
-        if status:
-            train.write_whole(folder / "diverged", status)
-        elif not is_finished(folder, steps):
+        if not is_finished(folder, steps):
             sys.exit("stopped; the same command goes on")
         return folder
 
@@ -199,6 +202,7 @@ class Lab:
             costs[shape] = np.median(times[2:]) / 1e3 / flops_per_token(self.shapes[shape], SEQ_LEN)
             # held-out text is read twice, forward alone: as long as so many steps
             heldout = json.loads((folder / "config.json").read_text())["corpus"]["tokens"]["heldout"]
+            require(heldout > 1, "no part of this text is held out: give more of it with --data")
             evaluation = 2 / 3 * heldout / (BATCH * SEQ_LEN)
         step = sum(costs[arm.shape] * flops_per_token(self.config(arm), SEQ_LEN) for arm in runs)
         begin_and_end = evaluation * step + 10 * len(runs)                # seconds, of all runs
@@ -269,7 +273,7 @@ def verdict(claim, results):
 def table(name, question, results, configs):
     """Markdown of a question: mean and standard deviation over seeds, the difference from the first arm, verdicts."""
     first = next(iter(question.arms))
-    head = ["arm", "active parameters", "runs", *METRICS.values(), f"bits per byte − {first}"]
+    head = ["arm", "active parameters", "runs", *METRICS.values(), f"bits per byte − “{first}”"]
     out = [f"\n### {name}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, by_seed in results.items():
         found = [metrics for metrics in by_seed.values() if metrics]
@@ -286,9 +290,10 @@ def table(name, question, results, configs):
 def draw(results, path):
     """A panel a question: bits per byte of each run minus that of the first arm with the same seed."""
     from matplotlib.figure import Figure
-    rows = (len(results) + 2) // 3
-    figure = Figure(figsize=(11, 3 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(max(6, 3.7 * columns), 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(results):]:
         axis.set_visible(False)
     for axis, (name, arms) in zip(axes, results.items()):
@@ -301,9 +306,9 @@ def draw(results, path):
             axis.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="|", color="black", capsize=4)
         axis.set_yticks(range(len(arms)), arms, fontsize=8)
         axis.axvline(0, color="grey", lw=1)
-        axis.invert_yaxis()
+        axis.set_ylim(len(arms) - 0.5, -0.5)                              # the first on top
         axis.set_title(name)
-        axis.set_xlabel(f"bits per byte − {first}", fontsize=8)
+        axis.set_xlabel(f"bits per byte − “{first}”", fontsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -328,7 +333,8 @@ def ablate(lab, names, seeds, budget):
 
 def write(lab, questions, results):
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    text = [f"`python {' '.join(sys.argv)}`, commit {git.stdout.strip()}, torch {torch.__version__}: "
+    command, commit = f"python tests/ablate.py {' '.join(sys.argv[1:])}", git.stdout.strip()
+    text = [f"`{command}`, commit {commit}, torch {torch.__version__}: "
             f"{lab.plan['steps']} steps of {BATCH} × {SEQ_LEN} tokens a run, learning rates {lab.plan['rates']}. "
             f"Mean ± standard deviation over seeds; differences ± half of their 95 % interval, paired by seed."]
     for name, question in questions.items():

@@ -118,7 +118,7 @@ def some(seed, difficulties, number, held_out):
     for problem in problems(seed, difficulties):
         if len(chosen) == number:
             return chosen
-        if problem["difficulty"] == HARDEST or is_held_out(problem["prompt"]) == held_out:
+        if is_held_out(problem["prompt"]) == held_out:
             chosen.append(problem)
 
 

@@ -165,7 +165,7 @@ def runs(tmp_path_factory):
         (folder / f"{name}.txt").write_text(f"the model {name} reads a word and guesses which one follows\n" * lines)
     text = ["--data", str(folder / "a.txt"), str(folder / "b.txt")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "continue_text", lambda given: "")           # the sample at the end takes its time
+        patch.setattr(train, "conclude", lambda run, checkpoint: None)     # a sample takes its time
         train.main([*text, "--steps", "5", "--save-every", "1", "--keep", "1", "--keep-growing", "1",
                     "--record-loads", "1", "--out", str(folder / "full"), *TINY])
         train.main([*text, "--steps", "1", "--out", str(folder / "dense"), *TINY, "--set", "first_k_dense_replace=3",
@@ -278,7 +278,7 @@ def test_questions_are_consistent():
 
 def test_budget_chooses_the_steps(runs, tmp_path, monkeypatch):
     """Twice the runs get half of the time each; what was chosen stays; too little is refused with what would do."""
-    monkeypatch.setattr(train, "continue_text", lambda given: "")
+    monkeypatch.setattr(train, "conclude", lambda run, checkpoint: None)
     shapes = dict(narrow=replace(ablate.SHAPES["narrow"], **ablate.TINY))
     lab = ablate.Lab(tmp_path, shapes, [str(runs / "a.txt"), str(runs / "b.txt")])
     with pytest.raises(ValueError, match="--budget 0.1: 9 runs of 20 steps take [0-9]+ minutes"):
@@ -296,14 +296,23 @@ def test_budget_chooses_the_steps(runs, tmp_path, monkeypatch):
 def test_ablation_goes_on_where_it_stopped(runs, tmp_path, monkeypatch, capsys):
     """Table, picture and numbers; a second call makes no run, a third one those of a new seed. A run that diverged is
     counted, not averaged."""
-    monkeypatch.setattr(train, "continue_text", lambda given: "")
+    monkeypatch.setattr(train, "conclude", lambda run, checkpoint: None)
     monkeypatch.setattr(ablate, "RATES", (1e-3, 3e-3))
     words = ["--tiny", "--only", "bias", "--out", str(tmp_path), "--data", str(runs / "a.txt"), str(runs / "b.txt")]
     ablate.main([*words, "--seeds", "1"])
     assert capsys.readouterr().out.count(" ...\n") == 3                   # two rates, and the other arm
     ablate.main([*words, "--seeds", "1"])
     assert " ...\n" not in capsys.readouterr().out
-    next(tmp_path.glob("*router_bias*seed0")).joinpath("diverged").write_text("loss not finite")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", lambda argv: sys.exit("train.py: interrupted"))
+        with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+            ablate.main([*words, "--seeds", "2"])
+        capsys.readouterr()
+        biased = next(tmp_path.glob("*router_bias*seed0"))
+        (biased / "metrics.jsonl").write_text("")
+        patch.setattr(train, "main", lambda argv: sys.exit("train.py: step 1: loss or gradient not finite 5 times"))
+        ablate.main([*words, "--seeds", "1"])
+        assert (biased / "diverged").exists() and " ...\n" in capsys.readouterr().out
     ablate.main([*words, "--seeds", "2"])
     out = capsys.readouterr().out
     assert out.count(" ...\n") == 2 and "| router bias | " in out and "| 1 of 2 |" in out and "**no verdict**" in out
