@@ -13,7 +13,7 @@ import parallel
 import sim
 import train
 from bench_memory import Watch, report_parts, watched_step
-from model import PRESETS, Model, rope_table
+from model import Config, Model, rope_table
 from sim import Plan
 from test_train import TINY as SMALL_RUN
 from test_train import at, losses, refusal, run, text  # noqa: F401
@@ -87,7 +87,7 @@ def test_recomputing_over_ranks(folder, plan):  # noqa: F811
 # ---------------------------------------------------------------------------------------------------------------------
 # Bytes
 
-TINY = PRESETS["tiny"]
+TINY = Config()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 

@@ -11,7 +11,7 @@ import torch
 
 import model as M
 import train
-from model import PRESETS, Model
+from model import Model
 from test_model import EXACT, OPERATORS, TOLERANCE, assert_close, batch, random_tensor, run_operator
 from test_train import TINY, at, losses, refusal, run, text  # noqa: F401
 
@@ -142,7 +142,7 @@ def test_compiled_layers_train_like_others(dtype):
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     models = []
     for _ in range(2):
-        model = Model(PRESETS["tiny"])
+        model = Model(M.Config())
         model.init_weights(0)
         models.append(model.to(device, dtype))
     expected, _ = train_steps(models[0], dtype, device)
@@ -178,7 +178,7 @@ def test_short_attention_in_parts_equals_all_at_once(monkeypatch):
 @pytest.mark.parametrize("balance", ["none", "ep_group"])
 def test_a_dropless_step_never_waits_for_the_gpu(balance):
     """Forward, backward and a fused AdamW step, counted by torch's own watch."""
-    model = Model(M.replace(PRESETS["tiny"], balance=balance)).cuda()
+    model = Model(M.replace(M.Config(), balance=balance)).cuda()
     model.init_weights(0)
     model.bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
