@@ -2488,7 +2488,7 @@ def train_to_end(run):
                 measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
             line |= dict(zip(MEASURES, measures.tolist())) | run.stage.measures()
             stop.agreed = line.pop("stop") > 0                            # at the same step on all ranks
-            count_skips(run, line)
+            count_skips(run, line, saver)
             line |= watch_loads(run, pipeline.grid, optimizer, loads)
             line |= speed(run, phase, size, time.perf_counter() - began)
 
@@ -2568,7 +2568,7 @@ def record_loads(path, step, loads):
         file.truncate()
 
 
-def count_skips(run, line):
+def count_skips(run, line, saver):
     """Steps that were not finite: how many, and an end after too many in a row."""
     # line["skipped"] is 1 or 0 as the step gave it, and then the count that the log shows
     progress, most = run.progress, run.settings["max_skips"]
@@ -2576,6 +2576,7 @@ def count_skips(run, line):
     progress["skipped"] += int(line["skipped"])
     line["skipped"] = progress["skipped"]
     if progress["skipped_in_a_row"] >= most:
+        saver.wait()
         give_up(run, f"loss or gradient not finite {most} times in a row")
 
 

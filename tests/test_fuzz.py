@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import parallel  # noqa: E402
 import train  # noqa: E402
+from model import Answer, Answers  # noqa: E402
 
 TINY = ("--set hidden_size=8 num_hidden_layers=2 intermediate_size=8 vocab_size=280 n_routed_experts=4 "
         "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=4 "
@@ -75,7 +76,7 @@ def play(argv, steps=1):
 
     out, error = io.StringIO(), io.StringIO()
     generate = train.generate
-    train.train_step, train.generate = counted, lambda model, ids, **how: ids
+    train.train_step, train.generate = counted, lambda model, ids, new_tokens, **how: Answers([Answer() for _ in ids])
     before = signal.signal(signal.SIGALRM, hang)
     signal.alarm(SECONDS)
     try:

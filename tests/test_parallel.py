@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -400,7 +401,7 @@ def test_ranks_that_do_not_answer_are_named(monkeypatch):
     for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_RESTART_COUNT=0, RANK=0,
                             WORLD_SIZE=3).items():
         monkeypatch.setenv(name, str(value))
-    parallel.open_store().set("here: 2", "")
+    parallel.open_store(timedelta(seconds=60)).set("here: 2", "")
     threading.Thread(target=parallel.answer_roll_call, daemon=True).start()
     assert parallel.missing_ranks(patience=1.5) == parallel.missing_ranks() == "1"
 
