@@ -237,7 +237,8 @@ def test_right_or_refused(base, monkeypatch, kind, cases):
     monkeypatch.chdir("/")
     counts, faults = fuzz(kind, cases, 0, base)
     assert not faults, faults[0]
-    assert counts["right"] and counts["refused"], counts
+    # a cache that does not fit is made anew
+    assert counts["right"] and (counts["refused"] or kind == "cache"), counts
 
 
 if __name__ == "__main__":
