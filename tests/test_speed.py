@@ -84,6 +84,7 @@ def test_a_forked_process_goes_on(compiled):
 # train.py --compile
 
 
+@pytest.mark.slow
 def test_a_compiled_run(at, text, compiled, capsys):  # noqa: F811
     """auto becomes operators, is stored and kept; the losses are the same within rounding; after the first steps
     nothing is compiled any more, and nothing was cut in pieces."""
