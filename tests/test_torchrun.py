@@ -67,7 +67,8 @@ def follows(run, whole):
     assert abs(lines(run)[-1]["val_bpb"] - lines(whole)[-1]["val_bpb"]) < 1e-5
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_follow_one_process_and_go_on_under_another_plan(tmp_path, text, ranks):
     """SIGTERM to one rank stops all at one step with a checkpoint; half the ep and zero=3 continue it."""
     whole, run = tmp_path / "whole", tmp_path / "run"
