@@ -159,7 +159,7 @@ PLAN_OPTIONS = {field.name: option(PLAN_DEFAULTS.get(field.name, field.default),
                                    **field.metadata["allowed"])
                 for field in dataclasses.fields(Plan) if field.name != "precision"}
 RECIPES = dict(   # what a preset trains with, where the command line does not say; ours, not published
-    tiny=dict(steps=1000, lr=6e-3, min_lr=0.02, warmup_steps=30, seq_len=256, global_batch=8, micro_batch=8),
+    tiny=dict(steps=800, lr=6e-3, min_lr=0.02, warmup_steps=30, seq_len=256, global_batch=8, micro_batch=8),
     small=dict(steps=10000, lr=6e-4, warmup_steps=500, seq_len=2048, global_batch=64, micro_batch=8),
 )
 # what --resume lets one change; with --data the text must be the same
