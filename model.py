@@ -388,6 +388,7 @@ def flops_per_token(config, seq_len):
 FUSED = True              # False: every operator takes its plain body, which explains it; tests compare the two
 COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile made; see compile_operators
 LOGIT_ELEMENTS = 2**20    # float32 logits that cross_entropy holds at a time (4 MiB), but at least 512 rows of them
+SHORT = 2**14             # elements of a norm or SwiGLU below which generation takes one call for them
 SCORE_ELEMENTS = 2**18    # float32 scores that ShortAttention holds twice (1 MiB each): what stays in a core's cache
 
 
@@ -408,9 +409,14 @@ def at_least_float32(dtype):
 
 def one_kernel(body, x, *others):
     """body(x, *others), elementwise but for sums over the last dimension: x (..., n) -> (..., m)."""
-    if backend(x) == "plain" or torch.compiler.is_compiling():            # whole layers are traced: the body alone
+    if backend(x) == "plain" or is_short(x) or torch.compiler.is_compiling():         # whole layers are traced
         return body(x, *others)
     return OneKernel.apply(body, x.flatten(0, -2), *others).unflatten(0, x.shape[:-1])
+
+
+def is_short(x):
+    """Whether this is a step of generation, in which calls are the cost, not passes over memory."""
+    return x.numel() < SHORT and not torch.is_grad_enabled()
 
 
 class OneKernel(torch.autograd.Function):
@@ -495,7 +501,7 @@ def rms_norm(x, weight, eps):
     kind = backend(x)
     if kind == "npu":
         return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
-    if kind == "cuda" and not COMPILED:
+    if kind == "cuda" and not COMPILED or kind == "cpu" and is_short(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return one_kernel(partial(plain_rms_norm, eps=eps), x, weight)
 
