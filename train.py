@@ -2180,9 +2180,10 @@ def open_init(run):
 
 
 def check_mtp(run):
-    """What --mtp-depth and --train mtp need."""
+    """What --mtp-depth, --average and --train mtp need."""
     settings, plan = run.settings, run.plan
     require(settings["init"] or not settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
+    require(settings["init"] or settings["average"] == 1, "--average is of the checkpoints of --init: give both")
     fits = plan.is_plain and not plan.balance_live and run.config.num_nextn_predict_layers
     require(fits or settings["train"] == "all",
             "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
@@ -2641,6 +2642,8 @@ def print_step(run, line, share, left):
     text = "step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
     text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
     text += "left {left}"
+    if "reward" in line:
+        text += "  reward {reward:.3f}  solved {solved:.1%}  length {length:.1f}"
     if line["mfu"]:
         text += f"  MFU {line['mfu']:.1%} of {run.settings['peak_tflops']:g} TFLOP/s"
     if line["skipped"]:
@@ -2653,6 +2656,8 @@ def print_step(run, line, share, left):
         ours = line["val_bpb"] * facts["heldout_bytes"] / 8               # bytes that an arithmetic coder would need
         beside = f", {ours / facts['xz']:.3f} of xz -9" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
         print(f"held-out: {line['val_bpb']:.4f} bits per byte{beside}", flush=True)
+    elif "val_loss" in line:                                              # conversations: only answers count, not bytes
+        print(f"held-out: {line['val_loss']:.4f} nats a token", flush=True)
 
 
 def introduce(run):
@@ -2874,9 +2879,10 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         words = commands.add_parser(name, help=command.text, allow_abbrev=False)
-        plan = words.add_argument_group("plan", "how the model is cut and run: see Plan in sim.py")
+        planned = [option_name for option_name in command.options if option_name in PLAN_OPTIONS]
+        plan = words.add_argument_group("plan", "how the model is cut and run: see Plan in sim.py") if planned else None
         for option_name, option in command.options.items():
-            add_option(plan if option_name in PLAN_OPTIONS else words, option_name, option)
+            add_option(plan if option_name in planned else words, option_name, option)
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         argv = ["pretrain", *argv]
     typed = vars(parser.parse_args(argv))

@@ -420,6 +420,7 @@ def test_what_init_refuses(flags, words, trained, opened, capsys):
         opened("--init", trained, *flags.split())
     assert "neither a run's folder" in refusal(capsys, "pretrain", "--init", "nowhere")
     assert "no such checkpoint" in refusal(capsys, "sample", "--init", trained / "ckpt" / "step_9")
+    assert "--average is of the checkpoints of --init" in refusal(capsys, "pretrain", "--average", 2, "--heldout", 0)
 
 
 def test_an_exported_folder_gives_the_same_model_tokenizer_and_text(trained, exported, opened, capsys):
