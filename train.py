@@ -658,6 +658,8 @@ def utf8(path):
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}): leave it out") from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{path}: {error.strerror}; name a file of text") from None
 
 
 def contents_of(path, text_field, encoding):
@@ -1438,6 +1440,9 @@ class SFT(Stage):
         if len(fitting) < len(found):
             print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
                   f"longest has {max(len(ids) for ids, _ in found)} tokens: left out")
+        user, turn_end = special_id(run.encoding, ROLES["user"]), special_id(run.encoding, TURN_END)
+        words = itertools.dropwhile(lambda token: token != user, found[0][0]) if found else ()
+        self.example = run.encoding.decode([*itertools.takewhile(lambda token: token != turn_end, words)][1:])
         every = round(1 / run.settings["heldout"]) if run.settings["heldout"] else 0
         held = [each for number, each in enumerate(fitting) if every and number % every == 1]
         kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
@@ -1656,6 +1661,7 @@ class RL(Stage):
         encoding, end = run.encoding, run.encoding.encode_single_token(END)
         self.turn_end = special_id(encoding, TURN_END)
         self.prompts = [question(encoding, end, task["prompt"]) for task in self.tasks]
+        self.example = self.tasks[0]["prompt"]
         # none may be too long for an answer behind it
         room = min(phase.seq_len for phase in run.phases) - settings["new_tokens"]
         longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
@@ -1982,7 +1988,8 @@ def resume_settings(kind, given):
                             f"change it; leave it away, or start a new run")
     before = settings | given | dict(out=str(folder))
     settings = fit_to_world(dict(before), given, stored["config"].balance_group)
-    changed = [f"{flag(name)} {value}" for name, value in settings.items() if before[name] != value]
+    differs = [name for name, value in settings.items() if before[name] != value and (before[name] or value)]
+    changed = [f"{flag(name)} {settings[name]}" for name in differs]      # an empty list and an empty tuple are alike
     if changed and parallel.world_size() == 1:
         print("one process goes on with", " ".join(changed))
     return settings, stored, checkpoint
@@ -2202,6 +2209,8 @@ def config_of(source, settings):
     require(depth <= trained, f"--set num_nextn_predict_layers={depth}: --init has {trained}; --mtp-depth {depth} adds "
                               f"to them")
     if settings["mtp_depth"]:
+        require(settings["mtp_depth"] >= depth, f"--mtp-depth {settings['mtp_depth']}: --init has {depth} MTP layers, "
+                                                f"and --set num_nextn_predict_layers is what leaves some out")
         require(trained, f"--mtp-depth {settings['mtp_depth']}: --init has no MTP layer to copy")
         config = replace(config, num_nextn_predict_layers=settings["mtp_depth"])
     as_there = replace(source.config, num_nextn_predict_layers=config.num_nextn_predict_layers)
@@ -2746,7 +2755,8 @@ def prompts_of(settings):
     each line of a terminal."""
     prompts = [os.fsencode(prompt) for prompt in settings["prompt"]]      # as the terminal gave them
     if settings["file"]:
-        prompts.append(Path(settings["file"]).read_bytes())
+        with utf8(settings["file"]):
+            prompts.append(Path(settings["file"]).read_bytes())
     if prompts:
         yield [prompt.decode(errors="replace") for prompt in prompts]
     elif not sys.stdin.isatty():
