@@ -15,6 +15,7 @@ from model import PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_calibration_is_a_hardware(tmp_path, capsys, monkeypatch):
     """What is measured is positive and read back; how right it is no test can say on a busy machine."""
     monkeypatch.setattr(calibrate, "FEW_VALUES", calibrate.TIMED[0])

@@ -229,7 +229,7 @@ def base(tmp_path_factory):
     return folder
 
 
-FAST = dict(settings=40, phases=40, run_folder=30, checkpoint=15, cache=10, text=25)
+FAST = dict(settings=40, phases=40, run_folder=15, checkpoint=8, cache=8, text=25)
 
 
 @pytest.mark.parametrize("kind, cases", FAST.items())

@@ -122,8 +122,9 @@ def check_bf16(path, config, plan, reference):
     return abs(loss / want_loss - 1).item(), abs(norm / want_norm - 1).item()
 
 
-@pytest.mark.parametrize("axes", [dict(pp=2, overlap="adaptive"), dict(tp=2, sp=1), dict(tp=2, sp=1, pp=2, dp=2, ep=4)],
-                         ids=str)
+@pytest.mark.parametrize("axes", [
+    dict(pp=2, overlap="adaptive"), dict(tp=2, sp=1),
+    pytest.param(dict(tp=2, sp=1, pp=2, dp=2, ep=4), marks=pytest.mark.slow)], ids=str)
 def test_bf16(folder, axes):
     """bfloat16 activations, sends and weights, float32 masters: within rounding of one process in bfloat16."""
     config, reference = replace(DEEP, balance_group=1), replace(PLAN, precision="bf16")
