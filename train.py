@@ -1688,10 +1688,13 @@ class RL(Stage):
         yield f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
 
     def begin(self, phase, pipeline):
-        self.pipeline, self.reference = pipeline, None
+        run, self.pipeline, self.reference = self.run, pipeline, None
         pipeline.model.token_loss = self.token_loss
-        if self.run.settings["kl"]:
-            self.reference, _ = build(self.run, phase, None)
+        if run.settings["kl"]:
+            if run.source is None:                                        # it goes on, and has stored where it began
+                run.source = open_source(run.stored["source"], run.settings["average"])
+                run.source.check(run.config)
+            self.reference, _ = build(run, phase, None)
 
     # a step
 
@@ -1784,8 +1787,6 @@ class RL(Stage):
             for row, answer in enumerate(answers):
                 chosen = answer.routing[layer]
                 routing[layer][row, :len(chosen)] = chosen.cpu()
-        self.log["length"] = sum(len(answer.ids) for answer in answers) / B
-        self.log["entropy"] = -policy[..., SAMPLER].sum().item() / policy[..., COUNTED].sum().item()
         return on_device(dict(ids=ids, targets=targets, policy=policy, routing=routing), run.device)
 
     def scored(self, batch):
@@ -1804,12 +1805,13 @@ class RL(Stage):
         differs = torch.stack([(sampled[layer].sort(-1).values != chosen[layer].sort(-1).values).any(-1)
                                for layer in sampled]).any(0)
         distance = (policy[..., OLD] - policy[..., SAMPLER]).abs()
-        sums = [differs[counted].sum(), (distance > math.log(2))[counted].sum(), counted.sum(), broken.sum()]
-        if self.reference:
-            sums.append((k3(policy[..., OLD], policy[..., REFERENCE]) * counted).sum())
-        router_diff, far, total, not_finite, *kl = parallel.all_sum(torch.stack(sums).float()).tolist()
-        self.log |= dict(router_diff=router_diff / total, far=far / total, not_finite=int(not_finite),
-                         kl=kl[0] / total if kl else None)
+        kl = (k3(policy[..., OLD], policy[..., REFERENCE]) * counted).sum()
+        sums = [counted.sum(), broken.sum(), counted.any(1).sum(), differs[counted].sum(),
+                (distance > math.log(2))[counted].sum(), -policy[..., SAMPLER].sum(), kl]
+        total, not_finite, answers, *sums = parallel.all_sum(torch.stack(sums).float()).tolist()
+        router_diff, far, entropy, kl = (each / total for each in sums)
+        self.log |= dict(router_diff=router_diff, far=far, entropy=entropy, kl=kl if self.reference else None,
+                         length=total / answers, not_finite=int(not_finite))
         if replay == "none":
             return batch
         return batch | dict(routing=sampled if replay == "sampler" else chosen)

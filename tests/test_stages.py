@@ -318,13 +318,14 @@ def test_sft_and_rl_resume_exactly(base, tmp_path, monkeypatch):
     mean = train.open_model("parts", torch.device("cpu"), average=2)[0].state_dict()
     for name, weight in mean.items():
         torch.testing.assert_close(weight, (two[0][name] + two[1][name]) / 2)
-    data = ("--init", "whole", "--tasks", base / "tasks" / "rl.jsonl", "--updates", 2)
+    data = ("--init", "whole", "--tasks", base / "tasks" / "rl.jsonl", "--updates", 2, "--kl", 0.1)
     run("rl", *data, "--out", "rl", "--steps", 3, *RL)
     run("rl", *data, "--out", "rl-parts", "--steps", 3, "--save-every", 2, *RL)
     run("rl", "--resume", "rl-parts/ckpt/step_2")
-    keys = ("loss", "grad_norm", "reward", "entropy", "length")
+    keys = ("loss", "grad_norm", "reward", "entropy", "length", "kl")
     assert same("rl", "rl-parts", keys)
-    last = metrics("rl")[-1]
+    last = metrics("rl-parts")[-1]
+    assert last["kl"] == 0                                                # without rewards nothing leaves the reference
     assert last["stage"] == "rl" and last["router_diff"] < 0.2 and last["far"] == 0 and last["not_finite"] == 0
     run("sample", "--init", "rl", "--prompt", "Sort: b a", "--new-tokens", 4)
     assert tasks.score("rl", base / "tasks" / "test.jsonl", new_tokens=4)
