@@ -826,8 +826,6 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
 def refuse_what_is_not_run(plan):
     require(plan.tp == 1 or plan.sp, f"tp={plan.tp} with sp=0 is planned and timed by sim.py, but not run: use sp=1")
     require(plan.pp > 1 or plan.vpp == 1, f"vpp={plan.vpp} with pp=1 is timed by sim.py, but not run: use vpp=1")
-    require(not (plan.balance_live and "optimizer" in plan.swap),
-            "swap=optimizer keeps moments where balance_live cannot move them: use one of both")
     require(plan.precision in ("fp32", "bf16", "fp64"), f"precision={plan.precision} is not run: use fp32 or bf16")
 
 

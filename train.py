@@ -209,12 +209,16 @@ def check_option(name, value, option):
         check_setting(name, value, type(option.default), **option.allowed)
 
 
+def defaults_of(options):
+    return {name: option.default for name, option in options.items()}
+
+
 def settings_of(given, options={}, recipe=None):
     """All settings, options beside those of every stage: what was given, else the recipe of the stage or preset, else
     the default."""
     if recipe is None:
         recipe = {} if given.get("init") else RECIPES.get(given.get("preset", "tiny"), {})
-    settings = {name: option.default for name, option in (OPTIONS | PLAN_OPTIONS | options).items()} | recipe | given
+    settings = defaults_of(OPTIONS | PLAN_OPTIONS | options) | recipe | given
     settings["set"] = recipe.get("set", []) + given.get("set", [])
     return fit_to_world(settings, given)
 
@@ -384,6 +388,15 @@ def load_encoding(path, pattern=PATTERN, special=None):
         raise UserError(f"--tokenizer {path}: use a file where each single byte has a rank, nothing stands twice, and "
                         f"ranks go from 0 to at most {MOST_RANK}")
     return make_encoding(ranks, pattern, special)
+
+
+def facts_of(encoding):
+    """What a tokenizer.tiktoken does not hold, stored with a corpus; encoding_in reads both."""
+    return dict(end=encoding.encode_single_token(END), special=encoding._special_tokens, pattern=encoding._pat_str)
+
+
+def encoding_in(folder, facts):
+    return load_encoding(folder / "tokenizer.tiktoken", facts["pattern"], facts["special"])
 
 
 def find_encoding(name):
@@ -808,8 +821,7 @@ def open_corpus(cache):
     facts = json.loads((cache / "facts.json").read_text())
     train = {split: np.memmap(cache / f"{split}.bin", facts["dtype"], mode="r") for split in facts["tokens"]}
     heldout = train.pop("heldout")
-    encoding = load_encoding(cache / "tokenizer.tiktoken", facts["pattern"], facts["special"])
-    return Corpus(encoding, facts["end"], train, heldout, facts)
+    return Corpus(encoding_in(cache, facts), facts["end"], train, heldout, facts)
 
 
 def learn_encoding(files, settings, vocab_size):
@@ -854,7 +866,7 @@ def tokenise(files, settings, encoding, folder):
         writer.close()
     save_encoding(encoding, folder / "tokenizer.tiktoken")
     facts = dict(name=folder.name.split(".")[0], sha256=hasher.hexdigest(), files=len(files), tokens=counts,
-                 dtype=dtype.name, end=end, special=encoding._special_tokens, pattern=encoding._pat_str)
+                 dtype=dtype.name, **facts_of(encoding))
     write_whole(folder / "facts.json", json.dumps(facts | sizes, indent=1))
     # 4. on the disk before the folder gets its name, with sizes and checksums
     for path in folder.iterdir():
@@ -1440,17 +1452,14 @@ class SFT(Stage):
         if len(fitting) < len(found):
             print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
                   f"longest has {max(len(ids) for ids, _ in found)} tokens: left out")
-        user, turn_end = special_id(run.encoding, ROLES["user"]), special_id(run.encoding, TURN_END)
-        words = itertools.dropwhile(lambda token: token != user, found[0][0]) if found else ()
-        self.example = run.encoding.decode([*itertools.takewhile(lambda token: token != turn_end, words)][1:])
         every = round(1 / run.settings["heldout"]) if run.settings["heldout"] else 0
         held = [each for number, each in enumerate(fitting) if every and number % every == 1]
         kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
         if not kept:
             raise UserError("no conversation is left to train on: give more with --data, or a larger --seq-len")
-        facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), end=end,
-                     special=run.encoding._special_tokens, pattern=run.encoding._pat_str, conversations=len(kept),
-                     heldout=len(held))
+        self.example = run.encoding.decode(kept[0][0]).partition(ROLES["user"])[2].partition(TURN_END)[0]
+        facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), conversations=len(kept),
+                     heldout=len(held), **facts_of(run.encoding))
         return Corpus(run.encoding, end, kept, held, facts)
 
     def describe(self, facts):
@@ -1669,8 +1678,8 @@ class RL(Stage):
             raise UserError(f"{settings['tasks']}, line {self.tasks[longest]['line']}: a prompt of "
                             f"{len(self.prompts[longest])} tokens and --new-tokens {settings['new_tokens']} do not fit "
                             f"--seq-len: raise it, or leave the line out")
-        facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), end=end,
-                     special=encoding._special_tokens, pattern=encoding._pat_str, tasks=len(self.tasks))
+        facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), tasks=len(self.tasks),
+                     **facts_of(encoding))
         return Corpus(encoding, end, None, None, facts)
 
     def refuse_plan(self, plan):
@@ -2108,7 +2117,7 @@ class RunSource:
         self.path = self.checkpoint.resolve()
 
     def encoding(self):
-        return encoding_of_run(self.folder, self.stored)
+        return encoding_in(self.folder, self.stored["corpus"])
 
     def check(self, config):
         """A run's own config.json and tensors are one; config may have other MTP layers."""
@@ -2169,16 +2178,12 @@ def open_source(init, average=1):
     return FolderSource(init)
 
 
-def encoding_of_run(folder, stored):
-    return load_encoding(folder / "tokenizer.tiktoken", stored["corpus"]["pattern"], stored["corpus"]["special"])
-
-
 def open_init(run):
     """The config and tokenizer of a run that began with others' weights, and of a new one the source of these."""
     settings, learn = run.settings, run.settings["tokenizer"] == "learn"
     if run.stored:                                                        # the source may be gone
         run.config = run.stored["config"]
-        run.encoding = encoding_of_run(folder_of(settings["resume"]), run.stored)
+        run.encoding = encoding_in(folder_of(settings["resume"]), run.stored["corpus"])
         return
     if "preset" in run.given:
         raise UserError("--init brings a model's shape: leave --preset away")
@@ -2305,7 +2310,7 @@ def read_config(folder):
     try:
         stored = dict(stage=Pretrain.name) | stored
         options = OPTIONS | PLAN_OPTIONS | STAGES[stored["stage"]].options
-        settings = {name: option.default for name, option in options.items()} | stored["settings"]
+        settings = defaults_of(options) | stored["settings"]
         settings = {name: settings[name] for name in options}             # none that went since
         given = {name: value for name, value in stored["given"].items() if name in options}
         with refusals(f"{path}: "):
@@ -2708,7 +2713,7 @@ def conclude(run, checkpoint):
               f"{run.folder}")
         return
     try:
-        settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()}
+        settings = defaults_of(SAMPLE_OPTIONS)
         opened = open_model(str(checkpoint), parallel.pick_device(run.settings["device"]))
         prompt = run.stage.example
         (text,), _ = continue_texts(opened, [prompt], settings, chat=run.kind is not Pretrain)
@@ -2742,7 +2747,7 @@ SAMPLE_OPTIONS = dict(
 
 
 def sample(given):
-    settings = {name: option.default for name, option in SAMPLE_OPTIONS.items()} | given
+    settings = defaults_of(SAMPLE_OPTIONS) | given
     if not settings["init"]:
         raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
     with refusals():
@@ -2851,7 +2856,7 @@ EXPORT_OPTIONS = dict(
 
 def export(given):
     """Writes the model and the tokenizer of --init as a folder that others' programs load."""
-    settings = {name: option.default for name, option in EXPORT_OPTIONS.items()} | given
+    settings = defaults_of(EXPORT_OPTIONS) | given
     if not settings["init"] or not settings["out"]:
         raise UserError("export needs --init, a run's folder, and --out, the Hugging Face folder to make")
     with refusals():

@@ -378,7 +378,7 @@ def test_sample_streams_whole_characters():
 
     pieces = []
     with mock.patch.object(train, "generate", generate):
-        settings = {name: option.default for name, option in train.SAMPLE_OPTIONS.items()}
+        settings = train.defaults_of(train.SAMPLE_OPTIONS)
         texts, _ = train.continue_texts((model, encoding, end), ["x"], settings, False, pieces.append)
     assert texts == ["x" + text + "\ufffd"]
     assert [piece for piece in pieces if piece] == ["xf", *text[1:], "\ufffd"]

@@ -24,15 +24,10 @@ import tasks  # noqa: E402
 import train  # noqa: E402
 from model import Config, Model, token_cross_entropy  # noqa: E402
 from sim import Plan  # noqa: E402
+from test_train import SHAPE, run  # noqa: E402
 
-SMALL = ("--set hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=320 n_routed_experts=4 "
-         "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
-         "qk_rope_head_dim=4 v_head_dim=8 --seq-len 64 --global-batch 4 --micro-batch 2 --threads 1 --compile none "
+SMALL = (f"--set {SHAPE} vocab_size=320 --seq-len 64 --global-batch 4 --micro-batch 2 --threads 1 --compile none "
          "--precision fp32").split()
-
-
-def run(*argv):
-    train.main([str(word) for word in argv])
 
 
 def refusal(capsys, *argv):
@@ -168,7 +163,7 @@ def test_loss_of_each_token():
     torch.testing.assert_close(grads, wanted)
 
 
-SETTINGS = {name: option.default for name, option in train.RL_OPTIONS.items()}
+SETTINGS = train.defaults_of(train.RL_OPTIONS)
 
 
 def plain_loss(log_probs, policy, settings):

@@ -31,10 +31,11 @@ from model import PRESETS, Model  # noqa: E402
 from sim import Plan  # noqa: E402
 
 PANGU_ULTRA = str(ROOT / "tests" / "data" / "phases_pangu_ultra.json")
-TINY = ("--set hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
-        "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
-        "qk_rope_head_dim=4 v_head_dim=8 --seq-len 16 --global-batch 4 --micro-batch 2 --warmup-steps 2 "
-        "--threads 1 --compile none").split()
+SHAPE = ("hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
+         "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
+         "qk_rope_head_dim=4 v_head_dim=8")
+TINY = (f"--set {SHAPE} --seq-len 16 --global-batch 4 --micro-batch 2 --warmup-steps 2 --threads 1 "
+        "--compile none").split()
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from model import OTHER_KEYS, PRESETS, Config, Model, config_from_hf, config_to_
 from reference import fill_random
 from sim import Plan
 from test_torchrun import finish, lines, start
+from test_train import SHAPE, run
 
 SIZES = dict(
     vocab_size=320, hidden_size=32, num_hidden_layers=3, intermediate_size=48, num_attention_heads=4, q_lora_rank=16,
@@ -332,13 +333,7 @@ def test_a_rank_of_the_largest_model_takes_little_more_than_its_own(tmp_path):
 # train.py: --init, export, tokenizers of folders
 
 TINY = ("--seq-len 16 --global-batch 4 --micro-batch 2 --threads 1 --precision fp32 --compile none --heldout 0 --set "
-        "hidden_size=16 num_hidden_layers=2 intermediate_size=32 vocab_size=300 n_routed_experts=4 "
-        "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=8 "
-        "qk_rope_head_dim=4 v_head_dim=8").split()
-
-
-def run(*argv):
-    train.main([str(word) for word in argv])
+        + SHAPE).split()
 
 
 @pytest.fixture(scope="module")
