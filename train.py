@@ -2501,9 +2501,10 @@ def train_to_end(run):
             line = advance(run, phase, size, optimizer)
 
             # 2. the step, of one update of the weights, or of several in rl; tolist waits for the device
-            for batch in batches:
-                measures, loads = train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
-            line |= dict(zip(MEASURES, measures.tolist())) | run.stage.measures()
+            updates = [train_step(pipeline, optimizer, batch, settings["clip"], stop.asked is not None)
+                       for batch in batches]
+            measures, loads = (torch.stack(each).sum(0) for each in zip(*updates))
+            line |= dict(zip(MEASURES, (measures / len(updates)).tolist())) | run.stage.measures()
             stop.agreed = line.pop("stop") > 0                            # at the same step on all ranks
             count_skips(run, line, saver)
             line |= watch_loads(run, pipeline.grid, optimizer, loads)
@@ -2587,10 +2588,10 @@ def record_loads(path, step, loads):
 
 def count_skips(run, line, saver):
     """Steps that were not finite: how many, and an end after too many in a row."""
-    # line["skipped"] is 1 or 0 as the step gave it, and then the count that the log shows
+    # line["skipped"] is 1 or 0 as the step gave it, or the share of its updates, and then the count that the log shows
     progress, most = run.progress, run.settings["max_skips"]
     progress["skipped_in_a_row"] = progress["skipped_in_a_row"] + 1 if line["skipped"] else 0
-    progress["skipped"] += int(line["skipped"])
+    progress["skipped"] += math.ceil(line["skipped"])
     line["skipped"] = progress["skipped"]
     if progress["skipped_in_a_row"] >= most:
         saver.wait()

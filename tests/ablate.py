@@ -49,7 +49,7 @@ SHAPES = dict(
                  n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=128))
 TINY = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, intermediate_size=32)      # for --tiny
 BATCH, SEQ_LEN = 12, 128
-RATES = 1e-3, 3e-3, 9e-3                   # that the sweep tries; `large` takes narrow's
+RATES = 3e-3, 9e-3, 2.7e-2                 # that the sweep tries; `large` takes narrow's
 HIGH = 3.0                                 # times the swept rate: where spikes are looked for
 
 

@@ -53,13 +53,13 @@ def text_of(table):
 
 
 def make(out, documents, lines, seed):
-    """Documents of up to `lines` lines, with a few of them asked for, and answered, at the end."""
+    """Documents of up to `lines` lines, with half of them asked for, and answered, at the end."""
     rng = random.Random(seed)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "needles.jsonl", "w") as file:
         for _ in range(documents):
             table = pairs(rng, rng.randint(max(4, lines // 8), lines))
-            asked = rng.sample(list(table), 4)
+            asked = rng.sample(list(table), len(table) // 2)
             text = text_of(table) + "?\n" + text_of({key: table[key] for key in asked})
             file.write(json.dumps(dict(text=text)) + "\n")
     print(f"{out / 'needles.jsonl'}: {documents} documents")
