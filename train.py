@@ -1252,8 +1252,16 @@ def on_device(batch, device):
 
 
 def micro_batches(batch, size):
-    """A rank's share of a batch as inputs of the model, `size` sequences at a time."""
-    return [part_of(batch, slice(start, start + size)) for start in range(0, len(batch["ids"]), size)]
+    """A rank's share of a batch as inputs of the model, `size` sequences at a time, each part as long as its longest
+    where the batch tells their `lengths`."""
+    parts = [part_of(batch, slice(start, start + size)) for start in range(0, len(batch["ids"]), size)]
+    return [cut(part, int(part.pop("lengths").max())) if "lengths" in part else part for part in parts]
+
+
+def cut(batch, length):
+    """A batch's first tokens. All tensors are (B,T,...), but targets (B,1+MTP,T)."""
+    return {name: cut(value, length) if isinstance(value, dict) else
+            value[..., :length] if name == "targets" else value[:, :length] for name, value in batch.items()}
 
 
 def train_step(pipeline, optimizer, batch, clip, stop=False):
@@ -1724,12 +1732,14 @@ class RL(Stage):
             rng = np.random.default_rng([settings["seed"], progress["step"]])
             rewards = rng.permuted(rewards, axis=1)
         advantages = advantages_of(rewards, settings["divide_by_std"]).flatten()[own]
-        # 3. what the trainer thinks of them
-        batch = self.examples([self.prompts[task] for task in tasks], answers, advantages)
+        # 3. what the trainer thinks of them; in the share of each update, rows of like length stand together
+        share = len(own) // settings["updates"]
+        lengths = [len(self.prompts[task]) + len(answer.ids) for task, answer in zip(tasks, answers)]
+        order = np.lexsort((lengths, np.arange(len(own)) // share))
+        batch = self.examples([self.prompts[tasks[i]] for i in order], [answers[i] for i in order], advantages[order])
         batch = self.scored(batch)
         # 4. updates, each from some of the groups
         self.counted, self.clipped = batch["policy"][..., COUNTED].sum(), torch.zeros((), device=self.run.device)
-        share = len(own) // settings["updates"]
         return [part_of(batch, slice(i * share, (i + 1) * share)) for i in range(settings["updates"])]
 
     def rewards_of(self, tasks, answers):
@@ -1796,7 +1806,8 @@ class RL(Stage):
             for row, answer in enumerate(answers):
                 chosen = answer.routing[layer]
                 routing[layer][row, :len(chosen)] = chosen.cpu()
-        return on_device(dict(ids=ids, targets=targets, policy=policy, routing=routing), run.device)
+        batch = on_device(dict(ids=ids, targets=targets, policy=policy, routing=routing), run.device)
+        return batch | dict(lengths=torch.tensor([len(tokens) - 1 for tokens in whole]))          # stays on the host
 
     def scored(self, batch):
         """The batch with the trainer's log-probabilities, and experts if those are replayed; tokens whose
@@ -1843,8 +1854,11 @@ class RL(Stage):
         model.train()
         model.token_loss = self.token_loss
         trunk = range(model.config.num_hidden_layers)                     # MTP's experts are not the sampler's matter
-        chosen = {layer: torch.cat([each[layer] for each in noted]) for layer in noted[0] if layer in trunk}
-        return torch.cat(found), chosen
+
+        def together(parts):
+            return torch.nn.utils.rnn.pad_sequence([row for part in parts for row in part], batch_first=True)
+
+        return together(found), {layer: together(each[layer] for each in noted) for layer in noted[0] if layer in trunk}
 
     def token_loss(self, nats, policy):
         """What Model.output makes of each token's loss: (B,T), policy (B,T,5)."""

@@ -49,6 +49,7 @@ SHAPES = dict(
                  n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=128))
 TINY = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, intermediate_size=32)      # for --tiny
 BATCH, SEQ_LEN = 12, 128
+HELDOUT = 0.005                            # of the text, the same for all runs: little of it tells pairs apart
 RATES = 3e-3, 9e-3, 2.7e-2                 # that the sweep tries; `large` takes narrow's
 HIGH = 3.0                                 # times the swept rate: where spikes are looked for
 
@@ -181,7 +182,7 @@ class Lab:
             given = vars(self.config(arm)).items()
             words += ["--set", *[f"{name}={value}" for name, value in given if value is not None], *self.words,
                       "--seq-len", SEQ_LEN, "--global-batch", BATCH, "--micro-batch", BATCH, "--record-loads", 1,
-                      "--save-every", 200, "--keep", 1]
+                      "--save-every", 200, "--keep", 1, "--heldout", HELDOUT]
         try:
             with open(self.out / "log.txt", "a") as file, contextlib.redirect_stdout(file):
                 train.main([str(word) for word in ("pretrain", *words)])
