@@ -887,15 +887,20 @@ def cross_entropy(h, weight, targets):
 def token_cross_entropy(h, weight, targets):
     """The loss of each token: h (N,C), weight (V,C), targets (N,) -> (N,) float32 or better, 0 where ignored.
 
-    Where backward comes, it makes a chunk's logits again: only then is known what each token counts.
+    Where backward comes, it makes a chunk's logits again: only then is known what each token counts. Rows that are
+    ignored have no logits, for which the host must know which they are: in rl most are.
     """
+    counted = (targets != -100).nonzero().squeeze(1)
+    h, found = h[counted], h.new_zeros(len(h), dtype=at_least_float32(h.dtype))
+
     def losses(rows, weight, labels):
         logits = F.linear(rows, weight.to(rows.dtype)).to(at_least_float32(rows.dtype))
-        return F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        return F.cross_entropy(logits, labels, reduction="none")
 
     step = max(512, LOGIT_ELEMENTS // len(weight))
-    chunks = zip(h.split(step), targets.split(step))
-    return torch.cat([checkpoint(losses, rows, weight, labels, use_reentrant=False) for rows, labels in chunks])
+    chunks = zip(h.split(step), targets[counted].split(step))
+    nats = [checkpoint(losses, rows, weight, labels, use_reentrant=False) for rows, labels in chunks]
+    return found.index_copy(0, counted, torch.cat(nats))
 
 
 class Vocabulary(NamedTuple):
@@ -1532,19 +1537,21 @@ class Model(nn.Module):
                 policy=None, return_logits=False, loss_tokens=None, cache=None, place=None):
         """ids (B,T), or without embedding a hidden state (B,T,C) -> Output, or without last norm the hidden state.
 
-        targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored. labels (B,T): unshifted ids, shifted here.
+        targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored, or of fewer depths, and then no more MTP
+        layers run. labels (B,T): unshifted ids, shifted here.
         positions (B,T), default 0..T-1. doc_ids (B,T): attention stays inside equal numbers. next_ids (B, MTP, T):
         token i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,):
         target tokens of the global batch per depth, by default of this call. policy (B,T,n): what token_loss makes
         losses of at depth 0, beside each token's own. Logits without targets or on request.
         cache: ids go on behind the tokens in it, positions are its; no MTP. place (B,): logits there alone, (B,1,V).
         """
-        c, mtp_layers = self.config, self.mtp_layers()
-        T = ids.size(1)
+        c, mtp_layers, T = self.config, self.mtp_layers(), ids.size(1)
         require(T <= c.max_position_embeddings, f"sequence of {T} tokens above max_position_embeddings="
                                                 f"{c.max_position_embeddings}: shorten the one or raise the other")
         if labels is not None:
             targets = shifted(labels, range(1, 2 + c.num_nextn_predict_layers), -100)
+        if targets is not None:
+            mtp_layers = mtp_layers[:targets.size(1) - 1]                 # no more than have targets
         if cache is not None:
             positions, mask = cache.extend(T)
         else:
@@ -1635,7 +1642,8 @@ class Model(nn.Module):
         zero = torch.zeros_like(losses[0])
         out.loss, *mtp_losses = losses
         out.mtp_loss = sum(mtp_losses, zero) / max(1, len(mtp_losses))
-        out.aux_loss = sum((router.aux_loss for router in self.routers()), zero)
+        resting = max(0, len(self.mtp_layers()) - len(mtp_losses))        # layers at the end that did not run
+        out.aux_loss = sum((router.aux_loss for router in self.routers()[:-resting or None]), zero)
         out.total_loss = out.loss + self.config.mtp_loss_weight * out.mtp_loss + out.aux_loss
         return out
 

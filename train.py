@@ -103,7 +103,8 @@ OPTIONS = dict(
     average=option(1, "with --init RUN: the mean of its newest N checkpoints, in place of the newest"),
     mtp_depth=option(0, "with --init: MTP layers; those that it lacks begin as copies of its last one; 0: as many as "
                         "it has", least=0, most=64),
-    train=option("all", "mtp: only MTP layers learn, the rest is frozen", choices=("all", "mtp")),
+    train=option("all", "what learns: MTP layers alone (mtp), or all but them (trunk), with the rest frozen",
+                 choices=("all", "mtp", "trunk")),
     # data
     data=option([], "files or folders, each may be NAME=PATH for the mix of a phase; default: Python's own standard "
                     "library"),
@@ -1310,8 +1311,9 @@ def measured(sums, norm, finite, loads):
     copies = loads.float()
     max_vio = norm * 0                                                    # of a dense model
     if len(copies):
+        used = (copies.sum(1) > 0).float()                                # in rl, MTP layers rest
         over_mean = copies.amax(1) / copies.mean(1).clamp(min=1)          # of each layer
-        max_vio = (over_mean - 1).mean()
+        max_vio = ((over_mean - 1) * used).sum() / used.sum().clamp(min=1)
     drop_rate = dropped / copies.sum().clamp(min=1)
     return torch.stack([*losses, norm, (~finite).float(), max_vio, drop_rate, stop])
 
@@ -1666,7 +1668,11 @@ class RL(Stage):
     name = "rl"
     options = SFT.options | RL_OPTIONS
     recipe = dict(steps=100, lr=3e-4, warmup_steps=5, min_lr=1.0, global_batch=256, micro_batch=64, seq_len=128,
-                  set=["aux_loss_alpha=0"], weight_decay=0.0)
+                  set=["aux_loss_alpha=0"], weight_decay=0.0, train="trunk")
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.depths = 1                                                   # MTP layers rest
 
     def open_data(self):
         run, settings = self.run, self.run.settings
@@ -1783,13 +1789,12 @@ class RL(Stage):
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
 
     def examples(self, prompts, answers, advantages):
-        """Prompt and answer, one each row, padded behind: what Model.forward takes, of which nothing but depth 0 of the
-        answer's tokens is a target."""
+        """Prompt and answer, one each row, padded behind: what Model.forward takes, the answer's tokens its targets."""
         run = self.run
         whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers)]
         B, T = len(whole), max(map(len, whole)) - 1
         ids = torch.full((B, T), run.corpus.end)
-        targets = torch.full((B, self.depths, T), -100)
+        targets = torch.full((B, 1, T), -100)
         policy = torch.zeros(B, T, 5)
         for row, (prompt, answer) in enumerate(zip(prompts, answers)):
             tokens = torch.tensor(whole[row])
@@ -1847,18 +1852,17 @@ class RL(Stage):
 
         model.eval()
         model.token_loss = note
-        ones = torch.ones(self.depths, device=self.run.device)
+        one = torch.ones(1, device=self.run.device)
         for inputs in micro_batches(batch, self.run.plan.micro_batch):
             noted.append({})
-            pipeline.step([inputs | dict(routing=noted[-1])], ones, train=False)
+            pipeline.step([inputs | dict(routing=noted[-1])], one, train=False)
         model.train()
         model.token_loss = self.token_loss
-        trunk = range(model.config.num_hidden_layers)                     # MTP's experts are not the sampler's matter
 
         def together(parts):
             return torch.nn.utils.rnn.pad_sequence([row for part in parts for row in part], batch_first=True)
 
-        return together(found), {layer: together(each[layer] for each in noted) for layer in noted[0] if layer in trunk}
+        return together(found), {layer: together(each[layer] for each in noted) for layer in noted[0]}
 
     def token_loss(self, nats, policy):
         """What Model.output makes of each token's loss: (B,T), policy (B,T,5)."""
@@ -2458,8 +2462,8 @@ def build(run, phase, checkpoint):
         run.source.fill(model, grid)
     else:
         parallel.init_weights(model, settings["seed"])
-    if settings["train"] == "mtp":
-        freeze_trunk(model)
+    if settings["train"] != "all":
+        learn_alone(model, settings["train"] == "mtp")
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
     if settings["compile"] == "layers":
         compile_model(model)
@@ -2475,11 +2479,11 @@ def build(run, phase, checkpoint):
     return parallel.Pipeline(model, plan, grid), optimizer
 
 
-def freeze_trunk(model):
-    """Nothing but MTP layers gets gradients, and so moments; they read what the rest makes of the text."""
-    model.requires_grad_(False)
+def learn_alone(model, mtp):
+    """Nothing but MTP layers, or all but them, gets gradients, and so moments."""
+    model.requires_grad_(not mtp)
     for layer in model.mtp_layers():
-        layer.requires_grad_(True)
+        layer.requires_grad_(mtp)
 
 
 def train(kind, given):
