@@ -1187,7 +1187,7 @@ class Router(Part):
         flat = self.memory.again("norm", self.as_input, x)                # (N,C)
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
         scores = self.score(logits)
-        ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.view(len(flat), -1)
+        ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.reshape(len(flat), -1)
         weights = self.weigh(scores, ids)
         self.aux_loss = scores.new_zeros(())
         if not self.training:

@@ -6,6 +6,8 @@ Small tasks with answers that a program can check: to teach a model by sft, and 
 
 Six tasks, each of rising difficulty. In sft.jsonl half of the answers are slow, with thinking written out, half are
 fast: there the user's words end with /no_think. rl.jsonl has prompts with the answer that the checker compares with.
+With --mistakes 0.5 half of the answers in sft.jsonl are a typical mistake of each task, as if a careless teacher had
+written them: then a model learns both ways, and rewards alone can tell it which is right.
 Held out, and in test.jsonl alone: a tenth of all problems, by a hash of their operands, and everything of the highest
 difficulty, which is longer than what was trained on. Letters stand apart and addition begins with the last digit, so
 that a token is a letter or a digit, and each digit of a sum can be said when it is known.
@@ -30,7 +32,7 @@ def digits(random, n):
     return random.randrange(10 ** (n - 1), 10 ** n)
 
 
-# Each task: (random, difficulty) -> (prompt, thinking, answer)
+# Each task: (random, difficulty) -> (prompt, thinking, answer, mistake)
 
 
 def add(random, difficulty):
@@ -41,13 +43,13 @@ def add(random, difficulty):
         total = int(x) + int(y) + carry
         steps.append(f"{x}+{y}+{carry}={total}")
         carry = total // 10
-    return f"Add, last digit first: {a}+{b}", " ".join(steps), str(a + b)[::-1]
+    return f"Add, last digit first: {a}+{b}", " ".join(steps), str(a + b)[::-1], str(a + b)
 
 
 def reverse(random, difficulty):
     letters = random.choices(LETTERS, k=difficulty + 1)
     steps = [f"{place} {letter}" for place, letter in enumerate(letters)]
-    return f"Reverse: {' '.join(letters)}", " ".join(steps), " ".join(reversed(letters))
+    return f"Reverse: {' '.join(letters)}", " ".join(steps), " ".join(reversed(letters)), " ".join(letters)
 
 
 def sort(random, difficulty):
@@ -56,7 +58,8 @@ def sort(random, difficulty):
     for letter in sorted(letters):
         left.remove(letter)
         steps.append(f"{letter}: {' '.join(left)};")
-    return f"Sort: {' '.join(letters)}", " ".join(steps), " ".join(sorted(letters))
+    downwards = sorted(letters, reverse=True)
+    return f"Sort: {' '.join(letters)}", " ".join(steps), " ".join(sorted(letters)), " ".join(downwards)
 
 
 def count(random, difficulty):
@@ -66,7 +69,7 @@ def count(random, difficulty):
     for letter in letters:
         seen += letter == wanted
         steps.append(f"{letter} {seen}")
-    return f"Count {wanted}: {' '.join(letters)}", " ".join(steps), str(seen)
+    return f"Count {wanted}: {' '.join(letters)}", " ".join(steps), str(seen), str(seen + 1)
 
 
 def largest(random, difficulty):
@@ -75,7 +78,7 @@ def largest(random, difficulty):
     for number in numbers:
         most = max(most, number)
         steps.append(f"{number} {most}")
-    return f"Largest: {' '.join(map(str, numbers))}", " ".join(steps), str(most)
+    return f"Largest: {' '.join(map(str, numbers))}", " ".join(steps), str(most), str(min(numbers))
 
 
 def chain(random, difficulty):
@@ -88,7 +91,7 @@ def chain(random, difficulty):
         before, total = total, total + number if sign == "+" else total - number
         text += f"{sign}{number}"
         steps.append(f"{before}{sign}{number}={total}")
-    return f"Work out: {text}", " ".join(steps), str(total)
+    return f"Work out: {text}", " ".join(steps), str(total), str(before)          # the last sum is forgotten
 
 
 TASKS = dict(add=add, reverse=reverse, sort=sort, count=count, largest=largest, chain=chain)
@@ -102,15 +105,17 @@ def is_held_out(prompt):
 
 
 def problems(seed, difficulties):
-    """Problems without end, each different from all before it: dicts of task, difficulty, prompt, thinking, answer."""
+    """Problems without end, each different from all before it: dicts of task, difficulty, prompt, thinking, answer and
+    mistake."""
     rng, seen = random.Random(seed), set()
     while True:
         task, difficulty = rng.choice(list(TASKS)), rng.choice(difficulties)
-        prompt, thinking, answer = TASKS[task](rng, difficulty)
+        prompt, thinking, answer, mistake = TASKS[task](rng, difficulty)
         # small problems are few: after many that came already the next ones may come again
         if prompt not in seen or rng.random() < 0.01:
             seen.add(prompt)
-            yield dict(task=task, difficulty=difficulty, prompt=prompt, thinking=thinking, answer=answer)
+            yield dict(task=task, difficulty=difficulty, prompt=prompt, thinking=thinking, answer=answer,
+                       mistake=mistake)
 
 
 def some(seed, difficulties, number, held_out):
@@ -122,11 +127,11 @@ def some(seed, difficulties, number, held_out):
             chosen.append(problem)
 
 
-def conversation(problem, fast):
+def conversation(problem, fast, mistaken):
     """A line of sft.jsonl."""
     user = dict(role="user", content=problem["prompt"] + FAST * fast)
     thinking = "" if fast else problem["thinking"]
-    assistant = dict(role="assistant", thinking=thinking, content=problem["answer"])
+    assistant = dict(role="assistant", thinking=thinking, content=problem["mistake" if mistaken else "answer"])
     return dict(task=problem["task"], difficulty=problem["difficulty"], messages=[user, assistant])
 
 
@@ -141,13 +146,15 @@ def write(path, lines):
     print(f"{path}: {len(lines)} lines")
 
 
-def make(out, numbers, seed):
-    """The three files. numbers: of conversations, of rl prompts, of test problems."""
+def make(out, numbers, seed, mistakes=0.0):
+    """The three files. numbers: of conversations, of rl prompts, of test problems; mistakes: share in the first."""
     out.mkdir(parents=True, exist_ok=True)
     trained = list(range(1, HARDEST))
     n_sft, n_rl, n_test = numbers
     sft = some(seed, trained, n_sft, held_out=False)
-    write(out / "sft.jsonl", [conversation(problem, fast=i % 2 == 1) for i, problem in enumerate(sft)])
+    rng = random.Random(seed + 3)
+    write(out / "sft.jsonl", [conversation(problem, i % 2 == 1, rng.random() < mistakes)
+                              for i, problem in enumerate(sft)])
     rl = some(seed + 1, trained, n_rl, held_out=False)
     write(out / "rl.jsonl", [question(problem, fast=i % 2 == 1) for i, problem in enumerate(rl)])
     test = some(seed + 2, trained + [HARDEST], n_test, held_out=True)
@@ -211,13 +218,14 @@ def main():
     parser.add_argument("--out", metavar="DIR", help="write sft.jsonl, rl.jsonl and test.jsonl here")
     parser.add_argument("--numbers", type=int, nargs=3, default=[4000, 4000, 300], metavar=("SFT", "RL", "TEST"),
                         help="conversations, prompts of rl, problems to test on (each slow and fast)")
+    parser.add_argument("--mistakes", type=float, default=0.0, help="share of wrong answers in sft.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--score", metavar="RUN", help="a run's folder: accuracy on --test")
     parser.add_argument("--test", metavar="FILE", help="of --score: test.jsonl")
     parser.add_argument("--json", action="store_true", help="of --score: each problem and answer, a line each")
     given = parser.parse_args()
     if given.out:
-        return make(Path(given.out), given.numbers, given.seed)
+        return make(Path(given.out), given.numbers, given.seed, given.mistakes)
     if not (given.score and given.test):
         parser.error("use --out DIR to make tasks, or --score RUN --test FILE")
     results = score(given.score, given.test)

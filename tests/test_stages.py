@@ -248,16 +248,20 @@ RANKS_CONFIG = Config(vocab_size=64, hidden_size=16, num_hidden_layers=2, interm
                       qk_rope_head_dim=4, v_head_dim=8, balance="none", init="small")
 
 
-def measures_of_rl(plan):
-    """Two updates from the same answers with forced experts: losses and gradient norms."""
+def measures_of_rl(plan, cut=True):
+    """Two updates from the same answers with forced experts: losses and gradient norms. MTP layers rest. cut:
+    micro-batches end with their longest answer."""
     rng = torch.Generator().manual_seed(0)
-    ids, targets = torch.randint(64, (8, 12), generator=rng), torch.full((8, 2, 12), -100)
+    ids, targets = torch.randint(64, (8, 12), generator=rng), torch.full((8, 1, 12), -100)
     targets[:, 0, 4:] = torch.randint(64, (8, 8), generator=rng)
+    lengths = torch.tensor([5, 6, 7, 7, 8, 10, 11, 12])
+    targets[:, 0][torch.arange(12) >= lengths[:, None]] = -100
     policy = torch.rand(8, 12, 5, generator=rng) - 4.5
     policy[..., train.COUNTED] = (targets[:, 0] != -100).float()
     policy[..., train.ADVANTAGE] = torch.randn(8, 1, generator=rng)
     batch = dict(ids=ids, targets=targets, policy=policy,
                  routing={1: torch.rand(8, 12, 4, generator=rng).argsort(-1)[..., :2]})
+    batch |= dict(lengths=lengths) if cut else {}
     with torch.device("meta"):
         model = Model(RANKS_CONFIG)
     grid = parallel.parallelize(model, plan, "cpu", timedelta(seconds=60))
@@ -274,7 +278,8 @@ def measures_of_rl(plan):
 @pytest.mark.parametrize("changes", [dict(dp=2), dict(dp=2, ep=2, zero=1)])
 def test_an_update_of_rl_is_that_of_one_process(changes):
     plan = Plan(seq_len=12, global_batch=8, micro_batch=2, precision="fp32")
-    alone = measures_of_rl(plan)
+    alone = measures_of_rl(plan, cut=False)
+    assert alone == [pytest.approx(measures, rel=1e-5) for measures in measures_of_rl(plan)]
     for measures in dist.run(2, measures_of_rl, replace(plan, **changes)):
         np.testing.assert_allclose(measures, alone, rtol=1e-5)
 
