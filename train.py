@@ -275,7 +275,8 @@ RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>", "<|thi
             *(f"<|reserved_{number}|>" for number in range(10)))
 LEARN_FROM = 16 << 20                      # characters of training text that a vocabulary is learnt from
 MOST_RANK = 1 << 24                        # in a vocabulary
-LONGEST = 32                               # characters of a word there: text without breaks is cut, which bounds time
+LONGEST = 32                               # characters of a word there: text without breaks is cut
+MOST_LETTERS = 1 << 20                     # of all different words together, which bounds the time: Python has 640,000
 
 
 def learn_bpe(texts, vocab_size):
@@ -287,11 +288,14 @@ def learn_bpe(texts, vocab_size):
     occurrences = collections.Counter()
     for text in texts:
         occurrences.update(regex.findall(PATTERN, text))
-    # each different word once, as ids of its bytes, and how often it occurs
-    words = []
-    for word, n in sorted(occurrences.items()):
-        parts = (word[start:start + LONGEST] for start in range(0, len(word), LONGEST))
-        words += [(list(part.encode()), n) for part in parts]
+    # each different word once, as ids of its bytes, and how often it occurs; the most frequent ones first
+    pieces = collections.Counter()
+    for word, n in occurrences.items():
+        for start in range(0, len(word), LONGEST):
+            pieces[word[start:start + LONGEST]] += n
+    by_number = sorted(pieces.items(), key=lambda item: (-item[1], item[0]))
+    room = itertools.accumulate((len(word) for word, _ in by_number), initial=0)
+    words = [(list(word.encode()), n) for (word, n), before in zip(by_number, room) if before < MOST_LETTERS]
     pair_counts, words_with = collections.Counter(), collections.defaultdict(set)
     for index, (word, n) in enumerate(words):
         for pair in zip(word, word[1:]):

@@ -623,10 +623,12 @@ def test_odd_files_of_tokens(at):
     assert corpus.facts["train_bytes"] == 3 and corpus.train["text"].tolist() == [301, 97, 301, 300]
 
 
-def test_words_without_breaks_are_cut():
+def test_words_without_breaks_are_cut(monkeypatch):
     """A vocabulary of one long word holds no token longer than the parts that it is cut into."""
     text = "".join(random.Random(0).choices("AC", k=3000)) + "G" * 3000
     assert max(map(len, train.learn_bpe([text], 400))) == train.LONGEST
+    monkeypatch.setattr(train, "MOST_LETTERS", 3)                         # then rare words are not heeded
+    assert not any(b"x" in token for token in train.learn_bpe(["aa aa aa xyz"], 300) if len(token) > 1)
 
 
 def test_lock_that_a_file_system_refuses(text, at, capsys, monkeypatch):
