@@ -104,12 +104,12 @@ def is_held_out(prompt):
     return hashlib.sha256(prompt.encode()).digest()[0] < 26
 
 
-def problems(seed, difficulties):
-    """Problems without end, each different from all before it: dicts of task, difficulty, prompt, thinking, answer and
+def problems(seed, difficulties, names=tuple(TASKS)):
+    """Problems of some tasks without end, each different from all before it: dicts of task, difficulty, prompt, thinking, answer and
     mistake."""
     rng, seen = random.Random(seed), set()
     while True:
-        task, difficulty = rng.choice(list(TASKS)), rng.choice(difficulties)
+        task, difficulty = rng.choice(names), rng.choice(difficulties)
         prompt, thinking, answer, mistake = TASKS[task](rng, difficulty)
         # small problems are few: after many that came already the next ones may come again
         if prompt not in seen or rng.random() < 0.01:
@@ -118,9 +118,9 @@ def problems(seed, difficulties):
                        mistake=mistake)
 
 
-def some(seed, difficulties, number, held_out):
+def some(seed, difficulties, number, held_out, names=tuple(TASKS)):
     chosen = []
-    for problem in problems(seed, difficulties):
+    for problem in problems(seed, difficulties, names):
         if len(chosen) == number:
             return chosen
         if is_held_out(problem["prompt"]) == held_out:
@@ -146,18 +146,19 @@ def write(path, lines):
     print(f"{path}: {len(lines)} lines")
 
 
-def make(out, numbers, seed, mistakes=0.0):
-    """The three files. numbers: of conversations, of rl prompts, of test problems; mistakes: share in the first."""
+def make(out, numbers, seed, mistakes=0.0, names=tuple(TASKS)):
+    """The three files, of some tasks. numbers: of conversations, of rl prompts, of test problems; mistakes: share in
+    the first."""
     out.mkdir(parents=True, exist_ok=True)
     trained = list(range(1, HARDEST))
     n_sft, n_rl, n_test = numbers
-    sft = some(seed, trained, n_sft, held_out=False)
+    sft = some(seed, trained, n_sft, False, names)
     rng = random.Random(seed + 3)
     write(out / "sft.jsonl", [conversation(problem, i % 2 == 1, rng.random() < mistakes)
                               for i, problem in enumerate(sft)])
-    rl = some(seed + 1, trained, n_rl, held_out=False)
+    rl = some(seed + 1, trained, n_rl, False, names)
     write(out / "rl.jsonl", [question(problem, fast=i % 2 == 1) for i, problem in enumerate(rl)])
-    test = some(seed + 2, trained + [HARDEST], n_test, held_out=True)
+    test = some(seed + 2, trained + [HARDEST], n_test, True, names)
     write(out / "test.jsonl", [question(problem, fast) for problem in test for fast in (False, True)])
 
 
@@ -165,8 +166,9 @@ def make(out, numbers, seed, mistakes=0.0):
 # The score of a run
 
 
-def score(run, path, at_once=64, new_tokens=96):
-    """Held-out accuracy of a run's newest checkpoint, always its likeliest words -> list of dicts, one a problem."""
+def score(run, path, temperature=0.0, at_once=64, new_tokens=96):
+    """Held-out accuracy of a run's newest checkpoint -> list of dicts, one a problem. temperature 0: its likeliest
+    words; 1: words drawn as it gives them, which is what rl rewards."""
     import torch
 
     import train
@@ -179,7 +181,7 @@ def score(run, path, at_once=64, new_tokens=96):
         some = problems[start:start + at_once]
         prompts = [torch.tensor(train.question(encoding, end, problem["prompt"])) for problem in some]
         room = model.config.max_position_embeddings - max(map(len, prompts))
-        found = generate(model, prompts, min(new_tokens, room), temperature=0,
+        found = generate(model, prompts, min(new_tokens, room), temperature=temperature, seed=start,
                          stop=(train.special_id(encoding, train.TURN_END),))
         for problem, answer in zip(some, found.answers):
             text = train.answer_of(encoding, answer.ids)
@@ -209,7 +211,10 @@ def print_score(results):
         by_level = [share([each for each in own if each["difficulty"] == level]) for level in columns]
         print(f"{'all':>9} {'fast' if fast else 'slow'}", *by_level, share(own))
     in_format = sum(each["text"] is not None for each in results) / len(results)
-    print(f"all {share(results).strip()} of {len(results)} problems; in the format {in_format:.1%}; "
+    seen = [each for each in results if each["difficulty"] < HARDEST]
+    longer = [each for each in results if each["difficulty"] >= HARDEST]
+    print(f"right: {share(seen).strip()} of {len(seen)} problems with new operands, {share(longer).strip()} of "
+          f"{len(longer)} longer ones; in the format {in_format:.1%}; "
           f"{sum(each['tokens'] for each in results) / len(results):.1f} tokens an answer")
 
 
@@ -218,17 +223,19 @@ def main():
     parser.add_argument("--out", metavar="DIR", help="write sft.jsonl, rl.jsonl and test.jsonl here")
     parser.add_argument("--numbers", type=int, nargs=3, default=[4000, 4000, 300], metavar=("SFT", "RL", "TEST"),
                         help="conversations, prompts of rl, problems to test on (each slow and fast)")
+    parser.add_argument("--only", nargs="+", choices=tuple(TASKS), default=tuple(TASKS), help="default: all six tasks")
     parser.add_argument("--mistakes", type=float, default=0.0, help="share of wrong answers in sft.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--score", metavar="RUN", help="a run's folder: accuracy on --test")
     parser.add_argument("--test", metavar="FILE", help="of --score: test.jsonl")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of --score; 0: the likeliest words")
     parser.add_argument("--json", action="store_true", help="of --score: each problem and answer, a line each")
     given = parser.parse_args()
     if given.out:
-        return make(Path(given.out), given.numbers, given.seed, given.mistakes)
+        return make(Path(given.out), given.numbers, given.seed, given.mistakes, given.only)
     if not (given.score and given.test):
         parser.error("use --out DIR to make tasks, or --score RUN --test FILE")
-    results = score(given.score, given.test)
+    results = score(given.score, given.test, given.temperature)
     if given.json:
         for each in results:
             print(json.dumps(each))
