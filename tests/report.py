@@ -45,6 +45,7 @@ UNITS = dict(
     solved="share of answers solved", zero_spread="share of groups alike", kl="KL to the reference, nats a token",
     entropy="entropy, nats a token", length="length of an answer, tokens", clip_share="share of tokens clipped",
     router_diff="share of tokens routed otherwise", far="share of tokens off by ln 2")
+SMOOTH = ("lr", "mem_gib", "text_vio")     # drawn as they are
 OF_RL = ("reward", "reward_std", "solved", "zero_spread", "kl", "entropy", "length", "clip_share", "router_diff", "far")
 
 
@@ -154,7 +155,7 @@ def of_vocabulary(run):
     for ids in flat(study.ids.values()):
         value.append(favourite_share(ids, tokens, study.experts))
         chance.append(favourite_share(rng.permutation(ids), tokens, study.experts))
-    return {"share with the favourite expert": dict(rows=run.layers, value=value, dotted=chance)}
+    return {"share with the favourite": dict(rows=run.layers, value=value, dotted=chance)}
 
 
 def of_entropy(run):
@@ -196,10 +197,10 @@ def of_retention(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing: a matplotlib Figure and {run: numbers}
+# Drawing: a matplotlib Figure and {run: numbers}, of all runs, so that each has its colour, {} where it has no numbers
 
 
-def new_axes(figure, panels, columns, height=2.7):
+def new_axes(figure, panels, columns, height=2.8):
     """An axis for each panel. Rows are as alike as can be and share the width: 7 panels in 3 columns are 3, 2, 2."""
     rows = [len(row) for row in np.array_split(range(panels), math.ceil(panels / columns))]
     figure.set_size_inches(10.5, height * len(rows))
@@ -221,6 +222,10 @@ def panels_of(runs):
     return list(dict.fromkeys(key for numbers in runs.values() for key in numbers))
 
 
+def with_numbers(runs):
+    return {name: numbers for name, numbers in runs.items() if numbers}
+
+
 def draw_series(figure, runs, over="tokens"):
     """{key: step, tokens, value, perhaps indices of spikes, tokens of moves}: a panel for each, a line for each run."""
     from matplotlib.ticker import EngFormatter
@@ -228,10 +233,15 @@ def draw_series(figure, runs, over="tokens"):
     for axis, key in zip(new_axes(figure, len(keys), 3), keys):
         for color, (name, numbers) in enumerate(runs.items()):
             if key in numbers:
-                draw_curve(axis, numbers[key], over, name, f"C{color}", is_noisy=key not in ("lr", "mem_gib"))
-        axis.set(xlabel=over, ylabel=UNITS[key], yscale="log" if key == "grad_norm" else "linear", xlim=(0, None))
+                draw_curve(axis, numbers[key], over, name, f"C{color}", is_noisy=key not in SMOOTH)
+        axis.set(xlabel=over, ylabel=UNITS[key], xlim=(0, None))
         axis.locator_params(axis="x", nbins=6)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))              # 500k, 1.5M
+        if key == "grad_norm":
+            axis.set_yscale("log")
+            ticks = [f"{tick:.2g}" for tick in np.geomspace(*axis.get_ylim(), 7)[1:-1]]
+            axis.set_yticks([float(tick) for tick in ticks], ticks)
+            axis.minorticks_off()
     add_legend(figure)
 
 
@@ -251,7 +261,7 @@ def draw_curve(axis, curve, over, name, color, is_noisy):
         axis.axvline(move, color=color, ls=":", lw=1)
 
 
-def draw_maps(figure, runs, label, height=2.7):
+def draw_maps(figure, runs, label, height=2.8):
     """[title, names of rows and what they are, ratio (rows, experts)]: red above 1, blue below, by powers of two."""
     panels = [(name, numbers) for name, maps in runs.items() for numbers in maps]
     columns = min(5, max(3, *map(len, runs.values())))                    # where it can be, a row for each run
@@ -289,6 +299,7 @@ def draw_by_layer(figure, runs):
 def draw_lines(figure, runs, xlabel, ylabel):
     """x, lines (layers, points) and a level: a panel for each run, shallow layers dark."""
     from matplotlib import colormaps
+    runs = with_numbers(runs)
     for axis, (name, numbers) in zip(new_axes(figure, len(runs), 3), runs.items()):
         layers = numbers["layers"]
         for i, (layer, values) in enumerate(zip(layers, numbers["lines"])):
@@ -302,7 +313,8 @@ def draw_lines(figure, runs, xlabel, ylabel):
 
 
 def draw_retention(figure, runs):
-    """{domain: loss}, {domain: rise} and {domain: [rises]}."""
+    """{domain: loss}, {domain: rise} and {domain: [rises]}: a panel for each run."""
+    runs = with_numbers(runs)
     for axis, (name, numbers) in zip(new_axes(figure, len(runs), 3), runs.items()):
         domains = list(numbers["loss"])
         places = np.arange(len(domains))
@@ -444,12 +456,12 @@ def draw_all(numbers):
     """{picture: its PNG}."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    drawn = {}
+    drawn, names = {}, list(dict.fromkeys(name for runs in numbers.values() for name in runs))
     for picture in PICTURES:
         if picture.name in numbers:
             figure, file = Figure(layout="constrained"), io.BytesIO()
             with rc_context({"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8}):
-                picture.draw(figure, numbers[picture.name])
+                picture.draw(figure, {name: numbers[picture.name].get(name, {}) for name in names})
                 figure.savefig(file, dpi=100)
             drawn[picture.name] = file.getvalue()
     return drawn
