@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import sys
-import sysconfig
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,11 +137,12 @@ class Missing(Exception):
 class Run:
     name: str
     folder: Path
-    stored: dict                           # config.json
+    stored: dict                           # of train.read_config
     config: Config
     lines: list                            # of metrics.jsonl
     loads: np.ndarray | None               # (steps, layers, E) of loads.npy
     notes: list                            # what is left out, and why
+    absent: list = field(default_factory=list)     # curves without a number in metrics.jsonl but 0
     study: "Study | None" = None           # of its checkpoints
 
     @property
@@ -164,13 +165,9 @@ class Run:
 
 def read_run(folder):
     folder, notes = Path(folder), []
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-        config = Config(**stored["config"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{folder} has no config.json of train.py ({type(error).__name__}): give a run") from None
+    stored = train.read_config(folder)
     lines, loads = read_lines(folder / "metrics.jsonl", notes), read_loads(folder / "loads.npy", notes)
-    run = Run(folder.resolve().name, folder, stored, config, lines, loads, notes)
+    run = Run(folder.resolve().name, folder, stored, stored["config"], lines, loads, notes)
     if not run.layers:
         notes.append("no pictures of experts: the model has none")
     return run
@@ -183,7 +180,7 @@ def read_lines(path, notes):
         try:
             line = json.loads(text)
             lines.append(dict(line, step=int(line["step"]), tokens=int(line["tokens"])))
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, OverflowError):
             broken += 1
     if broken:
         notes.append(f"metrics.jsonl: {broken} of {broken + len(lines)} lines are not whole and were left out")
@@ -199,7 +196,7 @@ def read_loads(path, notes):
     try:
         loads = np.load(path)
         loads = loads[loads.sum((1, 2)) > 0]
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         notes.append("loads.npy is not whole, perhaps it is being written: loads are those of the domains' text")
         return None
     return loads if loads.size else None
@@ -211,13 +208,13 @@ def read_loads(path, notes):
 
 def find_domains(given, characters):
     """{name: text of at most so many characters}: of Python's own library, and of words NAME=PATH."""
-    files = [file.path for file in train.list_files([sysconfig.get_path("stdlib")])]       # in a fixed random order
+    files = [file.path for file in train.list_files([])]                  # of Python's library, in a fixed random order
     tables = [path for path in files if path.parent.name == "encodings" or path.match("html/entities.py")]
     code = [path for path in files if path.suffix == ".py" and path.parent.name not in ("encodings", "pydoc_data")]
     domains = dict(code=join(code, characters), prose=library_prose()[:characters], tables=join(tables, characters))
     for word in given:
         name, equals, path = word.partition("=")
-        require(equals and name, f"--domain {word}: write NAME=PATH")
+        require(equals and name and Path(path).exists(), f"--domain {word}: write NAME=PATH, of a file or folder")
         domains[name] = join([file.path for file in train.list_files([f"text={path}"])], characters)
     return {name: text for name, text in domains.items() if text}
 
@@ -263,54 +260,74 @@ class Study:
     entropy: list = field(default_factory=list)    # of each layer
 
 
-def study_checkpoints(folder, domains, tokens, device):
-    """A Study of the checkpoints in a run's folder, with about so many tokens of each of domains {name: text}.
+def study_checkpoints(run, domains, tokens, device):
+    """A Study of a run's checkpoints, with about so many tokens of each of domains {name: text}.
 
     Of a model without experts gains alone. ValueError or OSError if a checkpoint is damaged, or went meanwhile.
     """
-    steps = parallel.steps_in(Path(folder, "ckpt"))
+    steps = parallel.steps_in(run.folder / "ckpt")
     require(steps, "there is no complete checkpoint yet")
-    *earlier, newest = [str(Path(folder, "ckpt", f"step_{step}")) for step in steps]
+    *earlier, newest = [str(run.folder / "ckpt" / f"step_{step}") for step in steps]
     model, encoding, _ = train.open_model(newest, device)
-    oldest = open_earlier(earlier[0], device) if earlier else None
+    oldest = open_earlier(run, earlier[0], device) if earlier else None
     study = Study(steps[-1], model.config.n_routed_experts, gains_by_depth(oldest or model, model))
     if not model.routers():
         return study
-    # 1. the newest checkpoint
     length = min(256, model.config.max_position_embeddings)
-    study.tokens = {name: windows_of(encoding, text, length, tokens, name) for name, text in domains.items()}
+    windows = {name: windows_of(encoding, text, length, tokens) for name, text in domains.items()}
+    study.tokens = {name: own for name, own in windows.items() if len(own)}
+    run.notes += [f"domain {name} is left out: it takes text of {length} tokens" for name in windows
+                  if name not in study.tokens]
+    if not study.tokens:
+        return study
+    tell = progress(run.name, 1 + len(study.tokens) + len(earlier))
+    # 1. the newest checkpoint
+    tell(f"checkpoint of step {steps[-1]} on text of {len(study.tokens)} domains")
     with noting_scores(model, study):
         study.loss, study.ids = route_all(model, study.tokens)
     # 2. the same with a quarter of its experts
     for owner, ids in study.ids.items():
+        tell(f"the same with the quarter of its experts that {owner} uses most")
         with only(model, [best_experts(layer, study.experts) for layer in flat([ids])]):
             for name, loss in route_all(model, study.tokens)[0].items():
                 study.kept[name, owner] = loss
     # 3. the past
     final = flat(study.ids.values())
     for step, checkpoint in zip(steps, earlier):
-        before = open_earlier(checkpoint, device)
+        tell(f"checkpoint of step {step}")
+        before = open_earlier(run, checkpoint, device)
         if before:
             _, ids = route_all(before, study.tokens)
             study.past.append((step, [saturation(*layer) for layer in zip(flat(ids.values()), final)]))
     return study
 
 
-def open_earlier(checkpoint, device):
-    """Its model, or None if the run that goes on has deleted it meanwhile."""
+def progress(name, parts):
+    """-> a function to call before each part: it says what comes, and how long all that is left takes at this pace."""
+    began, done = time.perf_counter(), 0
+
+    def tell(what):
+        nonlocal done
+        left = f", {(time.perf_counter() - began) / done * (parts - done):.0f} s left" if done else ""
+        done += 1
+        print(f"{name}, {done} of {parts}: {what}{left}", flush=True)
+    return tell
+
+
+def open_earlier(run, checkpoint, device):
+    """Its model; None if it is damaged, which the run's notes say, or if the run that goes on has deleted it meanwhile.
+    """
     try:
         return train.open_model(checkpoint, device)[0]
-    except (ValueError, OSError):
-        if Path(checkpoint).is_dir():
-            raise
+    except (ValueError, OSError) as error:
+        if Path(checkpoint).is_dir() and str(error) not in run.notes:
+            run.notes.append(str(error))
 
 
-def windows_of(encoding, text, length, tokens, name):
-    """(S, length) tokens, about as many as wanted."""
+def windows_of(encoding, text, length, tokens):
+    """(S, length) tokens, about as many as wanted, none of a text that is too short."""
     ids = np.array(encoding.encode_ordinary(text)[:max(length, tokens)], np.int64)
-    whole = len(ids) // length
-    require(whole, f"the text of domain {name} is shorter than a sequence of {length} tokens: give more of it")
-    return ids[:whole * length].reshape(whole, length)
+    return ids[:len(ids) // length * length].reshape(-1, length)
 
 
 def route_all(model, windows):

@@ -3,6 +3,8 @@ The study of the experts: metrics on routings made by hand, whose values are kno
 """
 import importlib.util
 import json
+import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -202,7 +204,7 @@ def test_a_whole_page(runs):
     assert list(numbers["pictures"]["domains"]) == ["full"] and set(numbers["pictures"]["loss"]) == {"full", "dense"}
     assert [panel["title"] for panel in numbers["pictures"]["domains"]["full"]] == ["code", "prose", "tables", "own"]
     assert "dense: no pictures of experts: the model has none" in numbers["notes"]
-    assert len(numbers["pictures"]["saturation"]["full"]["x"]) == 3       # checkpoints before the newest
+    assert numbers["pictures"]["saturation"]["full"]["x"] == [20, 40, 80, 100]           # % at which checkpoints are
     assert len(numbers["pictures"]["balance"]["full"]["text_vio"]["value"]) == 5
     assert "http" not in page                                             # self-contained
 
@@ -219,24 +221,48 @@ def test_half_written_run(runs, tmp_path, monkeypatch):
     notes = "\n".join(numbers["notes"])
     assert "1 of 5 lines are not whole" in notes and "loads.npy is not whole" in notes
     assert "no complete checkpoint" in notes and "pip install matplotlib" in notes
-    assert study.open_earlier(str(runs / "full/ckpt/step_3"), "cpu") is None       # deleted by the run that goes on
     assert "base64" not in page and len(numbers["pictures"]["loss"]["half"]["loss"]["value"]) == 4
 
 
+def test_damaged_and_deleted_checkpoints(runs, tmp_path):
+    """An earlier one that is damaged is named and left out; one that the run has deleted goes without saying."""
+    run = study.read_run(shutil.copytree(runs / "full", tmp_path / "run"))
+    for file in (run.folder / "ckpt/step_2").iterdir():
+        os.truncate(file, file.stat().st_size // 2)
+    text = dict(long="a word and a guess " * 40, short="a word")
+    found = study.study_checkpoints(run, text, 64, "cpu")
+    assert [step for step, _ in found.past] == [1, 4] and list(found.loss) == ["long"]
+    assert len(run.notes) == 2 and "domain short is left out" in run.notes[0] and "step_2" in run.notes[1]
+    assert study.open_earlier(run, str(run.folder / "ckpt/step_3"), "cpu") is None and len(run.notes) == 2
+
+
 def test_curves_of_a_later_stage(runs, tmp_path):
-    """Keys of rl are drawn where they are there; experts that moved are marked."""
+    """Keys of rl are drawn where they are there, its loss is not; experts that moved are marked."""
     lines = [dict(stage="rl", step=i, tokens=10 * i, loss=1.0, grad_norm=1.0, max_vio=0.5, reward=i / 9, solved=0.0,
                   balance_moved=int(i == 3)) for i in range(5)]
     stored = json.loads((runs / "full/config.json").read_text())
+    stored |= dict(stage="rl", source="/runs/sft/ckpt/step_9")
     run = study.Run("r", tmp_path, stored, Config(), lines, None, [])
-    found = report.gather([run])
-    assert found["rl"]["r"] == {"reward": dict(tokens=[0, 10, 20, 30, 40], value=[round(i / 9, 6) for i in range(5)])}
-    assert found["balance"]["r"]["max_vio"]["moves"] == [30] and report.facts_of(run)["stage"] == "rl"
+    found, facts = report.gather([run]), report.facts_of(run)
+    reward = dict(step=list(range(5)), tokens=[0, 10, 20, 30, 40], value=[round(i / 9, 6) for i in range(5)])
+    assert found["rl"]["r"] == {"reward": reward} and "loss" not in found
+    assert found["balance"]["r"]["max_vio"]["moves"] == [30]
+    assert (facts["stage"], facts["begun from"], facts["last reward"]) == ("rl", "sft/ckpt/step_9", "0.4444")
+    assert "share of answers solved" in facts["no curve, as never measured or always 0"]
     if importlib.util.find_spec("matplotlib"):
         assert set(report.draw_all(dict(rl=found["rl"]))) == {"rl"}
 
 
-@pytest.mark.parametrize("argv, words", [(["nowhere"], "give a run"), (["full", "--domain", "x"], "write NAME=PATH"),
+def test_panels_fill_their_rows():
+    """7 panels in 3 columns: rows of 3, 2 and 2, each as wide as the figure."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    widths = [round(60 * axis.get_subplotspec().get_position(figure).width) for axis in report.new_axes(figure, 7, 3)]
+    assert len(widths) == 7 and len(set(widths[:3])) == len(set(widths[3:])) == 1 and widths[3] > 1.3 * widths[0]
+
+
+@pytest.mark.parametrize("argv, words", [(["nowhere"], "it is no run's folder"),
+                                         (["full", "--domain", "x"], "write NAME=PATH"),
+                                         (["full", "--domain", "x=nowhere"], "x=nowhere: write NAME=PATH, of a file"),
                                          (["full", "--tokens", "0"], "--tokens 0: use 1 or more")])
 def test_refusals(runs, monkeypatch, argv, words):
     monkeypatch.chdir(runs)
