@@ -105,8 +105,8 @@ def is_held_out(prompt):
 
 
 def problems(seed, difficulties, names=tuple(TASKS)):
-    """Problems of some tasks without end, each different from all before it: dicts of task, difficulty, prompt, thinking, answer and
-    mistake."""
+    """Problems of some tasks without end, each different from all before it: dicts of task, difficulty, prompt,
+    thinking, answer and mistake."""
     rng, seen = random.Random(seed), set()
     while True:
         task, difficulty = rng.choice(names), rng.choice(difficulties)
