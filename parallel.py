@@ -717,7 +717,7 @@ class Grid:
             return LocalDispatcher(config)
         if plan.dispatch == "flat" or plan.ep == plan.inner:
             return FlatDispatcher(config, Group(self.expert["ep"]))
-        kind = HierarchicalDispatcher if plan.dispatch == "hierarchical" else DedupDispatcher
+        kind = dict(hierarchical=HierarchicalDispatcher, dedup=DedupDispatcher)[plan.dispatch]
         return kind(config, Group(self.exchange["inner"]), Group(self.exchange["outer"]))
 
 

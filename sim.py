@@ -61,6 +61,7 @@ RECOMPUTE = (
     "attention",       # all between a layer's input and the output projection
     "layer")           # all but the layer's input
 SWAP = ("expert_out", "attn_out", "optimizer")
+EXCHANGES = ("flat", "hierarchical", "dedup")          # ways of the experts' rows; see exchange_bytes
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Plan:
                             text="order of micro-batches; default: paired with overlap, else by vpp")
     overlap: str = setting("none", "adaptive", text="how a pair of forward and backward runs: one after the other | "
                                                     "interleaved, which hides the exchange")
-    dispatch: str = setting("flat", "hierarchical", "dedup", text="exchange of the experts' rows")
+    dispatch: str = setting(EXCHANGES[0], choices=EXCHANGES, text="exchange of the experts' rows")
     recompute: tuple = setting((), choices=RECOMPUTE, text="what backward computes again, joined by , or +")
     swap: tuple = setting((), choices=SWAP, text="what waits in the host's memory, joined by , or +")
     layer_split: tuple = setting((), least=0, text="hidden layers of each stage, joined by , or +; default: by FLOPs")
@@ -1238,6 +1239,8 @@ class Work:
             self.keep("balance", groups * experts, "routing", size=precise)   # load of each group's experts
             if c.aux_scores == "normalized":
                 self.keep("balance.sum", own, "routing", size=precise)
+            if c.aux_scores == "softmax":
+                self.keep("balance.softmax", own * experts, "routing", size=precise)
 
     def experts(self, rows):
         """All of a rank's experts, which share the rows."""
@@ -2147,7 +2150,7 @@ def zero_choices(plan):
 
 def exchange_choices(plan):
     """Inside one node all exchanges are the same."""
-    return ("flat", "hierarchical", "dedup") if plan.ep > plan.node_size else ("flat",)
+    return EXCHANGES if plan.ep > plan.node_size else EXCHANGES[:1]
 
 
 def rank_savings(config, plan, hardware):

@@ -24,6 +24,7 @@ import published
 import sim
 from model import PRESETS, Config, Model, count_params, flops_per_token, rope_table
 from sim import HARDWARE, Plan, check_plan, exchange_bytes, predict, schedule_table
+from test_model import WORDS
 
 ROOT = Path(__file__).parent.parent
 TINY = Config(num_hidden_layers=4)
@@ -325,6 +326,7 @@ VARIANTS = {
     "raw": dict(aux_scores="raw", n_shared_experts=2, balance_group=1),
     "no balance": dict(balance="none"),
     "capacity": dict(capacity_factor=1.5, balance="micro_batch"),
+    **{str(change): change for change in WORDS},
 }
 
 
@@ -357,11 +359,17 @@ def test_saved_tensors_are_those_that_hooks_see(variant, dtype):
     table = {t.untyped_storage().nbytes() for t in (cos, sin)}
     for index, kind in ((0, "dense"), (1, "moe")):
         x = torch.randn(B, T, config.hidden_size, dtype=dtype, requires_grad=True)
-        seen, _ = storages(model, lambda: model.layers[str(index)](x, (cos, sin)))
+        layer, work = model.layers[str(index)], sim.Work(shape, plan, kind)
+        held, counted = sum(p.numel() for p in layer.parameters()), sum(work.params.values())
+        assert held == counted, f"{kind} layer: Work.layer in sim.py counts {counted} parameters, model.py has {held}"
+        seen, _ = storages(model, lambda: layer(x, (cos, sin)))
         for size in table:                                                 # angles belong to the model, not to a layer
             seen.remove(size), seen.remove(size)
-        counted = sorted(size for size in sim.Work(shape, plan, kind).saved.values() if size)
-        assert seen == counted, f"{kind}: seen {sum(seen)}, counted {sum(counted)}"
+        counted = [size for size in work.saved.values() if size]
+        wrong = [f"{seen.count(size)} of {size} bytes, and Work in sim.py counts {counted.count(size)} "
+                 f"({', '.join(name for name, its_size in work.saved.items() if its_size == size)})"
+                 for size in {*seen, *counted} if seen.count(size) != counted.count(size)]
+        assert not wrong, f"{kind} layer: backward keeps {'; '.join(wrong)}: see Work.layer and what it calls"
 
 
 def test_saved_tensors_of_a_whole_model():
@@ -453,7 +461,7 @@ def test_exchange_bytes_of_a_worked_example(dispatch):
 def test_exchange_bytes_are_those_expected():
     """The uniform expectation is the mean over random routings; a group of one sends nothing."""
     config = replace(TINY, n_routed_experts=16, num_experts_per_tok=3)
-    for dispatch in ("flat", "hierarchical", "dedup"):
+    for dispatch in sim.EXCHANGES:
         for ep, node_size in ((1, 1), (4, 2), (8, 4), (4, 4), (4, 1)):
             plan = Plan(dp=ep, ep=ep, node_size=node_size, dispatch=dispatch, global_batch=ep, seq_len=64)
             expected = exchange_bytes(config, plan)
@@ -487,7 +495,7 @@ def random_plan(generator):
     return Plan(pp=pp, dp=dp, cp=cp, tp=tp, sp=int(tp > 1), ep=one((1, 2, 4, 8)), vpp=one((1, 2)),
                 node_size=one((1, 2, 4, 8)), micro_batch=one((1, 2)), global_batch=one((4, 8, 16, 24, 32)),
                 seq_len=one((64, 256)), zero=one((0, 1, 3)), schedule=one(SCHEDULES), overlap=one(("none", "adaptive")),
-                dispatch=one(("flat", "hierarchical", "dedup")),
+                dispatch=one(sim.EXCHANGES),
                 recompute=tuple(generator.sample(sim.RECOMPUTE, generator.randrange(3))),
                 swap=tuple(generator.sample(sim.SWAP, generator.randrange(2))), precision=one(("bf16", "fp32")))
 
@@ -525,7 +533,7 @@ def test_size_one_of_every_axis_is_legal():
     for name in ("pp", "dp", "cp", "tp", "ep", "vpp", "node_size", "micro_batch", "global_batch"):
         assert getattr(Plan(), name) == 1 or name == "node_size"
     for schedule in SCHEDULES:
-        for dispatch in ("flat", "hierarchical", "dedup"):
+        for dispatch in sim.EXCHANGES:
             plan = replace(pipeline(schedule, 1, 2), dispatch=dispatch, node_size=1)
             check_plan(TINY, plan, ASCEND, devices=1)
             assert predict(TINY, plan, ASCEND)["step_time_s"] > 0
