@@ -188,6 +188,11 @@ class Plan:
         return self.dispatch == "flat"
 
     @property
+    def crosses_if_wanted(self):
+        """A token goes to the nodes that hold one of its experts, else to all."""
+        return self.dispatch == "dedup"
+
+    @property
     def defers_weight_gradients(self):
         """Weight gradients are put off, to hide an exchange."""
         return not self.is_plain
@@ -416,7 +421,7 @@ def exchange_bytes(config, plan, ids=None):
 def uniform_exchange(config, plan):
     """{way: {tier: bytes}} of any rank: under uniform routing all ranks, and all peers of a tier, are alike."""
     nodes, choices = plan.ep // plan.inner, plan.tokens * config.num_experts_per_tok
-    if plan.dispatch == "flat":
+    if plan.hops_together:
         inner_peers, outer_peers = plan.inner - 1, plan.ep - plan.inner
         inner_rows = outer_rows = choices / plan.ep        # a rank's choices are spread over all ranks
     else:
@@ -433,7 +438,7 @@ def share_that_crosses(config, plan):
     """Share of tokens that go to one given other node, under uniform routing."""
     experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
     missed = 0.0                                           # share that has no expert there; hierarchical sends it too
-    if plan.dispatch == "dedup":
+    if plan.crosses_if_wanted:
         elsewhere = experts - experts // nodes
         missed = math.comb(elsewhere, k) / math.comb(experts, k)
     if config.n_group == nodes and config.group_choice == "limited":       # a token goes to topk_group nodes at most
@@ -453,11 +458,11 @@ def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
     element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row = element * config.hidden_size
     counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
-    if inside or plan.dispatch == "flat":                  # a row for each choice, with its weight
+    if inside or plan.hops_together:                       # a row for each choice, with its weight
         header, weights, numbers = counts, element, 0
     else:                                                  # a row for each token, with all of its choices
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
-        if plan.dispatch == "dedup":                       # tokens that come, rows for each expert of the peer's node
+        if plan.crosses_if_wanted:                         # tokens that come, rows for each expert of the peer's node
             header = INDEX_BYTES + counts * plan.inner
     return PeerBytes(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
                 backward=rows * row + rows_of_peer * (row + weights))
@@ -470,7 +475,7 @@ def routed_exchange(config, plan, ids):
     for source, peer in product(range(plan.ep), repeat=2):
         inside = source // plan.inner == peer // plan.inner
         same_place = source % plan.inner == peer % plan.inner
-        talk = inside or same_place or plan.dispatch == "flat"
+        talk = inside or same_place or plan.hops_together
         if source == peer or not talk:
             continue
         tier = "inner" if inside else "outer"
@@ -492,10 +497,10 @@ def routed_rows(config, plan, ids):
         place = source % plan.inner
         for experts in tokens:
             owners = [int(expert) * plan.ep // config.n_routed_experts for expert in experts]
-            if plan.dispatch == "flat":
+            if plan.hops_together:
                 rows.update((source, owner) for owner in owners)
                 continue
-            needed = {owner // plan.inner for owner in owners} if plan.dispatch == "dedup" else nodes
+            needed = {owner // plan.inner for owner in owners} if plan.crosses_if_wanted else nodes
             for node in needed:
                 rows[source, node * plan.inner + place] += 1
             for owner in owners:
@@ -1446,7 +1451,7 @@ class LayerTime:
 
     def _time_exchange(self):
         plan = self.plan
-        outer_ranks = plan.ep if plan.dispatch == "flat" else plan.ep // plan.inner
+        outer_ranks = plan.ep if plan.hops_together else plan.ep // plan.inner
         ranks = dict(inner=plan.inner, outer=outer_ranks)
         forwards = 2 + bool(self.rows_again) + self.whole_again            # how often rows travel one way
         sent = uniform_exchange(self.work.shape, plan)

@@ -312,7 +312,9 @@ def test_bytes_are_those_that_sim_predicts(dispatch, ep, node_size):
     want = exchange_bytes(config, plan, ids.tolist())
     for rank, sent in enumerate(dist.run(ep, send_tokens, config, plan, ids)):
         for (way, tier), n_bytes in sent.items():
-            assert n_bytes == want[way][tier][rank], (rank, way, tier)
+            counted = want[way][tier][rank]
+            assert n_bytes == counted, (f"rank {rank} sends {n_bytes} bytes {way}, {tier}; exchange_bytes in sim.py "
+                                        f"counts {counted}: see routed_rows and bytes_to_peer")
 
 
 def count_step(config, plan):

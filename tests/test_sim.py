@@ -472,7 +472,10 @@ def test_exchange_bytes_are_those_expected():
                 for tier in ("inner", "outer"):
                     draws = [sum(exchange_bytes(config, plan, random_routing(config, plan, 64, seed))[way][tier]) / ep
                              for seed in range(4)]
-                    assert math.isclose(sum(draws) / 4, expected[way][tier][0], rel_tol=0.04, abs_tol=1)
+                    drawn, said = sum(draws) / 4, expected[way][tier][0]
+                    assert math.isclose(drawn, said, rel_tol=0.04, abs_tol=1), (
+                        f"{plan.dispatch}, {way}, {tier}: routed_exchange in sim.py counts {drawn:.0f} bytes, "
+                        f"uniform_exchange {said:.0f}: see share_that_crosses")
 
 
 def test_exchange_volumes_are_the_published_ones():
