@@ -38,6 +38,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
 from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -653,6 +654,8 @@ class Hardware:
 
     def __post_init__(self):
         check_settings(self)
+        require(isinstance(self.peak, dict) and {*self.peak} <= {*BYTES_OF} and self.peak,
+                f"peak={self.peak!r}: write {{precision: FLOP/s}}, each of {', '.join(BYTES_OF)}")
         for precision, rate in self.peak.items():
             check_setting(f"peak {precision}", rate, float)
 
@@ -1899,6 +1902,8 @@ class Simulation:
     @property
     def link(self):
         """Seconds that it travels and that the next stage waits for it."""
+        if self.plan.pp == 1:
+            return 0.0
         return collective_seconds(self.hardware, tier_of(self.plan, "pp"), 2, self.stream_bytes())
 
     @cached_property
@@ -2628,7 +2633,7 @@ def print_header(model, hardware, plan, why):
     print(f"plan: {describe(asdict(plan))}\n      ({why})\n")
 
 
-def choose_plan(text, model, hardware, devices):
+def choose_plan(text, model, config, hardware, devices):
     """(Plan, where it comes from): --plan's settings, put on the paper's plan where model and hardware are the paper's,
     else on the defaults. Data ranks that are not given are what the devices leave; without --devices a node is filled.
     """
@@ -2637,7 +2642,7 @@ def choose_plan(text, model, hardware, devices):
         plan = parse_plan(text, **PAPER["optimised"]["plan"], seq_len=PAPER_LENGTH)
         fill, why = devices or PAPER_DEVICES, "the paper's plan"
     else:
-        plan = parse_plan(text, node_size=hardware.node_size)
+        plan = parse_plan(text, node_size=hardware.node_size, seq_len=min(Plan.seq_len, config.max_position_embeddings))
         fill, why = devices or min(8, hardware.node_size), "the defaults; `plans` searches for the best"
     if text:
         why += ", but for what --plan says"
@@ -2670,11 +2675,15 @@ def read_preset(kind, cls, presets, name):
     except (OSError, json.JSONDecodeError):
         raise ValueError(f"{kind} {name!r}: use a JSON file or one of {', '.join(presets)}") from None
     require(isinstance(values, dict), f"{name}: write a JSON object of fields of {cls.__name__}")
-    base = presets.get(values.pop("base", None))
-    unknown = set(values) - {field.name for field in fields(cls)}
+    base = values.pop("base", None)
+    require(base is None or base in [*presets], f"{name}: base={base!r}: use one of {', '.join(presets)}")
+    known = {field.name for field in fields(cls)}
+    if "name" in known:
+        values.setdefault("name", Path(name).stem)         # it is another than its base
+    unknown = set(values) - known
     require(not unknown, f"{name} has unknown fields {sorted(unknown)}: use fields of {cls.__name__}")
     try:
-        return replace(base, **values) if base else cls(**values)
+        return replace(presets[base], **values) if base else cls(**values)
     except TypeError as error:                             # fields that have no default
         raise ValueError(f"{name}: {error}: add them, or a preset as base") from None
 
@@ -2736,7 +2745,7 @@ def main(argv=None):
     config = read_preset("model", Config, PRESETS, args.model)
     if args.command == "plans":
         return run_plans(args, config, hardware)
-    plan, why = choose_plan(args.plan, args.model, hardware, args.devices)
+    plan, why = choose_plan(args.plan, args.model, config, hardware, args.devices)
     check_plan(config, plan, hardware, args.devices)
     max_vio = parse_load(args.load, config)
     if args.command == "trace":

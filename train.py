@@ -15,7 +15,7 @@ a function of (settings, tokens seen so far): which phase, how many sequences, w
 text. So a resumed run is the same run.
 
 A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N, sample.txt and, with
---record-loads 1, loads.npy, which `sim.py predict --load` reads. The tokens of a corpus lie beside the runs, in
+--record-loads 1, loads.npy, which tests/bench_balance.py replays. The tokens of a corpus lie beside the runs, in
 data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 """
 import signal

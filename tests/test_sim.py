@@ -643,10 +643,10 @@ def test_a_refusal_is_one_line_and_exit_2():
 
 def test_a_plan_is_put_on_the_papers_or_fills_the_devices():
     """--plan on the paper's model and hardware changes the paper's plan; else the devices that there are get work."""
-    plan, why = sim.choose_plan("recompute=layer,ep=64", "pangu-ultra-moe-718b", ASCEND, None)
+    plan, why = sim.choose_plan("recompute=layer,ep=64", "pangu-ultra-moe-718b", PANGU, ASCEND, None)
     assert plan == replace(paper.OPTIMISED, recompute=("layer",), ep=64) and "paper" in why
-    assert sim.choose_plan("", "pangu-ultra-moe-718b", ASCEND, 4096)[0].dp == 32
-    plan, why = sim.choose_plan("tp=2,sp=1,pp=2,micro_batch=2", "tiny", ASCEND, 16)
+    assert sim.choose_plan("", "pangu-ultra-moe-718b", PANGU, ASCEND, 4096)[0].dp == 32
+    plan, why = sim.choose_plan("tp=2,sp=1,pp=2,micro_batch=2", "tiny", TINY, ASCEND, 16)
     assert plan.world_size == 16 and plan.n_micro == 2 and "dp=4" in why
     check_plan(TINY, plan, ASCEND, 16)
 
@@ -831,12 +831,26 @@ def test_what_a_user_of_published_mistypes_is_refused(args, words):
 @pytest.mark.parametrize("field, value, words", [
     ("bandwidth", 0.0, "use a number above 0"), ("bandwidth", math.nan, "use a number"),
     ("memory", True, "use a number"),
-    ("peak", dict(bf16=-1.0), "peak bf16=-1.0: use a number above 0"), ("topology", "ring", "use one of switch, mesh"),
+    ("peak", dict(bf16=-1.0), "peak bf16=-1.0: use a number above 0"), ("peak", {}, "write {precision: FLOP/s}"),
+    ("peak", 3e14, "write {precision: FLOP/s}"), ("topology", "ring", "use one of switch, mesh"),
     ("value_padded", 1, "use true or false"), ("node_size", 8.0, "use a whole number")])
 def test_hardware_that_cannot_be_is_refused(field, value, words):
     with pytest.raises(ValueError) as refusal:
         replace(ASCEND, **{field: value})
     assert words in str(refusal.value)
+
+
+def test_another_gpu_from_a_file(tmp_path, capsys):
+    """Alone it needs no links; its name is the file's; the sequence is no longer than the model takes."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(dict(peak=dict(bf16=3e14), memory=5e10, bandwidth=1e12)))
+    sim.main(["predict", "--model", "cpu-small", "--hardware", str(file), "--devices", "1"])
+    shown = capsys.readouterr().out
+    assert "on 1 mine, 300.0 TFLOP/s in bf16" in shown and "256 tokens" in shown and "fits: yes" in shown
+    for base in ("h1000", ["h100_sxm"]):
+        file.write_text(json.dumps(dict(base=base, memory=5e10)))
+        with pytest.raises(ValueError, match="base=.*: use one of"):
+            sim.main(["predict", "--hardware", str(file)])
 
 
 def test_a_short_side_and_idle_cores_cost_a_matmul_its_rate():
