@@ -919,6 +919,18 @@ def published_names(config):
         return {name: tuple(tensor.shape) for name, tensor in M.to_hf(Model(config)).items()}
 
 
+# of transformers, or written in its words
+IN_NO_FORWARD = """bias_update_speed router_bias expert_weight balance balance_group aux_loss_alpha aux_scores init
+    mtp_loss_weight mtp_hidden mtp_concat dssn_c_attn dssn_c_mlp""".split()
+
+
+def test_an_export_tells_what_transformers_does_not_compute():
+    """A setting that a fork adds too."""
+    new = {*M.config_to_hf(SMALL)["training"]} - {*M.IN_TRANSFORMERS, *IN_NO_FORWARD}
+    assert not new, (f"{', '.join(new)}: add it to IN_TRANSFORMERS in model.py with what transformers' DeepSeek-V3 "
+                     f"computes, or, if it changes no forward there, to IN_NO_FORWARD here")
+
+
 def test_names_and_shapes_of_the_released_checkpoint():
     """openPangu-Ultra-MoE-718B, layers 0 (dense), 3 (experts) and 61 (MTP, 787 tensors without embedding and head)."""
     names = published_names(PRESETS["pangu-ultra-moe-718b"])
