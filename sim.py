@@ -2795,6 +2795,7 @@ def run_trace(args, simulation, why):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)          # nobody reads on, as behind `| head`: end without a word
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

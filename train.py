@@ -1936,8 +1936,7 @@ def open_run(kind, given):
     try:
         fill_run(run)
     except BaseException:
-        if run.lock:
-            run.lock.close()
+        leave_folder(run)
         raise
     return run
 
@@ -2252,6 +2251,14 @@ def open_folder(run):
     except OSError as error:                                              # of a network file system, for instance
         print(f"{folder} cannot be locked ({error.strerror}): see that no other run writes into it")
     return folder
+
+
+def leave_folder(run):
+    """Of a run that never began nothing stays."""
+    if run.lock:
+        if [*run.folder.iterdir()] == [run.folder / ".lock"]:
+            shutil.rmtree(run.folder)
+        run.lock.close()
 
 
 def refuse_foreign(folder):
@@ -2955,6 +2962,9 @@ def main(argv=None):
             parallel.leave_world()
     except KeyboardInterrupt:                                             # before the first step; then Stopper heeds it
         sys.exit("train.py: interrupted")
+    except BrokenPipeError:                                               # nobody reads on, as behind `| head`: leave
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # without a word, as others by SIGPIPE do
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, parallel.CheckpointError, OSError) as error:
         shared = isinstance(error, UserError)                             # what was typed, all ranks refuse
         if str(error) and (parallel.rank() == 0 or not shared or isinstance(error, CheckerError)):

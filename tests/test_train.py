@@ -537,7 +537,7 @@ def test_bad_settings(text, at, capsys):
             (("--tokenizer", "none.tiktoken"), "no tiktoken file"),
             (("--data", "nowhere"), "--data nowhere: no such file or folder")]:
         assert words in refusal(capsys, "--data", text, "--out", "r", *argv), argv
-    assert not (at / "r").exists() or not list((at / "r").glob("ckpt/*"))
+    assert not (at / "r").exists()
 
 
 def test_bad_text(text, at, capsys):
@@ -559,7 +559,7 @@ def test_bad_text(text, at, capsys):
             (("ids.bin",), "name the tokenizer"),
             (("ids.bin", "--tokenizer", "t.tiktoken"), "holds id 65000")]:
         assert words in refusal(capsys, "--out", "r", *TINY, "--data", *argv), argv
-    assert not list(at.glob("data-*.tmp"))
+    assert not list(at.glob("data-*.tmp")) and not (at / "r").exists()
 
 
 @pytest.mark.parametrize("change, rank", [("twice", None), (b"ab", 255), (b"\xff", -1), (b"ab", 10**12),
@@ -660,6 +660,22 @@ def test_interrupted_before_the_first_step(text, at, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run("--data", text, "--out", "r", *TINY)
     assert stop.value.code == "train.py: interrupted" and not list(at.glob("data-*"))
+
+
+def test_nobody_reads_the_output(text, at, capfd, monkeypatch):
+    """As behind `| head`: no word, no traceback, and a run that goes on."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    heard = train.print_step
+
+    def leave(*args, **line):
+        heard(*args, **line)
+        os.close(reader)
+    monkeypatch.setattr(train, "print_step", leave)
+    with pytest.raises(SystemExit) as stop:
+        run("--data", text, "--out", "r", "--steps", 3, "--save-every", 1, *TINY)
+    assert stop.value.code == 128 + signal.SIGPIPE and capfd.readouterr().err == ""
+    assert losses(at / "r")
 
 
 def test_other_ranks_are_silent_and_the_screen_is_given_back(text, at, capsys, monkeypatch):
