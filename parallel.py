@@ -2088,7 +2088,7 @@ def checksum(path):
 
 
 def write_synced(path, text):
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -2121,7 +2121,7 @@ def in_one_line(error):
 def read_json(folder, name):
     """What a JSON file of a checkpoint holds: an object, or the checkpoint is damaged."""
     try:
-        content = json.loads((folder / name).read_text())
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

@@ -25,6 +25,7 @@ how far off they are.
 """
 import argparse
 import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -2536,7 +2537,7 @@ def write_trace(simulation, path, about):
             add(rank, name, "schedule", start, end)
             for task in simulation.tasks_of(action):
                 add(rank, task.name, task.stream, start + task.start, start + task.end)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         json.dump(dict(traceEvents=events, displayTimeUnit="ms", otherData=about), file)
 
 
@@ -2670,7 +2671,7 @@ def read_preset(kind, cls, presets, name):
     if name in presets:
         return presets[name]
     try:
-        with open(name) as file:
+        with open(name, encoding="utf-8") as file:
             values = json.load(file)
     except (OSError, json.JSONDecodeError):
         raise ValueError(f"{kind} {name!r}: use a JSON file or one of {', '.join(presets)}") from None
@@ -2686,6 +2687,13 @@ def read_preset(kind, cls, presets, name):
         return replace(presets[base], **values) if base else cls(**values)
     except TypeError as error:                             # fields that have no default
         raise ValueError(f"{name}: {error}: add them, or a preset as base") from None
+
+
+def speak_any_letter():
+    """A terminal or a locale may lack some letters of a text or a name: these are printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):
@@ -2795,6 +2803,7 @@ def run_trace(args, simulation, why):
 
 
 if __name__ == "__main__":
+    speak_any_letter()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)          # nobody reads on, as behind `| head`: end without a word
     try:
         sys.exit(main())

@@ -33,7 +33,6 @@ import dataclasses
 import fcntl
 import hashlib
 import heapq
-import io
 import itertools
 import json
 import lzma
@@ -427,9 +426,9 @@ def byte_letters():
 def encoding_of_folder(folder):
     """A byte-level BPE tokenizer.json as tiktoken.Encoding; UserError for what tiktoken would cut in another way."""
     try:
-        content = json.loads((folder / "tokenizer.json").read_text())
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         config = folder / "tokenizer_config.json"
-        end = json.loads(config.read_text()).get("eos_token") if config.exists() else END
+        end = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.exists() else END
         return encoding_from_json(content, end.get("content") if isinstance(end, dict) else end)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         why = str(error).partition("\n")[0] if isinstance(error, (OSError, ValueError)) else type(error).__name__
@@ -794,7 +793,7 @@ def is_whole(cache):
     """Whether a cache is there, for the text that its name says, and its files are as they were written."""
     try:
         parallel.check_files(cache)
-        return json.loads((cache / "facts.json").read_text())["name"] == cache.name
+        return json.loads((cache / "facts.json").read_text(encoding="utf-8"))["name"] == cache.name
     except (ValueError, LookupError, TypeError, OSError):
         return False
 
@@ -818,7 +817,7 @@ def identity_of(files, settings, tokenizer):
 
 def open_corpus(cache):
     """The Corpus that make_cache left."""
-    facts = json.loads((cache / "facts.json").read_text())
+    facts = json.loads((cache / "facts.json").read_text(encoding="utf-8"))
     train = {split: np.memmap(cache / f"{split}.bin", facts["dtype"], mode="r") for split in facts["tokens"]}
     heldout = train.pop("heldout")
     return Corpus(encoding_in(cache, facts), facts["end"], train, heldout, facts)
@@ -1547,7 +1546,7 @@ def read_checkers(path):
     if path:
         names = {}
         try:
-            exec(compile(Path(path).read_text(), path, "exec"), names)
+            exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
         except Exception as error:
             raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
         found |= {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
@@ -2311,7 +2310,7 @@ def read_config(folder):
     defaults."""
     path = folder / "config.json"
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{folder} has no readable config.json: it is no run's folder") from None
     try:
@@ -2404,7 +2403,7 @@ def continue_folder(run):
 def cut_metrics(path, step):
     """Leaves the lines up to this step; a line half written by a killed run goes too."""
     kept = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -2645,7 +2644,7 @@ class Log:
         self.total = end_of(run.phases, len(run.phases) - 1)              # tokens
         self.first_token, self.busy = run.progress["tokens"], 0.0         # busy: seconds in steps
         path = run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull
-        self.file = open(path, "a", buffering=1)                          # a line is written when it ends
+        self.file = open(path, "a", buffering=1, encoding="utf-8")       # a line is written when it ends
 
     def write(self, line):
         with naming(self.file.name):
@@ -2949,9 +2948,7 @@ def main(argv=None):
               f"unset it", file=sys.stderr)
         sys.exit(2)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # DCP tells that there is one process
-    for stream in (sys.stdout, sys.stderr):                               # a terminal may lack some letters of a text
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    sim.speak_any_letter()
     handlers = [(number, signal.getsignal(number)) for number in Stopper.signals]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     silence = open(os.devnull, "w") if parallel.rank() > 0 else sys.stdout        # rank 0 speaks for all

@@ -1,6 +1,7 @@
 """sim.py against textbooks, against torch's pipelining runtime, and against model.py: what it plans is what happens."""
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -636,9 +637,11 @@ def test_what_a_user_mistypes_is_refused(args, words):
 
 
 def test_a_refusal_is_one_line_and_exit_2():
-    command = [sys.executable, ROOT / "sim.py", "predict", "--plan", "tpp=2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Also where the terminal lacks the letters of a name."""
+    command = [sys.executable, ROOT / "sim.py", "predict", "--hardware", "é.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert "hardware '\\xe9.json': use" in done.stderr
 
 
 def test_a_plan_is_put_on_the_papers_or_fills_the_devices():

@@ -453,9 +453,13 @@ def test_resumed_run_is_the_same_run(text, at):
     assert len(losses(at / "b")) == 10 and losses(at / "b")[:8] == losses(at / "a")
 
 
+NO_UTF8 = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+
+
 def start(*argv, **options):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
+    """Another process, whose locale and terminal know ASCII alone."""
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1") | NO_UTF8, **options)
 
 
 def wait_for_step(process, step):
@@ -469,18 +473,18 @@ def test_sigterm_then_kill_then_resume(text, at):
     """SIGTERM leaves a checkpoint and status 0, kill -9 what was complete; resumed, it is the same run."""
     options = ("--data", text, "--steps", 40, "--save-every", 4, *TINY)
     run(*options, "--out", "a")
-    process = start(*options, "--out", "b")
+    process = start(*options, "--out", "é")
     wait_for_step(process, 3)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "go on with" in out, err
-    process = start("--resume", "b")
+    process = start("--resume", "é")
     wait_for_step(process, 20)
     process.kill()
     process.communicate()
-    run("--resume", "b")
-    assert losses(at / "a") == losses(at / "b")
-    assert weights(at / "a/ckpt/step_40", at) == weights(at / "b/ckpt/step_40", at)
+    run("--resume", "é")
+    assert losses(at / "a") == losses(at / "é")
+    assert weights(at / "a/ckpt/step_40", at) == weights(at / "é/ckpt/step_40", at)
 
 
 @pytest.mark.parametrize("bytes_of_a_file, name", [(2_000, "data-"), (40_000, "r/ckpt/step_1 could not be written")])
