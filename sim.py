@@ -2294,7 +2294,7 @@ def count_refusals(refused, reasons):
 def with_progress(what, items, total=None):
     """The items, and on stderr from the third second on how many were taken and the time that the rest will need."""
     begin = shown = time.monotonic()
-    total = total or len(items)
+    total = len(items) if total is None else total
     for i, item in enumerate(items):
         yield item
         now = time.monotonic()
@@ -2723,7 +2723,8 @@ def parse_arguments(argv):
         command.add_argument("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
         command.add_argument("--devices", type=positive, help="number of devices; default: " + default_devices)
         if name in ("plans", "shapes"):
-            command.add_argument("--seq-len", type=positive, default=4096, help="tokens in a sequence")
+            command.add_argument("--seq-len", type=positive, help="tokens in a sequence; default: 4096, or "
+                                 "what the model takes")
             command.add_argument("--top", type=positive, default=10, help="rows to print")
         if name == "plans":
             command.add_argument("--global-batch", type=positive, required=True, help="sequences in an optimizer step")
@@ -2749,7 +2750,8 @@ def main(argv=None):
     hardware = read_preset("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "shapes":
         budget = parse_budget(args.budget)
-        return print_shapes(hardware, args.devices or PAPER_DEVICES, budget, args.seq_len, args.top, args.experts)
+        return print_shapes(hardware, args.devices or PAPER_DEVICES, budget, args.seq_len or PAPER_LENGTH, args.top,
+                            args.experts)
     config = read_preset("model", Config, PRESETS, args.model)
     if args.command == "plans":
         return run_plans(args, config, hardware)
@@ -2768,9 +2770,10 @@ def main(argv=None):
 
 def run_plans(args, config, hardware):
     devices = args.devices or hardware.node_size
-    print_setting(args.model, hardware, devices, args.global_batch, args.seq_len)
+    seq_len = args.seq_len or min(PAPER_LENGTH, config.max_position_embeddings)
+    print_setting(args.model, hardware, devices, args.global_batch, seq_len)
     begin = time.monotonic()
-    search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=args.seq_len)
+    search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=seq_len)
     ending = "interrupted after" if search.interrupted else "in"
     print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
           f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\n\nstep s     MFU     GiB  plan")

@@ -134,7 +134,8 @@ OPTIONS = dict(
     peak_tflops=option(0.0, "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported", least=0),
     # optimisation
     steps=option(1000, "optimizer steps at the full batch; sets the tokens of the run"),
-    tokens=option(0.0, "tokens of the run, in place of --steps; those of --phases are scaled", least=0),
+    tokens=option(0.0, "tokens of the run, in place of --steps; those of --phases are scaled", least=0,
+                  most=1e15),
     phases=option("", "FILE, a JSON list of objects with the keys of Phase in train.py, or an object with such a list "
                       "as `phases`; --tokens, --seq-len, --global-batch and --lr scale it"),
     lr=option(3e-4, "highest learning rate"),
@@ -2390,6 +2391,7 @@ def continue_folder(run):
     if now != before:
         raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
                         f"the old text with --data, or start a new run")
+    save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")     # it may have been lost
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
     cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}

@@ -769,6 +769,12 @@ def test_search_comes_near_the_best_plan_there_is(name):
     assert found[0] <= 1.01 * min(seconds for seconds, fits in results if fits)
 
 
+def test_a_search_that_finds_nothing_says_why(capsys):
+    sim.main(["plans", "--model", "cpu-small", "--devices", "7", "--global-batch", "5", "--seq-len", "512"])
+    shown = capsys.readouterr().out
+    assert "0 plans that fit" in shown and "seq_len=512 above max_position_embeddings=256" in shown
+
+
 @pytest.mark.slow
 def test_search_beside_an_exhaustive_play():
     """On the smallest of the three cases; tests/bench_search.py does all."""
