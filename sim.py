@@ -2060,7 +2060,7 @@ def predict(config, plan, hardware, max_vio=0.0):
         mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12,
         mem_gib=max(needs) / GIB, bubble=parts["bubble"] / step,
         exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
-        hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0,
+        hidden_comm_fraction=max(0.0, 1 - parts["exchange"] / travel) if travel else 1.0,
         fits=not why_not, why_not=why_not, peak_rank=needs.index(max(needs)), breakdown=parts,
         memory_by_stage=[{name: size / GIB for name, size in sizes.items()} for sizes in memories],
         bytes_by_tier=simulation.bytes_by_tier(), max_vio=max_vio, plan=asdict(plan))
@@ -2470,7 +2470,7 @@ def print_prediction(result):
             print(f"{name:24} {value:12.4g}")
     print("\nwhere the step goes         seconds   share   (mean over pipeline ranks)")
     for name, seconds in sorted(result["breakdown"].items(), key=itemgetter(1), reverse=True):
-        print(f"{name:24} {seconds:10.3f} {seconds / result['step_time_s']:7.1%}")
+        print(f"{name:24} {seconds:10.4g} {seconds / result['step_time_s']:7.1%}")
     sent = result["bytes_by_tier"]
     print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
           "between nodes")

@@ -2950,6 +2950,7 @@ def main(argv=None):
               f"unset it", file=sys.stderr)
         sys.exit(2)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # DCP tells that there is one process
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")     # of outputs that are views: none is written
     sim.speak_any_letter()
     handlers = [(number, signal.getsignal(number)) for number in Stopper.signals]
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -526,7 +526,7 @@ def test_random_plans_keep_their_promises():
         result = predict(config, plan, ASCEND)
         assert sum(result["breakdown"].values()) == pytest.approx(result["step_time_s"])
         assert all(seconds >= -1e-12 for seconds in result["breakdown"].values()), result["breakdown"]
-        assert -1e-12 <= result["hidden_comm_fraction"] <= 1 and 0 < result["mfu"] < 1
+        assert 0 <= result["hidden_comm_fraction"] <= 1 and 0 < result["mfu"] < 1
         for faster in ("inner_bandwidth", "outer_bandwidth", "bandwidth", "host_bandwidth"):
             quick = predict(config, plan, replace(ASCEND, **{faster: 1e13}))["step_time_s"]
             assert quick <= result["step_time_s"] * (1 + 1e-12), f"more {faster} is slower under {plan}"
