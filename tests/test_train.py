@@ -704,8 +704,9 @@ def test_bad_resume(text, at, capsys):
     assert "step_4 is damaged" in message and "1000 of" in message and "--resume r/ckpt/step_2" in message
     data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert "is not what was written" in refusal(capsys, "--resume", "r")
+    (at / "r/tokenizer.tiktoken").unlink()
     run("--resume", "r/ckpt/step_2")
-    assert parallel.steps_in(at / "r/ckpt") == [2, 4]
+    assert parallel.steps_in(at / "r/ckpt") == [2, 4] and (at / "r/tokenizer.tiktoken").exists()
 
     config = json.loads((at / "r/config.json").read_text())
     config["config"]["moe_intermediate_size"] = 12
