@@ -477,6 +477,8 @@ def compile_operators(wanted=True, device=None):
         compiled(value)(plain_swiglu, probe)
     except torch._dynamo.exc.TorchDynamoException as error:
         return str(error).strip().splitlines()[0]
+    except UnicodeDecodeError:                                            # torch reads its templates by the locale
+        return "torch.compile needs a locale of UTF-8 here: PYTHONUTF8=1"
     torch._dynamo.config.recompile_limit = 64                             # by operator, dtype, and what else is fixed
     COMPILED = True
     return None

@@ -717,7 +717,7 @@ class Grid:
             return LocalDispatcher(config)
         if plan.dispatch == "flat" or plan.ep == plan.inner:
             return FlatDispatcher(config, Group(self.expert["ep"]))
-        kind = HierarchicalDispatcher if plan.dispatch == "hierarchical" else DedupDispatcher
+        kind = dict(hierarchical=HierarchicalDispatcher, dedup=DedupDispatcher)[plan.dispatch]
         return kind(config, Group(self.exchange["inner"]), Group(self.exchange["outer"]))
 
 
@@ -2088,7 +2088,7 @@ def checksum(path):
 
 
 def write_synced(path, text):
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -2121,7 +2121,7 @@ def in_one_line(error):
 def read_json(folder, name):
     """What a JSON file of a checkpoint holds: an object, or the checkpoint is damaged."""
     try:
-        content = json.loads((folder / name).read_text())
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

@@ -25,6 +25,7 @@ how far off they are.
 """
 import argparse
 import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -38,6 +39,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
 from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +63,7 @@ RECOMPUTE = (
     "attention",       # all between a layer's input and the output projection
     "layer")           # all but the layer's input
 SWAP = ("expert_out", "attn_out", "optimizer")
+EXCHANGES = ("flat", "hierarchical", "dedup")          # ways of the experts' rows; see exchange_bytes
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Plan:
                             text="order of micro-batches; default: paired with overlap, else by vpp")
     overlap: str = setting("none", "adaptive", text="how a pair of forward and backward runs: one after the other | "
                                                     "interleaved, which hides the exchange")
-    dispatch: str = setting("flat", "hierarchical", "dedup", text="exchange of the experts' rows")
+    dispatch: str = setting(EXCHANGES[0], choices=EXCHANGES, text="exchange of the experts' rows")
     recompute: tuple = setting((), choices=RECOMPUTE, text="what backward computes again, joined by , or +")
     swap: tuple = setting((), choices=SWAP, text="what waits in the host's memory, joined by , or +")
     layer_split: tuple = setting((), least=0, text="hidden layers of each stage, joined by , or +; default: by FLOPs")
@@ -185,6 +188,11 @@ class Plan:
     def hops_together(self):
         """The exchange uses the links inside the node and between nodes at once, not one after the other."""
         return self.dispatch == "flat"
+
+    @property
+    def crosses_if_wanted(self):
+        """A token goes to the nodes that hold one of its experts, else to all."""
+        return self.dispatch == "dedup"
 
     @property
     def defers_weight_gradients(self):
@@ -415,7 +423,7 @@ def exchange_bytes(config, plan, ids=None):
 def uniform_exchange(config, plan):
     """{way: {tier: bytes}} of any rank: under uniform routing all ranks, and all peers of a tier, are alike."""
     nodes, choices = plan.ep // plan.inner, plan.tokens * config.num_experts_per_tok
-    if plan.dispatch == "flat":
+    if plan.hops_together:
         inner_peers, outer_peers = plan.inner - 1, plan.ep - plan.inner
         inner_rows = outer_rows = choices / plan.ep        # a rank's choices are spread over all ranks
     else:
@@ -432,7 +440,7 @@ def share_that_crosses(config, plan):
     """Share of tokens that go to one given other node, under uniform routing."""
     experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
     missed = 0.0                                           # share that has no expert there; hierarchical sends it too
-    if plan.dispatch == "dedup":
+    if plan.crosses_if_wanted:
         elsewhere = experts - experts // nodes
         missed = math.comb(elsewhere, k) / math.comb(experts, k)
     if config.n_group == nodes and config.group_choice == "limited":       # a token goes to topk_group nodes at most
@@ -452,11 +460,11 @@ def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
     element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row = element * config.hidden_size
     counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
-    if inside or plan.dispatch == "flat":                  # a row for each choice, with its weight
+    if inside or plan.hops_together:                       # a row for each choice, with its weight
         header, weights, numbers = counts, element, 0
     else:                                                  # a row for each token, with all of its choices
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
-        if plan.dispatch == "dedup":                       # tokens that come, rows for each expert of the peer's node
+        if plan.crosses_if_wanted:                         # tokens that come, rows for each expert of the peer's node
             header = INDEX_BYTES + counts * plan.inner
     return PeerBytes(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
                 backward=rows * row + rows_of_peer * (row + weights))
@@ -469,7 +477,7 @@ def routed_exchange(config, plan, ids):
     for source, peer in product(range(plan.ep), repeat=2):
         inside = source // plan.inner == peer // plan.inner
         same_place = source % plan.inner == peer % plan.inner
-        talk = inside or same_place or plan.dispatch == "flat"
+        talk = inside or same_place or plan.hops_together
         if source == peer or not talk:
             continue
         tier = "inner" if inside else "outer"
@@ -491,10 +499,10 @@ def routed_rows(config, plan, ids):
         place = source % plan.inner
         for experts in tokens:
             owners = [int(expert) * plan.ep // config.n_routed_experts for expert in experts]
-            if plan.dispatch == "flat":
+            if plan.hops_together:
                 rows.update((source, owner) for owner in owners)
                 continue
-            needed = {owner // plan.inner for owner in owners} if plan.dispatch == "dedup" else nodes
+            needed = {owner // plan.inner for owner in owners} if plan.crosses_if_wanted else nodes
             for node in needed:
                 rows[source, node * plan.inner + place] += 1
             for owner in owners:
@@ -647,6 +655,8 @@ class Hardware:
 
     def __post_init__(self):
         check_settings(self)
+        require(isinstance(self.peak, dict) and {*self.peak} <= {*BYTES_OF} and self.peak,
+                f"peak={self.peak!r}: write {{precision: FLOP/s}}, each of {', '.join(BYTES_OF)}")
         for precision, rate in self.peak.items():
             check_setting(f"peak {precision}", rate, float)
 
@@ -1238,6 +1248,8 @@ class Work:
             self.keep("balance", groups * experts, "routing", size=precise)   # load of each group's experts
             if c.aux_scores == "normalized":
                 self.keep("balance.sum", own, "routing", size=precise)
+            if c.aux_scores == "softmax":
+                self.keep("balance.softmax", own * experts, "routing", size=precise)
 
     def experts(self, rows):
         """All of a rank's experts, which share the rows."""
@@ -1443,7 +1455,7 @@ class LayerTime:
 
     def _time_exchange(self):
         plan = self.plan
-        outer_ranks = plan.ep if plan.dispatch == "flat" else plan.ep // plan.inner
+        outer_ranks = plan.ep if plan.hops_together else plan.ep // plan.inner
         ranks = dict(inner=plan.inner, outer=outer_ranks)
         forwards = 2 + bool(self.rows_again) + self.whole_again            # how often rows travel one way
         sent = uniform_exchange(self.work.shape, plan)
@@ -1891,6 +1903,8 @@ class Simulation:
     @property
     def link(self):
         """Seconds that it travels and that the next stage waits for it."""
+        if self.plan.pp == 1:
+            return 0.0
         return collective_seconds(self.hardware, tier_of(self.plan, "pp"), 2, self.stream_bytes())
 
     @cached_property
@@ -2046,7 +2060,7 @@ def predict(config, plan, hardware, max_vio=0.0):
         mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12,
         mem_gib=max(needs) / GIB, bubble=parts["bubble"] / step,
         exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
-        hidden_comm_fraction=1 - parts["exchange"] / travel if travel else 1.0,
+        hidden_comm_fraction=max(0.0, 1 - parts["exchange"] / travel) if travel else 1.0,
         fits=not why_not, why_not=why_not, peak_rank=needs.index(max(needs)), breakdown=parts,
         memory_by_stage=[{name: size / GIB for name, size in sizes.items()} for sizes in memories],
         bytes_by_tier=simulation.bytes_by_tier(), max_vio=max_vio, plan=asdict(plan))
@@ -2147,7 +2161,7 @@ def zero_choices(plan):
 
 def exchange_choices(plan):
     """Inside one node all exchanges are the same."""
-    return ("flat", "hierarchical", "dedup") if plan.ep > plan.node_size else ("flat",)
+    return EXCHANGES if plan.ep > plan.node_size else EXCHANGES[:1]
 
 
 def rank_savings(config, plan, hardware):
@@ -2280,7 +2294,7 @@ def count_refusals(refused, reasons):
 def with_progress(what, items, total=None):
     """The items, and on stderr from the third second on how many were taken and the time that the rest will need."""
     begin = shown = time.monotonic()
-    total = total or len(items)
+    total = len(items) if total is None else total
     for i, item in enumerate(items):
         yield item
         now = time.monotonic()
@@ -2456,7 +2470,7 @@ def print_prediction(result):
             print(f"{name:24} {value:12.4g}")
     print("\nwhere the step goes         seconds   share   (mean over pipeline ranks)")
     for name, seconds in sorted(result["breakdown"].items(), key=itemgetter(1), reverse=True):
-        print(f"{name:24} {seconds:10.3f} {seconds / result['step_time_s']:7.1%}")
+        print(f"{name:24} {seconds:10.4g} {seconds / result['step_time_s']:7.1%}")
     sent = result["bytes_by_tier"]
     print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
           "between nodes")
@@ -2523,7 +2537,7 @@ def write_trace(simulation, path, about):
             add(rank, name, "schedule", start, end)
             for task in simulation.tasks_of(action):
                 add(rank, task.name, task.stream, start + task.start, start + task.end)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         json.dump(dict(traceEvents=events, displayTimeUnit="ms", otherData=about), file)
 
 
@@ -2620,7 +2634,7 @@ def print_header(model, hardware, plan, why):
     print(f"plan: {describe(asdict(plan))}\n      ({why})\n")
 
 
-def choose_plan(text, model, hardware, devices):
+def choose_plan(text, model, config, hardware, devices):
     """(Plan, where it comes from): --plan's settings, put on the paper's plan where model and hardware are the paper's,
     else on the defaults. Data ranks that are not given are what the devices leave; without --devices a node is filled.
     """
@@ -2629,7 +2643,7 @@ def choose_plan(text, model, hardware, devices):
         plan = parse_plan(text, **PAPER["optimised"]["plan"], seq_len=PAPER_LENGTH)
         fill, why = devices or PAPER_DEVICES, "the paper's plan"
     else:
-        plan = parse_plan(text, node_size=hardware.node_size)
+        plan = parse_plan(text, node_size=hardware.node_size, seq_len=min(Plan.seq_len, config.max_position_embeddings))
         fill, why = devices or min(8, hardware.node_size), "the defaults; `plans` searches for the best"
     if text:
         why += ", but for what --plan says"
@@ -2657,18 +2671,29 @@ def read_preset(kind, cls, presets, name):
     if name in presets:
         return presets[name]
     try:
-        with open(name) as file:
+        with open(name, encoding="utf-8") as file:
             values = json.load(file)
     except (OSError, json.JSONDecodeError):
         raise ValueError(f"{kind} {name!r}: use a JSON file or one of {', '.join(presets)}") from None
     require(isinstance(values, dict), f"{name}: write a JSON object of fields of {cls.__name__}")
-    base = presets.get(values.pop("base", None))
-    unknown = set(values) - {field.name for field in fields(cls)}
+    base = values.pop("base", None)
+    require(base is None or base in [*presets], f"{name}: base={base!r}: use one of {', '.join(presets)}")
+    known = {field.name for field in fields(cls)}
+    if "name" in known:
+        values.setdefault("name", Path(name).stem)         # it is another than its base
+    unknown = set(values) - known
     require(not unknown, f"{name} has unknown fields {sorted(unknown)}: use fields of {cls.__name__}")
     try:
-        return replace(base, **values) if base else cls(**values)
+        return replace(presets[base], **values) if base else cls(**values)
     except TypeError as error:                             # fields that have no default
         raise ValueError(f"{name}: {error}: add them, or a preset as base") from None
+
+
+def speak_any_letter():
+    """A terminal or a locale may lack some letters of a text or a name: these are printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):
@@ -2698,7 +2723,8 @@ def parse_arguments(argv):
         command.add_argument("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
         command.add_argument("--devices", type=positive, help="number of devices; default: " + default_devices)
         if name in ("plans", "shapes"):
-            command.add_argument("--seq-len", type=positive, default=4096, help="tokens in a sequence")
+            command.add_argument("--seq-len", type=positive, help="tokens in a sequence; default: 4096, or "
+                                 "what the model takes")
             command.add_argument("--top", type=positive, default=10, help="rows to print")
         if name == "plans":
             command.add_argument("--global-batch", type=positive, required=True, help="sequences in an optimizer step")
@@ -2724,11 +2750,12 @@ def main(argv=None):
     hardware = read_preset("hardware", Hardware, HARDWARE, args.hardware)
     if args.command == "shapes":
         budget = parse_budget(args.budget)
-        return print_shapes(hardware, args.devices or PAPER_DEVICES, budget, args.seq_len, args.top, args.experts)
+        return print_shapes(hardware, args.devices or PAPER_DEVICES, budget, args.seq_len or PAPER_LENGTH, args.top,
+                            args.experts)
     config = read_preset("model", Config, PRESETS, args.model)
     if args.command == "plans":
         return run_plans(args, config, hardware)
-    plan, why = choose_plan(args.plan, args.model, hardware, args.devices)
+    plan, why = choose_plan(args.plan, args.model, config, hardware, args.devices)
     check_plan(config, plan, hardware, args.devices)
     max_vio = parse_load(args.load, config)
     if args.command == "trace":
@@ -2743,9 +2770,10 @@ def main(argv=None):
 
 def run_plans(args, config, hardware):
     devices = args.devices or hardware.node_size
-    print_setting(args.model, hardware, devices, args.global_batch, args.seq_len)
+    seq_len = args.seq_len or min(PAPER_LENGTH, config.max_position_embeddings)
+    print_setting(args.model, hardware, devices, args.global_batch, seq_len)
     begin = time.monotonic()
-    search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=args.seq_len)
+    search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=seq_len)
     ending = "interrupted after" if search.interrupted else "in"
     print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
           f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\n\nstep s     MFU     GiB  plan")
@@ -2778,6 +2806,8 @@ def run_trace(args, simulation, why):
 
 
 if __name__ == "__main__":
+    speak_any_letter()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)          # nobody reads on, as behind `| head`: end without a word
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

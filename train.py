@@ -15,7 +15,7 @@ a function of (settings, tokens seen so far): which phase, how many sequences, w
 text. So a resumed run is the same run.
 
 A run's folder holds config.json, metrics.jsonl (a line a step), tokenizer.tiktoken, ckpt/step_N, sample.txt and, with
---record-loads 1, loads.npy, which `sim.py predict --load` reads. The tokens of a corpus lie beside the runs, in
+--record-loads 1, loads.npy, which tests/bench_balance.py replays. The tokens of a corpus lie beside the runs, in
 data-HASH: HASH is of the files' names, sizes and times and of the tokenizer.
 """
 import signal
@@ -33,7 +33,6 @@ import dataclasses
 import fcntl
 import hashlib
 import heapq
-import io
 import itertools
 import json
 import lzma
@@ -136,7 +135,8 @@ OPTIONS = dict(
     peak_tflops=option(0.0, "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported", least=0),
     # optimisation
     steps=option(1000, "optimizer steps at the full batch; sets the tokens of the run"),
-    tokens=option(0.0, "tokens of the run, in place of --steps; those of --phases are scaled", least=0),
+    tokens=option(0.0, "tokens of the run, in place of --steps; those of --phases are scaled", least=0,
+                  most=1e15),
     phases=option("", "FILE, a JSON list of objects with the keys of Phase in train.py, or an object with such a list "
                       "as `phases`; --tokens, --seq-len, --global-batch and --lr scale it"),
     lr=option(3e-4, "highest learning rate"),
@@ -432,9 +432,9 @@ def byte_letters():
 def encoding_of_folder(folder):
     """A byte-level BPE tokenizer.json as tiktoken.Encoding; UserError for what tiktoken would cut in another way."""
     try:
-        content = json.loads((folder / "tokenizer.json").read_text())
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         config = folder / "tokenizer_config.json"
-        end = json.loads(config.read_text()).get("eos_token") if config.exists() else END
+        end = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.exists() else END
         return encoding_from_json(content, end.get("content") if isinstance(end, dict) else end)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         why = str(error).partition("\n")[0] if isinstance(error, (OSError, ValueError)) else type(error).__name__
@@ -799,7 +799,7 @@ def is_whole(cache):
     """Whether a cache is there, for the text that its name says, and its files are as they were written."""
     try:
         parallel.check_files(cache)
-        return json.loads((cache / "facts.json").read_text())["name"] == cache.name
+        return json.loads((cache / "facts.json").read_text(encoding="utf-8"))["name"] == cache.name
     except (ValueError, LookupError, TypeError, OSError):
         return False
 
@@ -823,7 +823,7 @@ def identity_of(files, settings, tokenizer):
 
 def open_corpus(cache):
     """The Corpus that make_cache left."""
-    facts = json.loads((cache / "facts.json").read_text())
+    facts = json.loads((cache / "facts.json").read_text(encoding="utf-8"))
     train = {split: np.memmap(cache / f"{split}.bin", facts["dtype"], mode="r") for split in facts["tokens"]}
     heldout = train.pop("heldout")
     return Corpus(encoding_in(cache, facts), facts["end"], train, heldout, facts)
@@ -1561,7 +1561,7 @@ def read_checkers(path):
     if path:
         names = {}
         try:
-            exec(compile(Path(path).read_text(), path, "exec"), names)
+            exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
         except Exception as error:
             raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
         found |= {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
@@ -1958,8 +1958,7 @@ def open_run(kind, given):
     try:
         fill_run(run)
     except BaseException:
-        if run.lock:
-            run.lock.close()
+        leave_folder(run)
         raise
     return run
 
@@ -2276,6 +2275,14 @@ def open_folder(run):
     return folder
 
 
+def leave_folder(run):
+    """Of a run that never began nothing stays."""
+    if run.lock:
+        if [*run.folder.iterdir()] == [run.folder / ".lock"]:
+            shutil.rmtree(run.folder)
+        run.lock.close()
+
+
 def refuse_foreign(folder):
     """A new run writes into a new folder, an empty one, or that of a run which never got to a checkpoint."""
     if newest(folder):
@@ -2326,7 +2333,7 @@ def read_config(folder):
     defaults."""
     path = folder / "config.json"
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{folder} has no readable config.json: it is no run's folder") from None
     try:
@@ -2406,6 +2413,7 @@ def continue_folder(run):
     if now != before:
         raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
                         f"the old text with --data, or start a new run")
+    save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")     # it may have been lost
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
     cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}
@@ -2419,7 +2427,7 @@ def continue_folder(run):
 def cut_metrics(path, step):
     """Leaves the lines up to this step; a line half written by a killed run goes too."""
     kept = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -2661,7 +2669,7 @@ class Log:
         self.total = end_of(run.phases, len(run.phases) - 1)              # tokens
         self.first_token, self.busy = run.progress["tokens"], 0.0         # busy: seconds in steps
         path = run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull
-        self.file = open(path, "a", buffering=1)                          # a line is written when it ends
+        self.file = open(path, "a", buffering=1, encoding="utf-8")       # a line is written when it ends
 
     def write(self, line):
         with naming(self.file.name):
@@ -2965,9 +2973,8 @@ def main(argv=None):
               f"unset it", file=sys.stderr)
         sys.exit(2)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # DCP tells that there is one process
-    for stream in (sys.stdout, sys.stderr):                               # a terminal may lack some letters of a text
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")     # of outputs that are views: none is written
+    sim.speak_any_letter()
     handlers = [(number, signal.getsignal(number)) for number in Stopper.signals]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     silence = open(os.devnull, "w") if parallel.rank() > 0 else sys.stdout        # rank 0 speaks for all
@@ -2978,6 +2985,9 @@ def main(argv=None):
             parallel.leave_world()
     except KeyboardInterrupt:                                             # before the first step; then Stopper heeds it
         sys.exit("train.py: interrupted")
+    except BrokenPipeError:                                               # nobody reads on, as behind `| head`: leave
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # without a word, as others by SIGPIPE do
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, parallel.CheckpointError, OSError) as error:
         shared = isinstance(error, UserError)                             # what was typed, all ranks refuse
         if str(error) and (parallel.rank() == 0 or not shared or isinstance(error, CheckerError)):

@@ -31,11 +31,10 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parallel  # noqa: E402
 from model import Config  # noqa: E402
-from sim import Hardware, Plan, collective_seconds, exchange_bytes  # noqa: E402
+from sim import EXCHANGES, Hardware, Plan, collective_seconds, exchange_bytes  # noqa: E402
 from traffic import Traffic  # noqa: E402
 
 NODES, RANKS_A_NODE = 2, 2
-EXCHANGES = ("flat", "hierarchical", "dedup")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Two nodes on one machine

@@ -31,7 +31,7 @@ from bench_exchange import NODES, RANKS_A_NODE, inner_bandwidth, run_bench
 
 import parallel
 from model import Config, Model
-from sim import Hardware, Plan, predict
+from sim import EXCHANGES, Hardware, Plan, predict
 
 RANKS = NODES * RANKS_A_NODE
 
@@ -180,7 +180,7 @@ def show(args, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dispatch", default="hierarchical", choices=("flat", "hierarchical", "dedup"))
+    parser.add_argument("--dispatch", default="hierarchical", choices=EXCHANGES)
     parser.add_argument("--width", type=int, default=512, help="of an expert (%(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="MoE layers (%(default)s)")
     parser.add_argument("--top-k", type=int, default=4, help="experts a token (%(default)s)")

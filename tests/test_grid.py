@@ -140,7 +140,7 @@ def test_bf16(folder, axes):
 
 def combinations():
     two = replace(PLAN, dp=4, ep=4, node_size=2, overlap="adaptive", global_batch=16)
-    for dispatch in ("flat", "hierarchical", "dedup"):
+    for dispatch in sim.EXCHANGES:
         yield replace(two, dispatch=dispatch, schedule="paired")                     # on one pipeline rank
     two = replace(two, dp=2, ep=2, pp=2, zero=1, dispatch="hierarchical", node_size=1)
     yield replace(two, schedule="paired")
@@ -210,7 +210,7 @@ def record_order(config, plan, reference):
     return orders
 
 
-@pytest.mark.parametrize("dispatch", ["flat", "hierarchical", "dedup"])
+@pytest.mark.parametrize("dispatch", sim.EXCHANGES)
 def test_all_ranks_of_a_group_issue_their_collectives_in_one_order(dispatch):
     """A rank without a token too: routing is uneven, the order does not depend on it."""
     plan = replace(PLAN, pp=2, dp=4, ep=4, node_size=2, overlap="adaptive", schedule="", dispatch=dispatch,

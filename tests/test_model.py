@@ -5,7 +5,7 @@ Exact comparisons run in float64; operators and the fast path also in float32 an
 """
 import copy
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -162,8 +162,12 @@ def test_counts_equal_the_published_ones():
     assert round(deepseek["active"] / 1e9, 3) == 37.552
 
 
+WORDS = [{each.name: word} for each in fields(Config)                     # each that a setting may take, a fork's too
+         for word in each.metadata.get("allowed", {}).get("choices", ())[1:]]
+
+
 @pytest.mark.parametrize("change", [dict(tie_word_embeddings=True), dict(n_shared_experts=0), dict(n_shared_experts=2),
-                                    dict(norm="pre"), dict(first_k_dense_replace=3), dict(num_nextn_predict_layers=2)])
+                                    dict(first_k_dense_replace=3), dict(num_nextn_predict_layers=2), *WORDS], ids=str)
 def test_counts_follow_every_setting_that_changes_a_shape(change):
     config = replace(SMALL, **change)
     built, said = counted_on_meta(config), M.count_params(config)
@@ -383,7 +387,8 @@ def check(config, ids, targets, next_ids, fused=False, seed=0, aux_scale=1.0, **
 
     for name in ("loss", "mtp_loss", "aux_loss", "total_loss"):
         ours, expected = getattr(out, name).item(), getattr(right, name).item()
-        assert ours == pytest.approx(expected, rel=EXACT, abs=1e-12), name
+        assert ours == pytest.approx(expected, rel=EXACT, abs=1e-12), (
+            f"{name}: model.py computes something else than tests/reference.py, which a new formula changes too")
     for depth, (ours, expected) in enumerate(zip([out.logits, *(out.mtp_logits or [])], right.logits, strict=True)):
         assert_close(ours, expected, f"logits of depth {depth}")
     check_routing(config, model, routing, right)
@@ -912,6 +917,18 @@ def test_published_names_there_and_back(change):
 def published_names(config):
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in M.to_hf(Model(config)).items()}
+
+
+# of transformers, or written in its words
+IN_NO_FORWARD = """bias_update_speed router_bias expert_weight balance balance_group aux_loss_alpha aux_scores init
+    mtp_loss_weight mtp_hidden mtp_concat dssn_c_attn dssn_c_mlp""".split()
+
+
+def test_an_export_tells_what_transformers_does_not_compute():
+    """A setting that a fork adds too."""
+    new = {*M.config_to_hf(SMALL)["training"]} - {*M.IN_TRANSFORMERS, *IN_NO_FORWARD}
+    assert not new, (f"{', '.join(new)}: add it to IN_TRANSFORMERS in model.py with what transformers' DeepSeek-V3 "
+                     f"computes, or, if it changes no forward there, to IN_NO_FORWARD here")
 
 
 def test_names_and_shapes_of_the_released_checkpoint():

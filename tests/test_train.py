@@ -453,9 +453,13 @@ def test_resumed_run_is_the_same_run(text, at):
     assert len(losses(at / "b")) == 10 and losses(at / "b")[:8] == losses(at / "a")
 
 
+NO_UTF8 = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+
+
 def start(*argv, **options):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
+    """Another process, whose locale and terminal know ASCII alone."""
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1") | NO_UTF8, **options)
 
 
 def wait_for_step(process, step):
@@ -469,18 +473,18 @@ def test_sigterm_then_kill_then_resume(text, at):
     """SIGTERM leaves a checkpoint and status 0, kill -9 what was complete; resumed, it is the same run."""
     options = ("--data", text, "--steps", 40, "--save-every", 4, *TINY)
     run(*options, "--out", "a")
-    process = start(*options, "--out", "b")
+    process = start(*options, "--out", "é")
     wait_for_step(process, 3)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "go on with" in out, err
-    process = start("--resume", "b")
+    process = start("--resume", "é")
     wait_for_step(process, 20)
     process.kill()
     process.communicate()
-    run("--resume", "b")
-    assert losses(at / "a") == losses(at / "b")
-    assert weights(at / "a/ckpt/step_40", at) == weights(at / "b/ckpt/step_40", at)
+    run("--resume", "é")
+    assert losses(at / "a") == losses(at / "é")
+    assert weights(at / "a/ckpt/step_40", at) == weights(at / "é/ckpt/step_40", at)
 
 
 @pytest.mark.parametrize("bytes_of_a_file, name", [(2_000, "data-"), (40_000, "r/ckpt/step_1 could not be written")])
@@ -537,7 +541,7 @@ def test_bad_settings(text, at, capsys):
             (("--tokenizer", "none.tiktoken"), "no tiktoken file"),
             (("--data", "nowhere"), "--data nowhere: no such file or folder")]:
         assert words in refusal(capsys, "--data", text, "--out", "r", *argv), argv
-    assert not (at / "r").exists() or not list((at / "r").glob("ckpt/*"))
+    assert not (at / "r").exists()
 
 
 def test_bad_text(text, at, capsys):
@@ -559,7 +563,7 @@ def test_bad_text(text, at, capsys):
             (("ids.bin",), "name the tokenizer"),
             (("ids.bin", "--tokenizer", "t.tiktoken"), "holds id 65000")]:
         assert words in refusal(capsys, "--out", "r", *TINY, "--data", *argv), argv
-    assert not list(at.glob("data-*.tmp"))
+    assert not list(at.glob("data-*.tmp")) and not (at / "r").exists()
 
 
 @pytest.mark.parametrize("change, rank", [("twice", None), (b"ab", 255), (b"\xff", -1), (b"ab", 10**12),
@@ -664,6 +668,22 @@ def test_interrupted_before_the_first_step(text, at, capsys, monkeypatch):
     assert stop.value.code == "train.py: interrupted" and not list(at.glob("data-*"))
 
 
+def test_nobody_reads_the_output(text, at, capfd, monkeypatch):
+    """As behind `| head`: no word, no traceback, and a run that goes on."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    heard = train.print_step
+
+    def leave(*args, **line):
+        heard(*args, **line)
+        os.close(reader)
+    monkeypatch.setattr(train, "print_step", leave)
+    with pytest.raises(SystemExit) as stop:
+        run("--data", text, "--out", "r", "--steps", 3, "--save-every", 1, *TINY)
+    assert stop.value.code == 128 + signal.SIGPIPE and capfd.readouterr().err == ""
+    assert losses(at / "r")
+
+
 def test_other_ranks_are_silent_and_the_screen_is_given_back(text, at, capsys, monkeypatch):
     screen = sys.stdout
     monkeypatch.setattr(parallel, "rank", lambda: 1)
@@ -686,8 +706,9 @@ def test_bad_resume(text, at, capsys):
     assert "step_4 is damaged" in message and "1000 of" in message and "--resume r/ckpt/step_2" in message
     data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert "is not what was written" in refusal(capsys, "--resume", "r")
+    (at / "r/tokenizer.tiktoken").unlink()
     run("--resume", "r/ckpt/step_2")
-    assert parallel.steps_in(at / "r/ckpt") == [2, 4]
+    assert parallel.steps_in(at / "r/ckpt") == [2, 4] and (at / "r/tokenizer.tiktoken").exists()
 
     config = json.loads((at / "r/config.json").read_text())
     config["config"]["moe_intermediate_size"] = 12
