@@ -394,3 +394,8 @@ def test_tasks_are_right():
                           count=lambda: str(words.split().count(line["prompt"].split()[1][:-1])))[line["task"]]()
             assert line["answer"] == answer
     assert not seen["train"] & seen["test"]
+    # a careless teacher's mistakes are answers to the same problem, and nearly always wrong ones
+    mistaken = [line for line in lines if line["mistake"] != line["answer"]]
+    assert len(mistaken) > 0.9 * len(lines)
+    assert tasks.conversation(lines[0], True, True)["messages"][1]["content"] == lines[0]["mistake"]
+    assert {line["task"] for line in tasks.some(0, [1], 20, False, ["sort", "add"])} == {"sort", "add"}
