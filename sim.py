@@ -187,6 +187,11 @@ class Plan:
     @property
     def hops_together(self):
         """The exchange uses the links inside the node and between nodes at once, not one after the other."""
+        return self.goes_directly
+
+    @property
+    def goes_directly(self):
+        """Each row goes straight to its expert's rank, not by way of another rank of its node."""
         return self.dispatch == "flat"
 
     @property
@@ -423,7 +428,7 @@ def exchange_bytes(config, plan, ids=None):
 def uniform_exchange(config, plan):
     """{way: {tier: bytes}} of any rank: under uniform routing all ranks, and all peers of a tier, are alike."""
     nodes, choices = plan.ep // plan.inner, plan.tokens * config.num_experts_per_tok
-    if plan.hops_together:
+    if plan.goes_directly:
         inner_peers, outer_peers = plan.inner - 1, plan.ep - plan.inner
         inner_rows = outer_rows = choices / plan.ep        # a rank's choices are spread over all ranks
     else:
@@ -460,7 +465,7 @@ def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
     element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row = element * config.hidden_size
     counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
-    if inside or plan.hops_together:                       # a row for each choice, with its weight
+    if inside or plan.goes_directly:                       # a row for each choice, with its weight
         header, weights, numbers = counts, element, 0
     else:                                                  # a row for each token, with all of its choices
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
@@ -477,7 +482,7 @@ def routed_exchange(config, plan, ids):
     for source, peer in product(range(plan.ep), repeat=2):
         inside = source // plan.inner == peer // plan.inner
         same_place = source % plan.inner == peer % plan.inner
-        talk = inside or same_place or plan.hops_together
+        talk = inside or same_place or plan.goes_directly
         if source == peer or not talk:
             continue
         tier = "inner" if inside else "outer"
@@ -499,7 +504,7 @@ def routed_rows(config, plan, ids):
         place = source % plan.inner
         for experts in tokens:
             owners = [int(expert) * plan.ep // config.n_routed_experts for expert in experts]
-            if plan.hops_together:
+            if plan.goes_directly:
                 rows.update((source, owner) for owner in owners)
                 continue
             needed = {owner // plan.inner for owner in owners} if plan.crosses_if_wanted else nodes
@@ -1455,7 +1460,7 @@ class LayerTime:
 
     def _time_exchange(self):
         plan = self.plan
-        outer_ranks = plan.ep if plan.hops_together else plan.ep // plan.inner
+        outer_ranks = plan.ep if plan.goes_directly else plan.ep // plan.inner
         ranks = dict(inner=plan.inner, outer=outer_ranks)
         forwards = 2 + bool(self.rows_again) + self.whole_again            # how often rows travel one way
         sent = uniform_exchange(self.work.shape, plan)

@@ -479,6 +479,14 @@ def test_exchange_bytes_are_those_expected():
                         f"uniform_exchange {said:.0f}: see share_that_crosses")
 
 
+def test_hops_at_once_send_the_bytes_of_hops_in_turn():
+    """The clock alone asks whether both hops go at once, as a published run's do with dedup."""
+    plan = dict(dp=16, ep=16, node_size=8, seq_len=64, global_batch=16, dispatch="dedup")
+    at_once = published.RowPlan(**plan, pipelined=True)
+    assert at_once.hops_together and not at_once.goes_directly
+    assert sim.uniform_exchange(PRESETS["tiny"], at_once) == sim.uniform_exchange(PRESETS["tiny"], Plan(**plan))
+
+
 def test_exchange_volumes_are_the_published_ones():
     """Pangu's 32 ranks on 4 nodes, in units of T*H: flat 6 between nodes and 1.75 inside, hierarchical 3 and 7."""
     unit = 2048 * 7680 * 2 * 2                             # T*H in bf16, dispatch and combine
