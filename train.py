@@ -395,6 +395,11 @@ def load_encoding(path, pattern=PATTERN, special=None):
     return make_encoding(ranks, pattern, special)
 
 
+def ids_of(encoding):
+    """The set of all its ids: there may be gaps between them, and a model may have more rows than its tokenizer ids."""
+    return {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
+
+
 def facts_of(encoding):
     """What a tokenizer.tiktoken does not hold, stored with a corpus; encoding_in reads both."""
     return dict(end=encoding.encode_single_token(END), special=encoding._special_tokens, pattern=encoding._pat_str)
@@ -527,17 +532,16 @@ def special_id(encoding, name):
 
 
 def check_messages(messages):
-    """ValueError for what is no conversation that teaches: roles in turn, the last one an assistant's."""
+    """ValueError for what is no conversation that teaches: words of known roles, the assistant's not empty."""
     require(isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages),
             "no messages: write a list of objects with role and content")
     for message in messages:
-        require(message.get("role") in ROLES, f"role {message.get('role')!r}: use {', '.join(ROLES)}")
-        for part in ("content", "thinking"):
-            require(isinstance(message.get(part, ""), str), f"{part} of {message['role']} is no text")
-    roles = [message["role"] for message in messages]
-    require("assistant" in roles, "no turn of the assistant, so nothing to learn")
-    empty = [m for m in messages if m["role"] == "assistant" and not m.get("content", "").strip()]
-    require(not empty, "an answer of the assistant is empty")
+        require(message.get("role") in [*ROLES], f"role {message.get('role')!r}: use {', '.join(ROLES)}")
+        for part, words in dict(content=message.get("content"), thinking=message.get("thinking", "")).items():
+            require(isinstance(words, str), f"{part} of {message['role']} is no text")
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    require(answers, "no turn of the assistant, so nothing to learn")
+    require(all(answer.strip() for answer in answers), "an answer of the assistant is empty")
 
 
 def conversation(encoding, end, messages):
@@ -582,7 +586,10 @@ def answer_of(encoding, ids):
     think, think_end, turn_end = (special_id(encoding, name) for name in (THINK, THINK_END, TURN_END))
     if ids[:1] != [think] or ids[-1:] != [turn_end] or ids.count(think) != 1 or ids.count(think_end) != 1:
         return None
-    return encoding.decode(ids[ids.index(think_end) + 1:-1])
+    try:
+        return encoding.decode(ids[ids.index(think_end) + 1:-1])
+    except KeyError:                                                      # a row of the model that is no token
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -733,7 +740,7 @@ def read_bin(path, encoding):
     if size == 0 or size % dtype.itemsize:
         raise UserError(f"{path} has {size} bytes, which are no tokens of {8 * dtype.itemsize} bits: leave it out of "
                         f"--data, or name the tokenizer that made it")
-    known = [*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()]
+    known = [*ids_of(encoding)]
     ids = np.memmap(path, dtype, mode="r")
     for start in range(0, len(ids), PIECE):
         piece = ids[start:start + PIECE]
@@ -1316,7 +1323,7 @@ def measured(sums, norm, finite, loads):
     max_vio = norm * 0                                                    # of a dense model
     if len(copies):
         used = (copies.sum(1) > 0).float()                                # in rl, MTP layers rest
-        over_mean = copies.amax(1) / copies.mean(1).clamp(min=1)          # of each layer
+        over_mean = copies.amax(1) * copies.size(1) / copies.sum(1).clamp(min=1)              # of each layer
         max_vio = ((over_mean - 1) * used).sum() / used.sum().clamp(min=1)
     drop_rate = dropped / copies.sum().clamp(min=1)
     return torch.stack([*losses, norm, (~finite).float(), max_vio, drop_rate, stop])
@@ -1545,12 +1552,12 @@ TOO_FAR = 10.0                             # log-ratios are clamped to this befo
 
 
 def check_exact(text, task):
-    return float(text.strip() == task["answer"])
+    return float(text.strip() == task["answer"].strip())
 
 
 def check_partial(text, task):
     """1 for the answer; less than half of it for each sign in its place."""
-    text, answer = text.strip(), task["answer"]
+    text, answer = text.strip(), task["answer"].strip()
     right = sum(a == b for a, b in zip(text, answer))
     return 1.0 if text == answer else 0.5 * right / max(len(text), len(answer))
 
@@ -1575,9 +1582,10 @@ def read_tasks(path, checkers):
         with refusals(f"{path}, line {number}: "):
             require(isinstance(task, dict), "no object: write prompt, answer and checker")
             for key in ("prompt", "answer"):
-                require(isinstance(task.get(key), str) and task[key], f"no {key}: write prompt, answer and checker")
+                is_there = isinstance(task.get(key), str) and task[key].strip()
+                require(is_there, f"no {key}: write prompt, answer and checker")
             task = dict(checker="exact") | task | dict(line=number)
-            require(task["checker"] in checkers,
+            require(task["checker"] in [*checkers],
                     f"checker {task['checker']!r}: use {', '.join(checkers)}, or give its file to --checkers")
             tasks.append(task)
     if not tasks:
@@ -1589,8 +1597,8 @@ class CheckerError(UserError):
     """What a checker did wrong, on the ranks where it did; empty on the others."""
 
 
-class TooSlow(Exception):
-    pass
+class TooSlow(BaseException):
+    """Which a checker's own `except Exception` does not catch."""
 
 
 @contextlib.contextmanager
@@ -1616,7 +1624,7 @@ def reward(text, task, checkers):
             value = checkers[task["checker"]](text, task)
     except TooSlow:
         raise CheckerError(f"{where} took more than {CHECK_SECONDS} s for {text!r}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CheckerError(f"{where} raised {type(error).__name__}: {error}, for {text!r}") from None
     is_number = isinstance(value, (int, float)) and math.isfinite(value)
     if not is_number:
@@ -1821,9 +1829,11 @@ class RL(Stage):
     def scored(self, batch):
         """The batch with the trainer's log-probabilities, and experts if those are replayed; tokens whose
         log-probability is not finite count no more."""
-        policy, replay = batch["policy"], self.run.settings["replay"]
-        sampled = batch.pop("routing")
+        policy, replay, sampled = batch["policy"], self.run.settings["replay"], batch.pop("routing")
         policy[..., OLD], chosen = self.log_probs(self.pipeline, batch)
+        if replay == "sampler":
+            # a ratio compares policies with the same experts: else some are clipped before the policy has moved
+            policy[..., OLD], _ = self.log_probs(self.pipeline, batch | dict(routing=sampled))
         if self.reference:
             policy[..., REFERENCE], _ = self.log_probs(self.reference, batch)
         broken = ~torch.isfinite(policy).all(-1)
@@ -1831,23 +1841,25 @@ class RL(Stage):
         batch["targets"][:, 0].masked_fill_(broken, -100)
         # how far sampler and trainer are from each other
         counted = policy[..., COUNTED] > 0
-        differs = torch.stack([(sampled[layer].sort(-1).values != chosen[layer].sort(-1).values).any(-1)
-                               for layer in sampled]).any(0)
+        differs = torch.zeros_like(counted)
+        for layer, experts in sampled.items():
+            differs |= (experts.sort(-1).values != chosen[layer].sort(-1).values).any(-1)
         distance = (policy[..., OLD] - policy[..., SAMPLER]).abs()
         kl = (k3(policy[..., OLD], policy[..., REFERENCE]) * counted).sum()
         sums = [counted.sum(), broken.sum(), counted.any(1).sum(), differs[counted].sum(),
                 (distance > math.log(2))[counted].sum(), -policy[..., SAMPLER].sum(), kl]
         total, not_finite, answers, *sums = parallel.all_sum(torch.stack(sums).float()).tolist()
-        router_diff, far, entropy, kl = (each / total for each in sums)
+        router_diff, far, entropy, kl = (each / max(1, total) for each in sums)
         self.log |= dict(router_diff=router_diff, far=far, entropy=entropy, kl=kl if self.reference else None,
-                         length=total / answers, not_finite=int(not_finite))
+                         length=total / max(1, answers), not_finite=int(not_finite))
         if replay == "none":
             return batch
         return batch | dict(routing=sampled if replay == "sampler" else chosen)
 
     @torch.no_grad()
     def log_probs(self, pipeline, batch):
-        """(B,T) of the targets of depth 0, by a pipeline's model as it is, and the experts that it chose."""
+        """(B,T) of the targets of depth 0, by a pipeline's model as it is, and the experts, as the batch forces them or
+        else as the model chose them."""
         model, noted, found = pipeline.model, [], []
 
         def note(nats, policy):
@@ -1858,8 +1870,8 @@ class RL(Stage):
         model.token_loss = note
         one = torch.ones(1, device=self.run.device)
         for inputs in micro_batches(batch, self.run.plan.micro_batch):
-            noted.append({})
-            pipeline.step([inputs | dict(routing=noted[-1])], one, train=False)
+            noted.append(inputs.setdefault("routing", {}))
+            pipeline.step([inputs], one, train=False)
         model.train()
         model.token_loss = self.token_loss
 
@@ -2215,13 +2227,14 @@ def open_init(run):
 
 
 def check_mtp(run):
-    """What --mtp-depth, --average and --train mtp need."""
+    """What --mtp-depth, --average and --train need."""
     settings, plan = run.settings, run.plan
     require(settings["init"] or not settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
     require(settings["init"] or settings["average"] == 1, "--average is of the checkpoints of --init: give both")
-    fits = plan.is_plain and not plan.balance_live and run.config.num_nextn_predict_layers
-    require(fits or settings["train"] == "all",
-            "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
+    require(run.config.num_nextn_predict_layers or settings["train"] != "mtp",
+            "--train mtp needs a model with MTP layers")
+    require((plan.is_plain and not plan.balance_live) or settings["train"] == "all",
+            f"--train {settings['train']} needs one stage, --schedule 1f1b and no --balance-live (rl trains the trunk)")
 
 
 def refuse_larger(encoding, config):
@@ -2861,11 +2874,10 @@ def continue_texts(opened, prompts, settings, chat, on_text=None):
     new_tokens = settings["new_tokens"] or max(1, min(200, room))
     # a character may end in a later token: what it lacks waits in its decoder
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
-    texts = [""] * len(prompts)
+    texts, shown = [""] * len(prompts), ids_of(encoding) - {stop}
 
     def on_tokens(number, ids, final=False):
-        known = [i for i in ids if i < encoding.n_vocab and i != stop]     # the model may have more rows than tokens
-        piece = decoders[number].decode(encoding.decode_bytes(known), final)
+        piece = decoders[number].decode(encoding.decode_bytes([id for id in ids if id in shown]), final)
         piece = piece if texts[number] else prompts[number] + "\n" * chat + piece
         texts[number] += piece
         if on_text is not None:
