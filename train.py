@@ -1735,10 +1735,10 @@ class RL(Stage):
 
     def batches(self, progress, size):
         settings, plan = self.run.settings, self.run.plan
-        # 1. tasks, and this rank's answers: whole groups, of each update as many
+        # 1. tasks, and this rank's answers: whole groups of each update, which is the same under any plan
         n_groups = size // settings["answers"]
         chosen = self.choose_tasks(progress, n_groups)
-        own = np.arange(size).reshape(plan.dp, -1)[parallel.data_rank(plan)]
+        own = np.arange(size).reshape(settings["updates"], plan.dp, -1)[:, parallel.data_rank(plan)].flatten()
         tasks = [chosen[number // settings["answers"]] for number in own]
         answers = self.sample([self.prompts[task] for task in tasks], seed=progress["step"])
         # 2. rewards, known to all ranks, and what is better than its group

@@ -314,6 +314,28 @@ def test_an_update_of_rl_is_that_of_one_process(changes):
         np.testing.assert_allclose(measures, alone, rtol=1e-5)
 
 
+def test_updates_of_rl_are_of_the_same_answers_under_any_plan(monkeypatch):
+    def updates(dp):
+        """The prompts of each update, of all ranks together."""
+        settings = SETTINGS | dict(answers=2, updates=2, seed=0)
+        plan = Plan(seq_len=8, global_batch=16, micro_batch=2, dp=dp)
+        stage = train.RL(SimpleNamespace(settings=settings, plan=plan, config=RANKS_CONFIG, device="cpu"))
+        stage.tasks = stage.prompts = [[number] for number in range(8)]
+        stage.sample = lambda prompts, step: [SimpleNamespace(ids=[0]) for _ in prompts]
+        stage.rewards_of = lambda tasks, answers: [0.0] * len(tasks)
+        stage.examples = lambda prompts, answers, advantages: dict(ids=torch.tensor(prompts),
+                                                                   policy=torch.zeros(len(prompts), 1, 5))
+        stage.scored = lambda batch: batch
+        found = [[], []]
+        for rank in range(dp):
+            monkeypatch.setattr(parallel, "data_rank", lambda plan: rank)
+            for update, batch in zip(found, stage.batches(dict(step=0, pass_rates=[]), 16)):
+                update += batch["ids"].flatten().tolist()
+        return [sorted(update) for update in found]
+
+    assert updates(1) == updates(2) == updates(4)
+
+
 @pytest.mark.slow
 def test_stages_under_torchrun(base, tmp_path):
     """sft follows one process; rl samples with an exchange at each token, though answers end at different lengths."""
