@@ -395,6 +395,11 @@ def load_encoding(path, pattern=PATTERN, special=None):
     return make_encoding(ranks, pattern, special)
 
 
+def ids_of(encoding):
+    """The set of all its ids: there may be gaps between them, and a model may have more rows than its tokenizer ids."""
+    return {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
+
+
 def facts_of(encoding):
     """What a tokenizer.tiktoken does not hold, stored with a corpus; encoding_in reads both."""
     return dict(end=encoding.encode_single_token(END), special=encoding._special_tokens, pattern=encoding._pat_str)
@@ -527,17 +532,16 @@ def special_id(encoding, name):
 
 
 def check_messages(messages):
-    """ValueError for what is no conversation that teaches: roles in turn, the last one an assistant's."""
+    """ValueError for what is no conversation that teaches: words of known roles, the assistant's not empty."""
     require(isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages),
             "no messages: write a list of objects with role and content")
     for message in messages:
-        require(message.get("role") in ROLES, f"role {message.get('role')!r}: use {', '.join(ROLES)}")
-        for part in ("content", "thinking"):
-            require(isinstance(message.get(part, ""), str), f"{part} of {message['role']} is no text")
-    roles = [message["role"] for message in messages]
-    require("assistant" in roles, "no turn of the assistant, so nothing to learn")
-    empty = [m for m in messages if m["role"] == "assistant" and not m.get("content", "").strip()]
-    require(not empty, "an answer of the assistant is empty")
+        require(message.get("role") in [*ROLES], f"role {message.get('role')!r}: use {', '.join(ROLES)}")
+        for part, words in dict(content=message.get("content"), thinking=message.get("thinking", "")).items():
+            require(isinstance(words, str), f"{part} of {message['role']} is no text")
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    require(answers, "no turn of the assistant, so nothing to learn")
+    require(all(answer.strip() for answer in answers), "an answer of the assistant is empty")
 
 
 def conversation(encoding, end, messages):
@@ -582,7 +586,10 @@ def answer_of(encoding, ids):
     think, think_end, turn_end = (special_id(encoding, name) for name in (THINK, THINK_END, TURN_END))
     if ids[:1] != [think] or ids[-1:] != [turn_end] or ids.count(think) != 1 or ids.count(think_end) != 1:
         return None
-    return encoding.decode(ids[ids.index(think_end) + 1:-1])
+    try:
+        return encoding.decode(ids[ids.index(think_end) + 1:-1])
+    except KeyError:                                                      # a row of the model that is no token
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,13 +661,10 @@ def walk(folder, skipped):
                 yield path
 
 
-def total_bytes(files):
-    return sum(file.path.stat().st_size for file in files)
-
-
 def pieces_of(files, settings, encoding=None):
     """All text in Pieces. Held out is the second of every n, where n = 1 / --heldout, or more for a large text."""
-    share = min(settings["heldout"], HELDOUT_BYTES / max(1, total_bytes(files)))
+    total = sum(file.path.stat().st_size for file in files)               # bytes
+    share = min(settings["heldout"], HELDOUT_BYTES / max(1, total))
     every = round(1 / share) if share else 0
     number = 0
     for file in files:
@@ -733,7 +737,7 @@ def read_bin(path, encoding):
     if size == 0 or size % dtype.itemsize:
         raise UserError(f"{path} has {size} bytes, which are no tokens of {8 * dtype.itemsize} bits: leave it out of "
                         f"--data, or name the tokenizer that made it")
-    known = [*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()]
+    known = [*ids_of(encoding)]
     ids = np.memmap(path, dtype, mode="r")
     for start in range(0, len(ids), PIECE):
         piece = ids[start:start + PIECE]
@@ -1246,14 +1250,14 @@ def own_sequences(plan, size):
     return places[:, parallel.data_rank(plan)].flatten()
 
 
+def each_of(batch, change):
+    """A batch with all of its tensors changed; routing is a dict of some."""
+    return {name: each_of(x, change) if isinstance(x, dict) else change(x) for name, x in batch.items()}
+
+
 def part_of(batch, own):
     """A batch's sequences by a slice."""
-    return {name: part_of(value, own) if isinstance(value, dict) else value[own] for name, value in batch.items()}
-
-
-def on_device(batch, device):
-    return {name: on_device(value, device) if isinstance(value, dict) else value.to(device)
-            for name, value in batch.items()}
+    return each_of(batch, lambda x: x[own])
 
 
 def micro_batches(batch, size):
@@ -1265,8 +1269,7 @@ def micro_batches(batch, size):
 
 def cut(batch, length):
     """A batch's first tokens. All tensors are (B,T,...), but targets (B,1+MTP,T)."""
-    return {name: cut(value, length) if isinstance(value, dict) else
-            value[..., :length] if name == "targets" else value[:, :length] for name, value in batch.items()}
+    return each_of(batch, lambda x: x[:, :length]) | dict(targets=batch["targets"][..., :length])
 
 
 def train_step(pipeline, optimizer, batch, clip, stop=False):
@@ -1316,7 +1319,7 @@ def measured(sums, norm, finite, loads):
     max_vio = norm * 0                                                    # of a dense model
     if len(copies):
         used = (copies.sum(1) > 0).float()                                # in rl, MTP layers rest
-        over_mean = copies.amax(1) / copies.mean(1).clamp(min=1)          # of each layer
+        over_mean = copies.amax(1) * copies.size(1) / copies.sum(1).clamp(min=1)              # of each layer
         max_vio = ((over_mean - 1) * used).sum() / used.sum().clamp(min=1)
     drop_rate = dropped / copies.sum().clamp(min=1)
     return torch.stack([*losses, norm, (~finite).float(), max_vio, drop_rate, stop])
@@ -1327,48 +1330,26 @@ def measured(sums, norm, finite, loads):
 
 
 @torch.no_grad()
-def heldout_nats(pipeline, batches, total):
-    """Summed loss of the next tokens, in nats, over all ranks' batches of one micro-batch each; total: how many."""
-    depths, device = 1 + pipeline.model.config.num_nextn_predict_layers, next(pipeline.model.parameters()).device
-    divisor = torch.ones(depths, device=device)                           # so that the loss is a sum, not a mean
+def heldout_nats(pipeline, n, batch_of):
+    """Summed loss of the next tokens of n held-out sequences, in nats, over all ranks.
+
+    batch_of(numbers) makes the batch of these sequences; numbers from n on keep the last batches whole, and do not
+    count.
+    """
+    model, plan = pipeline.model, pipeline.plan
+    # so that the loss is a sum, not a mean
+    divisor = torch.ones(1 + model.config.num_nextn_predict_layers, device=next(model.parameters()).device)
     nats = torch.zeros((), dtype=torch.float64)
-    if parallel.rank() == 0:
-        batches = sim.with_progress("held-out text", batches, total)
-    pipeline.model.eval()
-    for batch in batches:
+    firsts = range(0, n, plan.dp * plan.micro_batch)
+    model.eval()
+    for first in sim.with_progress("held-out text", firsts) if parallel.rank() == 0 else firsts:
+        numbers = first + parallel.data_rank(plan) * plan.micro_batch + np.arange(plan.micro_batch)
+        batch = batch_of(numbers)
+        batch["targets"][numbers >= n] = -100
         batch["targets"][:, 1:] = -100
         nats += pipeline.step([batch], divisor, train=False).loss.item()
-    pipeline.model.train()
+    model.train()
     return parallel.all_sum(nats).item()
-
-
-def heldout_windows(corpus, plan, depths, device, document_end):
-    """The held-out text as batches of a rank. Every token is predicted once, END included: windows overlap by half and
-    only their second half counts, so that each token sees at least half a window before it.
-
-    -> (an iterator of batches, how many there are).
-    """
-    # windows, and behind the text room (-1) that keeps the last ones and the last batch whole
-    n = len(corpus.heldout) - 1                                           # tokens to predict
-    seq_len, at_once = plan.seq_len, plan.dp * plan.micro_batch
-    stride = max(1, seq_len // 2)
-    starts = range(0, max(1, n - (seq_len - stride)), stride)
-    text = np.full(starts[-1] + at_once * stride + seq_len + depths, -1, np.int64)
-    text[:n + 1] = corpus.heldout
-    firsts = range(0, len(starts), at_once)
-
-    def batches():
-        for first in firsts:
-            first += parallel.data_rank(plan) * plan.micro_batch          # this rank's first window
-            begins = stride * np.arange(first, first + plan.micro_batch)
-            windows = text[begins[:, None] + np.arange(seq_len + depths)]             # (micro_batch, seq_len + depths)
-            # what counts: the second half, all of the first window, nothing past the end
-            counted = windows >= 0
-            counted[:, :seq_len - stride + 1] &= begins[:, None] == 0
-            counted[max(0, len(starts) - first):] = False
-            documents = None if document_end is None else document_numbers(windows, document_end)
-            yield examples(windows.clip(0), depths, device, documents, counted)
-    return batches(), len(firsts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1434,19 +1415,34 @@ class Pretrain(Stage):
         self.order = Order(self.run.corpus, phase, self.depths, self.run.settings["seed"])
 
     def batches(self, progress, size):
-        run = self.run
-        windows = self.order.batch(progress["tokens"], size)[own_sequences(run.plan, size)]
-        documents = None if run.document_end is None else document_numbers(windows, run.document_end)
-        return [examples(windows, self.depths, run.device, documents)]
+        return [self.examples(self.order.batch(progress["tokens"], size)[own_sequences(self.run.plan, size)])]
+
+    def examples(self, windows, counted=None):
+        kept_apart = self.run.settings["document_mask"]
+        documents = document_numbers(windows, self.run.corpus.end) if kept_apart else None
+        return examples(windows, self.depths, self.run.device, documents, counted)
 
     def evaluate(self, pipeline):
-        """Held-out loss (nats a token) and bits per UTF-8 byte; {} where no text is held out."""
-        corpus = self.run.corpus
-        n = len(corpus.heldout) - 1
+        """Held-out loss (nats a token) and bits per UTF-8 byte; {} where no text is held out.
+
+        Every token is predicted once, END included: windows overlap by half and only their second half counts, so that
+        each token sees at least half a window before it.
+        """
+        corpus, seq_len = self.run.corpus, pipeline.plan.seq_len
+        n, stride = len(corpus.heldout) - 1, max(1, seq_len // 2)         # tokens to predict; from window to window
         if n < 1:
             return {}
-        nats = heldout_nats(pipeline, *heldout_windows(corpus, pipeline.plan, self.depths, self.run.device,
-                                                       self.run.document_end))
+
+        def batch_of(numbers):
+            begins = stride * numbers[:, None]
+            places = begins + np.arange(seq_len + self.depths)            # (micro_batch, seq_len + depths)
+            # what counts: the second half, all of the first window, nothing past the end
+            counted = places <= n
+            counted[:, :seq_len - stride + 1] &= begins == 0
+            return self.examples(corpus.heldout[places.clip(max=n)], counted)
+
+        n_windows = 1 + max(0, math.ceil((n - seq_len) / stride))
+        nats = heldout_nats(pipeline, n_windows, batch_of)
         return dict(val_loss=nats / n, val_bpb=nats / math.log(2) / corpus.facts["heldout_bytes"])
 
 
@@ -1495,21 +1491,15 @@ class SFT(Stage):
 
     def evaluate(self, pipeline):
         """Held-out loss, nats a token that counts."""
-        run, plan = self.run, pipeline.plan
-        if not run.corpus.heldout:
+        corpus = self.run.corpus
+        if not corpus.heldout:
             return {}
-        packed = Packed(run.corpus.heldout, plan.seq_len, self.depths, run.corpus.end)
-        at_once = plan.dp * plan.micro_batch
-        firsts = range(0, len(packed), at_once)
+        packed = Packed(corpus.heldout, pipeline.plan.seq_len, self.depths, corpus.end)
 
-        def batches():
-            for first in firsts:
-                rows = first + parallel.data_rank(plan) * plan.micro_batch + np.arange(plan.micro_batch)
-                batch = packed.examples(rows % len(packed), self.depths, run.device)
-                batch["targets"][rows >= len(packed)] = -100              # what fills the last batch
-                yield batch
-        n = packed.counted[:, 1:].sum()
-        return dict(val_loss=heldout_nats(pipeline, batches(), len(firsts)) / n)
+        def batch_of(numbers):
+            return packed.examples(numbers % len(packed), self.depths, self.run.device)
+
+        return dict(val_loss=heldout_nats(pipeline, len(packed), batch_of) / packed.counted[:, 1:].sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1545,12 +1535,12 @@ TOO_FAR = 10.0                             # log-ratios are clamped to this befo
 
 
 def check_exact(text, task):
-    return float(text.strip() == task["answer"])
+    return float(text.strip() == task["answer"].strip())
 
 
 def check_partial(text, task):
     """1 for the answer; less than half of it for each sign in its place."""
-    text, answer = text.strip(), task["answer"]
+    text, answer = text.strip(), task["answer"].strip()
     right = sum(a == b for a, b in zip(text, answer))
     return 1.0 if text == answer else 0.5 * right / max(len(text), len(answer))
 
@@ -1575,9 +1565,10 @@ def read_tasks(path, checkers):
         with refusals(f"{path}, line {number}: "):
             require(isinstance(task, dict), "no object: write prompt, answer and checker")
             for key in ("prompt", "answer"):
-                require(isinstance(task.get(key), str) and task[key], f"no {key}: write prompt, answer and checker")
+                is_there = isinstance(task.get(key), str) and task[key].strip()
+                require(is_there, f"no {key}: write prompt, answer and checker")
             task = dict(checker="exact") | task | dict(line=number)
-            require(task["checker"] in checkers,
+            require(task["checker"] in [*checkers],
                     f"checker {task['checker']!r}: use {', '.join(checkers)}, or give its file to --checkers")
             tasks.append(task)
     if not tasks:
@@ -1589,8 +1580,8 @@ class CheckerError(UserError):
     """What a checker did wrong, on the ranks where it did; empty on the others."""
 
 
-class TooSlow(Exception):
-    pass
+class TooSlow(BaseException):
+    """Which a checker's own `except Exception` does not catch."""
 
 
 @contextlib.contextmanager
@@ -1616,7 +1607,7 @@ def reward(text, task, checkers):
             value = checkers[task["checker"]](text, task)
     except TooSlow:
         raise CheckerError(f"{where} took more than {CHECK_SECONDS} s for {text!r}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CheckerError(f"{where} raised {type(error).__name__}: {error}, for {text!r}") from None
     is_number = isinstance(value, (int, float)) and math.isfinite(value)
     if not is_number:
@@ -1690,12 +1681,11 @@ class RL(Stage):
         self.prompts = [question(encoding, end, task["prompt"]) for task in self.tasks]
         self.example = self.tasks[0]["prompt"]
         # none may be too long for an answer behind it
-        room = min(phase.seq_len for phase in run.phases) - settings["new_tokens"]
-        longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
-        if len(self.prompts[longest]) > room:
-            raise UserError(f"{settings['tasks']}, line {self.tasks[longest]['line']}: a prompt of "
-                            f"{len(self.prompts[longest])} tokens and --new-tokens {settings['new_tokens']} do not fit "
-                            f"--seq-len: raise it, or leave the line out")
+        for task, prompt in zip(self.tasks, self.prompts):
+            if len(prompt) + settings["new_tokens"] > settings["seq_len"]:
+                raise UserError(f"{settings['tasks']}, line {task['line']}: a prompt of {len(prompt)} tokens and "
+                                f"--new-tokens {settings['new_tokens']} do not fit --seq-len: raise it, or leave the "
+                                f"line out")
         facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), tasks=len(self.tasks),
                      **facts_of(encoding))
         return Corpus(encoding, end, None, None, facts)
@@ -1703,13 +1693,11 @@ class RL(Stage):
     def refuse_plan(self, plan):
         if plan.pp * plan.cp * plan.tp > 1 or not plan.is_plain:
             raise UserError("rl runs with dp and ep, without pp, tp, cp and overlap")
-        sizes = {sequences for phase in self.run.phases for _, sequences in phase.batches}
-        group = self.run.settings["answers"] * self.run.settings["updates"]
-        for size in sizes:
-            least = math.lcm(group, plan.micro_batch * self.run.settings["updates"]) * plan.dp
-            if size % least:
-                raise UserError(f"--global-batch {size}, the answers of a step: use a multiple of {least}, as "
-                                f"--answers, --updates, --micro-batch and dp want it")
+        size, settings = plan.global_batch, self.run.settings
+        least = math.lcm(settings["answers"], plan.micro_batch) * settings["updates"] * plan.dp
+        if size % least:
+            raise UserError(f"--global-batch {size}, the answers of a step: use a multiple of {least}, as --answers, "
+                            f"--updates, --micro-batch and dp want it")
 
     def describe(self, facts):
         yield f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
@@ -1727,12 +1715,12 @@ class RL(Stage):
 
     def batches(self, progress, size):
         settings, plan = self.run.settings, self.run.plan
-        # 1. tasks, and this rank's answers: whole groups, of each update as many
+        # 1. tasks, and this rank's answers: whole groups of each update, which is the same under any plan
         n_groups = size // settings["answers"]
         chosen = self.choose_tasks(progress, n_groups)
-        own = np.arange(size).reshape(plan.dp, -1)[parallel.data_rank(plan)]
+        own = np.arange(size).reshape(settings["updates"], plan.dp, -1)[:, parallel.data_rank(plan)].flatten()
         tasks = [chosen[number // settings["answers"]] for number in own]
-        answers = self.sample([self.prompts[task] for task in tasks], seed=progress["step"])
+        answers = self.sample([self.prompts[task] for task in tasks], progress["step"])
         # 2. rewards, known to all ranks, and what is better than its group
         rewards = np.zeros(size)
         rewards[own] = self.rewards_of(tasks, answers)
@@ -1766,31 +1754,25 @@ class RL(Stage):
 
     def choose_tasks(self, progress, n):
         """Numbers of tasks, drawn by what is known of them: those always or never solved are drawn less."""
-        rates = progress["pass_rates"] or [-1.0] * len(self.tasks)        # -1: not drawn yet
+        rates = progress["pass_rates"] = progress["pass_rates"] or [-1.0] * len(self.tasks)       # -1: not drawn yet
         weights = np.where([rate in (0.0, 1.0) for rate in rates], 0.2, 1.0)
         rng = np.random.default_rng([self.run.settings["seed"], progress["step"]])
         return rng.choice(len(self.tasks), n, replace=n > len(self.tasks), p=weights / weights.sum())
 
     def note_rewards(self, progress, chosen, rewards):
-        rates = progress["pass_rates"] or [-1.0] * len(self.tasks)
         for task, rewarded in zip(chosen, rewards):
-            rates[task] = float((rewarded == 1).mean())
-        progress["pass_rates"] = rates
+            progress["pass_rates"][task] = float((rewarded == 1).mean())
         self.log = dict(reward=rewards.mean(), reward_std=rewards.std(1).mean(), solved=(rewards == 1).mean(),
                         zero_spread=(np.ptp(rewards, axis=1) == 0).mean())
 
-    def sample(self, prompts, seed):
-        device = self.run.device
+    def sample(self, prompts, step):
+        run, prompts = self.run, [torch.tensor(prompt, device=self.run.device) for prompt in prompts]
+        # chance is another for each step, and each rank that has sequences of its own
+        words = f"{run.settings['seed']} {step} {parallel.data_rank(run.plan)}"
+        seed = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
         with parallel.generating(self.pipeline.grid) as anybody:
-            found = generate(self.pipeline.model, [torch.tensor(prompt, device=device) for prompt in prompts],
-                             self.run.settings["new_tokens"], seed=self.seed_of(seed), stop=(self.turn_end,),
-                             note_routing=True, anybody=anybody)
-        return found.answers
-
-    def seed_of(self, step):
-        """Of the sampler: another for each step and each rank that has sequences of its own."""
-        words = f"{self.run.settings['seed']} {step} {parallel.data_rank(self.run.plan)}"
-        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+            return generate(self.pipeline.model, prompts, run.settings["new_tokens"], seed=seed, stop=(self.turn_end,),
+                            note_routing=True, anybody=anybody).answers
 
     def examples(self, prompts, answers, advantages):
         """Prompt and answer, one each row, padded behind: what Model.forward takes, the answer's tokens its targets."""
@@ -1815,15 +1797,17 @@ class RL(Stage):
             for row, answer in enumerate(answers):
                 chosen = answer.routing[layer]
                 routing[layer][row, :len(chosen)] = chosen.cpu()
-        batch = on_device(dict(ids=ids, targets=targets, policy=policy, routing=routing), run.device)
+        batch = each_of(dict(ids=ids, targets=targets, policy=policy, routing=routing), lambda x: x.to(run.device))
         return batch | dict(lengths=torch.tensor([len(tokens) - 1 for tokens in whole]))          # stays on the host
 
     def scored(self, batch):
         """The batch with the trainer's log-probabilities, and experts if those are replayed; tokens whose
         log-probability is not finite count no more."""
-        policy, replay = batch["policy"], self.run.settings["replay"]
-        sampled = batch.pop("routing")
+        policy, replay, sampled = batch["policy"], self.run.settings["replay"], batch.pop("routing")
         policy[..., OLD], chosen = self.log_probs(self.pipeline, batch)
+        if replay == "sampler":
+            # a ratio compares policies with the same experts: else some are clipped before the policy has moved
+            policy[..., OLD], _ = self.log_probs(self.pipeline, batch | dict(routing=sampled))
         if self.reference:
             policy[..., REFERENCE], _ = self.log_probs(self.reference, batch)
         broken = ~torch.isfinite(policy).all(-1)
@@ -1831,23 +1815,25 @@ class RL(Stage):
         batch["targets"][:, 0].masked_fill_(broken, -100)
         # how far sampler and trainer are from each other
         counted = policy[..., COUNTED] > 0
-        differs = torch.stack([(sampled[layer].sort(-1).values != chosen[layer].sort(-1).values).any(-1)
-                               for layer in sampled]).any(0)
+        differs = torch.zeros_like(counted)
+        for layer, experts in sampled.items():
+            differs |= (experts.sort(-1).values != chosen[layer].sort(-1).values).any(-1)
         distance = (policy[..., OLD] - policy[..., SAMPLER]).abs()
         kl = (k3(policy[..., OLD], policy[..., REFERENCE]) * counted).sum()
         sums = [counted.sum(), broken.sum(), counted.any(1).sum(), differs[counted].sum(),
                 (distance > math.log(2))[counted].sum(), -policy[..., SAMPLER].sum(), kl]
         total, not_finite, answers, *sums = parallel.all_sum(torch.stack(sums).float()).tolist()
-        router_diff, far, entropy, kl = (each / total for each in sums)
+        router_diff, far, entropy, kl = (each / max(1, total) for each in sums)
         self.log |= dict(router_diff=router_diff, far=far, entropy=entropy, kl=kl if self.reference else None,
-                         length=total / answers, not_finite=int(not_finite))
+                         length=total / max(1, answers), not_finite=int(not_finite))
         if replay == "none":
             return batch
         return batch | dict(routing=sampled if replay == "sampler" else chosen)
 
     @torch.no_grad()
     def log_probs(self, pipeline, batch):
-        """(B,T) of the targets of depth 0, by a pipeline's model as it is, and the experts that it chose."""
+        """(B,T) of the targets of depth 0, by a pipeline's model as it is, and the experts, as the batch forces them or
+        else as the model chose them."""
         model, noted, found = pipeline.model, [], []
 
         def note(nats, policy):
@@ -1858,8 +1844,8 @@ class RL(Stage):
         model.token_loss = note
         one = torch.ones(1, device=self.run.device)
         for inputs in micro_batches(batch, self.run.plan.micro_batch):
-            noted.append({})
-            pipeline.step([inputs | dict(routing=noted[-1])], one, train=False)
+            noted.append(inputs.setdefault("routing", {}))
+            pipeline.step([inputs], one, train=False)
         model.train()
         model.token_loss = self.token_loss
 
@@ -1904,11 +1890,6 @@ class Run:
     stage: Stage = None
     corpus: Corpus = None
     progress: dict = None                  # where it stands, stored with checkpoints
-
-    @property
-    def document_end(self):
-        """END's id, where documents are kept apart."""
-        return self.corpus.end if self.settings["document_mask"] else None
 
 
 def beginning():
@@ -1987,7 +1968,8 @@ def fill_run(run):
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
-        run.progress = parallel.first_does(lambda: read_progress(run.checkpoint, run.phases))
+        parallel.first_does(lambda: refuse_damaged(run.checkpoint))
+        run.progress = progress_of(run.checkpoint, run.phases)
     parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
 
 
@@ -2145,19 +2127,16 @@ class RunSource:
 
     @torch.no_grad()
     def fill(self, model, grid=None):
-        for number, checkpoint in enumerate(self.checkpoints, 1):
+        weights = list(model.state_dict().values())
+        for number, checkpoint in enumerate(self.checkpoints):
             if grid is None:                                              # a rank reads alone
                 refuse_damaged(checkpoint)
             else:
                 parallel.first_does(lambda: refuse_damaged(checkpoint))
+            means = [weight.clone() for weight in weights] if number else []          # of those before
             parallel.load_trained(checkpoint, model, self.config.num_nextn_predict_layers, grid)
-            weights = list(model.state_dict().values())
-            if number == 1:
-                means = weights if len(self.checkpoints) == 1 else [weight.clone() for weight in weights]
-            for mean, weight in zip(means, weights):
-                mean.lerp_(weight, 1 / number)
-        for mean, weight in zip(means, weights):
-            weight.copy_(mean)
+            for weight, mean in zip(weights, means):
+                weight.lerp_(mean, number / (number + 1))
 
 
 class FolderSource:
@@ -2215,13 +2194,14 @@ def open_init(run):
 
 
 def check_mtp(run):
-    """What --mtp-depth, --average and --train mtp need."""
+    """What --mtp-depth, --average and --train need."""
     settings, plan = run.settings, run.plan
     require(settings["init"] or not settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
     require(settings["init"] or settings["average"] == 1, "--average is of the checkpoints of --init: give both")
-    fits = plan.is_plain and not plan.balance_live and run.config.num_nextn_predict_layers
-    require(fits or settings["train"] == "all",
-            "--train mtp needs a model with MTP layers, one stage, --schedule 1f1b and no --balance-live")
+    require(run.config.num_nextn_predict_layers or settings["train"] != "mtp",
+            "--train mtp needs a model with MTP layers")
+    require((plan.is_plain and not plan.balance_live) or settings["train"] == "all",
+            f"--train {settings['train']} needs one stage, --schedule 1f1b and no --balance-live (rl trains the trunk)")
 
 
 def refuse_larger(encoding, config):
@@ -2356,12 +2336,6 @@ def read_config(folder):
         raise UserError(f"{path} is not as train.py wrote it ({type(error).__name__}: {error}): give back the one "
                         f"that the run began with") from None
     return stored | dict(settings=settings, given=given, config=config, phases=phases)
-
-
-def read_progress(checkpoint, phases):
-    """Where a checkpoint of a run of these phases stands, once its files are found to be as they were written."""
-    refuse_damaged(checkpoint)
-    return progress_of(checkpoint, phases)
 
 
 def refuse_damaged(checkpoint):
@@ -2587,10 +2561,7 @@ def is_due(every, step):
 
 def first_of_doublings(steps):
     """Of ascending steps the first in each of 1, 2-3, 4-7, 8-15, ...: what is once among them stays among them."""
-    first = {}
-    for step in steps:
-        first.setdefault(step.bit_length(), step)
-    return list(first.values())
+    return sorted({step.bit_length(): step for step in reversed(steps)}.values())
 
 
 def watch_loads(run, grid, optimizer, loads):
@@ -2649,10 +2620,6 @@ def give_up(run, what):
 # Log and screen
 
 
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-
 def speed(run, phase, size, seconds):
     """What the log tells of the time and memory of a step of so many sequences."""
     rate = size * phase.seq_len / seconds
@@ -2679,10 +2646,8 @@ class Log:
             print(f"the first step, which compiled {compiled}, took {line['step_ms'] / 1e3:.1f} s", flush=True)
         self.busy += line["step_ms"] / 1e3
         seconds_a_token = self.busy / (line["tokens"] - self.first_token)
-        left = clock(max(0, self.total - line["tokens"]) * seconds_a_token)
+        left = timedelta(seconds=int(max(0, self.total - line["tokens"]) * seconds_a_token))
         print_step(self.run, line, share=min(1, line["tokens"] / self.total), left=left)
-
-
 
 
 def print_step(run, line, share, left):
@@ -2861,11 +2826,10 @@ def continue_texts(opened, prompts, settings, chat, on_text=None):
     new_tokens = settings["new_tokens"] or max(1, min(200, room))
     # a character may end in a later token: what it lacks waits in its decoder
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
-    texts = [""] * len(prompts)
+    texts, shown = [""] * len(prompts), ids_of(encoding) - {stop}
 
     def on_tokens(number, ids, final=False):
-        known = [i for i in ids if i < encoding.n_vocab and i != stop]     # the model may have more rows than tokens
-        piece = decoders[number].decode(encoding.decode_bytes(known), final)
+        piece = decoders[number].decode(encoding.decode_bytes([id for id in ids if id in shown]), final)
         piece = piece if texts[number] else prompts[number] + "\n" * chat + piece
         texts[number] += piece
         if on_text is not None:

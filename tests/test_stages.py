@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import dist  # noqa: E402
 import parallel  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
-from model import Config, Model, token_cross_entropy  # noqa: E402
+from model import Config, Model, generate, token_cross_entropy  # noqa: E402
 from sim import Plan  # noqa: E402
 from test_train import SHAPE, run  # noqa: E402
 
@@ -99,7 +100,8 @@ def test_what_the_assistant_said(encoding):
     assert ids[:len(prompt)] == prompt
     answer = ids[len(prompt):]
     assert train.answer_of(encoding, answer) == "4"
-    for broken in (answer[1:], answer[:-1], [answer[0], *answer], [], [i for i in answer if i != answer[-3]]):
+    no_token = [*answer[:-1], encoding.n_vocab, answer[-1]]               # the model may have more rows
+    for broken in (answer[1:], answer[:-1], [answer[0], *answer], [], [i for i in answer if i != answer[-3]], no_token):
         assert train.answer_of(encoding, broken) is None
 
 
@@ -235,6 +237,34 @@ def test_a_bandit_finds_the_best_arm():
     assert logits.softmax(0)[1] > 0.9
 
 
+@pytest.mark.parametrize("replay", train.RL_OPTIONS["replay"].allowed["choices"])
+def test_ratios_begin_at_one(replay):
+    """Whatever experts the sampler chose, the first update's log-probabilities are those of the old policy."""
+    config = replace(RANKS_CONFIG, max_position_embeddings=16)
+    model = Model(config)
+    model.init_weights()
+    plan = Plan(seq_len=16, global_batch=4, micro_batch=2, precision="fp32")
+    run = SimpleNamespace(settings=SETTINGS | dict(replay=replay), plan=plan, config=config, device=torch.device("cpu"),
+                          corpus=SimpleNamespace(end=0))
+    stage = train.RL(run)
+    stage.pipeline, stage.reference, stage.log = parallel.Pipeline(model, plan), None, {}
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [1]]
+    answers = generate(model, [torch.tensor(prompt) for prompt in prompts], 6, note_routing=True).answers
+    for answer in answers:
+        answer.routing = {layer: (ids + 1) % 4 for layer, ids in answer.routing.items()}
+    batch = stage.scored(stage.examples(prompts, answers, [1.0] * 4))
+    assert stage.log["router_diff"] == 1 and stage.log["length"] == 6
+    found = []
+    model.token_loss = lambda nats, policy: found.append((-nats - policy[..., train.OLD]).abs().max().item()) or nats
+    stage.pipeline.step(train.micro_batches(batch, 2), torch.ones(1))
+    assert found == pytest.approx([0, 0], abs=1e-6)
+    # log-probabilities that are not finite: all are dropped, and counted
+    for answer in answers:
+        answer.log_probs = [math.nan] * 6
+    stage.scored(stage.examples(prompts, answers, [1.0] * 4))
+    assert stage.log["not_finite"] == 24 and stage.log["length"] == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several ranks
 
@@ -284,6 +314,28 @@ def test_an_update_of_rl_is_that_of_one_process(changes):
         np.testing.assert_allclose(measures, alone, rtol=1e-5)
 
 
+def test_updates_of_rl_are_of_the_same_answers_under_any_plan(monkeypatch):
+    def updates(dp):
+        """The prompts of each update, of all ranks together."""
+        settings = SETTINGS | dict(answers=2, updates=2, seed=0)
+        plan = Plan(seq_len=8, global_batch=16, micro_batch=2, dp=dp)
+        stage = train.RL(SimpleNamespace(settings=settings, plan=plan, config=RANKS_CONFIG, device="cpu"))
+        stage.tasks = stage.prompts = [[number] for number in range(8)]
+        stage.sample = lambda prompts, step: [SimpleNamespace(ids=[0]) for _ in prompts]
+        stage.rewards_of = lambda tasks, answers: [0.0] * len(tasks)
+        stage.examples = lambda prompts, answers, advantages: dict(ids=torch.tensor(prompts),
+                                                                   policy=torch.zeros(len(prompts), 1, 5))
+        stage.scored = lambda batch: batch
+        found = [[], []]
+        for rank in range(dp):
+            monkeypatch.setattr(parallel, "data_rank", lambda plan: rank)
+            for update, batch in zip(found, stage.batches(dict(step=0, pass_rates=[]), 16)):
+                update += batch["ids"].flatten().tolist()
+        return [sorted(update) for update in found]
+
+    assert updates(1) == updates(2) == updates(4)
+
+
 @pytest.mark.slow
 def test_stages_under_torchrun(base, tmp_path):
     """sft follows one process; rl samples with an exchange at each token, though answers end at different lengths."""
@@ -331,6 +383,16 @@ def test_sft_and_rl_resume_exactly(base, tmp_path, monkeypatch):
     assert tasks.score("rl", base / "tasks" / "test.jsonl", new_tokens=4)
 
 
+def test_rl_of_a_dense_model_without_mtp(base, tmp_path):
+    words = [word for word in SMALL if word != "vocab_size=320"]
+    words[words.index("--set") + 1:words.index("--set") + 1] = ["num_nextn_predict_layers=0", "first_k_dense_replace=2",
+                                                               "vocab_size=320"]
+    run("--data", base / "text", "--out", tmp_path / "dense", "--steps", 1, "--heldout", 0, *words)
+    run("rl", "--init", tmp_path / "dense", "--tasks", base / "tasks" / "rl.jsonl", "--out", tmp_path / "rl", "--steps",
+        1, *RL)
+    assert metrics(tmp_path / "rl")[0]["router_diff"] == 0
+
+
 def test_bad_conversations(base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     user, answer = dict(role="user", content="a"), dict(role="assistant", content="b")
@@ -340,6 +402,8 @@ def test_bad_conversations(base, tmp_path, capsys, monkeypatch):
         (dict(messages=[user, dict(role="assistant", content=" ")]), "is empty"),
         (dict(messages=[user, dict(role="tool", content="b")]), "role 'tool': use system, user, assistant"),
         (dict(messages=[dict(role="user", content=3), answer]), "content of user is no text"),
+        (dict(messages=[dict(role="user"), answer]), "content of user is no text"),
+        (dict(messages=[dict(role=["user"], content="a"), answer]), "role ['user']: use system, user, assistant"),
         (dict(prompt="a", response=""), "is empty"),
     ]
     for line, words in cases:
@@ -358,7 +422,10 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
     good = dict(prompt="a", answer="b")
     Path("mine.py").write_text("def raises(text, task):\n    return 1 / 0\n\ndef hangs(text, task):\n    while True:\n"
                                "        pass\n\ndef nan(text, task):\n    return float('nan')\n\n"
-                               "def words(text, task):\n    return 'yes'\n")
+                               "def words(text, task):\n    return 'yes'\n\n"
+                               "def leaves(text, task):\n    raise SystemExit\n\n"
+                               "def calms(text, task):\n    try:\n        hangs(text, task)\n"
+                               "    except Exception:\n        return 0\n")
     def refused(line):
         Path("bad.jsonl").write_text(json.dumps(good) + "\n" + line + "\n")
         return refusal(capsys, "rl", "--init", base / "base", "--tasks", "bad.jsonl", "--checkers", "mine.py", "--out",
@@ -366,16 +433,20 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
 
     for line, words in [("[", "line 2: not JSON"), ("[]", "line 2: no object"), ("{}", "line 2: no prompt"),
                         (json.dumps(dict(prompt="a")), "line 2: no answer"),
+                        (json.dumps(dict(prompt="a", answer=" ")), "line 2: no answer"),
                         (json.dumps(good | dict(checker="other")), "line 2: checker 'other': use exact, partial"),
+                        (json.dumps(good | dict(checker=["a"])), "line 2: checker ['a']: use exact, partial"),
                         (json.dumps(good | dict(prompt="a " * 90)), "line 2: a prompt of")]:
         assert words in refused(line)
     checkers = train.read_checkers("mine.py")
     for name, words in dict(raises="raised ZeroDivisionError", hangs="took more than 0.2 s", nan="returned nan",
-                            words="returned 'yes'").items():
+                            words="returned 'yes'", leaves="raised SystemExit",
+                            calms="took more than 0.2 s").items():
         with pytest.raises(train.CheckerError, match=words):
             train.reward("b", good | dict(checker=name, line=2), checkers)
     assert train.reward(None, good | dict(checker="raises", line=2), checkers) == 0
     assert train.check_partial("1 2 4", dict(answer="1 2 3")) == pytest.approx(0.4)
+    assert train.check_partial("12", dict(answer="12\n")) == train.check_exact("12", dict(answer=" 12")) == 1
     assert "use a multiple of" in refusal(capsys, "rl", "--init", base / "base", "--tasks", base / "tasks" / "rl.jsonl",
                                           "--out", "r", *RL, "--answers", 3)
 

@@ -414,7 +414,8 @@ def test_evaluation_counts_every_token_once():
     torch.nn.init.zeros_(model.lm_head.weight)
     for n in (2, 17, 18, 40, 41, 100):
         corpus = train.Corpus(None, 0, {}, np.arange(n) % 300, dict(heldout_bytes=2 * n))
-        opened = SimpleNamespace(config=model.config, corpus=corpus, device=torch.device("cpu"), document_end=None)
+        opened = SimpleNamespace(config=model.config, corpus=corpus, device=torch.device("cpu"),
+                                 settings=dict(document_mask=0))
         found = train.Pretrain(opened).evaluate(parallel.Pipeline(model, Plan(seq_len=16, micro_batch=3)))
         assert found["val_loss"] == pytest.approx(math.log(300), rel=1e-5), n
         assert found["val_bpb"] == pytest.approx(math.log2(300) * (n - 1) / (2 * n), rel=1e-5)
