@@ -368,8 +368,9 @@ def test_sample_takes_prompts_from_everywhere(sample, tmp_path):
 def test_sample_streams_whole_characters():
     """Tokens of one byte: each piece that comes is text, and together they are the text."""
     text = "für 你好 🙂"
-    model, end = SimpleNamespace(config=SMALL, parameters=lambda: iter([torch.zeros(1)])), 256
-    encoding = SimpleNamespace(n_vocab=257, encode_ordinary=lambda text: list(text.encode()), decode_bytes=bytes)
+    model = SimpleNamespace(config=SMALL, parameters=lambda: iter([torch.zeros(1)]))
+    encoding = train.make_encoding({bytes([i]): i for i in range(256)})
+    end = encoding.encode_single_token(train.END)
 
     def generate(model, ids, new_tokens, on_tokens, **how):
         for byte in text.encode():
