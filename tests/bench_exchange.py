@@ -184,9 +184,9 @@ def inner_bandwidth(args):
 
 def predicted(args, top_k, dispatch, inner):
     """sim.py's seconds (forward, backward) of the exchange alone, for the ids that were measured."""
-    hardware = Hardware("two namespaces", {}, 1, 1, node_size=RANKS_A_NODE, inner_bandwidth=inner, inner_latency=0,
-                        outer_bandwidth=args.rate * 1e6 / 8 / RANKS_A_NODE, outer_latency=0, inner_efficiency=1.0,
-                        outer_efficiency=1.0, static_collective=0)
+    hardware = Hardware("two namespaces", {"fp32": 1.0}, 1, 1, node_size=RANKS_A_NODE, inner_bandwidth=inner,
+                        outer_bandwidth=args.rate * 1e6 / 8 / RANKS_A_NODE, inner_latency=0, outer_latency=0,
+                        inner_efficiency=1.0, outer_efficiency=1.0, static_collective=0)
     config, plans = setting(args, top_k)
     plan = plans[dispatch]
     sent = exchange_bytes(config, plan, inputs(args, top_k)[0].tolist())
