@@ -2,6 +2,7 @@
 Kill -9 at random moments, then resume: the run must end as if nothing had happened, bit for bit.
 
     python tests/kill_resume.py --kills 20        # some minutes on two cores; exit status 0 if all is equal
+    python tests/kill_resume.py --stage sft --kills 8 --steps 60           # or rl
 
 A checkpoint is written every second step, so that many kills hit one being written. The killed run's losses and final
 weights are compared with those of a run that was left alone.
@@ -15,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import tasks
+from test_stages import RL, SFT, SMALL
 from test_train import ROOT, TINY, losses, parallel, weights
 
 
@@ -34,13 +37,25 @@ def kill_at(process, seconds, from_start):
     return was_running
 
 
-def main(kills, steps, seed):
-    rng, folder = random.Random(seed), Path(tempfile.mkdtemp(prefix="kill_resume_"))
+def run_of(stage, folder, rng):
+    """train.py's words for a run of a stage. A later one starts from a short pre-training, which is made first."""
     words = (ROOT / "train.py").read_text().split()
     for number in range(8):
         (folder / f"text{number}.txt").write_text(" ".join(rng.choices(words, k=2000)))
-    texts = [f"text{number}.txt" for number in range(8)]
-    options = ["--data", *texts, "--steps", str(steps), "--save-every", "2", *TINY]
+    text = ["--data", *[f"text{number}.txt" for number in range(8)]]
+    if stage == "pretrain":
+        return [*text, *TINY]
+    base = launch(folder, [*text, "--out", "runs/base", "--steps", "2", *SMALL])
+    base.communicate()
+    assert base.returncode == 0, (folder / "errors.log").read_text()[-2000:]
+    tasks.make(folder / "tasks", (200, 100, 4), seed=0)
+    given = ["--data", "tasks/sft.jsonl", *SFT] if stage == "sft" else ["--tasks", "tasks/rl.jsonl", *RL]
+    return [stage, "--init", "runs/base", *map(str, given)]
+
+
+def main(kills, steps, seed, stage):
+    rng, folder = random.Random(seed), Path(tempfile.mkdtemp(prefix="kill_resume_"))
+    options = [*run_of(stage, folder, rng), "--steps", str(steps), "--save-every", "2"]
     whole = launch(folder, [*options, "--out", "runs/whole"])
     times = [float(line.split(" ms")[0].split()[-1]) / 1e3 for line in whole.stdout if line.startswith("step ")]
     assert whole.wait() == 0, (folder / "errors.log").read_text()[-2000:]
@@ -49,7 +64,7 @@ def main(kills, steps, seed):
     killed, unfinished = 0, 0
     while True:
         begun = parallel.steps_in(folder / "runs/killed/ckpt")
-        process = launch(folder, ["--resume", "runs/killed"] if begun else [*options, "--out", "runs/killed"])
+        process = launch(folder, [stage, "--resume", "runs/killed"] if begun else [*options, "--out", "runs/killed"])
         if killed == kills:
             process.communicate()
             break
@@ -73,5 +88,6 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--stage", choices=("pretrain", "sft", "rl"), default="pretrain")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.kills, arguments.steps, arguments.seed))
+    sys.exit(main(arguments.kills, arguments.steps, arguments.seed, arguments.stage))
