@@ -10,11 +10,6 @@ Plans, counts, schedules and the clock: what a training step will do, computed w
 sim.py plans, parallel.py executes: it runs the schedules timed here, sends the bytes and saves the tensors counted
 here; tests compare. Nothing here builds a tensor, and nothing here was compared with a run on an NPU.
 
-Sections, in this order: the plan; its check; bytes of the expert exchange; live load balance; hardware; what operators
-and collectives cost; what a layer does; stages; what is saved for backward; the time of a layer; inside an action;
-schedules and the clock; one step; what to recompute and swap; search; shapes; the published runs; the step as a
-picture; the command.
-
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
 Modelled: matmuls by local shape and cores, other operators as bytes or arithmetic, a start-up cost of each, collectives
@@ -179,8 +174,7 @@ class Plan:
 
     def stride(self, axis):
         """From a rank of a group to the group's next, in ranks; those of a node are consecutive."""
-        strides = dict(tp=1, cp=self.tp, dp=self.tp, edp=self.ep, pp=self.dp * self.cp * self.tp)
-        return strides[axis]
+        return dict(tp=1, cp=self.tp, dp=self.tp, edp=self.ep, pp=self.dp * self.cp * self.tp)[axis]
 
     # -- what a clock asks
 
@@ -437,8 +431,7 @@ def uniform_exchange(config, plan):
         outer_rows = plan.tokens * share_that_crosses(config, plan)
     inner = bytes_to_peer(config, plan, True, inner_rows, inner_rows)
     outer = bytes_to_peer(config, plan, False, outer_rows, outer_rows)
-    return dict(forward=dict(inner=inner_peers * inner.forward, outer=outer_peers * outer.forward),
-                backward=dict(inner=inner_peers * inner.backward, outer=outer_peers * outer.backward))
+    return {way: dict(inner=inner_peers * inner[way], outer=outer_peers * outer[way]) for way in inner}
 
 
 def share_that_crosses(config, plan):
@@ -453,15 +446,9 @@ def share_that_crosses(config, plan):
     return 1 - missed
 
 
-class PeerBytes(NamedTuple):
-    """Bytes of dispatch and combine together."""
-    forward: float
-    backward: float
-
-
 def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
-    """PeerBytes by a rank to one peer. inside: of its own node; rows: that it dispatches to the peer and gets back;
-    rows_of_peer: that the peer dispatches to it and it sends back."""
+    """{way: bytes} of a rank to one peer, dispatch and combine together. inside: of its own node; rows: that it
+    dispatches to the peer and gets back; rows_of_peer: that the peer dispatches to it and it sends back."""
     element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row = element * config.hidden_size
     counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
@@ -471,7 +458,7 @@ def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
         if plan.crosses_if_wanted:                         # tokens that come, rows for each expert of the peer's node
             header = INDEX_BYTES + counts * plan.inner
-    return PeerBytes(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
+    return dict(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
                 backward=rows * row + rows_of_peer * (row + weights))
 
 
@@ -487,18 +474,14 @@ def routed_exchange(config, plan, ids):
             continue
         tier = "inner" if inside else "outer"
         pair = bytes_to_peer(config, plan, inside, rows[source, peer], rows[peer, source])
-        sent["forward"][tier][source] += pair.forward
-        sent["backward"][tier][source] += pair.backward
+        for way in sent:
+            sent[way][tier][source] += pair[way]
     return sent
 
 
 def routed_rows(config, plan, ids):
-    """{(source, peer): rows dispatched}.
-
-    flat: a row for each choice, from the token's rank to the expert's. hierarchical: a row for each token to the rank
-    of the same place in every other node, and from there a row for each choice inside that node. dedup: the same, but
-    only to nodes that the token needs.
-    """
+    """{(source, peer): rows dispatched}: of each choice to its expert's rank, or of each token to the ranks of its own
+    place in the nodes, and from there of each choice."""
     rows, nodes = Counter(), range(plan.ep // plan.inner)
     for source, tokens in enumerate(ids):
         place = source % plan.inner
@@ -693,11 +676,6 @@ CONSTANTS = {
 }
 
 
-def constants_of(generation):
-    index = GENERATIONS.index(generation)
-    return {name: values[index] if len(values) > 1 else values[0] for name, values in CONSTANTS.items()}
-
-
 GB = 1e9
 
 
@@ -711,10 +689,11 @@ def _device(generation, name, tflops, memory, gb_per_s, inner, outer, cores, tfl
     peak["fp32"] = peak["bf16"] * (0.281 if ascend else 0.5)               # cube in fp32, tensor cores in TF32
     # a group's buffers: HCCL's two of 200 MB by default; NCCL's and what goes with it, as BLOOM's nvidia-smi suggests
     communicator = (0.4 if ascend else 2.0) * GIB
+    of_generation = {name: values[GENERATIONS.index(generation) % len(values)] for name, values in CONSTANTS.items()}
     return Hardware(
         name, peak, memory, gb_per_s * GB, node_size, topology="mesh" if ascend and node_size == 8 else "switch",
         inner_bandwidth=inner * GB, outer_bandwidth=outer * GB, cores=cores, communicator=communicator,
-        fragmentation=0.15, generation=generation, **constants_of(generation))
+        fragmentation=0.15, generation=generation, **of_generation)
 
 
 # Ascend 910B: Ascend/msmodeling, tensor_cast/device.py. Bins differ in cube cores (8192 FLOP a cycle) and clock. Full
@@ -1004,12 +983,7 @@ class Work:
         self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
         self.collectives = Counter()                       # Gather -> bytes sent in that group, forward
         self.regions = ()                                  # items of Plan.recompute that run what is recorded now again
-        if kind == "embedding":
-            self.embedding()
-        elif kind == "head":
-            self.head()
-        else:
-            self.layer()
+        dict(embedding=self.embedding, head=self.head).get(kind, self.layer)()
 
     @property
     def is_layer(self):
@@ -1361,12 +1335,6 @@ def stage_kinds(shape, plan):
 # What is saved for backward
 
 
-class SavedBytes(NamedTuple):
-    """Of one micro-batch, for its backward: kept on the device, and swapped to the host."""
-    kept: float
-    swapped: float
-
-
 def saved_by_part(works):
     """Bytes that backward needs of one micro-batch, by the tensors' owners; `host`: what is swapped."""
     sizes = Counter()
@@ -1379,10 +1347,9 @@ def saved_by_part(works):
 
 
 def saved_bytes(work):
-    """SavedBytes of a layer, the embedding or the head, under its plan's recompute and swap."""
+    """(bytes kept, bytes swapped) of a layer, the embedding or the head, under its plan's recompute and swap."""
     sizes = saved_by_part([work])
-    swapped = sizes.pop("host", 0)
-    return SavedBytes(sum(sizes.values()), swapped)
+    return sizes.total() - sizes["host"], sizes["host"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1417,7 +1384,7 @@ class LayerTime:
         self._time_collectives()
         if self.has_experts:
             self._time_exchange()
-        self.swap = saved_bytes(work).swapped / hardware.host_bandwidth
+        self.swap = saved_bytes(work)[1] / hardware.host_bandwidth
         # (tier, seconds) with zero=3: weights are gathered in forward and in backward, gradients scattered after it
         self.weights = self._of_weights(work.element)
         self.gradients = self._of_weights(4)
@@ -1852,7 +1819,7 @@ class Simulation:
     @cached_property
     def kept(self):
         """kind -> bytes that a micro-batch's forward keeps on the device."""
-        return {kind: saved_bytes(work).kept for kind, work in self.works.items()}
+        return {kind: saved_bytes(work)[0] for kind, work in self.works.items()}
 
     @cached_property
     def times(self):
@@ -2178,7 +2145,7 @@ def rank_savings(config, plan, hardware):
         simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
         layer = layer_time(config, simulation.plan.layer_plan, kind, hardware, 0.0)
         seconds, _ = layer_seconds(simulation, layer)
-        found.append((seconds, saved_bytes(layer.work).kept, dict(recompute=recompute, swap=swap)))
+        found.append((seconds, saved_bytes(layer.work)[0], dict(recompute=recompute, swap=swap)))
     for _, kept, saving in sorted(found, key=itemgetter(0, 1)):
         if kept < least:
             best.append(saving)
@@ -2269,7 +2236,9 @@ def search_plans(config, hardware, devices, top=10, **alike):
     try:
         for more, reasons in in_processes("groups of plans priced", partial(price_group, config, hardware), groups):
             priced += more
-            count_refusals(refused, reasons)
+            for reason in reasons:
+                kind = re.sub(r"[0-9.]+", "#", reason)
+                refused[kind] = refused.get(kind, (0, ""))[0] + 1, reason
     except KeyboardInterrupt:
         interrupted = True
     priced.sort(key=itemgetter(0))
@@ -2287,13 +2256,6 @@ def in_processes(what, function, items):
     """function of each item, in their order, computed by as many processes as there are cores; interrupts end it."""
     with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from with_progress(what, pool.imap(function, items), len(items))
-
-
-def count_refusals(refused, reasons):
-    for reason in reasons:
-        kind = re.sub(r"[0-9.]+", "#", reason)
-        times, _ = refused.get(kind, (0, ""))
-        refused[kind] = times + 1, reason
 
 
 def with_progress(what, items, total=None):

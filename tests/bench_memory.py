@@ -182,7 +182,7 @@ def report(config, args):
           f"{'saving':>7} {'price':>7}")
     for name, plan in plans.items():
         works = [sim.Work(shape, plan, kind) for kind in sim.stage_kinds(shape, plan)[0]]
-        counted, saved = sum(sim.saved_bytes(work).kept for work in works), device["none"] - device[name]
+        counted, saved = sum(sim.saved_bytes(work)[0] for work in works), device["none"] - device[name]
         price = (seconds[name] - seconds["none"]) / (seconds["layer"] - seconds["none"])
         print(f"{name:20} {device[name] / 2**20:8.1f} {counted / 2**20:8.1f} {(device[name] + static) / 2**20:9.1f} "
               f"{kept[name]['host'] / 2**20:8.1f} {seconds[name] * 1e3:8.0f} {seconds[name] / seconds['none']:12.3f} "
