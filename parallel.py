@@ -249,8 +249,8 @@ def open_store(timeout):
     try:
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     except dist.DistError as error:
-        raise ValueError(f"no answer from torchrun's first machine at {host}:{port} in {timeout.total_seconds():g} s: "
-                         f"is it up, and does --master-addr name it?") from error
+        raise ConnectionError(f"no answer from torchrun's first machine at {host}:{port} in "
+                              f"{timeout.total_seconds():g} s: is it up, and does --master-addr name it?") from error
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
@@ -273,7 +273,12 @@ def join_world(device, timeout):
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    dist.init_process_group(backend, timeout=timeout, store=open_store(timeout), rank=rank(), world_size=world_size())
+    store = open_store(timeout)
+    try:
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=world_size())
+    except dist.DistError as error:
+        raise ConnectionError(f"rank {rank()}: not all {world_size()} processes came in {timeout.total_seconds():g} s: "
+                              f"look what others say, or give --timeout more") from error
     ANSWERING.start()
 
 
@@ -293,7 +298,7 @@ def missing_ranks(patience=4.0):
     """Ranks that do not answer for so many seconds, as text. Who asks first decides for all: then these leave, too."""
     try:
         store = open_store(timedelta(seconds=10))
-    except ValueError:
+    except ConnectionError:
         return "0, nor of torchrun on its machine"
     if not store.check(["missing"]):
         store.set("roll call", "")

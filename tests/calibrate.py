@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -320,7 +321,7 @@ def measure_links(device):
     fields = dict(inner_bandwidth=1e9, outer_bandwidth=1e9, node_size=local if local < world else 2**16)
     if world == 1:                                         # not measured, and no plan of one device uses a link
         return fields
-    parallel.join_world(device, None)
+    parallel.join_world(device, timedelta(minutes=5))
     by_node = torch.arange(world).view(-1, local)
     for tier, groups in ("inner", by_node), ("outer", by_node.T):
         if groups.size(1) > 1:

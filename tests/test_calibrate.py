@@ -33,6 +33,18 @@ def test_calibration_is_a_hardware(tmp_path, capsys, monkeypatch):
         sim.main(["predict", "--model", "tiny", "--hardware", str(tmp_path / "hw.json"), "--plan", "precision=bf16"])
 
 
+@pytest.mark.slow
+def test_links_are_measured_under_torchrun(tmp_path):
+    script = tmp_path / "links.py"
+    script.write_text(f"import sys, torch\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport calibrate\n"
+                      f"print(calibrate.measure_links(torch.device('cpu')))")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    fields = eval(result.stdout.splitlines()[0])           # rank 0's or 1's
+    assert fields["inner_bandwidth"] > 1e6 and fields["static_collective"] > 0 and fields["node_size"] == 2**16
+
+
 def test_calibration_finds_the_constants_behind_its_samples():
     """Times that a known device would take are explained to 5 %, those of steps that were not measured too."""
     known = replace(sim.CPU, name="known", peak=dict(fp32=1.5e11), bandwidth=8e9, static_matmul=2e-5,

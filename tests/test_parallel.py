@@ -407,6 +407,20 @@ def test_ranks_that_do_not_answer_are_named(monkeypatch):
     assert parallel.missing_ranks(patience=1.5) == parallel.missing_ranks() == "1"
 
 
+def test_processes_that_never_meet(monkeypatch):
+    """Rank 0 is up, rank 2 never comes; then nobody is: a line each, in --timeout seconds."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_RESTART_COUNT=0, RANK=1,
+                            WORLD_SIZE=3).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConnectionError, match="rank 1: not all 3 processes came in 1 s"):
+        parallel.join_world(torch.device("cpu"), timedelta(seconds=1))
+    del store
+    with pytest.raises(ConnectionError, match="no answer from torchrun's first machine at 127.0.0.1"):
+        parallel.join_world(torch.device("cpu"), timedelta(seconds=1))
+    assert not torch.distributed.is_initialized()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints under other plans
 
