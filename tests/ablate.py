@@ -311,6 +311,7 @@ def draw(results, path):
             axis.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="|", color="black", capsize=4)
         axis.set_yticks(range(len(arms)), arms, fontsize=8)
         axis.axvline(0, color="grey", lw=1)
+        axis.locator_params(axis="x", nbins=4)                            # long numbers would run into each other
         axis.set_ylim(len(arms) - 0.5, -0.5)                              # the first on top
         axis.set_title(name)
         axis.set_xlabel(f"bits per byte − “{first}”", fontsize=8)
