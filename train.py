@@ -402,7 +402,7 @@ def ids_of(encoding):
 
 def facts_of(encoding):
     """What a tokenizer.tiktoken does not hold, stored with a corpus; encoding_in reads both."""
-    return dict(end=encoding.encode_single_token(END), special=encoding._special_tokens, pattern=encoding._pat_str)
+    return dict(end=encoding.eot_token, special=encoding._special_tokens, pattern=encoding._pat_str)
 
 
 def encoding_in(folder, facts):
@@ -544,40 +544,33 @@ def check_messages(messages):
     require(all(answer.strip() for answer in answers), "an answer of the assistant is empty")
 
 
-def conversation(encoding, end, messages):
+def conversation(encoding, messages):
     """messages -> (ids, whether each is trained on): the assistant's words and the end of its turns."""
-    ids, counted = [end], [False]
-
-    def add(new, trained=False):
-        ids.extend(new)
-        counted.extend([trained] * len(new))
-
+    ids, counted = [encoding.eot_token], [False]
     if messages[0]["role"] != "system":
         messages = [dict(role="system", content=""), *messages]
-    for number, message in enumerate(messages):
-        words = message["content"]
-        if message["role"] == "user" and answered_fast(messages[number + 1:]) and not words.endswith(NO_THINK):
-            words += NO_THINK
-        text = encoding.encode_ordinary(words)
-        add([special_id(encoding, ROLES[message["role"]])])
-        if message["role"] == "assistant":
-            fast = number > 0 and messages[number - 1]["content"].endswith(NO_THINK)
+    for before, message, after in zip([{}, *messages], messages, [*messages[1:], {}]):
+        ids.append(special_id(encoding, ROLES[message["role"]]))
+        counted.append(False)
+        words, is_answer = message["content"], message["role"] == "assistant"
+        if is_answer:
+            fast = before.get("content", "").endswith(NO_THINK)
             thinking = "" if fast else message.get("thinking", "")
-            begin, end_of_it = special_id(encoding, THINK), special_id(encoding, THINK_END)
-            add([begin, *encoding.encode_ordinary(thinking), end_of_it], True)
-        add([*text, special_id(encoding, TURN_END)], message["role"] == "assistant")
+            said = [special_id(encoding, THINK), *encoding.encode_ordinary(thinking), special_id(encoding, THINK_END)]
+        else:
+            said = []
+            answered_fast = after.get("role") == "assistant" and not after.get("thinking", "").strip()
+            if message["role"] == "user" and answered_fast and not words.endswith(NO_THINK):
+                words += NO_THINK
+        said += [*encoding.encode_ordinary(words), special_id(encoding, TURN_END)]
+        ids += said
+        counted += [is_answer] * len(said)
     return ids, counted
 
 
-def answered_fast(following):
-    """Whether the message after a user's is an answer without thinking."""
-    answer = following[0] if following else {}
-    return answer.get("role") == "assistant" and not answer.get("thinking", "").strip()
-
-
-def question(encoding, end, words):
+def question(encoding, words):
     """The ids after which the assistant speaks."""
-    ids, _ = conversation(encoding, end, [dict(role="user", content=words)])
+    ids, _ = conversation(encoding, [dict(role="user", content=words)])
     return [*ids, special_id(encoding, ROLES["assistant"])]
 
 
@@ -772,7 +765,6 @@ def count_pieces(files):
 @dataclass
 class Corpus:
     encoding: tiktoken.Encoding            # of all its tokens
-    end: int                               # END's id
     train: dict                            # source -> tokens, memory-mapped
     heldout: np.ndarray                    # tokens, of all sources
     facts: dict                            # hash, bytes and token counts, what xz needs for the held-out bytes
@@ -830,7 +822,7 @@ def open_corpus(cache):
     facts = json.loads((cache / "facts.json").read_text(encoding="utf-8"))
     train = {split: np.memmap(cache / f"{split}.bin", facts["dtype"], mode="r") for split in facts["tokens"]}
     heldout = train.pop("heldout")
-    return Corpus(encoding_in(cache, facts), facts["end"], train, heldout, facts)
+    return Corpus(encoding_in(cache, facts), train, heldout, facts)
 
 
 def learn_encoding(files, settings, vocab_size):
@@ -851,14 +843,14 @@ def tokenise(files, settings, encoding, folder):
     """Reads everything once, few pieces at a time, and writes tokens and facts into folder."""
     # 1. a file for each source and one for held-out text; each begins with END, so that its first token is predicted
     folder.mkdir(parents=True)
-    end, dtype = encoding.encode_single_token(END), dtype_for(encoding)
+    dtype = dtype_for(encoding)
     writers = {split: open(folder / f"{split}.bin", "wb") for split in {"heldout", *(file.source for file in files)}}
     for writer in writers.values():
-        writer.write(np.array([end], dtype).tobytes())
+        writer.write(np.array([encoding.eot_token], dtype).tobytes())
     # 2. the text, hashed, and what xz needs to pack the held-out part of it
     hasher = hashlib.sha256()
     sizes, packer = dict(train_bytes=0, heldout_bytes=0, xz=0), lzma.LZMACompressor(preset=9)
-    pieces = encoded(pieces_of(files, settings, encoding), encoding, end)
+    pieces = encoded(pieces_of(files, settings, encoding), encoding)
     for piece, raw, tokens in sim.with_progress("tokenising", pieces, count_pieces(files)):
         hasher.update(os.fsencode(f"\0{piece.file.source}\0{piece.file.name}\0") + raw)
         if piece.is_heldout:
@@ -884,7 +876,7 @@ def tokenise(files, settings, encoding, folder):
     parallel.write_manifest(folder)
 
 
-def encoded(pieces, encoding, end):
+def encoded(pieces, encoding):
     """(piece, its bytes, its tokens) in order. Threads encode: tiktoken lets go of the interpreter."""
     special = set(encoding._special_tokens.values())                      # END is no byte of text
 
@@ -894,7 +886,7 @@ def encoded(pieces, encoding, end):
         else:
             tokens = piece.content
             raw = encoding.decode_bytes([id for id in tokens if id not in special])
-        return piece, raw, np.array(tokens + [end] if piece.ends else tokens, np.uint32)
+        return piece, raw, np.array(tokens + [encoding.eot_token] if piece.ends else tokens, np.uint32)
 
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
@@ -924,7 +916,7 @@ def naming(path):
 # Conversations: read, and packed into sequences
 
 
-def read_conversations(data, encoding, end):
+def read_conversations(data, encoding):
     """[(ids, counted)] of all lines: with `messages`, or `prompt` and `response`."""
     found = []
     for path in [file.path for file in list_files(data)]:
@@ -936,7 +928,7 @@ def read_conversations(data, encoding, end):
                                           dict(role="assistant", content=line["response"])])
                 messages = line.get("messages")
                 check_messages(messages)
-                found.append(conversation(encoding, end, messages))
+                found.append(conversation(encoding, messages))
     return found
 
 
@@ -1419,7 +1411,7 @@ class Pretrain(Stage):
 
     def examples(self, windows, counted=None):
         kept_apart = self.run.settings["document_mask"]
-        documents = document_numbers(windows, self.run.corpus.end) if kept_apart else None
+        documents = document_numbers(windows, self.run.corpus.encoding.eot_token) if kept_apart else None
         return examples(windows, self.depths, self.run.device, documents, counted)
 
     def evaluate(self, pipeline):
@@ -1456,8 +1448,7 @@ class SFT(Stage):
         run, seq_len = self.run, min(phase.seq_len for phase in self.run.phases)
         if not run.settings["init"] or not run.settings["data"]:
             raise UserError("sft needs --init, a model to begin with, and --data, .jsonl files of conversations")
-        end = run.encoding.encode_single_token(END)
-        found = read_conversations(run.settings["data"], run.encoding, end)
+        found = read_conversations(run.settings["data"], run.encoding)
         fitting = [each for each in found if len(each[0]) <= seq_len]
         if len(fitting) < len(found):
             print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
@@ -1470,7 +1461,7 @@ class SFT(Stage):
         self.example = run.encoding.decode(kept[0][0]).partition(ROLES["user"])[2].partition(TURN_END)[0]
         facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), conversations=len(kept),
                      heldout=len(held), **facts_of(run.encoding))
-        return Corpus(run.encoding, end, kept, held, facts)
+        return Corpus(run.encoding, kept, held, facts)
 
     def describe(self, facts):
         sequences = len(best_fit([len(ids) for ids, _ in self.run.corpus.train], self.run.phases[0].seq_len))
@@ -1479,7 +1470,8 @@ class SFT(Stage):
 
     def begin(self, phase, pipeline):
         self.seq_len = phase.seq_len
-        self.packed = Packed(self.run.corpus.train, phase.seq_len, self.depths, self.run.corpus.end)
+        corpus = self.run.corpus
+        self.packed = Packed(corpus.train, phase.seq_len, self.depths, corpus.encoding.eot_token)
 
     def batches(self, progress, size):
         plan, n = self.run.plan, len(self.packed)
@@ -1494,7 +1486,7 @@ class SFT(Stage):
         corpus = self.run.corpus
         if not corpus.heldout:
             return {}
-        packed = Packed(corpus.heldout, pipeline.plan.seq_len, self.depths, corpus.end)
+        packed = Packed(corpus.heldout, pipeline.plan.seq_len, self.depths, corpus.encoding.eot_token)
 
         def batch_of(numbers):
             return packed.examples(numbers % len(packed), self.depths, self.run.device)
@@ -1676,9 +1668,8 @@ class RL(Stage):
         self.refuse_plan(run.plan)
         self.checkers = read_checkers(settings["checkers"])
         self.tasks = read_tasks(settings["tasks"], self.checkers)
-        encoding, end = run.encoding, run.encoding.encode_single_token(END)
-        self.turn_end = special_id(encoding, TURN_END)
-        self.prompts = [question(encoding, end, task["prompt"]) for task in self.tasks]
+        self.turn_end = special_id(run.encoding, TURN_END)
+        self.prompts = [question(run.encoding, task["prompt"]) for task in self.tasks]
         self.example = self.tasks[0]["prompt"]
         # none may be too long for an answer behind it
         for task, prompt in zip(self.tasks, self.prompts):
@@ -1687,8 +1678,8 @@ class RL(Stage):
                                 f"--new-tokens {settings['new_tokens']} do not fit --seq-len: raise it, or leave the "
                                 f"line out")
         facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), tasks=len(self.tasks),
-                     **facts_of(encoding))
-        return Corpus(encoding, end, None, None, facts)
+                     **facts_of(run.encoding))
+        return Corpus(run.encoding, None, None, facts)
 
     def refuse_plan(self, plan):
         if plan.pp * plan.cp * plan.tp > 1 or not plan.is_plain:
@@ -1779,7 +1770,7 @@ class RL(Stage):
         run = self.run
         whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers)]
         B, T = len(whole), max(map(len, whole)) - 1
-        ids = torch.full((B, T), run.corpus.end)
+        ids = torch.full((B, T), run.corpus.encoding.eot_token)
         targets = torch.full((B, 1, T), -100)
         policy = torch.zeros(B, T, 5)
         for row, (prompt, answer) in enumerate(zip(prompts, answers)):
@@ -2805,7 +2796,7 @@ def open_model(init, device, average=1):
     source.fill(model)
     encoding = source.encoding()
     refuse_larger(encoding, source.config)
-    return model, encoding, encoding.encode_single_token(END)
+    return model, encoding, encoding.eot_token
 
 
 def continue_texts(opened, prompts, settings, chat, on_text=None):
@@ -2815,7 +2806,7 @@ def continue_texts(opened, prompts, settings, chat, on_text=None):
     model, encoding, end = opened
     device = next(model.parameters()).device
     if chat:
-        ids, stop = [question(encoding, end, prompt) for prompt in prompts], special_id(encoding, TURN_END)
+        ids, stop = [question(encoding, prompt) for prompt in prompts], special_id(encoding, TURN_END)
     else:
         ids, stop = [[end, *encoding.encode_ordinary(prompt)] for prompt in prompts], end
     ids = [torch.tensor(prompt, device=device) for prompt in ids]

@@ -72,7 +72,7 @@ def encoding():
 
 def spoken(encoding, messages):
     """The template as text, with what is trained on in brackets."""
-    ids, counted = train.conversation(encoding, encoding.encode_single_token(train.END), messages)
+    ids, counted = train.conversation(encoding, messages)
     text, before = "", False
     for token, now in zip(ids, counted):
         text += "[" * (now and not before) + "]" * (before and not now) + encoding.decode([token])
@@ -94,8 +94,8 @@ def test_template(encoding):
 
 
 def test_what_the_assistant_said(encoding):
-    prompt = train.question(encoding, encoding.encode_single_token(train.END), "2+2")
-    ids, _ = train.conversation(encoding, prompt[0], [dict(role="user", content="2+2"), dict(
+    prompt = train.question(encoding, "2+2")
+    ids, _ = train.conversation(encoding, [dict(role="user", content="2+2"), dict(
         role="assistant", thinking="1+3", content="4")])
     assert ids[:len(prompt)] == prompt
     answer = ids[len(prompt):]

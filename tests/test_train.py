@@ -155,7 +155,7 @@ def test_ids_reserved_for_conversations(text, at):
     encoding = corpus.encoding
     assert encoding.n_vocab == 300 and len(train.RESERVED) == 16
     ids = [encoding.encode_single_token(word) for word in (train.END, *train.RESERVED)]
-    assert ids == list(range(283, 300)) and corpus.end == 283
+    assert ids == list(range(283, 300)) and corpus.encoding.eot_token == 283
     assert max(encoding.encode_ordinary("".join((train.END, *train.RESERVED)))) < 283
     # a file of ranks has room for the same, so another run can take this one's vocabulary
     train.save_encoding(encoding, at / "t.tiktoken")
@@ -413,7 +413,7 @@ def test_evaluation_counts_every_token_once():
     model, _ = small_model()
     torch.nn.init.zeros_(model.lm_head.weight)
     for n in (2, 17, 18, 40, 41, 100):
-        corpus = train.Corpus(None, 0, {}, np.arange(n) % 300, dict(heldout_bytes=2 * n))
+        corpus = train.Corpus(None, {}, np.arange(n) % 300, dict(heldout_bytes=2 * n))
         opened = SimpleNamespace(config=model.config, corpus=corpus, device=torch.device("cpu"),
                                  settings=dict(document_mask=0))
         found = train.Pretrain(opened).evaluate(parallel.Pipeline(model, Plan(seq_len=16, micro_batch=3)))
