@@ -164,9 +164,8 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
     small=dict(steps=10000, lr=6e-4, warmup_steps=500, seq_len=2048, global_batch=64, micro_batch=8),
 )
 # what --resume lets one change; with --data the text must be the same
-CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "keep_growing", "eval_every", "device", "threads",
-              "peak_tflops", "max_skips", "timeout", "record_loads", "fit", "hardware", "resume",
-              "compile"}
+CHANGEABLE = set("out data steps tokens save_every keep keep_growing eval_every device threads peak_tflops max_skips "
+                 "timeout record_loads fit hardware resume compile".split())
 CHANGEABLE |= set(PLAN_OPTIONS) - {"global_batch", "seq_len"}
 # what describes many processes, and means nothing for one
 CUTS = ("pp", "dp", "cp", "tp", "sp", "ep", "vpp", "schedule", "overlap", "layer_split", "balance_live")
@@ -329,7 +328,7 @@ def next_pair(heap, pair_counts, vocabulary, known):
 
 
 def merge_pair(words, pair, new, pair_counts, words_with):
-    """Replaces the pair by the id `new` in all words -> pairs whose counts changed, in order."""
+    """Replaces the pair by the id `new` in all words -> pairs whose counts changed."""
     changed = set()
     for index in words_with.pop(pair):
         word, n = words[index]
@@ -342,7 +341,7 @@ def merge_pair(words, pair, new, pair_counts, words_with):
             pair_counts[made] += n
             words_with[made].add(index)
             changed.add(made)
-    return sorted(changed)
+    return changed
 
 
 def replaced(word, pair, new):
@@ -365,9 +364,7 @@ def make_encoding(ranks, pattern=PATTERN, special=None):
 
 def save_encoding(encoding, path):
     """tiktoken's own file format: a line of base64 and rank a token."""
-    lines = []
-    for token, rank in ranks_of(encoding):
-        lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks_of(encoding)]
     write_whole(path, "".join(lines))
 
 
@@ -620,10 +617,12 @@ def list_files(data):
         if not re.fullmatch("[A-Za-z0-9_-]+", source) or source == "heldout":
             raise UserError(f"--data {word}: {source!r} names the source; use letters, digits, - and _, not heldout")
         path = Path(path)
-        if not path.is_dir() and not path.is_file():
+        if path.is_dir():
+            root, found = path, sorted(walk(path, skipped))
+        elif path.is_file():
+            root, found = path.parent, [path]
+        else:
             raise UserError(f"--data {path}: no such file or folder")
-        root = path if path.is_dir() else path.parent
-        found = sorted(walk(path, skipped)) if path.is_dir() else [path]
         if not found:
             raise UserError(f"--data {path}: this folder has no text; what is read there: {' '.join(TEXT_SUFFIXES)}")
         files += [TextFile(source, str(file.relative_to(root)), file) for file in found]
@@ -853,12 +852,10 @@ def tokenise(files, settings, encoding, folder):
     pieces = encoded(pieces_of(files, settings, encoding), encoding)
     for piece, raw, tokens in sim.with_progress("tokenising", pieces, count_pieces(files)):
         hasher.update(os.fsencode(f"\0{piece.file.source}\0{piece.file.name}\0") + raw)
-        if piece.is_heldout:
-            sizes["heldout_bytes"] += len(raw)
-            sizes["xz"] += len(packer.compress(raw))
-        else:
-            sizes["train_bytes"] += len(raw)
         split = "heldout" if piece.is_heldout else piece.file.source
+        if piece.is_heldout:
+            sizes["xz"] += len(packer.compress(raw))
+        sizes["heldout_bytes" if piece.is_heldout else "train_bytes"] += len(raw)
         writers[split].write(tokens.astype(dtype).tobytes())
     sizes["xz"] += len(packer.flush())
     # 3. facts
@@ -919,9 +916,9 @@ def naming(path):
 def read_conversations(data, encoding):
     """[(ids, counted)] of all lines: with `messages`, or `prompt` and `response`."""
     found = []
-    for path in [file.path for file in list_files(data)]:
-        for number, line in read_lines(path):
-            with refusals(f"{path}, line {number}: "):
+    for file in list_files(data):
+        for number, line in read_lines(file.path):
+            with refusals(f"{file.path}, line {number}: "):
                 require(isinstance(line, dict), "no object")
                 if "messages" not in line and {"prompt", "response"} <= set(line):
                     line = dict(messages=[dict(role="user", content=line["prompt"]),
@@ -1012,11 +1009,6 @@ class Phase:
     def batches(self):
         return self.global_batch if isinstance(self.global_batch, list) else [[0, self.global_batch]]
 
-    @property
-    def largest_step(self):
-        """Tokens."""
-        return self.seq_len * max(sequences for _, sequences in self.batches)
-
     def batch(self, tokens):
         """Sequences of the step that starts at this token of the phase."""
         return [sequences for start, sequences in self.batches if start <= tokens][-1]
@@ -1093,13 +1085,11 @@ def scaled(phases, given, once):
             return sequences
         return max(1, round(sequences * by["global_batch"] / once)) * once
 
-    result = []
-    for phase in phases:
-        result.append(replace(
-            phase, tokens=phase.tokens * by["tokens"], warmup_tokens=phase.warmup_tokens * by["tokens"],
-            seq_len=max(1, int(phase.seq_len * by["seq_len"])), lr=phase.lr * by["lr"], min_lr=phase.min_lr * by["lr"],
-            global_batch=[[start * by["tokens"], batch(sequences)] for start, sequences in phase.batches]))
-    return result
+    return [replace(phase, tokens=phase.tokens * by["tokens"], warmup_tokens=phase.warmup_tokens * by["tokens"],
+                    seq_len=max(1, int(phase.seq_len * by["seq_len"])),
+                    lr=phase.lr * by["lr"], min_lr=phase.min_lr * by["lr"],
+                    global_batch=[[start * by["tokens"], batch(sequences)] for start, sequences in phase.batches])
+            for phase in phases]
 
 
 def end_of(phases, number):
@@ -1110,7 +1100,7 @@ def end_of(phases, number):
 
 def refuse_too_short(phases, where):
     """Each phase must have a step of its own, also where the one before it went a step too far."""
-    steps = [phase.largest_step for phase in phases]
+    steps = [phase.seq_len * max(sequences for _, sequences in phase.batches) for phase in phases]         # tokens
     needed = [max(step, before) for step, before in zip(steps, [0, *steps])]
     total = end_of(phases, len(phases) - 1)
     least = round(max(need / phase.tokens for need, phase in zip(needed, phases)) * total)
@@ -1177,9 +1167,7 @@ def mix_pattern(corpus, phase, seed):
     sizes = {source: len(tokens) for source, tokens in corpus.train.items()}
     if len(sizes) == 1:
         return list(sizes)                                                # one source: there is nothing to mix
-    shares = phase.mix
-    if shares is None:
-        shares = {source: size / sum(sizes.values()) for source, size in sizes.items()}
+    shares = phase.mix or {source: size / sum(sizes.values()) for source, size in sizes.items()}
     unknown = set(shares) - set(sizes)
     if unknown:
         raise UserError(f"a phase mixes {', '.join(sorted(unknown))}, but --data names {', '.join(sizes)}: write "
@@ -1248,7 +1236,7 @@ def each_of(batch, change):
 
 
 def part_of(batch, own):
-    """A batch's sequences by a slice."""
+    """A batch's sequences by a slice, or by their numbers."""
     return each_of(batch, lambda x: x[own])
 
 
@@ -1394,13 +1382,13 @@ class Pretrain(Stage):
         return corpus
 
     def describe(self, facts):
-        xz = f" (xz -9 {facts['xz']:,})" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
-        yield (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train "
-               f"on, {facts['heldout_bytes']:,} held out{xz}, tokens {facts['tokens']}")
+        asked, held, kept = self.run.settings["heldout"], facts["heldout_bytes"], facts["train_bytes"]
+        xz = f" (xz -9 {facts['xz']:,})" if held >= LEAST_FOR_XZ else ""
+        yield (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {kept:,} bytes to train on, {held:,} "
+               f"held out{xz}, tokens {facts['tokens']}")
         # of few pieces of text, the share that is held out can be far from the one asked for
-        asked, share = self.run.settings["heldout"], facts["heldout_bytes"] / max(1, facts["train_bytes"]
-                                                                                  + facts["heldout_bytes"])
-        if facts["heldout_bytes"] < HELDOUT_BYTES / 2 and not asked / 2 <= share <= 2 * asked:
+        share = held / max(1, kept + held)
+        if held < HELDOUT_BYTES / 2 and not asked / 2 <= share <= 2 * asked:
             yield f"held out is {share:.2%} of this text, not {asked:.2%}: it has few pieces, or uneven ones"
 
     def begin(self, phase, pipeline):
@@ -1657,12 +1645,9 @@ class RL(Stage):
     recipe = dict(steps=100, lr=3e-4, warmup_steps=5, min_lr=1.0, global_batch=256, micro_batch=64, seq_len=128,
                   set=["aux_loss_alpha=0"], weight_decay=0.0, train="trunk")
 
-    def __init__(self, run):
-        super().__init__(run)
-        self.depths = 1                                                   # MTP layers rest
-
     def open_data(self):
         run, settings = self.run, self.run.settings
+        self.depths = 1                                                   # MTP layers rest
         if not settings["init"] or not settings["tasks"]:
             raise UserError("rl needs --init, a model to begin with, and --tasks, a .jsonl file")
         self.refuse_plan(run.plan)
@@ -1711,7 +1696,8 @@ class RL(Stage):
         chosen = self.choose_tasks(progress, n_groups)
         own = np.arange(size).reshape(settings["updates"], plan.dp, -1)[:, parallel.data_rank(plan)].flatten()
         tasks = [chosen[number // settings["answers"]] for number in own]
-        answers = self.sample([self.prompts[task] for task in tasks], progress["step"])
+        prompts = [self.prompts[task] for task in tasks]
+        answers = self.sample(prompts, progress["step"])
         # 2. rewards, known to all ranks, and what is better than its group
         rewards = np.zeros(size)
         rewards[own] = self.rewards_of(tasks, answers)
@@ -1723,10 +1709,9 @@ class RL(Stage):
         advantages = advantages_of(rewards, settings["divide_by_std"]).flatten()[own]
         # 3. what the trainer thinks of them; in the share of each update, rows of like length stand together
         share = len(own) // settings["updates"]
-        lengths = [len(self.prompts[task]) + len(answer.ids) for task, answer in zip(tasks, answers)]
-        order = np.lexsort((lengths, np.arange(len(own)) // share))
-        batch = self.examples([self.prompts[tasks[i]] for i in order], [answers[i] for i in order], advantages[order])
-        batch = self.scored(batch)
+        batch = self.examples(prompts, answers, advantages)
+        order = np.lexsort((batch["lengths"], np.arange(len(own)) // share))
+        batch = self.scored(part_of(batch, torch.from_numpy(order)))
         # 4. updates, each from some of the groups
         self.counted, self.clipped = batch["policy"][..., COUNTED].sum(), torch.zeros((), device=self.run.device)
         return [part_of(batch, slice(i * share, (i + 1) * share)) for i in range(settings["updates"])]
@@ -1773,6 +1758,9 @@ class RL(Stage):
         ids = torch.full((B, T), run.corpus.encoding.eot_token)
         targets = torch.full((B, 1, T), -100)
         policy = torch.zeros(B, T, 5)
+        # the sampler's experts; what stands behind an answer goes to the first ones
+        routing = {layer: torch.arange(chosen.size(1)).expand(B, T, -1).clone()
+                   for layer, chosen in answers[0].routing.items()}
         for row, (prompt, answer) in enumerate(zip(prompts, answers)):
             tokens = torch.tensor(whole[row])
             ids[row, :len(tokens) - 1] = tokens[:-1]
@@ -1781,12 +1769,7 @@ class RL(Stage):
             policy[row, answered, COUNTED] = 1
             policy[row, answered, ADVANTAGE] = advantages[row]
             policy[row, answered, SAMPLER] = torch.tensor(answer.log_probs)
-        # the sampler's experts; what stands behind an answer goes to the first ones
-        routing = {}
-        for layer, chosen in answers[0].routing.items():
-            routing[layer] = torch.arange(chosen.size(1)).expand(B, T, -1).clone()
-            for row, answer in enumerate(answers):
-                chosen = answer.routing[layer]
+            for layer, chosen in answer.routing.items():
                 routing[layer][row, :len(chosen)] = chosen.cpu()
         batch = each_of(dict(ids=ids, targets=targets, policy=policy, routing=routing), lambda x: x.to(run.device))
         return batch | dict(lengths=torch.tensor([len(tokens) - 1 for tokens in whole]))          # stays on the host
@@ -1885,15 +1868,15 @@ class Run:
 
 def beginning():
     """The progress of a run without a step; all of it is stored with checkpoints."""
-    progress = dict(step=0, tokens=0, phase=0, phase_tokens=0)            # phase: its number; tokens: of all phases
-    progress |= dict(skipped=0, skipped_in_a_row=0)                       # steps that were not finite
-    progress |= dict(pass_rates=[])                                       # of rl: by task, -1 where it is not known
-    return progress | dict(placement=[], expert_load=[])                  # of live balance
+    return dict(step=0, tokens=0, phase=0, phase_tokens=0,                # phase: its number; tokens: of all phases
+                skipped=0, skipped_in_a_row=0,                            # steps that were not finite
+                pass_rates=[],                                            # of rl: by task, -1 where it is not known
+                placement=[], expert_load=[])                             # of live balance
 
 
-def open_run(kind, given):
-    """A Run, ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
-    run = Run(kind, given)
+def open_run(run):
+    """Makes it ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
+    given, kind = run.given, run.kind
     # 1. settings: of the run that goes on, or new ones
     if parallel.is_restarted():
         given = restarted(given)
@@ -1927,20 +1910,23 @@ def open_run(kind, given):
     refuse_unequal_ranks(run)
     # 7. the folder
     run.folder = parallel.first_does(lambda: open_folder(run))
-    try:
-        fill_run(run)
-    except BaseException:
-        leave_folder(run)
-        raise
-    return run
+    # 8. the data
+    run.stage = kind(run)
+    run.corpus = run.stage.open_data()
+    # 9. progress
+    run.progress = beginning()
+    if run.checkpoint:
+        parallel.first_does(lambda: refuse_damaged(run.checkpoint))
+        run.progress = progress_of(run.checkpoint, run.phases)
+    parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
 
 
 def phases_of(run, given):
     """The stored phases of a run that goes on, unless its length is given; else those of the settings."""
-    phases = run.stored["phases"] if run.stored else []
+    stored = run.stored or dict(phases=[], given={})
+    phases = stored["phases"]
     if not phases or {"steps", "tokens"} & set(given):
-        before = run.stored["given"] if run.stored else {}
-        phases = make_phases(run.settings, before | given)
+        phases = make_phases(run.settings, stored["given"] | given)
     if run.source:
         run.config = replace(run.config, max_position_embeddings=max(phase.seq_len for phase in phases))
     for phase in phases:
@@ -1949,19 +1935,6 @@ def phases_of(run, given):
             check_plan(run.config, plan, devices=parallel.world_size())
             parallel.refuse_what_is_not_run(plan)
     return phases
-
-
-def fill_run(run):
-    """The steps of open_run that need the folder."""
-    # 8. the data
-    run.stage = run.kind(run)
-    run.corpus = run.stage.open_data()
-    # 9. progress
-    run.progress = beginning()
-    if run.checkpoint:
-        parallel.first_does(lambda: refuse_damaged(run.checkpoint))
-        run.progress = progress_of(run.checkpoint, run.phases)
-    parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
 
 
 def restarted(given):
@@ -1993,8 +1966,8 @@ def resume_settings(kind, given):
                             f"change it; leave it away, or start a new run")
     before = settings | given | dict(out=str(folder))
     settings = fit_to_world(dict(before), given, stored["config"].balance_group)
-    differs = [name for name, value in settings.items() if before[name] != value and (before[name] or value)]
-    changed = [f"{flag(name)} {settings[name]}" for name in differs]      # an empty list and an empty tuple are alike
+    changed = [f"{flag(name)} {value}" for name, value in settings.items()
+               if before[name] != value and (before[name] or value)]      # an empty list and an empty tuple are alike
     if changed and parallel.world_size() == 1:
         print("one process goes on with", " ".join(changed))
     return settings, stored, checkpoint
@@ -2098,17 +2071,16 @@ class RunSource:
     """--init names a run or one of its checkpoints."""
 
     def __init__(self, init, average):
-        self.folder, self.checkpoint = find_checkpoint(init, "--init")
-        self.checkpoints = newest_to(self.checkpoint, average)
+        self.folder, checkpoint = find_checkpoint(init, "--init")
+        self.path, self.checkpoints = checkpoint.resolve(), newest_to(checkpoint, average)
         self.stored = read_config(self.folder)
-        progress = progress_of(self.checkpoint, self.stored["phases"])
+        progress = progress_of(checkpoint, self.stored["phases"])
         # as its last phase left it; it sees no more text than it was trained on
         has_begun = progress["phase_tokens"] > 0                          # else the phase before it was the last
         phase = self.stored["phases"][max(0, progress["phase"] - (not has_begun))]
         config = self.stored["config"]
         self.config = replace(config, rope_theta=phase.rope_theta or config.rope_theta,
                               max_position_embeddings=phase.seq_len)
-        self.path = self.checkpoint.resolve()
 
     def encoding(self):
         return encoding_in(self.folder, self.stored["corpus"])
@@ -2171,7 +2143,7 @@ def open_source(init, average=1):
 
 def open_init(run):
     """The config and tokenizer of a run that began with others' weights, and of a new one the source of these."""
-    settings, learn = run.settings, run.settings["tokenizer"] == "learn"
+    settings = run.settings
     if run.stored:                                                        # the source may be gone
         run.config = run.stored["config"]
         run.encoding = encoding_in(folder_of(settings["resume"]), run.stored["corpus"])
@@ -2180,7 +2152,7 @@ def open_init(run):
         raise UserError("--init brings a model's shape: leave --preset away")
     run.source = open_source(settings["init"], settings["average"])
     run.config = config_of(run.source, settings)
-    run.encoding = run.source.encoding() if learn else find_encoding(settings["tokenizer"])
+    run.encoding = find_encoding(settings["tokenizer"]) or run.source.encoding()
     refuse_larger(run.encoding, run.config)
 
 
@@ -2248,7 +2220,7 @@ def open_folder(run):
 
 def leave_folder(run):
     """Of a run that never began nothing stays."""
-    if run.lock:
+    if run.folder and run.lock:
         if [*run.folder.iterdir()] == [run.folder / ".lock"]:
             shutil.rmtree(run.folder)
         run.lock.close()
@@ -2278,10 +2250,11 @@ def find_checkpoint(resume, typed="--resume"):
     """A run's folder, or one of its checkpoints -> (run's folder, its newest complete checkpoint, or the named one)."""
     # a folder is not a run's because it exists: what counts is a checkpoint, which has its name only when it is whole
     path, folder = Path(resume), folder_of(resume)
-    if not newest(folder):
+    last = newest(folder)
+    if not last:
         raise UserError(f"{typed} {resume}: no complete checkpoint in {folder / 'ckpt'}; start the run anew with --out")
     if path == folder:
-        return folder, newest(folder)
+        return folder, last
     if not path.is_dir():
         raise UserError(f"{typed} {resume}: no such checkpoint; complete ones: {parallel.steps_in(folder / 'ckpt')}")
     return folder, path
@@ -2350,13 +2323,14 @@ def progress_of(checkpoint, phases):
 
 
 def write_config(run, given, **facts):
-    """config.json: all that a resumed run needs to know, and facts about where it ran."""
+    """config.json: all that a resumed run needs to know, and facts about where it ran. Beside it the tokenizer."""
     facts |= dict(rules=RULES, stage=run.kind.name, given=given,
                   config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan),
                   settings=run.settings | dict(resume=""), phases=[dataclasses.asdict(phase) for phase in run.phases],
                   corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
                   torch=torch.__version__)
     write_whole(run.folder / "config.json", json.dumps(facts, indent=1))
+    save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
 
 
 def begin_folder(run):
@@ -2367,7 +2341,6 @@ def begin_folder(run):
         print(f"{run.folder} held a run without a checkpoint: its log is now {aside}")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     write_config(run, run.given, commit=git.stdout.strip(), source=str(run.source.path) if run.source else "")
-    save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
     write_whole(log, "")
 
 
@@ -2378,7 +2351,6 @@ def continue_folder(run):
     if now != before:
         raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
                         f"the old text with --data, or start a new run")
-    save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")     # it may have been lost
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
     cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}
@@ -2429,7 +2401,7 @@ def build(run, phase, checkpoint):
     settings = run.settings
     torch.manual_seed(settings["seed"])
     # 1. the model, of which this rank keeps its part before any memory is taken
-    config = run.config if phase.rope_theta is None else replace(run.config, rope_theta=phase.rope_theta)
+    config = replace(run.config, rope_theta=phase.rope_theta or run.config.rope_theta)
     with torch.device("meta"):
         model = Model(config)
     plan = replace(run.plan, seq_len=phase.seq_len)
@@ -2439,8 +2411,10 @@ def build(run, phase, checkpoint):
         run.source.fill(model, grid)
     else:
         parallel.init_weights(model, settings["seed"])
-    if settings["train"] != "all":
-        learn_alone(model, settings["train"] == "mtp")
+    if settings["train"] != "all":                                        # the rest gets no gradients, so no moments
+        model.requires_grad_(settings["train"] == "trunk")
+        for layer in model.mtp_layers():
+            layer.requires_grad_(settings["train"] == "mtp")
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
     if settings["compile"] == "layers":
         compile_model(model)
@@ -2456,24 +2430,17 @@ def build(run, phase, checkpoint):
     return parallel.Pipeline(model, plan, grid), optimizer
 
 
-def learn_alone(model, mtp):
-    """Nothing but MTP layers, or all but them, gets gradients, and so moments."""
-    model.requires_grad_(not mtp)
-    for layer in model.mtp_layers():
-        layer.requires_grad_(mtp)
-
-
 def train(kind, given):
     """Opens a run and trains it to its end, or until it is asked to stop."""
-    with refusals():
-        run = open_run(kind, given)
+    run = Run(kind, given)
     try:
+        with refusals():
+            open_run(run)
         introduce(run)
         if not is_done(run):
             train_to_end(run)
     finally:
-        if run.lock:
-            run.lock.close()
+        leave_folder(run)
 
 
 def train_to_end(run):
@@ -2700,10 +2667,9 @@ def conclude(run, checkpoint):
               f"{run.folder}")
         return
     try:
-        settings = defaults_of(SAMPLE_OPTIONS)
         opened = open_model(str(checkpoint), parallel.pick_device(run.settings["device"]))
-        prompt = run.stage.example
-        (text,), _ = continue_texts(opened, [prompt], settings, chat=run.kind is not Pretrain)
+        (text,), _ = continue_texts(opened, [run.stage.example], defaults_of(SAMPLE_OPTIONS),
+                                    chat=run.kind is not Pretrain)
     except (RuntimeError, ValueError) as error:                           # it fits on several devices only, or its
         # window is shorter than this prompt
         print(f"no sample: {str(error).splitlines()[0]}")
@@ -2739,7 +2705,8 @@ def sample(given):
         raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
     with refusals():
         opened = open_model(settings["init"], parallel.pick_device(settings["device"]), settings["average"])
-        chat = is_chat(settings["init"])
+        folder = folder_of(settings["init"])                              # a run of sft or rl answers, others continue
+        chat = newest(folder) is not None and read_config(folder)["stage"] != Pretrain.name
         for prompts in prompts_of(settings):
             write_texts(opened, prompts, settings, chat)
 
@@ -2762,12 +2729,6 @@ def prompts_of(settings):
                 yield [input("> ")]
             except EOFError:
                 return
-
-
-def is_chat(init):
-    """Whether the model of --init learnt to answer, rather than to continue."""
-    folder = folder_of(init)
-    return bool(newest(folder)) and read_config(folder)["stage"] != Pretrain.name
 
 
 def write_texts(opened, prompts, settings, chat):

@@ -362,7 +362,8 @@ def opened(trained, tmp_path, monkeypatch):
     def open_with(*flags):
         words = "pretrain --threads 1 --global-batch 4 --micro-batch 2 --steps 2 --compile none --data".split()
         _, given = train.parse([*words, str(trained.parent / "text.txt"), *map(str, flags)])
-        new = train.open_run(train.Pretrain, given)
+        new = train.Run(train.Pretrain, given)
+        train.open_run(new)
         new.lock.close()
         pipeline, optimizer = train.build(new, new.phases[0], None)
         return new, pipeline.model, optimizer
