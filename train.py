@@ -81,82 +81,78 @@ def refusals(where=""):
         raise UserError(f"{where}{error}") from error
 
 
-# a setting that is not given keeps its default; a number that declares no range is above 0
-class Option(typing.NamedTuple):
-    """A setting. The type of its default is its kind; a list takes several words, a tuple is one of Plan's lists."""
-    default: object
-    text: str                              # for --help
-    allowed: dict                          # least, most, choices: see model.check_setting
+class Option:
+    """A setting. The type of its default is its kind; a list takes several words, a tuple is one of Plan's lists. text
+    is for --help; allowed: least, most, choices, see model.check_setting. A number that declares none is above 0."""
 
-
-def option(default, text, **allowed):
-    return Option(default, text, allowed)
+    def __init__(self, default, text, **allowed):
+        self.default, self.text, self.allowed = default, text, allowed
 
 
 OPTIONS = dict(
     # model
-    preset=option("tiny", "size of the model", choices=tuple(PRESETS)),
-    set=option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5; with --init what owns no tensor"),
-    init=option("", "begin with the weights, shape and tokenizer of a run's folder, one of its ckpt/step_N, or a "
+    preset=Option("tiny", "size of the model", choices=tuple(PRESETS)),
+    set=Option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5; with --init what owns no tensor"),
+    init=Option("", "begin with the weights, shape and tokenizer of a run's folder, one of its ckpt/step_N, or a "
                     "Hugging Face folder"),
-    average=option(1, "with --init RUN: the mean of its newest N checkpoints, in place of the newest"),
-    mtp_depth=option(0, "with --init: MTP layers; those that it lacks begin as copies of its last one; 0: as many as "
+    average=Option(1, "with --init RUN: the mean of its newest N checkpoints, in place of the newest"),
+    mtp_depth=Option(0, "with --init: MTP layers; those that it lacks begin as copies of its last one; 0: as many as "
                         "it has", least=0, most=64),
-    train=option("all", "what learns: MTP layers alone (mtp), or all but them (trunk), with the rest frozen",
+    train=Option("all", "what learns: MTP layers alone (mtp), or all but them (trunk), with the rest frozen",
                  choices=("all", "mtp", "trunk")),
     # data
-    data=option([], "files or folders, each may be NAME=PATH for the mix of a phase; default: Python's own standard "
+    data=Option([], "files or folders, each may be NAME=PATH for the mix of a phase; default: Python's own standard "
                     "library"),
-    text_field=option("text", "key of the text in a .jsonl line"),
-    tokenizer=option("learn", "learn (from the training text) | gpt2 | cl100k_base | o200k_base | FILE.tiktoken"),
-    heldout=option(0.02, "share of the text held out, at most 8 MiB: every n-th piece of up to 64 KiB, files in the "
+    text_field=Option("text", "key of the text in a .jsonl line"),
+    tokenizer=Option("learn", "learn (from the training text) | gpt2 | cl100k_base | o200k_base | FILE.tiktoken"),
+    heldout=Option(0.02, "share of the text held out, at most 8 MiB: every n-th piece of up to 64 KiB, files in the "
                          "order of a hash of their names; 0: nothing", least=0, most=0.5),
-    document_mask=option(0, "1: attention, and MTP, do not cross document boundaries", choices=(0, 1)),
+    document_mask=Option(0, "1: attention, and MTP, do not cross document boundaries", choices=(0, 1)),
     # run
-    record_loads=option(0, "1: write loads.npy, the copies that each expert got: steps x layers x experts",
+    record_loads=Option(0, "1: write loads.npy, the copies that each expert got: steps x layers x experts",
                         choices=(0, 1)),
-    out=option("", "the run's folder; default: runs/PRESET, or the first free runs/PRESET-N"),
-    resume=option("", "a run's folder or one of its ckpt/step_N: continue exactly"),
-    seed=option(0, "of weights and data order", least=0, most=2**63 - 1),
-    device=option("auto", "auto | cpu | cuda | npu"),
-    threads=option(0, "CPU threads; 0: torch's choice, stored with the run", least=0, most=1024),
-    save_every=option(500, "steps between checkpoints; one is always written at the end, 0: only that", least=0),
-    keep=option(3, "newest checkpoints kept"),
-    keep_growing=option(0, "1: beside them the first one of steps 1, 2-3, 4-7, 8-15, ..., so that a run's past can be "
+    out=Option("", "the run's folder; default: runs/PRESET, or the first free runs/PRESET-N"),
+    resume=Option("", "a run's folder or one of its ckpt/step_N: continue exactly"),
+    seed=Option(0, "of weights and data order", least=0, most=2**63 - 1),
+    device=Option("auto", "auto | cpu | cuda | npu"),
+    threads=Option(0, "CPU threads; 0: torch's choice, stored with the run", least=0, most=1024),
+    save_every=Option(500, "steps between checkpoints; one is always written at the end, 0: only that", least=0),
+    keep=Option(3, "newest checkpoints kept"),
+    keep_growing=Option(0, "1: beside them the first one of steps 1, 2-3, 4-7, 8-15, ..., so that a run's past can be "
                            "studied (tests/report.py)", choices=(0, 1)),
-    eval_every=option(0, "steps between evaluations on the whole held-out text; 0: at the end only. With "
+    eval_every=Option(0, "steps between evaluations on the whole held-out text; 0: at the end only. With "
                          "capacity_factor, padding of the last batch takes experts' room too", least=0),
-    timeout=option(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends",
+    timeout=Option(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends",
                    least=1, most=10**6),
-    max_skips=option(5, "steps in a row with a loss or gradient that is not finite, before the run stops"),
-    fit=option("", "e.g. 40GiB: recompute and swap what makes the run fit at the least simulated cost; stored with the "
+    max_skips=Option(5, "steps in a row with a loss or gradient that is not finite, before the run stops"),
+    fit=Option("", "e.g. 40GiB: recompute and swap what makes the run fit at the least simulated cost; stored with the "
                    "run"),
-    hardware=option("", "for --fit: preset of sim.py, or file of tests/calibrate.py; on a CPU: generic numbers"),
-    peak_tflops=option(0.0, "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported", least=0),
+    hardware=Option("", "for --fit: preset of sim.py, or file of tests/calibrate.py; on a CPU: generic numbers"),
+    peak_tflops=Option(0.0, "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported", least=0),
     # optimisation
-    steps=option(1000, "optimizer steps at the full batch; sets the tokens of the run"),
-    tokens=option(0.0, "tokens of the run, in place of --steps; those of --phases are scaled", least=0,
+    steps=Option(1000, "optimizer steps at the full batch; sets the tokens of the run"),
+    tokens=Option(0.0, "tokens of the run, in place of --steps; those of --phases are scaled", least=0,
                   most=1e15),
-    phases=option("", "FILE, a JSON list of objects with the keys of Phase in train.py, or an object with such a list "
+    phases=Option("", "FILE, a JSON list of objects with the keys of Phase in train.py, or an object with such a list "
                       "as `phases`; --tokens, --seq-len, --global-batch and --lr scale it"),
-    lr=option(3e-4, "highest learning rate"),
-    min_lr=option(0.1, "final learning rate as a share of --lr", least=0, most=1),
-    decay=option("cosine", "the learning rate after its warm-up", choices=("cosine", "constant")),
-    warmup_steps=option(0, "steps over which the learning rate rises, at the full batch", least=0),
-    weight_decay=option(0.1, "of every tensor, gains of norms included (as PU's figures of falling gains show)",
+    lr=Option(3e-4, "highest learning rate"),
+    min_lr=Option(0.1, "final learning rate as a share of --lr", least=0, most=1),
+    decay=Option("cosine", "the learning rate after its warm-up", choices=("cosine", "constant")),
+    warmup_steps=Option(0, "steps over which the learning rate rises, at the full batch", least=0),
+    weight_decay=Option(0.1, "of every tensor, gains of norms included (as PU's figures of falling gains show)",
                         least=0, most=100),
-    beta1=option(0.9, "of AdamW", least=0, most=0.99999),
-    beta2=option(0.95, "of AdamW", least=0, most=0.99999),
-    clip=option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
-    compile=option("auto", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
+    beta1=Option(0.9, "of AdamW", least=0, most=0.99999),
+    beta2=Option(0.95, "of AdamW", least=0, most=0.99999),
+    clip=Option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
+    compile=Option("auto", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
                            "for one process without recompute and swap); auto: operators where that works, which takes "
                            "a C++ compiler or a GPU's Triton", choices=("auto", "none", "operators", "layers")),
-    precision=option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
+    precision=Option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
                      choices=("auto", "fp32", "bf16")),
 )
 PRETRAIN_ONLY = "preset text_field tokenizer document_mask phases train mtp_depth".split()
 PLAN_DEFAULTS = dict(micro_batch=8, global_batch=32, seq_len=256)
-PLAN_OPTIONS = {field.name: option(PLAN_DEFAULTS.get(field.name, field.default), field.metadata["text"],
+PLAN_OPTIONS = {field.name: Option(PLAN_DEFAULTS.get(field.name, field.default), field.metadata["text"],
                                    **field.metadata["allowed"])
                 for field in dataclasses.fields(Plan) if field.name != "precision"}
 RECIPES = dict(   # what a preset trains with, where the command line does not say; ours, not published
@@ -214,8 +210,7 @@ def defaults_of(options):
 
 
 def settings_of(given, options={}, recipe=None):
-    """All settings, options beside those of every stage: what was given, else the recipe of the stage or preset, else
-    the default."""
+    """All settings, options among them: what was given, else the recipe of the stage or preset, else the default."""
     if recipe is None:
         recipe = {} if given.get("init") else RECIPES.get(given.get("preset", "tiny"), {})
     settings = defaults_of(OPTIONS | PLAN_OPTIONS | options) | recipe | given
@@ -421,8 +416,7 @@ def find_encoding(name):
 
 
 def byte_letters():
-    """The letter that a tokenizer.json writes for each byte: printable ones are themselves, others follow from 256 on.
-    """
+    """The letter of each byte in a tokenizer.json: printable ones are themselves, others follow from 256 on."""
     letters, others = [], 0
     for byte in range(256):
         is_itself = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte
@@ -930,8 +924,7 @@ def read_conversations(data, encoding):
 
 
 def best_fit(lengths, room):
-    """Which conversations share a sequence: the longest first, each where it leaves the least room -> lists of numbers.
-    """
+    """Which conversations share a sequence, as lists of numbers: longest first, each where it leaves least room."""
     bins, spaces = [], []                                                 # spaces: (room left, bin), ascending
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect.bisect_left(spaces, (lengths[number], 0))
@@ -1156,11 +1149,6 @@ class Order:
         start = place * self.seq_len
         return tokens[start:start + self.span]
 
-    def batch(self, tokens, count):
-        """The sequences that follow this many tokens: (count, seq_len + lookahead)."""
-        first = tokens // self.seq_len
-        return np.stack([self.window(first + i) for i in range(count)])
-
 
 def mix_pattern(corpus, phase, seed):
     """Sources of a block of sequences, in the shares of the phase's mix and in a fixed random order."""
@@ -1221,13 +1209,13 @@ def document_numbers(windows, end):
 MEASURES = ("loss", "mtp_loss", "aux_loss", "grad_norm", "skipped", "max_vio", "drop_rate", "stop")
 
 
-def own_sequences(plan, size):
-    """This rank's places in a global batch of that size.
+def own_sequences(plan, first, size):
+    """The numbers of this rank's sequences in a global batch of that size, which begins with number `first`.
 
     One micro-batch of all ranks is a run of neighbours: a balance group over ranks holds the same sequences as on one.
     """
-    places = np.arange(size).reshape(-1, plan.dp, plan.micro_batch)       # micro-batches, ranks, sequences
-    return places[:, parallel.data_rank(plan)].flatten()
+    numbers = first + np.arange(size).reshape(-1, plan.dp, plan.micro_batch)      # micro-batches, ranks, sequences
+    return numbers[:, parallel.data_rank(plan)].flatten().tolist()
 
 
 def each_of(batch, change):
@@ -1313,8 +1301,7 @@ def measured(sums, norm, finite, loads):
 def heldout_nats(pipeline, n, batch_of):
     """Summed loss of the next tokens of n held-out sequences, in nats, over all ranks.
 
-    batch_of(numbers) makes the batch of these sequences; numbers from n on keep the last batches whole, and do not
-    count.
+    batch_of(numbers) makes the batch of these; numbers from n on keep the last batches whole, and do not count.
     """
     model, plan = pipeline.model, pipeline.plan
     # so that the loss is a sum, not a mean
@@ -1395,7 +1382,8 @@ class Pretrain(Stage):
         self.order = Order(self.run.corpus, phase, self.depths, self.run.settings["seed"])
 
     def batches(self, progress, size):
-        return [self.examples(self.order.batch(progress["tokens"], size)[own_sequences(self.run.plan, size)])]
+        numbers = own_sequences(self.run.plan, progress["tokens"] // self.order.seq_len, size)
+        return [self.examples(np.stack([self.order.window(number) for number in numbers]))]
 
     def examples(self, windows, counted=None):
         kept_apart = self.run.settings["document_mask"]
@@ -1462,10 +1450,9 @@ class SFT(Stage):
         self.packed = Packed(corpus.train, phase.seq_len, self.depths, corpus.encoding.eot_token)
 
     def batches(self, progress, size):
-        plan, n = self.run.plan, len(self.packed)
-        first, rows = progress["tokens"] // self.seq_len, []
-        for number in first + own_sequences(plan, size):
-            epoch, index = divmod(int(number), n)
+        n, rows = len(self.packed), []
+        for number in own_sequences(self.run.plan, progress["tokens"] // self.seq_len, size):
+            epoch, index = divmod(number, n)
             rows.append(shuffled(index, n, f"{self.run.settings['seed']},{epoch}"))
         return [self.packed.examples(rows, self.depths, self.run.device)]
 
@@ -1492,23 +1479,23 @@ class SFT(Stage):
 # 4. updates    of the weights, one or several from the same answers, kept close to the old policy by clipping
 
 RL_OPTIONS = dict(
-    tasks=option("", "FILE.jsonl, a line each: prompt, answer, checker (exact | partial | a function of --checkers)"),
-    checkers=option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to "
+    tasks=Option("", "FILE.jsonl, a line each: prompt, answer, checker (exact | partial | a function of --checkers)"),
+    checkers=Option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to "
                         "1"),
-    answers=option(16, "to each prompt: a group", least=2),
-    new_tokens=option(64, "of an answer, at most"),
-    updates=option(1, "of the weights, from the answers of a step"),
-    clip_low=option(0.2, "how far a token's ratio to the old policy may fall below 1 (DAPO)", least=0, most=1),
-    clip_high=option(0.28, "and rise above it", least=0),
-    ratio=option("token", "of the new to the old policy: each token's, or of whole answers (GSPO)",
+    answers=Option(16, "to each prompt: a group", least=2),
+    new_tokens=Option(64, "of an answer, at most"),
+    updates=Option(1, "of the weights, from the answers of a step"),
+    clip_low=Option(0.2, "how far a token's ratio to the old policy may fall below 1 (DAPO)", least=0, most=1),
+    clip_high=Option(0.28, "and rise above it", least=0),
+    ratio=Option("token", "of the new to the old policy: each token's, or of whole answers (GSPO)",
                  choices=("token", "sequence")),
-    divide_by_std=option(0, "1: advantages are divided by the group's deviation (GRPO; not with experts)",
+    divide_by_std=Option(0, "1: advantages are divided by the group's deviation (GRPO; not with experts)",
                          choices=(0, 1)),
-    importance_cap=option(5.0, "most that a token counts for the trainer finding it likelier than the sampler did"),
-    kl=option(0.0, "weight of the divergence from the model of --init, which is then held too", least=0),
-    replay=option("none", "experts forced in training: none | sampler: those chosen in sampling | old: those of the "
+    importance_cap=Option(5.0, "most that a token counts for the trainer finding it likelier than the sampler did"),
+    kl=Option(0.0, "weight of the divergence from the model of --init, which is then held too", least=0),
+    replay=Option("none", "experts forced in training: none | sampler: those chosen in sampling | old: those of the "
                           "trainer before the first update", choices=("none", "sampler", "old")),
-    shuffle_rewards=option(0, "1: shuffled inside each group, a control that should learn nothing", choices=(0, 1)),
+    shuffle_rewards=Option(0, "1: shuffled inside each group, a control that should learn nothing", choices=(0, 1)),
 )
 CHECK_SECONDS = 5                          # that a checker may take
 TOO_FAR = 10.0                             # log-ratios are clamped to this before exp
@@ -1938,11 +1925,10 @@ def phases_of(run, given):
 
 
 def restarted(given):
-    """torchrun starts a run again: with --out or --resume it goes on from its newest checkpoint, also if it began from
-    an older one."""
+    """torchrun starts a run again: with --out or --resume it goes on from its newest checkpoint, whatever it named."""
     if given.get("resume"):
         return given | dict(resume=str(folder_of(given["resume"])))
-    if given.get("out") and parallel.steps_in(Path(given["out"]) / "ckpt"):
+    if given.get("out") and newest(Path(given["out"])):
         return given | dict(resume=given["out"])
     return given
 
@@ -2273,8 +2259,7 @@ def newest(folder):
 
 
 def read_config(folder):
-    """config.json of a run, checked: `config` is a Config, `phases` are Phases, an older run's missing settings are the
-    defaults."""
+    """config.json of a run, checked, with a Config and Phases; what settings an older run lacks are the defaults."""
     path = folder / "config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -2553,8 +2538,7 @@ def count_skips(run, line, saver):
     progress["skipped"] += math.ceil(line["skipped"])
     line["skipped"] = progress["skipped"]
     if progress["skipped_in_a_row"] >= most:
-        saver.wait()
-        give_up(run, f"loss or gradient not finite {most} times in a row")
+        give_up(run, saver, f"loss or gradient not finite {most} times in a row")
 
 
 def save_finite(run, saver, pipeline, optimizer):
@@ -2562,13 +2546,13 @@ def save_finite(run, saver, pipeline, optimizer):
     weights = pipeline.model.parameters()
     broken = sum((~torch.isfinite(parallel.local(weight))).any().float() for weight in weights)
     if parallel.all_sum(broken).item():
-        saver.wait()
-        give_up(run, "weights are not finite")
+        give_up(run, saver, "weights are not finite")
     parallel.save(saver, pipeline.model, optimizer, run.progress, pipeline.grid)
 
 
-def give_up(run, what):
+def give_up(run, saver, what):
     """Ends a run that cannot go on, and names the checkpoint from which it could: all that are kept are finite."""
+    saver.wait()
     last = newest(run.folder)
     where = f"start anew, or from {last}," if last else "start anew"
     sys.exit(f"train.py: step {run.progress['step']}: {what}; {where} with a lower --lr")
@@ -2682,19 +2666,19 @@ def conclude(run, checkpoint):
 # Commands
 
 SAMPLE_OPTIONS = dict(
-    init=option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
-    prompt=option([], "text to continue, or, by a model after sft, to answer; several at once; \"\": the beginning of "
+    init=Option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
+    prompt=Option([], "text to continue, or, by a model after sft, to answer; several at once; \"\": the beginning of "
                       "a document. Default: what a pipe brings, and at a terminal line after line"),
     average=OPTIONS["average"],
-    file=option("", "FILE with the text to continue"),
-    new_tokens=option(0, "tokens to write, or up to the end of the document; 0: 200, or what the model's window holds",
+    file=Option("", "FILE with the text to continue"),
+    new_tokens=Option(0, "tokens to write, or up to the end of the document; 0: 200, or what the model's window holds",
                       least=0, most=10**9),
-    draft=option(0, "tokens that multi-token prediction drafts in each step and the model checks: faster where drafts "
+    draft=Option(0, "tokens that multi-token prediction drafts in each step and the model checks: faster where drafts "
                     "hold, and as likely as without", least=0, most=64),
-    temperature=option(0.8, "below 0.01: always the likeliest token", least=0, most=100),
-    top_k=option(0, "choose among the k likeliest; 0: all", least=0, most=2**31),
-    top_p=option(0.95, "choose among the likeliest that hold this probability together", least=0.001, most=1),
-    seed=option(0, "of the choice", least=0, most=2**63 - 1),
+    temperature=Option(0.8, "below 0.01: always the likeliest token", least=0, most=100),
+    top_k=Option(0, "choose among the k likeliest; 0: all", least=0, most=2**31),
+    top_p=Option(0.95, "choose among the likeliest that hold this probability together", least=0.001, most=1),
+    seed=Option(0, "of the choice", least=0, most=2**63 - 1),
     device=OPTIONS["device"],
 )
 
@@ -2712,8 +2696,7 @@ def sample(given):
 
 
 def prompts_of(settings):
-    """Lists of prompts to continue at once: what was typed and a file's text; without them a pipe's, or a list for
-    each line of a terminal."""
+    """Lists of prompts to continue at once: what was typed and a file's text; else a pipe's, or a terminal's lines."""
     prompts = [os.fsencode(prompt) for prompt in settings["prompt"]]      # as the terminal gave them
     if settings["file"]:
         with utf8(settings["file"]):
@@ -2796,8 +2779,8 @@ def continue_texts(opened, prompts, settings, chat, on_text=None):
 EXPORT_OPTIONS = dict(
     init=SAMPLE_OPTIONS["init"],
     average=OPTIONS["average"],
-    out=option("", "the Hugging Face folder that is made"),
-    dtype=option("bf16", "of what is written", choices=("bf16", "fp32")),
+    out=Option("", "the Hugging Face folder that is made"),
+    dtype=Option("bf16", "of what is written", choices=("bf16", "fp32")),
 )
 
 

@@ -268,7 +268,6 @@ def test_no_token_twice_in_an_epoch(text, at):
     assert len(set(epoch.tolist())) == n_windows * 16
     again = np.concatenate([order.window(n_windows + i)[:16] for i in range(n_windows)])
     assert set(epoch.tolist()) == set(again.tolist()) and not np.array_equal(epoch, again)
-    assert np.array_equal(order.batch(5 * 16, 3)[2], order.window(7))
 
 
 def test_mix_has_the_shares_asked_for(text, at):
