@@ -312,8 +312,7 @@ def learn_bpe(texts, vocab_size):
 
 
 def next_pair(heap, pair_counts, vocabulary, known):
-    """Takes the most frequent pair off the heap; None if there is none. What is stale there, or would make bytes that
-    are known by another way, goes too."""
+    """Takes the most frequent pair off the heap, or None; what is stale there, or makes known bytes, goes too."""
     while heap:
         n, pair = heapq.heappop(heap)
         is_stale = n == 0 or -n != pair_counts[pair]
@@ -627,10 +626,8 @@ def list_files(data):
 
 
 def walk(folder, skipped):
-    """Files of text below a folder, linked folders too, but not those of tests, packages, runs and the like.
-
-    skipped: Counter of the endings of what is there and is no text.
-    """
+    """Files of text below a folder, linked folders too, but not those of tests, packages, runs and the like. skipped:
+    Counter of the endings of what is there and is no text."""
     seen = set()                                                          # a link may lead back to where it lies
     for here, folders, names in os.walk(folder, followlinks=True):
         place = os.path.realpath(here)
@@ -952,7 +949,9 @@ class Packed:
             for number in members:
                 ids, counted = conversations[number]
                 own = slice(at, at + len(ids))
-                self.tokens[row, own], self.counted[row, own], self.documents[row, own] = ids, counted, number
+                self.tokens[row, own] = ids
+                self.counted[row, own] = counted
+                self.documents[row, own] = number
                 at += len(ids)
 
     def __len__(self):
@@ -1097,9 +1096,8 @@ def refuse_too_short(phases, where):
     needed = [max(step, before) for step, before in zip(steps, [0, *steps])]
     total = end_of(phases, len(phases) - 1)
     least = round(max(need / phase.tokens for need, phase in zip(needed, phases)) * total)
-    if least > total:
-        raise UserError(f"{where}: too short for a step of each phase; use --tokens {least} or more, or a smaller "
-                        f"--global-batch or --seq-len")
+    require(least <= total, f"{where}: too short for a step of each phase; use --tokens {least} or more, or a smaller "
+                            f"--global-batch or --seq-len")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1231,13 +1229,15 @@ def part_of(batch, own):
 def micro_batches(batch, size):
     """A rank's share of a batch as inputs of the model, `size` sequences at a time, each part as long as its longest
     where the batch tells their `lengths`."""
-    parts = [part_of(batch, slice(start, start + size)) for start in range(0, len(batch["ids"]), size)]
-    return [cut(part, int(part.pop("lengths").max())) if "lengths" in part else part for part in parts]
-
-
-def cut(batch, length):
-    """A batch's first tokens. All tensors are (B,T,...), but targets (B,1+MTP,T)."""
-    return each_of(batch, lambda x: x[:, :length]) | dict(targets=batch["targets"][..., :length])
+    parts = []
+    for start in range(0, len(batch["ids"]), size):
+        part = part_of(batch, slice(start, start + size))
+        if "lengths" in part:
+            length = int(part.pop("lengths").max())
+            targets = part["targets"][..., :length]                       # (B,1+MTP,T), all other tensors (B,T,...)
+            part = each_of(part, lambda x: x[:, :length]) | dict(targets=targets)
+        parts.append(part)
+    return parts
 
 
 def train_step(pipeline, optimizer, batch, clip, stop=False):
@@ -1299,10 +1299,8 @@ def measured(sums, norm, finite, loads):
 
 @torch.no_grad()
 def heldout_nats(pipeline, n, batch_of):
-    """Summed loss of the next tokens of n held-out sequences, in nats, over all ranks.
-
-    batch_of(numbers) makes the batch of these; numbers from n on keep the last batches whole, and do not count.
-    """
+    """Summed loss of the next tokens of n held-out sequences, in nats, over all ranks. batch_of(numbers) makes the
+    batch of these; numbers from n on keep the last batches whole, and do not count."""
     model, plan = pipeline.model, pipeline.plan
     # so that the loss is a sum, not a mean
     divisor = torch.ones(1 + model.config.num_nextn_predict_layers, device=next(model.parameters()).device)
@@ -1421,7 +1419,8 @@ class SFT(Stage):
     recipe = dict(steps=200, lr=2e-3, warmup_steps=10, min_lr=0.0, set=["aux_loss_alpha=0"])
 
     def open_data(self):
-        run, seq_len = self.run, min(phase.seq_len for phase in self.run.phases)
+        run = self.run
+        seq_len = min(phase.seq_len for phase in run.phases)
         if not run.settings["init"] or not run.settings["data"]:
             raise UserError("sft needs --init, a model to begin with, and --data, .jsonl files of conversations")
         found = read_conversations(run.settings["data"], run.encoding)
@@ -1430,10 +1429,9 @@ class SFT(Stage):
             print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
                   f"longest has {max(len(ids) for ids, _ in found)} tokens: left out")
         every = round(1 / run.settings["heldout"]) if run.settings["heldout"] else 0
-        held = [each for number, each in enumerate(fitting) if every and number % every == 1]
+        held = fitting[1::every] if every else []
         kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
-        if not kept:
-            raise UserError("no conversation is left to train on: give more with --data, or a larger --seq-len")
+        require(kept, "no conversation is left to train on: give more with --data, or a larger --seq-len")
         self.example = run.encoding.decode(kept[0][0]).partition(ROLES["user"])[2].partition(TURN_END)[0]
         facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), conversations=len(kept),
                      heldout=len(held), **facts_of(run.encoding))
@@ -1446,8 +1444,7 @@ class SFT(Stage):
 
     def begin(self, phase, pipeline):
         self.seq_len = phase.seq_len
-        corpus = self.run.corpus
-        self.packed = Packed(corpus.train, phase.seq_len, self.depths, corpus.encoding.eot_token)
+        self.packed = Packed(self.run.corpus.train, phase.seq_len, self.depths, self.run.encoding.eot_token)
 
     def batches(self, progress, size):
         n, rows = len(self.packed), []
@@ -1461,7 +1458,7 @@ class SFT(Stage):
         corpus = self.run.corpus
         if not corpus.heldout:
             return {}
-        packed = Packed(corpus.heldout, pipeline.plan.seq_len, self.depths, corpus.encoding.eot_token)
+        packed = Packed(corpus.heldout, pipeline.plan.seq_len, self.depths, self.run.encoding.eot_token)
 
         def batch_of(numbers):
             return packed.examples(numbers % len(packed), self.depths, self.run.device)
@@ -1538,8 +1535,7 @@ def read_tasks(path, checkers):
             require(task["checker"] in [*checkers],
                     f"checker {task['checker']!r}: use {', '.join(checkers)}, or give its file to --checkers")
             tasks.append(task)
-    if not tasks:
-        raise UserError(f"{path}: no tasks")
+    require(tasks, f"{path}: no tasks")
     return tasks
 
 
@@ -1576,8 +1572,7 @@ def reward(text, task, checkers):
         raise CheckerError(f"{where} took more than {CHECK_SECONDS} s for {text!r}") from None
     except (Exception, SystemExit) as error:
         raise CheckerError(f"{where} raised {type(error).__name__}: {error}, for {text!r}") from None
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    if not is_number:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise CheckerError(f"{where} returned {value!r}, no finite number, for {text!r}")
     return float(value)
 
@@ -1705,10 +1700,11 @@ class RL(Stage):
 
     def rewards_of(self, tasks, answers):
         """On all ranks, or CheckerError on all: where a checker fails on one, the others must not wait for it."""
-        encoding, rewards, failure = self.run.corpus.encoding, [], None
+        rewards, failure = [], None
         try:
             for task, answer in zip(tasks, answers):
-                rewards.append(reward(answer_of(encoding, answer.ids), self.tasks[task], self.checkers))
+                said = answer_of(self.run.encoding, answer.ids)
+                rewards.append(reward(said, self.tasks[task], self.checkers))
         except CheckerError as error:
             failure = error
         if parallel.all_sum(torch.tensor(float(failure is not None))).item():
@@ -1729,7 +1725,8 @@ class RL(Stage):
                         zero_spread=(np.ptp(rewards, axis=1) == 0).mean())
 
     def sample(self, prompts, step):
-        run, prompts = self.run, [torch.tensor(prompt, device=self.run.device) for prompt in prompts]
+        run = self.run
+        prompts = [torch.tensor(prompt, device=run.device) for prompt in prompts]
         # chance is another for each step, and each rank that has sequences of its own
         words = f"{run.settings['seed']} {step} {parallel.data_rank(run.plan)}"
         seed = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
@@ -1742,7 +1739,7 @@ class RL(Stage):
         run = self.run
         whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers)]
         B, T = len(whole), max(map(len, whole)) - 1
-        ids = torch.full((B, T), run.corpus.encoding.eot_token)
+        ids = torch.full((B, T), run.encoding.eot_token)
         targets = torch.full((B, 1, T), -100)
         policy = torch.zeros(B, T, 5)
         # the sampler's experts; what stands behind an answer goes to the first ones
@@ -1775,14 +1772,15 @@ class RL(Stage):
         policy[broken] = 0
         batch["targets"][:, 0].masked_fill_(broken, -100)
         # how far sampler and trainer are from each other
-        counted = policy[..., COUNTED] > 0
+        counted, _, sampler, old, reference = policy.unbind(-1)
+        counted = counted > 0
         differs = torch.zeros_like(counted)
         for layer, experts in sampled.items():
             differs |= (experts.sort(-1).values != chosen[layer].sort(-1).values).any(-1)
-        distance = (policy[..., OLD] - policy[..., SAMPLER]).abs()
-        kl = (k3(policy[..., OLD], policy[..., REFERENCE]) * counted).sum()
+        distance = (old - sampler).abs()
+        kl = (k3(old, reference) * counted).sum()
         sums = [counted.sum(), broken.sum(), counted.any(1).sum(), differs[counted].sum(),
-                (distance > math.log(2))[counted].sum(), -policy[..., SAMPLER].sum(), kl]
+                (distance > math.log(2))[counted].sum(), -sampler.sum(), kl]
         total, not_finite, answers, *sums = parallel.all_sum(torch.stack(sums).float()).tolist()
         router_diff, far, entropy, kl = (each / max(1, total) for each in sums)
         self.log |= dict(router_diff=router_diff, far=far, entropy=entropy, kl=kl if self.reference else None,
@@ -1940,9 +1938,8 @@ def resume_settings(kind, given):
     settings = stored["settings"]
     if stored["stage"] != kind.name:
         raise UserError(f"{folder} is a run of {stored['stage']}: python train.py {stored['stage']} --resume {folder}")
-    if stored.get("rules") != RULES:
-        raise UserError(f"{folder} was begun under other rules of train.py, at commit {stored.get('commit')}: resume "
-                        f"it with that version, or start a new run")
+    require(stored.get("rules") == RULES, f"{folder} was begun under other rules of train.py, at commit "
+                                          f"{stored.get('commit')}: resume it with that version, or start a new run")
     if Path(given.get("out", folder)).resolve() != folder.resolve():
         raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away")
     given = {name: value for name, value in given.items() if name not in ("precision", "compile") or value != "auto"}
@@ -1985,8 +1982,7 @@ def fit_plan(run):
     """--fit: the plan with what is to be recomputed and swapped, which goes into the settings too."""
     settings = run.settings
     match = re.fullmatch(r"(\d+\.?\d*) ?(GiB|MiB)", settings["fit"])
-    if not match:
-        raise UserError(f"--fit {settings['fit']}: write a number and GiB or MiB, e.g. 40GiB")
+    require(match, f"--fit {settings['fit']}: write a number and GiB or MiB, e.g. 40GiB")
     budget = float(match[1]) * dict(GiB=2**30, MiB=2**20)[match[2]]
     if not settings["hardware"] and run.device.type != "cpu":
         raise UserError(f"--fit needs --hardware on {run.device}: one of {', '.join(sim.HARDWARE)}, or a JSON file")
@@ -2013,9 +2009,8 @@ def with_vocabulary(config, encoding):
 
 def refuse_lone_process(plan):
     needed = plan.pp * math.lcm(plan.dp * plan.cp * plan.tp, plan.ep)
-    if parallel.world_size() == 1 and needed > 1:
-        raise UserError(f"this plan needs {needed} processes, and this is the only one: start with torchrun "
-                        f"--nproc-per-node {needed} train.py ...")
+    require(needed == 1 or parallel.world_size() > 1, f"this plan needs {needed} processes, and this is the only one: "
+                                                      f"start with torchrun --nproc-per-node {needed} train.py ...")
 
 
 def refuse_too_large(run):
@@ -2027,9 +2022,8 @@ def refuse_too_large(run):
     else:
         have = getattr(torch, run.device.type).mem_get_info()[1] * parallel.world_size()
     need = parameters(run.config) * (8 if "optimizer" in run.plan.swap else 16)
-    if need > have:
-        raise UserError(f"weights, gradients and moments of this model take {need / 2**30:,.1f} GiB, here are "
-                        f"{have / 2**30:,.1f} GiB in all: choose a smaller --preset, or more devices")
+    require(need <= have, f"weights, gradients and moments of this model take {need / 2**30:,.1f} GiB, here are "
+                          f"{have / 2**30:,.1f} GiB in all: choose a smaller --preset, or more devices")
 
 
 def parameters(config):
@@ -2045,8 +2039,7 @@ def refuse_unequal_ranks(run):
     first = parallel.first_does(lambda: mine)
     differs = torch.tensor([float(mine[name] != value) for name, value in first.items()])
     names = [flag(name) for name, ranks in zip(first, parallel.all_sum(differs)) if ranks]
-    if names:
-        raise UserError(f"ranks were started with different {', '.join(sorted(names))}: start all with one command")
+    require(not names, f"ranks were started with different {', '.join(sorted(names))}: start all with one command")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2134,8 +2127,7 @@ def open_init(run):
         run.config = run.stored["config"]
         run.encoding = encoding_in(folder_of(settings["resume"]), run.stored["corpus"])
         return
-    if "preset" in run.given:
-        raise UserError("--init brings a model's shape: leave --preset away")
+    require("preset" not in run.given, "--init brings a model's shape: leave --preset away")
     run.source = open_source(settings["init"], settings["average"])
     run.config = config_of(run.source, settings)
     run.encoding = find_encoding(settings["tokenizer"]) or run.source.encoding()
@@ -2160,16 +2152,16 @@ def refuse_larger(encoding, config):
 
 def config_of(source, settings):
     """The source's, with what --set and --mtp-depth change of it, once its tensors are found to fit."""
-    trained = source.config.num_nextn_predict_layers
+    trained, wanted = source.config.num_nextn_predict_layers, settings["mtp_depth"]
     config = make_config(settings, replace(source.config, balance_group=0))    # its own plan will say
     depth = config.num_nextn_predict_layers
     require(depth <= trained, f"--set num_nextn_predict_layers={depth}: --init has {trained}; --mtp-depth {depth} adds "
                               f"to them")
-    if settings["mtp_depth"]:
-        require(settings["mtp_depth"] >= depth, f"--mtp-depth {settings['mtp_depth']}: --init has {depth} MTP layers, "
-                                                f"and --set num_nextn_predict_layers is what leaves some out")
-        require(trained, f"--mtp-depth {settings['mtp_depth']}: --init has no MTP layer to copy")
-        config = replace(config, num_nextn_predict_layers=settings["mtp_depth"])
+    if wanted:
+        require(wanted >= depth, f"--mtp-depth {wanted}: --init has {depth} MTP layers, and --set "
+                                 f"num_nextn_predict_layers is what leaves some out")
+        require(trained, f"--mtp-depth {wanted}: --init has no MTP layer to copy")
+        config = replace(config, num_nextn_predict_layers=wanted)
     as_there = replace(source.config, num_nextn_predict_layers=config.num_nextn_predict_layers)
     source.check(as_there)
     require(shapes_of(config) == shapes_of(as_there),
@@ -2202,14 +2194,6 @@ def open_folder(run):
     except OSError as error:                                              # of a network file system, for instance
         print(f"{folder} cannot be locked ({error.strerror}): see that no other run writes into it")
     return folder
-
-
-def leave_folder(run):
-    """Of a run that never began nothing stays."""
-    if run.folder and run.lock:
-        if [*run.folder.iterdir()] == [run.folder / ".lock"]:
-            shutil.rmtree(run.folder)
-        run.lock.close()
 
 
 def refuse_foreign(folder):
@@ -2379,10 +2363,8 @@ class Stopper:
 
 
 def build(run, phase, checkpoint):
-    """This rank's part of the model and its optimizer for a phase, as the checkpoint left them or as initialised.
-
-    A parallel.Pipeline, which holds the model, its plan and its grid, and the optimizer.
-    """
+    """For a phase: a parallel.Pipeline, which holds this rank's part of the model, its plan and its grid, and the
+    optimizer, as the checkpoint left them or as initialised."""
     settings = run.settings
     torch.manual_seed(settings["seed"])
     # 1. the model, of which this rank keeps its part before any memory is taken
@@ -2425,7 +2407,10 @@ def train(kind, given):
         if not is_done(run):
             train_to_end(run)
     finally:
-        leave_folder(run)
+        if run.folder and run.lock:
+            if [*run.folder.iterdir()] == [run.folder / ".lock"]:         # of a run that never began nothing stays
+                shutil.rmtree(run.folder)
+            run.lock.close()
 
 
 def train_to_end(run):
@@ -2583,10 +2568,10 @@ class Log:
     def write(self, line):
         with naming(self.file.name):
             self.file.write(json.dumps(line) + "\n")
-        compiled = self.run.settings["compile"]
+        compiled, seconds = self.run.settings["compile"], line["step_ms"] / 1e3
         if self.busy == 0 and compiled != "none":
-            print(f"the first step, which compiled {compiled}, took {line['step_ms'] / 1e3:.1f} s", flush=True)
-        self.busy += line["step_ms"] / 1e3
+            print(f"the first step, which compiled {compiled}, took {seconds:.1f} s", flush=True)
+        self.busy += seconds
         seconds_a_token = self.busy / (line["tokens"] - self.first_token)
         left = timedelta(seconds=int(max(0, self.total - line["tokens"]) * seconds_a_token))
         print_step(self.run, line, share=min(1, line["tokens"] / self.total), left=left)
@@ -2617,7 +2602,8 @@ def print_step(run, line, share, left):
 def introduce(run):
     """What will be trained, on what."""
     millions = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.config).items()}
-    plan, settings, begins = run.plan, run.settings, run.settings["init"] or run.settings["preset"]
+    plan, settings = run.plan, run.settings
+    begins = settings["init"] or settings["preset"]
     print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
           f"{millions['total']} parameters, {millions['active']} active; MTP {millions['mtp']} more")
     cuts = " ".join(f"{axis} {getattr(plan, axis)}" for axis in ("pp", "dp", "cp", "tp", "ep"))
