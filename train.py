@@ -1063,10 +1063,8 @@ def read_rows(path):
 
 
 def scaled(phases, given, once):
-    """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given.
-
-    The others keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it.
-    """
+    """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given; the others
+    keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it."""
     # by how much: what was given over what the phases say, 1 where nothing was given
     said = dict(tokens=sum(phase.tokens for phase in phases), seq_len=phases[0].seq_len,
                 global_batch=phases[0].batches[-1][1], lr=phases[0].lr)
@@ -1208,10 +1206,8 @@ MEASURES = ("loss", "mtp_loss", "aux_loss", "grad_norm", "skipped", "max_vio", "
 
 
 def own_sequences(plan, first, size):
-    """The numbers of this rank's sequences in a global batch of that size, which begins with number `first`.
-
-    One micro-batch of all ranks is a run of neighbours: a balance group over ranks holds the same sequences as on one.
-    """
+    """The numbers of this rank's sequences in a global batch of that size, which begins with number `first`. One
+    micro-batch of all ranks is a run of neighbours: a balance group over ranks holds the same sequences as on one."""
     numbers = first + np.arange(size).reshape(-1, plan.dp, plan.micro_batch)      # micro-batches, ranks, sequences
     return numbers[:, parallel.data_rank(plan)].flatten().tolist()
 
@@ -1693,7 +1689,7 @@ class RL(Stage):
         share = len(own) // settings["updates"]
         batch = self.examples(prompts, answers, advantages)
         order = np.lexsort((batch["lengths"], np.arange(len(own)) // share))
-        batch = self.scored(part_of(batch, torch.from_numpy(order)))
+        batch = self.scored(part_of(batch, order.tolist()))
         # 4. updates, each from some of the groups
         self.counted, self.clipped = batch["policy"][..., COUNTED].sum(), torch.zeros((), device=self.run.device)
         return [part_of(batch, slice(i * share, (i + 1) * share)) for i in range(settings["updates"])]
