@@ -323,8 +323,8 @@ def test_updates_of_rl_are_of_the_same_answers_under_any_plan(monkeypatch):
         stage.tasks = stage.prompts = [[number] for number in range(8)]
         stage.sample = lambda prompts, step: [SimpleNamespace(ids=[0]) for _ in prompts]
         stage.rewards_of = lambda tasks, answers: [0.0] * len(tasks)
-        stage.examples = lambda prompts, answers, advantages: dict(ids=torch.tensor(prompts),
-                                                                   policy=torch.zeros(len(prompts), 1, 5))
+        stage.examples = lambda prompts, answers, advantages: dict(
+            ids=torch.tensor(prompts), policy=torch.zeros(len(prompts), 1, 5), lengths=torch.ones(len(prompts)))
         stage.scored = lambda batch: batch
         found = [[], []]
         for rank in range(dp):
