@@ -1625,7 +1625,6 @@ class RL(Stage):
 
     def open_data(self):
         run, settings = self.run, self.run.settings
-        self.depths = 1                                                   # MTP layers rest
         if not settings["init"] or not settings["tasks"]:
             raise UserError("rl needs --init, a model to begin with, and --tasks, a .jsonl file")
         self.refuse_plan(run.plan)
@@ -1736,7 +1735,7 @@ class RL(Stage):
         whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers)]
         B, T = len(whole), max(map(len, whole)) - 1
         ids = torch.full((B, T), run.encoding.eot_token)
-        targets = torch.full((B, 1, T), -100)
+        targets = torch.full((B, 1, T), -100)                             # MTP layers rest
         policy = torch.zeros(B, T, 5)
         # the sampler's experts; what stands behind an answer goes to the first ones
         routing = {layer: torch.arange(chosen.size(1)).expand(B, T, -1).clone()

@@ -245,7 +245,7 @@ def test_ratios_begin_at_one(replay):
     model.init_weights()
     plan = Plan(seq_len=16, global_batch=4, micro_batch=2, precision="fp32")
     run = SimpleNamespace(settings=SETTINGS | dict(replay=replay), plan=plan, config=config, device=torch.device("cpu"),
-                          corpus=SimpleNamespace(end=0))
+                          encoding=SimpleNamespace(eot_token=0))
     stage = train.RL(run)
     stage.pipeline, stage.reference, stage.log = parallel.Pipeline(model, plan), None, {}
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [1]]
