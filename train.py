@@ -1063,8 +1063,8 @@ def read_rows(path):
 
 
 def scaled(phases, given, once):
-    """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given; the others
-    keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it."""
+    """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given; the
+    others keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it."""
     # by how much: what was given over what the phases say, 1 where nothing was given
     said = dict(tokens=sum(phase.tokens for phase in phases), seq_len=phases[0].seq_len,
                 global_batch=phases[0].batches[-1][1], lr=phases[0].lr)
@@ -1690,7 +1690,8 @@ class RL(Stage):
         order = np.lexsort((batch["lengths"], np.arange(len(own)) // share))
         batch = self.scored(part_of(batch, order.tolist()))
         # 4. updates, each from some of the groups
-        self.counted, self.clipped = batch["policy"][..., COUNTED].sum(), torch.zeros((), device=self.run.device)
+        self.counted = batch["policy"][..., COUNTED].sum()
+        self.clipped = torch.zeros((), device=self.run.device)
         return [part_of(batch, slice(i * share, (i + 1) * share)) for i in range(settings["updates"])]
 
     def rewards_of(self, tasks, answers):
@@ -2573,9 +2574,9 @@ class Log:
 
 
 def print_step(run, line, share, left):
-    text = "step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
-    text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
-    text += "left {left}"
+    text = ("step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
+            "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
+            "left {left}")
     if "reward" in line:
         text += "  reward {reward:.3f}  solved {solved:.1%}  length {length:.1f}"
     if line["mfu"]:
