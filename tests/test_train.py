@@ -268,6 +268,7 @@ def test_no_token_twice_in_an_epoch(text, at):
     assert len(set(epoch.tolist())) == n_windows * 16
     again = np.concatenate([order.window(n_windows + i)[:16] for i in range(n_windows)])
     assert set(epoch.tolist()) == set(again.tolist()) and not np.array_equal(epoch, again)
+    assert train.own_sequences(Plan(dp=2, micro_batch=2, global_batch=8), 8, 8) == [8, 9, 12, 13]         # of rank 0
 
 
 def test_mix_has_the_shares_asked_for(text, at):
