@@ -81,82 +81,78 @@ def refusals(where=""):
         raise UserError(f"{where}{error}") from error
 
 
-# a setting that is not given keeps its default; a number that declares no range is above 0
-class Option(typing.NamedTuple):
-    """A setting. The type of its default is its kind; a list takes several words, a tuple is one of Plan's lists."""
-    default: object
-    text: str                              # for --help
-    allowed: dict                          # least, most, choices: see model.check_setting
+class Option:
+    """A setting. The type of its default is its kind; a list takes several words, a tuple is one of Plan's lists. text
+    is for --help; allowed: least, most, choices, see model.check_setting. A number that declares none is above 0."""
 
-
-def option(default, text, **allowed):
-    return Option(default, text, allowed)
+    def __init__(self, default, text, **allowed):
+        self.default, self.text, self.allowed = default, text, allowed
 
 
 OPTIONS = dict(
     # model
-    preset=option("tiny", "size of the model", choices=tuple(PRESETS)),
-    set=option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5; with --init what owns no tensor"),
-    init=option("", "begin with the weights, shape and tokenizer of a run's folder, one of its ckpt/step_N, or a "
+    preset=Option("tiny", "size of the model", choices=tuple(PRESETS)),
+    set=Option([], "KEY=VALUE of Config, e.g. aux_loss_alpha=0.001 rope_theta=1e5; with --init what owns no tensor"),
+    init=Option("", "begin with the weights, shape and tokenizer of a run's folder, one of its ckpt/step_N, or a "
                     "Hugging Face folder"),
-    average=option(1, "with --init RUN: the mean of its newest N checkpoints, in place of the newest"),
-    mtp_depth=option(0, "with --init: MTP layers; those that it lacks begin as copies of its last one; 0: as many as "
+    average=Option(1, "with --init RUN: the mean of its newest N checkpoints, in place of the newest"),
+    mtp_depth=Option(0, "with --init: MTP layers; those that it lacks begin as copies of its last one; 0: as many as "
                         "it has", least=0, most=64),
-    train=option("all", "what learns: MTP layers alone (mtp), or all but them (trunk), with the rest frozen",
+    train=Option("all", "what learns: MTP layers alone (mtp), or all but them (trunk), with the rest frozen",
                  choices=("all", "mtp", "trunk")),
     # data
-    data=option([], "files or folders, each may be NAME=PATH for the mix of a phase; default: Python's own standard "
+    data=Option([], "files or folders, each may be NAME=PATH for the mix of a phase; default: Python's own standard "
                     "library"),
-    text_field=option("text", "key of the text in a .jsonl line"),
-    tokenizer=option("learn", "learn (from the training text) | gpt2 | cl100k_base | o200k_base | FILE.tiktoken"),
-    heldout=option(0.02, "share of the text held out, at most 8 MiB: every n-th piece of up to 64 KiB, files in the "
+    text_field=Option("text", "key of the text in a .jsonl line"),
+    tokenizer=Option("learn", "learn (from the training text) | gpt2 | cl100k_base | o200k_base | FILE.tiktoken"),
+    heldout=Option(0.02, "share of the text held out, at most 8 MiB: every n-th piece of up to 64 KiB, files in the "
                          "order of a hash of their names; 0: nothing", least=0, most=0.5),
-    document_mask=option(0, "1: attention, and MTP, do not cross document boundaries", choices=(0, 1)),
+    document_mask=Option(0, "1: attention, and MTP, do not cross document boundaries", choices=(0, 1)),
     # run
-    record_loads=option(0, "1: write loads.npy, the copies that each expert got: steps x layers x experts",
+    record_loads=Option(0, "1: write loads.npy, the copies that each expert got: steps x layers x experts",
                         choices=(0, 1)),
-    out=option("", "the run's folder; default: runs/PRESET, or the first free runs/PRESET-N"),
-    resume=option("", "a run's folder or one of its ckpt/step_N: continue exactly"),
-    seed=option(0, "of weights and data order", least=0, most=2**63 - 1),
-    device=option("auto", "auto | cpu | cuda | npu"),
-    threads=option(0, "CPU threads; 0: torch's choice, stored with the run", least=0, most=1024),
-    save_every=option(500, "steps between checkpoints; one is always written at the end, 0: only that", least=0),
-    keep=option(3, "newest checkpoints kept"),
-    keep_growing=option(0, "1: beside them the first one of steps 1, 2-3, 4-7, 8-15, ..., so that a run's past can be "
+    out=Option("", "the run's folder; default: runs/PRESET, or the first free runs/PRESET-N"),
+    resume=Option("", "a run's folder or one of its ckpt/step_N: continue exactly"),
+    seed=Option(0, "of weights and data order", least=0, most=2**63 - 1),
+    device=Option("auto", "auto | cpu | cuda | npu"),
+    threads=Option(0, "CPU threads; 0: torch's choice, stored with the run", least=0, most=1024),
+    save_every=Option(500, "steps between checkpoints; one is always written at the end, 0: only that", least=0),
+    keep=Option(3, "newest checkpoints kept"),
+    keep_growing=Option(0, "1: beside them the first one of steps 1, 2-3, 4-7, 8-15, ..., so that a run's past can be "
                            "studied (tests/report.py)", choices=(0, 1)),
-    eval_every=option(0, "steps between evaluations on the whole held-out text; 0: at the end only. With "
+    eval_every=Option(0, "steps between evaluations on the whole held-out text; 0: at the end only. With "
                          "capacity_factor, padding of the last batch takes experts' room too", least=0),
-    timeout=option(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends",
+    timeout=Option(45, "seconds in a collective until a rank that does not answer counts as lost and the run ends",
                    least=1, most=10**6),
-    max_skips=option(5, "steps in a row with a loss or gradient that is not finite, before the run stops"),
-    fit=option("", "e.g. 40GiB: recompute and swap what makes the run fit at the least simulated cost; stored with the "
+    max_skips=Option(5, "steps in a row with a loss or gradient that is not finite, before the run stops"),
+    fit=Option("", "e.g. 40GiB: recompute and swap what makes the run fit at the least simulated cost; stored with the "
                    "run"),
-    hardware=option("", "for --fit: preset of sim.py, or file of tests/calibrate.py; on a CPU: generic numbers"),
-    peak_tflops=option(0.0, "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported", least=0),
+    hardware=Option("", "for --fit: preset of sim.py, or file of tests/calibrate.py; on a CPU: generic numbers"),
+    peak_tflops=Option(0.0, "peak of the device in TFLOP/s, for MFU; 0: MFU is not reported", least=0),
     # optimisation
-    steps=option(1000, "optimizer steps at the full batch; sets the tokens of the run"),
-    tokens=option(0.0, "tokens of the run, in place of --steps; those of --phases are scaled", least=0,
+    steps=Option(1000, "optimizer steps at the full batch; sets the tokens of the run"),
+    tokens=Option(0.0, "tokens of the run, in place of --steps; those of --phases are scaled", least=0,
                   most=1e15),
-    phases=option("", "FILE, a JSON list of objects with the keys of Phase in train.py, or an object with such a list "
+    phases=Option("", "FILE, a JSON list of objects with the keys of Phase in train.py, or an object with such a list "
                       "as `phases`; --tokens, --seq-len, --global-batch and --lr scale it"),
-    lr=option(3e-4, "highest learning rate"),
-    min_lr=option(0.1, "final learning rate as a share of --lr", least=0, most=1),
-    decay=option("cosine", "the learning rate after its warm-up", choices=("cosine", "constant")),
-    warmup_steps=option(0, "steps over which the learning rate rises, at the full batch", least=0),
-    weight_decay=option(0.1, "of every tensor, gains of norms included (as PU's figures of falling gains show)",
+    lr=Option(3e-4, "highest learning rate"),
+    min_lr=Option(0.1, "final learning rate as a share of --lr", least=0, most=1),
+    decay=Option("cosine", "the learning rate after its warm-up", choices=("cosine", "constant")),
+    warmup_steps=Option(0, "steps over which the learning rate rises, at the full batch", least=0),
+    weight_decay=Option(0.1, "of every tensor, gains of norms included (as PU's figures of falling gains show)",
                         least=0, most=100),
-    beta1=option(0.9, "of AdamW", least=0, most=0.99999),
-    beta2=option(0.95, "of AdamW", least=0, most=0.99999),
-    clip=option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
-    compile=option("auto", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
+    beta1=Option(0.9, "of AdamW", least=0, most=0.99999),
+    beta2=Option(0.95, "of AdamW", least=0, most=0.99999),
+    clip=Option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
+    compile=Option("auto", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
                            "for one process without recompute and swap); auto: operators where that works, which takes "
                            "a C++ compiler or a GPU's Triton", choices=("auto", "none", "operators", "layers")),
-    precision=option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
+    precision=Option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
                      choices=("auto", "fp32", "bf16")),
 )
 PRETRAIN_ONLY = "preset text_field tokenizer document_mask phases train mtp_depth".split()
 PLAN_DEFAULTS = dict(micro_batch=8, global_batch=32, seq_len=256)
-PLAN_OPTIONS = {field.name: option(PLAN_DEFAULTS.get(field.name, field.default), field.metadata["text"],
+PLAN_OPTIONS = {field.name: Option(PLAN_DEFAULTS.get(field.name, field.default), field.metadata["text"],
                                    **field.metadata["allowed"])
                 for field in dataclasses.fields(Plan) if field.name != "precision"}
 RECIPES = dict(   # what a preset trains with, where the command line does not say; ours, not published
@@ -164,9 +160,8 @@ RECIPES = dict(   # what a preset trains with, where the command line does not s
     small=dict(steps=10000, lr=6e-4, warmup_steps=500, seq_len=2048, global_batch=64, micro_batch=8),
 )
 # what --resume lets one change; with --data the text must be the same
-CHANGEABLE = {"out", "data", "steps", "tokens", "save_every", "keep", "keep_growing", "eval_every", "device", "threads",
-              "peak_tflops", "max_skips", "timeout", "record_loads", "fit", "hardware", "resume",
-              "compile"}
+CHANGEABLE = set("out data steps tokens save_every keep keep_growing eval_every device threads peak_tflops max_skips "
+                 "timeout record_loads fit hardware resume compile".split())
 CHANGEABLE |= set(PLAN_OPTIONS) - {"global_batch", "seq_len"}
 # what describes many processes, and means nothing for one
 CUTS = ("pp", "dp", "cp", "tp", "sp", "ep", "vpp", "schedule", "overlap", "layer_split", "balance_live")
@@ -215,8 +210,7 @@ def defaults_of(options):
 
 
 def settings_of(given, options={}, recipe=None):
-    """All settings, options beside those of every stage: what was given, else the recipe of the stage or preset, else
-    the default."""
+    """All settings, options among them: what was given, else the recipe of the stage or preset, else the default."""
     if recipe is None:
         recipe = {} if given.get("init") else RECIPES.get(given.get("preset", "tiny"), {})
     settings = defaults_of(OPTIONS | PLAN_OPTIONS | options) | recipe | given
@@ -318,8 +312,7 @@ def learn_bpe(texts, vocab_size):
 
 
 def next_pair(heap, pair_counts, vocabulary, known):
-    """Takes the most frequent pair off the heap; None if there is none. What is stale there, or would make bytes that
-    are known by another way, goes too."""
+    """Takes the most frequent pair off the heap, or None; what is stale there, or makes known bytes, goes too."""
     while heap:
         n, pair = heapq.heappop(heap)
         is_stale = n == 0 or -n != pair_counts[pair]
@@ -329,7 +322,7 @@ def next_pair(heap, pair_counts, vocabulary, known):
 
 
 def merge_pair(words, pair, new, pair_counts, words_with):
-    """Replaces the pair by the id `new` in all words -> pairs whose counts changed, in order."""
+    """Replaces the pair by the id `new` in all words -> pairs whose counts changed."""
     changed = set()
     for index in words_with.pop(pair):
         word, n = words[index]
@@ -342,7 +335,7 @@ def merge_pair(words, pair, new, pair_counts, words_with):
             pair_counts[made] += n
             words_with[made].add(index)
             changed.add(made)
-    return sorted(changed)
+    return changed
 
 
 def replaced(word, pair, new):
@@ -365,9 +358,7 @@ def make_encoding(ranks, pattern=PATTERN, special=None):
 
 def save_encoding(encoding, path):
     """tiktoken's own file format: a line of base64 and rank a token."""
-    lines = []
-    for token, rank in ranks_of(encoding):
-        lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks_of(encoding)]
     write_whole(path, "".join(lines))
 
 
@@ -402,7 +393,7 @@ def ids_of(encoding):
 
 def facts_of(encoding):
     """What a tokenizer.tiktoken does not hold, stored with a corpus; encoding_in reads both."""
-    return dict(end=encoding.encode_single_token(END), special=encoding._special_tokens, pattern=encoding._pat_str)
+    return dict(end=encoding.eot_token, special=encoding._special_tokens, pattern=encoding._pat_str)
 
 
 def encoding_in(folder, facts):
@@ -424,8 +415,7 @@ def find_encoding(name):
 
 
 def byte_letters():
-    """The letter that a tokenizer.json writes for each byte: printable ones are themselves, others follow from 256 on.
-    """
+    """The letter of each byte in a tokenizer.json: printable ones are themselves, others follow from 256 on."""
     letters, others = [], 0
     for byte in range(256):
         is_itself = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte
@@ -544,40 +534,33 @@ def check_messages(messages):
     require(all(answer.strip() for answer in answers), "an answer of the assistant is empty")
 
 
-def conversation(encoding, end, messages):
+def conversation(encoding, messages):
     """messages -> (ids, whether each is trained on): the assistant's words and the end of its turns."""
-    ids, counted = [end], [False]
-
-    def add(new, trained=False):
-        ids.extend(new)
-        counted.extend([trained] * len(new))
-
+    ids, counted = [encoding.eot_token], [False]
     if messages[0]["role"] != "system":
         messages = [dict(role="system", content=""), *messages]
-    for number, message in enumerate(messages):
-        words = message["content"]
-        if message["role"] == "user" and answered_fast(messages[number + 1:]) and not words.endswith(NO_THINK):
-            words += NO_THINK
-        text = encoding.encode_ordinary(words)
-        add([special_id(encoding, ROLES[message["role"]])])
-        if message["role"] == "assistant":
-            fast = number > 0 and messages[number - 1]["content"].endswith(NO_THINK)
+    for before, message, after in zip([{}, *messages], messages, [*messages[1:], {}]):
+        ids.append(special_id(encoding, ROLES[message["role"]]))
+        counted.append(False)
+        words, is_answer = message["content"], message["role"] == "assistant"
+        if is_answer:
+            fast = before.get("content", "").endswith(NO_THINK)
             thinking = "" if fast else message.get("thinking", "")
-            begin, end_of_it = special_id(encoding, THINK), special_id(encoding, THINK_END)
-            add([begin, *encoding.encode_ordinary(thinking), end_of_it], True)
-        add([*text, special_id(encoding, TURN_END)], message["role"] == "assistant")
+            said = [special_id(encoding, THINK), *encoding.encode_ordinary(thinking), special_id(encoding, THINK_END)]
+        else:
+            said = []
+            answered_fast = after.get("role") == "assistant" and not after.get("thinking", "").strip()
+            if message["role"] == "user" and answered_fast and not words.endswith(NO_THINK):
+                words += NO_THINK
+        said += [*encoding.encode_ordinary(words), special_id(encoding, TURN_END)]
+        ids += said
+        counted += [is_answer] * len(said)
     return ids, counted
 
 
-def answered_fast(following):
-    """Whether the message after a user's is an answer without thinking."""
-    answer = following[0] if following else {}
-    return answer.get("role") == "assistant" and not answer.get("thinking", "").strip()
-
-
-def question(encoding, end, words):
+def question(encoding, words):
     """The ids after which the assistant speaks."""
-    ids, _ = conversation(encoding, end, [dict(role="user", content=words)])
+    ids, _ = conversation(encoding, [dict(role="user", content=words)])
     return [*ids, special_id(encoding, ROLES["assistant"])]
 
 
@@ -627,10 +610,12 @@ def list_files(data):
         if not re.fullmatch("[A-Za-z0-9_-]+", source) or source == "heldout":
             raise UserError(f"--data {word}: {source!r} names the source; use letters, digits, - and _, not heldout")
         path = Path(path)
-        if not path.is_dir() and not path.is_file():
+        if path.is_dir():
+            root, found = path, sorted(walk(path, skipped))
+        elif path.is_file():
+            root, found = path.parent, [path]
+        else:
             raise UserError(f"--data {path}: no such file or folder")
-        root = path if path.is_dir() else path.parent
-        found = sorted(walk(path, skipped)) if path.is_dir() else [path]
         if not found:
             raise UserError(f"--data {path}: this folder has no text; what is read there: {' '.join(TEXT_SUFFIXES)}")
         files += [TextFile(source, str(file.relative_to(root)), file) for file in found]
@@ -641,10 +626,8 @@ def list_files(data):
 
 
 def walk(folder, skipped):
-    """Files of text below a folder, linked folders too, but not those of tests, packages, runs and the like.
-
-    skipped: Counter of the endings of what is there and is no text.
-    """
+    """Files of text below a folder, linked folders too, but not those of tests, packages, runs and the like. skipped:
+    Counter of the endings of what is there and is no text."""
     seen = set()                                                          # a link may lead back to where it lies
     for here, folders, names in os.walk(folder, followlinks=True):
         place = os.path.realpath(here)
@@ -772,7 +755,6 @@ def count_pieces(files):
 @dataclass
 class Corpus:
     encoding: tiktoken.Encoding            # of all its tokens
-    end: int                               # END's id
     train: dict                            # source -> tokens, memory-mapped
     heldout: np.ndarray                    # tokens, of all sources
     facts: dict                            # hash, bytes and token counts, what xz needs for the held-out bytes
@@ -830,7 +812,7 @@ def open_corpus(cache):
     facts = json.loads((cache / "facts.json").read_text(encoding="utf-8"))
     train = {split: np.memmap(cache / f"{split}.bin", facts["dtype"], mode="r") for split in facts["tokens"]}
     heldout = train.pop("heldout")
-    return Corpus(encoding_in(cache, facts), facts["end"], train, heldout, facts)
+    return Corpus(encoding_in(cache, facts), train, heldout, facts)
 
 
 def learn_encoding(files, settings, vocab_size):
@@ -851,22 +833,20 @@ def tokenise(files, settings, encoding, folder):
     """Reads everything once, few pieces at a time, and writes tokens and facts into folder."""
     # 1. a file for each source and one for held-out text; each begins with END, so that its first token is predicted
     folder.mkdir(parents=True)
-    end, dtype = encoding.encode_single_token(END), dtype_for(encoding)
+    dtype = dtype_for(encoding)
     writers = {split: open(folder / f"{split}.bin", "wb") for split in {"heldout", *(file.source for file in files)}}
     for writer in writers.values():
-        writer.write(np.array([end], dtype).tobytes())
+        writer.write(np.array([encoding.eot_token], dtype).tobytes())
     # 2. the text, hashed, and what xz needs to pack the held-out part of it
     hasher = hashlib.sha256()
     sizes, packer = dict(train_bytes=0, heldout_bytes=0, xz=0), lzma.LZMACompressor(preset=9)
-    pieces = encoded(pieces_of(files, settings, encoding), encoding, end)
+    pieces = encoded(pieces_of(files, settings, encoding), encoding)
     for piece, raw, tokens in sim.with_progress("tokenising", pieces, count_pieces(files)):
         hasher.update(os.fsencode(f"\0{piece.file.source}\0{piece.file.name}\0") + raw)
-        if piece.is_heldout:
-            sizes["heldout_bytes"] += len(raw)
-            sizes["xz"] += len(packer.compress(raw))
-        else:
-            sizes["train_bytes"] += len(raw)
         split = "heldout" if piece.is_heldout else piece.file.source
+        if piece.is_heldout:
+            sizes["xz"] += len(packer.compress(raw))
+        sizes["heldout_bytes" if piece.is_heldout else "train_bytes"] += len(raw)
         writers[split].write(tokens.astype(dtype).tobytes())
     sizes["xz"] += len(packer.flush())
     # 3. facts
@@ -884,7 +864,7 @@ def tokenise(files, settings, encoding, folder):
     parallel.write_manifest(folder)
 
 
-def encoded(pieces, encoding, end):
+def encoded(pieces, encoding):
     """(piece, its bytes, its tokens) in order. Threads encode: tiktoken lets go of the interpreter."""
     special = set(encoding._special_tokens.values())                      # END is no byte of text
 
@@ -894,7 +874,7 @@ def encoded(pieces, encoding, end):
         else:
             tokens = piece.content
             raw = encoding.decode_bytes([id for id in tokens if id not in special])
-        return piece, raw, np.array(tokens + [end] if piece.ends else tokens, np.uint32)
+        return piece, raw, np.array(tokens + [encoding.eot_token] if piece.ends else tokens, np.uint32)
 
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
@@ -924,25 +904,24 @@ def naming(path):
 # Conversations: read, and packed into sequences
 
 
-def read_conversations(data, encoding, end):
+def read_conversations(data, encoding):
     """[(ids, counted)] of all lines: with `messages`, or `prompt` and `response`."""
     found = []
-    for path in [file.path for file in list_files(data)]:
-        for number, line in read_lines(path):
-            with refusals(f"{path}, line {number}: "):
+    for file in list_files(data):
+        for number, line in read_lines(file.path):
+            with refusals(f"{file.path}, line {number}: "):
                 require(isinstance(line, dict), "no object")
                 if "messages" not in line and {"prompt", "response"} <= set(line):
                     line = dict(messages=[dict(role="user", content=line["prompt"]),
                                           dict(role="assistant", content=line["response"])])
                 messages = line.get("messages")
                 check_messages(messages)
-                found.append(conversation(encoding, end, messages))
+                found.append(conversation(encoding, messages))
     return found
 
 
 def best_fit(lengths, room):
-    """Which conversations share a sequence: the longest first, each where it leaves the least room -> lists of numbers.
-    """
+    """Which conversations share a sequence, as lists of numbers: longest first, each where it leaves least room."""
     bins, spaces = [], []                                                 # spaces: (room left, bin), ascending
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect.bisect_left(spaces, (lengths[number], 0))
@@ -970,7 +949,9 @@ class Packed:
             for number in members:
                 ids, counted = conversations[number]
                 own = slice(at, at + len(ids))
-                self.tokens[row, own], self.counted[row, own], self.documents[row, own] = ids, counted, number
+                self.tokens[row, own] = ids
+                self.counted[row, own] = counted
+                self.documents[row, own] = number
                 at += len(ids)
 
     def __len__(self):
@@ -1019,11 +1000,6 @@ class Phase:
     @property
     def batches(self):
         return self.global_batch if isinstance(self.global_batch, list) else [[0, self.global_batch]]
-
-    @property
-    def largest_step(self):
-        """Tokens."""
-        return self.seq_len * max(sequences for _, sequences in self.batches)
 
     def batch(self, tokens):
         """Sequences of the step that starts at this token of the phase."""
@@ -1087,10 +1063,8 @@ def read_rows(path):
 
 
 def scaled(phases, given, once):
-    """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given.
-
-    The others keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it.
-    """
+    """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given; the
+    others keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it."""
     # by how much: what was given over what the phases say, 1 where nothing was given
     said = dict(tokens=sum(phase.tokens for phase in phases), seq_len=phases[0].seq_len,
                 global_batch=phases[0].batches[-1][1], lr=phases[0].lr)
@@ -1101,13 +1075,11 @@ def scaled(phases, given, once):
             return sequences
         return max(1, round(sequences * by["global_batch"] / once)) * once
 
-    result = []
-    for phase in phases:
-        result.append(replace(
-            phase, tokens=phase.tokens * by["tokens"], warmup_tokens=phase.warmup_tokens * by["tokens"],
-            seq_len=max(1, int(phase.seq_len * by["seq_len"])), lr=phase.lr * by["lr"], min_lr=phase.min_lr * by["lr"],
-            global_batch=[[start * by["tokens"], batch(sequences)] for start, sequences in phase.batches]))
-    return result
+    return [replace(phase, tokens=phase.tokens * by["tokens"], warmup_tokens=phase.warmup_tokens * by["tokens"],
+                    seq_len=max(1, int(phase.seq_len * by["seq_len"])),
+                    lr=phase.lr * by["lr"], min_lr=phase.min_lr * by["lr"],
+                    global_batch=[[start * by["tokens"], batch(sequences)] for start, sequences in phase.batches])
+            for phase in phases]
 
 
 def end_of(phases, number):
@@ -1118,13 +1090,12 @@ def end_of(phases, number):
 
 def refuse_too_short(phases, where):
     """Each phase must have a step of its own, also where the one before it went a step too far."""
-    steps = [phase.largest_step for phase in phases]
+    steps = [phase.seq_len * max(sequences for _, sequences in phase.batches) for phase in phases]         # tokens
     needed = [max(step, before) for step, before in zip(steps, [0, *steps])]
     total = end_of(phases, len(phases) - 1)
     least = round(max(need / phase.tokens for need, phase in zip(needed, phases)) * total)
-    if least > total:
-        raise UserError(f"{where}: too short for a step of each phase; use --tokens {least} or more, or a smaller "
-                        f"--global-batch or --seq-len")
+    require(least <= total, f"{where}: too short for a step of each phase; use --tokens {least} or more, or a smaller "
+                            f"--global-batch or --seq-len")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1174,20 +1145,13 @@ class Order:
         start = place * self.seq_len
         return tokens[start:start + self.span]
 
-    def batch(self, tokens, count):
-        """The sequences that follow this many tokens: (count, seq_len + lookahead)."""
-        first = tokens // self.seq_len
-        return np.stack([self.window(first + i) for i in range(count)])
-
 
 def mix_pattern(corpus, phase, seed):
     """Sources of a block of sequences, in the shares of the phase's mix and in a fixed random order."""
     sizes = {source: len(tokens) for source, tokens in corpus.train.items()}
     if len(sizes) == 1:
         return list(sizes)                                                # one source: there is nothing to mix
-    shares = phase.mix
-    if shares is None:
-        shares = {source: size / sum(sizes.values()) for source, size in sizes.items()}
+    shares = phase.mix or {source: size / sum(sizes.values()) for source, size in sizes.items()}
     unknown = set(shares) - set(sizes)
     if unknown:
         raise UserError(f"a phase mixes {', '.join(sorted(unknown))}, but --data names {', '.join(sizes)}: write "
@@ -1241,13 +1205,11 @@ def document_numbers(windows, end):
 MEASURES = ("loss", "mtp_loss", "aux_loss", "grad_norm", "skipped", "max_vio", "drop_rate", "stop")
 
 
-def own_sequences(plan, size):
-    """This rank's places in a global batch of that size.
-
-    One micro-batch of all ranks is a run of neighbours: a balance group over ranks holds the same sequences as on one.
-    """
-    places = np.arange(size).reshape(-1, plan.dp, plan.micro_batch)       # micro-batches, ranks, sequences
-    return places[:, parallel.data_rank(plan)].flatten()
+def own_sequences(plan, first, size):
+    """The numbers of this rank's sequences in a global batch of that size, which begins with number `first`. One
+    micro-batch of all ranks is a run of neighbours: a balance group over ranks holds the same sequences as on one."""
+    numbers = first + np.arange(size).reshape(-1, plan.dp, plan.micro_batch)      # micro-batches, ranks, sequences
+    return numbers[:, parallel.data_rank(plan)].flatten().tolist()
 
 
 def each_of(batch, change):
@@ -1256,20 +1218,22 @@ def each_of(batch, change):
 
 
 def part_of(batch, own):
-    """A batch's sequences by a slice."""
+    """A batch's sequences by a slice, or by their numbers."""
     return each_of(batch, lambda x: x[own])
 
 
 def micro_batches(batch, size):
     """A rank's share of a batch as inputs of the model, `size` sequences at a time, each part as long as its longest
     where the batch tells their `lengths`."""
-    parts = [part_of(batch, slice(start, start + size)) for start in range(0, len(batch["ids"]), size)]
-    return [cut(part, int(part.pop("lengths").max())) if "lengths" in part else part for part in parts]
-
-
-def cut(batch, length):
-    """A batch's first tokens. All tensors are (B,T,...), but targets (B,1+MTP,T)."""
-    return each_of(batch, lambda x: x[:, :length]) | dict(targets=batch["targets"][..., :length])
+    parts = []
+    for start in range(0, len(batch["ids"]), size):
+        part = part_of(batch, slice(start, start + size))
+        if "lengths" in part:
+            length = int(part.pop("lengths").max())
+            targets = part["targets"][..., :length]                       # (B,1+MTP,T), all other tensors (B,T,...)
+            part = each_of(part, lambda x: x[:, :length]) | dict(targets=targets)
+        parts.append(part)
+    return parts
 
 
 def train_step(pipeline, optimizer, batch, clip, stop=False):
@@ -1331,11 +1295,8 @@ def measured(sums, norm, finite, loads):
 
 @torch.no_grad()
 def heldout_nats(pipeline, n, batch_of):
-    """Summed loss of the next tokens of n held-out sequences, in nats, over all ranks.
-
-    batch_of(numbers) makes the batch of these sequences; numbers from n on keep the last batches whole, and do not
-    count.
-    """
+    """Summed loss of the next tokens of n held-out sequences, in nats, over all ranks. batch_of(numbers) makes the
+    batch of these; numbers from n on keep the last batches whole, and do not count."""
     model, plan = pipeline.model, pipeline.plan
     # so that the loss is a sum, not a mean
     divisor = torch.ones(1 + model.config.num_nextn_predict_layers, device=next(model.parameters()).device)
@@ -1402,24 +1363,25 @@ class Pretrain(Stage):
         return corpus
 
     def describe(self, facts):
-        xz = f" (xz -9 {facts['xz']:,})" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
-        yield (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {facts['train_bytes']:,} bytes to train "
-               f"on, {facts['heldout_bytes']:,} held out{xz}, tokens {facts['tokens']}")
+        asked, held, kept = self.run.settings["heldout"], facts["heldout_bytes"], facts["train_bytes"]
+        xz = f" (xz -9 {facts['xz']:,})" if held >= LEAST_FOR_XZ else ""
+        yield (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {kept:,} bytes to train on, {held:,} "
+               f"held out{xz}, tokens {facts['tokens']}")
         # of few pieces of text, the share that is held out can be far from the one asked for
-        asked, share = self.run.settings["heldout"], facts["heldout_bytes"] / max(1, facts["train_bytes"]
-                                                                                  + facts["heldout_bytes"])
-        if facts["heldout_bytes"] < HELDOUT_BYTES / 2 and not asked / 2 <= share <= 2 * asked:
+        share = held / max(1, kept + held)
+        if held < HELDOUT_BYTES / 2 and not asked / 2 <= share <= 2 * asked:
             yield f"held out is {share:.2%} of this text, not {asked:.2%}: it has few pieces, or uneven ones"
 
     def begin(self, phase, pipeline):
         self.order = Order(self.run.corpus, phase, self.depths, self.run.settings["seed"])
 
     def batches(self, progress, size):
-        return [self.examples(self.order.batch(progress["tokens"], size)[own_sequences(self.run.plan, size)])]
+        numbers = own_sequences(self.run.plan, progress["tokens"] // self.order.seq_len, size)
+        return [self.examples(np.stack([self.order.window(number) for number in numbers]))]
 
     def examples(self, windows, counted=None):
         kept_apart = self.run.settings["document_mask"]
-        documents = document_numbers(windows, self.run.corpus.end) if kept_apart else None
+        documents = document_numbers(windows, self.run.corpus.encoding.eot_token) if kept_apart else None
         return examples(windows, self.depths, self.run.device, documents, counted)
 
     def evaluate(self, pipeline):
@@ -1453,24 +1415,23 @@ class SFT(Stage):
     recipe = dict(steps=200, lr=2e-3, warmup_steps=10, min_lr=0.0, set=["aux_loss_alpha=0"])
 
     def open_data(self):
-        run, seq_len = self.run, min(phase.seq_len for phase in self.run.phases)
+        run = self.run
+        seq_len = min(phase.seq_len for phase in run.phases)
         if not run.settings["init"] or not run.settings["data"]:
             raise UserError("sft needs --init, a model to begin with, and --data, .jsonl files of conversations")
-        end = run.encoding.encode_single_token(END)
-        found = read_conversations(run.settings["data"], run.encoding, end)
+        found = read_conversations(run.settings["data"], run.encoding)
         fitting = [each for each in found if len(each[0]) <= seq_len]
         if len(fitting) < len(found):
             print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
                   f"longest has {max(len(ids) for ids, _ in found)} tokens: left out")
         every = round(1 / run.settings["heldout"]) if run.settings["heldout"] else 0
-        held = [each for number, each in enumerate(fitting) if every and number % every == 1]
+        held = fitting[1::every] if every else []
         kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
-        if not kept:
-            raise UserError("no conversation is left to train on: give more with --data, or a larger --seq-len")
+        require(kept, "no conversation is left to train on: give more with --data, or a larger --seq-len")
         self.example = run.encoding.decode(kept[0][0]).partition(ROLES["user"])[2].partition(TURN_END)[0]
         facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), conversations=len(kept),
                      heldout=len(held), **facts_of(run.encoding))
-        return Corpus(run.encoding, end, kept, held, facts)
+        return Corpus(run.encoding, kept, held, facts)
 
     def describe(self, facts):
         sequences = len(best_fit([len(ids) for ids, _ in self.run.corpus.train], self.run.phases[0].seq_len))
@@ -1479,13 +1440,12 @@ class SFT(Stage):
 
     def begin(self, phase, pipeline):
         self.seq_len = phase.seq_len
-        self.packed = Packed(self.run.corpus.train, phase.seq_len, self.depths, self.run.corpus.end)
+        self.packed = Packed(self.run.corpus.train, phase.seq_len, self.depths, self.run.encoding.eot_token)
 
     def batches(self, progress, size):
-        plan, n = self.run.plan, len(self.packed)
-        first, rows = progress["tokens"] // self.seq_len, []
-        for number in first + own_sequences(plan, size):
-            epoch, index = divmod(int(number), n)
+        n, rows = len(self.packed), []
+        for number in own_sequences(self.run.plan, progress["tokens"] // self.seq_len, size):
+            epoch, index = divmod(number, n)
             rows.append(shuffled(index, n, f"{self.run.settings['seed']},{epoch}"))
         return [self.packed.examples(rows, self.depths, self.run.device)]
 
@@ -1494,7 +1454,7 @@ class SFT(Stage):
         corpus = self.run.corpus
         if not corpus.heldout:
             return {}
-        packed = Packed(corpus.heldout, pipeline.plan.seq_len, self.depths, corpus.end)
+        packed = Packed(corpus.heldout, pipeline.plan.seq_len, self.depths, self.run.encoding.eot_token)
 
         def batch_of(numbers):
             return packed.examples(numbers % len(packed), self.depths, self.run.device)
@@ -1512,23 +1472,23 @@ class SFT(Stage):
 # 4. updates    of the weights, one or several from the same answers, kept close to the old policy by clipping
 
 RL_OPTIONS = dict(
-    tasks=option("", "FILE.jsonl, a line each: prompt, answer, checker (exact | partial | a function of --checkers)"),
-    checkers=option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to "
+    tasks=Option("", "FILE.jsonl, a line each: prompt, answer, checker (exact | partial | a function of --checkers)"),
+    checkers=Option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to "
                         "1"),
-    answers=option(16, "to each prompt: a group", least=2),
-    new_tokens=option(64, "of an answer, at most"),
-    updates=option(1, "of the weights, from the answers of a step"),
-    clip_low=option(0.2, "how far a token's ratio to the old policy may fall below 1 (DAPO)", least=0, most=1),
-    clip_high=option(0.28, "and rise above it", least=0),
-    ratio=option("token", "of the new to the old policy: each token's, or of whole answers (GSPO)",
+    answers=Option(16, "to each prompt: a group", least=2),
+    new_tokens=Option(64, "of an answer, at most"),
+    updates=Option(1, "of the weights, from the answers of a step"),
+    clip_low=Option(0.2, "how far a token's ratio to the old policy may fall below 1 (DAPO)", least=0, most=1),
+    clip_high=Option(0.28, "and rise above it", least=0),
+    ratio=Option("token", "of the new to the old policy: each token's, or of whole answers (GSPO)",
                  choices=("token", "sequence")),
-    divide_by_std=option(0, "1: advantages are divided by the group's deviation (GRPO; not with experts)",
+    divide_by_std=Option(0, "1: advantages are divided by the group's deviation (GRPO; not with experts)",
                          choices=(0, 1)),
-    importance_cap=option(5.0, "most that a token counts for the trainer finding it likelier than the sampler did"),
-    kl=option(0.0, "weight of the divergence from the model of --init, which is then held too", least=0),
-    replay=option("none", "experts forced in training: none | sampler: those chosen in sampling | old: those of the "
+    importance_cap=Option(5.0, "most that a token counts for the trainer finding it likelier than the sampler did"),
+    kl=Option(0.0, "weight of the divergence from the model of --init, which is then held too", least=0),
+    replay=Option("none", "experts forced in training: none | sampler: those chosen in sampling | old: those of the "
                           "trainer before the first update", choices=("none", "sampler", "old")),
-    shuffle_rewards=option(0, "1: shuffled inside each group, a control that should learn nothing", choices=(0, 1)),
+    shuffle_rewards=Option(0, "1: shuffled inside each group, a control that should learn nothing", choices=(0, 1)),
 )
 CHECK_SECONDS = 5                          # that a checker may take
 TOO_FAR = 10.0                             # log-ratios are clamped to this before exp
@@ -1571,8 +1531,7 @@ def read_tasks(path, checkers):
             require(task["checker"] in [*checkers],
                     f"checker {task['checker']!r}: use {', '.join(checkers)}, or give its file to --checkers")
             tasks.append(task)
-    if not tasks:
-        raise UserError(f"{path}: no tasks")
+    require(tasks, f"{path}: no tasks")
     return tasks
 
 
@@ -1609,8 +1568,7 @@ def reward(text, task, checkers):
         raise CheckerError(f"{where} took more than {CHECK_SECONDS} s for {text!r}") from None
     except (Exception, SystemExit) as error:
         raise CheckerError(f"{where} raised {type(error).__name__}: {error}, for {text!r}") from None
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    if not is_number:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise CheckerError(f"{where} returned {value!r}, no finite number, for {text!r}")
     return float(value)
 
@@ -1665,10 +1623,6 @@ class RL(Stage):
     recipe = dict(steps=100, lr=3e-4, warmup_steps=5, min_lr=1.0, global_batch=256, micro_batch=64, seq_len=128,
                   set=["aux_loss_alpha=0"], weight_decay=0.0, train="trunk")
 
-    def __init__(self, run):
-        super().__init__(run)
-        self.depths = 1                                                   # MTP layers rest
-
     def open_data(self):
         run, settings = self.run, self.run.settings
         if not settings["init"] or not settings["tasks"]:
@@ -1676,9 +1630,8 @@ class RL(Stage):
         self.refuse_plan(run.plan)
         self.checkers = read_checkers(settings["checkers"])
         self.tasks = read_tasks(settings["tasks"], self.checkers)
-        encoding, end = run.encoding, run.encoding.encode_single_token(END)
-        self.turn_end = special_id(encoding, TURN_END)
-        self.prompts = [question(encoding, end, task["prompt"]) for task in self.tasks]
+        self.turn_end = special_id(run.encoding, TURN_END)
+        self.prompts = [question(run.encoding, task["prompt"]) for task in self.tasks]
         self.example = self.tasks[0]["prompt"]
         # none may be too long for an answer behind it
         for task, prompt in zip(self.tasks, self.prompts):
@@ -1687,8 +1640,8 @@ class RL(Stage):
                                 f"--new-tokens {settings['new_tokens']} do not fit --seq-len: raise it, or leave the "
                                 f"line out")
         facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), tasks=len(self.tasks),
-                     **facts_of(encoding))
-        return Corpus(encoding, end, None, None, facts)
+                     **facts_of(run.encoding))
+        return Corpus(run.encoding, None, None, facts)
 
     def refuse_plan(self, plan):
         if plan.pp * plan.cp * plan.tp > 1 or not plan.is_plain:
@@ -1720,7 +1673,8 @@ class RL(Stage):
         chosen = self.choose_tasks(progress, n_groups)
         own = np.arange(size).reshape(settings["updates"], plan.dp, -1)[:, parallel.data_rank(plan)].flatten()
         tasks = [chosen[number // settings["answers"]] for number in own]
-        answers = self.sample([self.prompts[task] for task in tasks], progress["step"])
+        prompts = [self.prompts[task] for task in tasks]
+        answers = self.sample(prompts, progress["step"])
         # 2. rewards, known to all ranks, and what is better than its group
         rewards = np.zeros(size)
         rewards[own] = self.rewards_of(tasks, answers)
@@ -1732,20 +1686,21 @@ class RL(Stage):
         advantages = advantages_of(rewards, settings["divide_by_std"]).flatten()[own]
         # 3. what the trainer thinks of them; in the share of each update, rows of like length stand together
         share = len(own) // settings["updates"]
-        lengths = [len(self.prompts[task]) + len(answer.ids) for task, answer in zip(tasks, answers)]
-        order = np.lexsort((lengths, np.arange(len(own)) // share))
-        batch = self.examples([self.prompts[tasks[i]] for i in order], [answers[i] for i in order], advantages[order])
-        batch = self.scored(batch)
+        batch = self.examples(prompts, answers, advantages)
+        order = np.lexsort((batch["lengths"], np.arange(len(own)) // share))
+        batch = self.scored(part_of(batch, order.tolist()))
         # 4. updates, each from some of the groups
-        self.counted, self.clipped = batch["policy"][..., COUNTED].sum(), torch.zeros((), device=self.run.device)
+        self.counted = batch["policy"][..., COUNTED].sum()
+        self.clipped = torch.zeros((), device=self.run.device)
         return [part_of(batch, slice(i * share, (i + 1) * share)) for i in range(settings["updates"])]
 
     def rewards_of(self, tasks, answers):
         """On all ranks, or CheckerError on all: where a checker fails on one, the others must not wait for it."""
-        encoding, rewards, failure = self.run.corpus.encoding, [], None
+        rewards, failure = [], None
         try:
             for task, answer in zip(tasks, answers):
-                rewards.append(reward(answer_of(encoding, answer.ids), self.tasks[task], self.checkers))
+                said = answer_of(self.run.encoding, answer.ids)
+                rewards.append(reward(said, self.tasks[task], self.checkers))
         except CheckerError as error:
             failure = error
         if parallel.all_sum(torch.tensor(float(failure is not None))).item():
@@ -1766,7 +1721,8 @@ class RL(Stage):
                         zero_spread=(np.ptp(rewards, axis=1) == 0).mean())
 
     def sample(self, prompts, step):
-        run, prompts = self.run, [torch.tensor(prompt, device=self.run.device) for prompt in prompts]
+        run = self.run
+        prompts = [torch.tensor(prompt, device=run.device) for prompt in prompts]
         # chance is another for each step, and each rank that has sequences of its own
         words = f"{run.settings['seed']} {step} {parallel.data_rank(run.plan)}"
         seed = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
@@ -1779,9 +1735,12 @@ class RL(Stage):
         run = self.run
         whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers)]
         B, T = len(whole), max(map(len, whole)) - 1
-        ids = torch.full((B, T), run.corpus.end)
-        targets = torch.full((B, 1, T), -100)
+        ids = torch.full((B, T), run.encoding.eot_token)
+        targets = torch.full((B, 1, T), -100)                             # MTP layers rest
         policy = torch.zeros(B, T, 5)
+        # the sampler's experts; what stands behind an answer goes to the first ones
+        routing = {layer: torch.arange(chosen.size(1)).expand(B, T, -1).clone()
+                   for layer, chosen in answers[0].routing.items()}
         for row, (prompt, answer) in enumerate(zip(prompts, answers)):
             tokens = torch.tensor(whole[row])
             ids[row, :len(tokens) - 1] = tokens[:-1]
@@ -1790,12 +1749,7 @@ class RL(Stage):
             policy[row, answered, COUNTED] = 1
             policy[row, answered, ADVANTAGE] = advantages[row]
             policy[row, answered, SAMPLER] = torch.tensor(answer.log_probs)
-        # the sampler's experts; what stands behind an answer goes to the first ones
-        routing = {}
-        for layer, chosen in answers[0].routing.items():
-            routing[layer] = torch.arange(chosen.size(1)).expand(B, T, -1).clone()
-            for row, answer in enumerate(answers):
-                chosen = answer.routing[layer]
+            for layer, chosen in answer.routing.items():
                 routing[layer][row, :len(chosen)] = chosen.cpu()
         batch = each_of(dict(ids=ids, targets=targets, policy=policy, routing=routing), lambda x: x.to(run.device))
         return batch | dict(lengths=torch.tensor([len(tokens) - 1 for tokens in whole]))          # stays on the host
@@ -1814,14 +1768,15 @@ class RL(Stage):
         policy[broken] = 0
         batch["targets"][:, 0].masked_fill_(broken, -100)
         # how far sampler and trainer are from each other
-        counted = policy[..., COUNTED] > 0
+        counted, _, sampler, old, reference = policy.unbind(-1)
+        counted = counted > 0
         differs = torch.zeros_like(counted)
         for layer, experts in sampled.items():
             differs |= (experts.sort(-1).values != chosen[layer].sort(-1).values).any(-1)
-        distance = (policy[..., OLD] - policy[..., SAMPLER]).abs()
-        kl = (k3(policy[..., OLD], policy[..., REFERENCE]) * counted).sum()
+        distance = (old - sampler).abs()
+        kl = (k3(old, reference) * counted).sum()
         sums = [counted.sum(), broken.sum(), counted.any(1).sum(), differs[counted].sum(),
-                (distance > math.log(2))[counted].sum(), -policy[..., SAMPLER].sum(), kl]
+                (distance > math.log(2))[counted].sum(), -sampler.sum(), kl]
         total, not_finite, answers, *sums = parallel.all_sum(torch.stack(sums).float()).tolist()
         router_diff, far, entropy, kl = (each / max(1, total) for each in sums)
         self.log |= dict(router_diff=router_diff, far=far, entropy=entropy, kl=kl if self.reference else None,
@@ -1894,15 +1849,15 @@ class Run:
 
 def beginning():
     """The progress of a run without a step; all of it is stored with checkpoints."""
-    progress = dict(step=0, tokens=0, phase=0, phase_tokens=0)            # phase: its number; tokens: of all phases
-    progress |= dict(skipped=0, skipped_in_a_row=0)                       # steps that were not finite
-    progress |= dict(pass_rates=[])                                       # of rl: by task, -1 where it is not known
-    return progress | dict(placement=[], expert_load=[])                  # of live balance
+    return dict(step=0, tokens=0, phase=0, phase_tokens=0,                # phase: its number; tokens: of all phases
+                skipped=0, skipped_in_a_row=0,                            # steps that were not finite
+                pass_rates=[],                                            # of rl: by task, -1 where it is not known
+                placement=[], expert_load=[])                             # of live balance
 
 
-def open_run(kind, given):
-    """A Run, ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
-    run = Run(kind, given)
+def open_run(run):
+    """Makes it ready for its first step. All that can be refused is refused here; a plan, before any rank waits."""
+    given, kind = run.given, run.kind
     # 1. settings: of the run that goes on, or new ones
     if parallel.is_restarted():
         given = restarted(given)
@@ -1936,20 +1891,23 @@ def open_run(kind, given):
     refuse_unequal_ranks(run)
     # 7. the folder
     run.folder = parallel.first_does(lambda: open_folder(run))
-    try:
-        fill_run(run)
-    except BaseException:
-        leave_folder(run)
-        raise
-    return run
+    # 8. the data
+    run.stage = kind(run)
+    run.corpus = run.stage.open_data()
+    # 9. progress
+    run.progress = beginning()
+    if run.checkpoint:
+        parallel.first_does(lambda: refuse_damaged(run.checkpoint))
+        run.progress = progress_of(run.checkpoint, run.phases)
+    parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
 
 
 def phases_of(run, given):
     """The stored phases of a run that goes on, unless its length is given; else those of the settings."""
-    phases = run.stored["phases"] if run.stored else []
+    stored = run.stored or dict(phases=[], given={})
+    phases = stored["phases"]
     if not phases or {"steps", "tokens"} & set(given):
-        before = run.stored["given"] if run.stored else {}
-        phases = make_phases(run.settings, before | given)
+        phases = make_phases(run.settings, stored["given"] | given)
     if run.source:
         run.config = replace(run.config, max_position_embeddings=max(phase.seq_len for phase in phases))
     for phase in phases:
@@ -1960,25 +1918,11 @@ def phases_of(run, given):
     return phases
 
 
-def fill_run(run):
-    """The steps of open_run that need the folder."""
-    # 8. the data
-    run.stage = run.kind(run)
-    run.corpus = run.stage.open_data()
-    # 9. progress
-    run.progress = beginning()
-    if run.checkpoint:
-        parallel.first_does(lambda: refuse_damaged(run.checkpoint))
-        run.progress = progress_of(run.checkpoint, run.phases)
-    parallel.first_does(lambda: continue_folder(run) if run.stored else begin_folder(run))
-
-
 def restarted(given):
-    """torchrun starts a run again: with --out or --resume it goes on from its newest checkpoint, also if it began from
-    an older one."""
+    """torchrun starts a run again: with --out or --resume it goes on from its newest checkpoint, whatever it named."""
     if given.get("resume"):
         return given | dict(resume=str(folder_of(given["resume"])))
-    if given.get("out") and parallel.steps_in(Path(given["out"]) / "ckpt"):
+    if given.get("out") and newest(Path(given["out"])):
         return given | dict(resume=given["out"])
     return given
 
@@ -1990,9 +1934,8 @@ def resume_settings(kind, given):
     settings = stored["settings"]
     if stored["stage"] != kind.name:
         raise UserError(f"{folder} is a run of {stored['stage']}: python train.py {stored['stage']} --resume {folder}")
-    if stored.get("rules") != RULES:
-        raise UserError(f"{folder} was begun under other rules of train.py, at commit {stored.get('commit')}: resume "
-                        f"it with that version, or start a new run")
+    require(stored.get("rules") == RULES, f"{folder} was begun under other rules of train.py, at commit "
+                                          f"{stored.get('commit')}: resume it with that version, or start a new run")
     if Path(given.get("out", folder)).resolve() != folder.resolve():
         raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away")
     given = {name: value for name, value in given.items() if name not in ("precision", "compile") or value != "auto"}
@@ -2002,8 +1945,8 @@ def resume_settings(kind, given):
                             f"change it; leave it away, or start a new run")
     before = settings | given | dict(out=str(folder))
     settings = fit_to_world(dict(before), given, stored["config"].balance_group)
-    differs = [name for name, value in settings.items() if before[name] != value and (before[name] or value)]
-    changed = [f"{flag(name)} {settings[name]}" for name in differs]      # an empty list and an empty tuple are alike
+    changed = [f"{flag(name)} {value}" for name, value in settings.items()
+               if before[name] != value and (before[name] or value)]      # an empty list and an empty tuple are alike
     if changed and parallel.world_size() == 1:
         print("one process goes on with", " ".join(changed))
     return settings, stored, checkpoint
@@ -2035,8 +1978,7 @@ def fit_plan(run):
     """--fit: the plan with what is to be recomputed and swapped, which goes into the settings too."""
     settings = run.settings
     match = re.fullmatch(r"(\d+\.?\d*) ?(GiB|MiB)", settings["fit"])
-    if not match:
-        raise UserError(f"--fit {settings['fit']}: write a number and GiB or MiB, e.g. 40GiB")
+    require(match, f"--fit {settings['fit']}: write a number and GiB or MiB, e.g. 40GiB")
     budget = float(match[1]) * dict(GiB=2**30, MiB=2**20)[match[2]]
     if not settings["hardware"] and run.device.type != "cpu":
         raise UserError(f"--fit needs --hardware on {run.device}: one of {', '.join(sim.HARDWARE)}, or a JSON file")
@@ -2063,9 +2005,8 @@ def with_vocabulary(config, encoding):
 
 def refuse_lone_process(plan):
     needed = plan.pp * math.lcm(plan.dp * plan.cp * plan.tp, plan.ep)
-    if parallel.world_size() == 1 and needed > 1:
-        raise UserError(f"this plan needs {needed} processes, and this is the only one: start with torchrun "
-                        f"--nproc-per-node {needed} train.py ...")
+    require(needed == 1 or parallel.world_size() > 1, f"this plan needs {needed} processes, and this is the only one: "
+                                                      f"start with torchrun --nproc-per-node {needed} train.py ...")
 
 
 def refuse_too_large(run):
@@ -2077,9 +2018,8 @@ def refuse_too_large(run):
     else:
         have = getattr(torch, run.device.type).mem_get_info()[1] * parallel.world_size()
     need = parameters(run.config) * (8 if "optimizer" in run.plan.swap else 16)
-    if need > have:
-        raise UserError(f"weights, gradients and moments of this model take {need / 2**30:,.1f} GiB, here are "
-                        f"{have / 2**30:,.1f} GiB in all: choose a smaller --preset, or more devices")
+    require(need <= have, f"weights, gradients and moments of this model take {need / 2**30:,.1f} GiB, here are "
+                          f"{have / 2**30:,.1f} GiB in all: choose a smaller --preset, or more devices")
 
 
 def parameters(config):
@@ -2095,8 +2035,7 @@ def refuse_unequal_ranks(run):
     first = parallel.first_does(lambda: mine)
     differs = torch.tensor([float(mine[name] != value) for name, value in first.items()])
     names = [flag(name) for name, ranks in zip(first, parallel.all_sum(differs)) if ranks]
-    if names:
-        raise UserError(f"ranks were started with different {', '.join(sorted(names))}: start all with one command")
+    require(not names, f"ranks were started with different {', '.join(sorted(names))}: start all with one command")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2107,17 +2046,16 @@ class RunSource:
     """--init names a run or one of its checkpoints."""
 
     def __init__(self, init, average):
-        self.folder, self.checkpoint = find_checkpoint(init, "--init")
-        self.checkpoints = newest_to(self.checkpoint, average)
+        self.folder, checkpoint = find_checkpoint(init, "--init")
+        self.path, self.checkpoints = checkpoint.resolve(), newest_to(checkpoint, average)
         self.stored = read_config(self.folder)
-        progress = progress_of(self.checkpoint, self.stored["phases"])
+        progress = progress_of(checkpoint, self.stored["phases"])
         # as its last phase left it; it sees no more text than it was trained on
         has_begun = progress["phase_tokens"] > 0                          # else the phase before it was the last
         phase = self.stored["phases"][max(0, progress["phase"] - (not has_begun))]
         config = self.stored["config"]
         self.config = replace(config, rope_theta=phase.rope_theta or config.rope_theta,
                               max_position_embeddings=phase.seq_len)
-        self.path = self.checkpoint.resolve()
 
     def encoding(self):
         return encoding_in(self.folder, self.stored["corpus"])
@@ -2180,16 +2118,15 @@ def open_source(init, average=1):
 
 def open_init(run):
     """The config and tokenizer of a run that began with others' weights, and of a new one the source of these."""
-    settings, learn = run.settings, run.settings["tokenizer"] == "learn"
+    settings = run.settings
     if run.stored:                                                        # the source may be gone
         run.config = run.stored["config"]
         run.encoding = encoding_in(folder_of(settings["resume"]), run.stored["corpus"])
         return
-    if "preset" in run.given:
-        raise UserError("--init brings a model's shape: leave --preset away")
+    require("preset" not in run.given, "--init brings a model's shape: leave --preset away")
     run.source = open_source(settings["init"], settings["average"])
     run.config = config_of(run.source, settings)
-    run.encoding = run.source.encoding() if learn else find_encoding(settings["tokenizer"])
+    run.encoding = find_encoding(settings["tokenizer"]) or run.source.encoding()
     refuse_larger(run.encoding, run.config)
 
 
@@ -2211,16 +2148,16 @@ def refuse_larger(encoding, config):
 
 def config_of(source, settings):
     """The source's, with what --set and --mtp-depth change of it, once its tensors are found to fit."""
-    trained = source.config.num_nextn_predict_layers
+    trained, wanted = source.config.num_nextn_predict_layers, settings["mtp_depth"]
     config = make_config(settings, replace(source.config, balance_group=0))    # its own plan will say
     depth = config.num_nextn_predict_layers
     require(depth <= trained, f"--set num_nextn_predict_layers={depth}: --init has {trained}; --mtp-depth {depth} adds "
                               f"to them")
-    if settings["mtp_depth"]:
-        require(settings["mtp_depth"] >= depth, f"--mtp-depth {settings['mtp_depth']}: --init has {depth} MTP layers, "
-                                                f"and --set num_nextn_predict_layers is what leaves some out")
-        require(trained, f"--mtp-depth {settings['mtp_depth']}: --init has no MTP layer to copy")
-        config = replace(config, num_nextn_predict_layers=settings["mtp_depth"])
+    if wanted:
+        require(wanted >= depth, f"--mtp-depth {wanted}: --init has {depth} MTP layers, and --set "
+                                 f"num_nextn_predict_layers is what leaves some out")
+        require(trained, f"--mtp-depth {wanted}: --init has no MTP layer to copy")
+        config = replace(config, num_nextn_predict_layers=wanted)
     as_there = replace(source.config, num_nextn_predict_layers=config.num_nextn_predict_layers)
     source.check(as_there)
     require(shapes_of(config) == shapes_of(as_there),
@@ -2255,14 +2192,6 @@ def open_folder(run):
     return folder
 
 
-def leave_folder(run):
-    """Of a run that never began nothing stays."""
-    if run.lock:
-        if [*run.folder.iterdir()] == [run.folder / ".lock"]:
-            shutil.rmtree(run.folder)
-        run.lock.close()
-
-
 def refuse_foreign(folder):
     """A new run writes into a new folder, an empty one, or that of a run which never got to a checkpoint."""
     if newest(folder):
@@ -2287,10 +2216,11 @@ def find_checkpoint(resume, typed="--resume"):
     """A run's folder, or one of its checkpoints -> (run's folder, its newest complete checkpoint, or the named one)."""
     # a folder is not a run's because it exists: what counts is a checkpoint, which has its name only when it is whole
     path, folder = Path(resume), folder_of(resume)
-    if not newest(folder):
+    last = newest(folder)
+    if not last:
         raise UserError(f"{typed} {resume}: no complete checkpoint in {folder / 'ckpt'}; start the run anew with --out")
     if path == folder:
-        return folder, newest(folder)
+        return folder, last
     if not path.is_dir():
         raise UserError(f"{typed} {resume}: no such checkpoint; complete ones: {parallel.steps_in(folder / 'ckpt')}")
     return folder, path
@@ -2309,8 +2239,7 @@ def newest(folder):
 
 
 def read_config(folder):
-    """config.json of a run, checked: `config` is a Config, `phases` are Phases, an older run's missing settings are the
-    defaults."""
+    """config.json of a run, checked, with a Config and Phases; what settings an older run lacks are the defaults."""
     path = folder / "config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -2359,13 +2288,14 @@ def progress_of(checkpoint, phases):
 
 
 def write_config(run, given, **facts):
-    """config.json: all that a resumed run needs to know, and facts about where it ran."""
+    """config.json: all that a resumed run needs to know, and facts about where it ran. Beside it the tokenizer."""
     facts |= dict(rules=RULES, stage=run.kind.name, given=given,
                   config=dataclasses.asdict(run.config), plan=dataclasses.asdict(run.plan),
                   settings=run.settings | dict(resume=""), phases=[dataclasses.asdict(phase) for phase in run.phases],
                   corpus=run.corpus.facts, device=str(run.device), python=platform.python_version(),
                   torch=torch.__version__)
     write_whole(run.folder / "config.json", json.dumps(facts, indent=1))
+    save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
 
 
 def begin_folder(run):
@@ -2376,7 +2306,6 @@ def begin_folder(run):
         print(f"{run.folder} held a run without a checkpoint: its log is now {aside}")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     write_config(run, run.given, commit=git.stdout.strip(), source=str(run.source.path) if run.source else "")
-    save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")
     write_whole(log, "")
 
 
@@ -2387,7 +2316,6 @@ def continue_folder(run):
     if now != before:
         raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
                         f"the old text with --data, or start a new run")
-    save_encoding(run.corpus.encoding, run.folder / "tokenizer.tiktoken")     # it may have been lost
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
     cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}
@@ -2431,14 +2359,12 @@ class Stopper:
 
 
 def build(run, phase, checkpoint):
-    """This rank's part of the model and its optimizer for a phase, as the checkpoint left them or as initialised.
-
-    A parallel.Pipeline, which holds the model, its plan and its grid, and the optimizer.
-    """
+    """For a phase: a parallel.Pipeline, which holds this rank's part of the model, its plan and its grid, and the
+    optimizer, as the checkpoint left them or as initialised."""
     settings = run.settings
     torch.manual_seed(settings["seed"])
     # 1. the model, of which this rank keeps its part before any memory is taken
-    config = run.config if phase.rope_theta is None else replace(run.config, rope_theta=phase.rope_theta)
+    config = replace(run.config, rope_theta=phase.rope_theta or run.config.rope_theta)
     with torch.device("meta"):
         model = Model(config)
     plan = replace(run.plan, seq_len=phase.seq_len)
@@ -2448,8 +2374,10 @@ def build(run, phase, checkpoint):
         run.source.fill(model, grid)
     else:
         parallel.init_weights(model, settings["seed"])
-    if settings["train"] != "all":
-        learn_alone(model, settings["train"] == "mtp")
+    if settings["train"] != "all":                                        # the rest gets no gradients, so no moments
+        model.requires_grad_(settings["train"] == "trunk")
+        for layer in model.mtp_layers():
+            layer.requires_grad_(settings["train"] == "mtp")
     model.compute_dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
     if settings["compile"] == "layers":
         compile_model(model)
@@ -2465,23 +2393,19 @@ def build(run, phase, checkpoint):
     return parallel.Pipeline(model, plan, grid), optimizer
 
 
-def learn_alone(model, mtp):
-    """Nothing but MTP layers, or all but them, gets gradients, and so moments."""
-    model.requires_grad_(not mtp)
-    for layer in model.mtp_layers():
-        layer.requires_grad_(mtp)
-
-
 def train(kind, given):
     """Opens a run and trains it to its end, or until it is asked to stop."""
-    with refusals():
-        run = open_run(kind, given)
+    run = Run(kind, given)
     try:
+        with refusals():
+            open_run(run)
         introduce(run)
         if not is_done(run):
             train_to_end(run)
     finally:
-        if run.lock:
+        if run.folder and run.lock:
+            if [*run.folder.iterdir()] == [run.folder / ".lock"]:         # of a run that never began nothing stays
+                shutil.rmtree(run.folder)
             run.lock.close()
 
 
@@ -2595,8 +2519,7 @@ def count_skips(run, line, saver):
     progress["skipped"] += math.ceil(line["skipped"])
     line["skipped"] = progress["skipped"]
     if progress["skipped_in_a_row"] >= most:
-        saver.wait()
-        give_up(run, f"loss or gradient not finite {most} times in a row")
+        give_up(run, saver, f"loss or gradient not finite {most} times in a row")
 
 
 def save_finite(run, saver, pipeline, optimizer):
@@ -2604,13 +2527,13 @@ def save_finite(run, saver, pipeline, optimizer):
     weights = pipeline.model.parameters()
     broken = sum((~torch.isfinite(parallel.local(weight))).any().float() for weight in weights)
     if parallel.all_sum(broken).item():
-        saver.wait()
-        give_up(run, "weights are not finite")
+        give_up(run, saver, "weights are not finite")
     parallel.save(saver, pipeline.model, optimizer, run.progress, pipeline.grid)
 
 
-def give_up(run, what):
+def give_up(run, saver, what):
     """Ends a run that cannot go on, and names the checkpoint from which it could: all that are kept are finite."""
+    saver.wait()
     last = newest(run.folder)
     where = f"start anew, or from {last}," if last else "start anew"
     sys.exit(f"train.py: step {run.progress['step']}: {what}; {where} with a lower --lr")
@@ -2641,19 +2564,19 @@ class Log:
     def write(self, line):
         with naming(self.file.name):
             self.file.write(json.dumps(line) + "\n")
-        compiled = self.run.settings["compile"]
+        compiled, seconds = self.run.settings["compile"], line["step_ms"] / 1e3
         if self.busy == 0 and compiled != "none":
-            print(f"the first step, which compiled {compiled}, took {line['step_ms'] / 1e3:.1f} s", flush=True)
-        self.busy += line["step_ms"] / 1e3
+            print(f"the first step, which compiled {compiled}, took {seconds:.1f} s", flush=True)
+        self.busy += seconds
         seconds_a_token = self.busy / (line["tokens"] - self.first_token)
         left = timedelta(seconds=int(max(0, self.total - line["tokens"]) * seconds_a_token))
         print_step(self.run, line, share=min(1, line["tokens"] / self.total), left=left)
 
 
 def print_step(run, line, share, left):
-    text = "step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
-    text += "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
-    text += "left {left}"
+    text = ("step {step} ({share:.1%})  loss {loss:.4f}  mtp {mtp_loss:.4f}  aux {aux_loss:.4f}  norm {grad_norm:.2f}  "
+            "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
+            "left {left}")
     if "reward" in line:
         text += "  reward {reward:.3f}  solved {solved:.1%}  length {length:.1f}"
     if line["mfu"]:
@@ -2675,7 +2598,8 @@ def print_step(run, line, share, left):
 def introduce(run):
     """What will be trained, on what."""
     millions = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.config).items()}
-    plan, settings, begins = run.plan, run.settings, run.settings["init"] or run.settings["preset"]
+    plan, settings = run.plan, run.settings
+    begins = settings["init"] or settings["preset"]
     print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
           f"{millions['total']} parameters, {millions['active']} active; MTP {millions['mtp']} more")
     cuts = " ".join(f"{axis} {getattr(plan, axis)}" for axis in ("pp", "dp", "cp", "tp", "ep"))
@@ -2709,10 +2633,9 @@ def conclude(run, checkpoint):
               f"{run.folder}")
         return
     try:
-        settings = defaults_of(SAMPLE_OPTIONS)
         opened = open_model(str(checkpoint), parallel.pick_device(run.settings["device"]))
-        prompt = run.stage.example
-        (text,), _ = continue_texts(opened, [prompt], settings, chat=run.kind is not Pretrain)
+        (text,), _ = continue_texts(opened, [run.stage.example], defaults_of(SAMPLE_OPTIONS),
+                                    chat=run.kind is not Pretrain)
     except (RuntimeError, ValueError) as error:                           # it fits on several devices only, or its
         # window is shorter than this prompt
         print(f"no sample: {str(error).splitlines()[0]}")
@@ -2725,19 +2648,19 @@ def conclude(run, checkpoint):
 # Commands
 
 SAMPLE_OPTIONS = dict(
-    init=option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
-    prompt=option([], "text to continue, or, by a model after sft, to answer; several at once; \"\": the beginning of "
+    init=Option("", "a run's folder, one of its ckpt/step_N, or a Hugging Face folder"),
+    prompt=Option([], "text to continue, or, by a model after sft, to answer; several at once; \"\": the beginning of "
                       "a document. Default: what a pipe brings, and at a terminal line after line"),
     average=OPTIONS["average"],
-    file=option("", "FILE with the text to continue"),
-    new_tokens=option(0, "tokens to write, or up to the end of the document; 0: 200, or what the model's window holds",
+    file=Option("", "FILE with the text to continue"),
+    new_tokens=Option(0, "tokens to write, or up to the end of the document; 0: 200, or what the model's window holds",
                       least=0, most=10**9),
-    draft=option(0, "tokens that multi-token prediction drafts in each step and the model checks: faster where drafts "
+    draft=Option(0, "tokens that multi-token prediction drafts in each step and the model checks: faster where drafts "
                     "hold, and as likely as without", least=0, most=64),
-    temperature=option(0.8, "below 0.01: always the likeliest token", least=0, most=100),
-    top_k=option(0, "choose among the k likeliest; 0: all", least=0, most=2**31),
-    top_p=option(0.95, "choose among the likeliest that hold this probability together", least=0.001, most=1),
-    seed=option(0, "of the choice", least=0, most=2**63 - 1),
+    temperature=Option(0.8, "below 0.01: always the likeliest token", least=0, most=100),
+    top_k=Option(0, "choose among the k likeliest; 0: all", least=0, most=2**31),
+    top_p=Option(0.95, "choose among the likeliest that hold this probability together", least=0.001, most=1),
+    seed=Option(0, "of the choice", least=0, most=2**63 - 1),
     device=OPTIONS["device"],
 )
 
@@ -2748,14 +2671,14 @@ def sample(given):
         raise UserError("sample needs --init, a run's folder or a Hugging Face folder")
     with refusals():
         opened = open_model(settings["init"], parallel.pick_device(settings["device"]), settings["average"])
-        chat = is_chat(settings["init"])
+        folder = folder_of(settings["init"])                              # a run of sft or rl answers, others continue
+        chat = newest(folder) is not None and read_config(folder)["stage"] != Pretrain.name
         for prompts in prompts_of(settings):
             write_texts(opened, prompts, settings, chat)
 
 
 def prompts_of(settings):
-    """Lists of prompts to continue at once: what was typed and a file's text; without them a pipe's, or a list for
-    each line of a terminal."""
+    """Lists of prompts to continue at once: what was typed and a file's text; else a pipe's, or a terminal's lines."""
     prompts = [os.fsencode(prompt) for prompt in settings["prompt"]]      # as the terminal gave them
     if settings["file"]:
         with utf8(settings["file"]):
@@ -2771,12 +2694,6 @@ def prompts_of(settings):
                 yield [input("> ")]
             except EOFError:
                 return
-
-
-def is_chat(init):
-    """Whether the model of --init learnt to answer, rather than to continue."""
-    folder = folder_of(init)
-    return bool(newest(folder)) and read_config(folder)["stage"] != Pretrain.name
 
 
 def write_texts(opened, prompts, settings, chat):
@@ -2805,7 +2722,7 @@ def open_model(init, device, average=1):
     source.fill(model)
     encoding = source.encoding()
     refuse_larger(encoding, source.config)
-    return model, encoding, encoding.encode_single_token(END)
+    return model, encoding, encoding.eot_token
 
 
 def continue_texts(opened, prompts, settings, chat, on_text=None):
@@ -2815,7 +2732,7 @@ def continue_texts(opened, prompts, settings, chat, on_text=None):
     model, encoding, end = opened
     device = next(model.parameters()).device
     if chat:
-        ids, stop = [question(encoding, end, prompt) for prompt in prompts], special_id(encoding, TURN_END)
+        ids, stop = [question(encoding, prompt) for prompt in prompts], special_id(encoding, TURN_END)
     else:
         ids, stop = [[end, *encoding.encode_ordinary(prompt)] for prompt in prompts], end
     ids = [torch.tensor(prompt, device=device) for prompt in ids]
@@ -2844,8 +2761,8 @@ def continue_texts(opened, prompts, settings, chat, on_text=None):
 EXPORT_OPTIONS = dict(
     init=SAMPLE_OPTIONS["init"],
     average=OPTIONS["average"],
-    out=option("", "the Hugging Face folder that is made"),
-    dtype=option("bf16", "of what is written", choices=("bf16", "fp32")),
+    out=Option("", "the Hugging Face folder that is made"),
+    dtype=Option("bf16", "of what is written", choices=("bf16", "fp32")),
 )
 
 

@@ -173,13 +173,13 @@ def score(run, path, temperature=0.0, at_once=64, new_tokens=96):
 
     import train
     from model import generate
-    model, encoding, end = train.open_model(run, torch.device("cpu"))
+    model, encoding, _ = train.open_model(run, torch.device("cpu"))
     checkers = train.read_checkers("")
     problems = train.read_tasks(path, checkers)
     results = []
     for start in range(0, len(problems), at_once):
         some = problems[start:start + at_once]
-        prompts = [torch.tensor(train.question(encoding, end, problem["prompt"])) for problem in some]
+        prompts = [torch.tensor(train.question(encoding, problem["prompt"])) for problem in some]
         room = model.config.max_position_embeddings - max(map(len, prompts))
         found = generate(model, prompts, min(new_tokens, room), temperature=temperature, seed=start,
                          stop=(train.special_id(encoding, train.TURN_END),))

@@ -72,7 +72,7 @@ def encoding():
 
 def spoken(encoding, messages):
     """The template as text, with what is trained on in brackets."""
-    ids, counted = train.conversation(encoding, encoding.encode_single_token(train.END), messages)
+    ids, counted = train.conversation(encoding, messages)
     text, before = "", False
     for token, now in zip(ids, counted):
         text += "[" * (now and not before) + "]" * (before and not now) + encoding.decode([token])
@@ -94,8 +94,8 @@ def test_template(encoding):
 
 
 def test_what_the_assistant_said(encoding):
-    prompt = train.question(encoding, encoding.encode_single_token(train.END), "2+2")
-    ids, _ = train.conversation(encoding, prompt[0], [dict(role="user", content="2+2"), dict(
+    prompt = train.question(encoding, "2+2")
+    ids, _ = train.conversation(encoding, [dict(role="user", content="2+2"), dict(
         role="assistant", thinking="1+3", content="4")])
     assert ids[:len(prompt)] == prompt
     answer = ids[len(prompt):]
@@ -245,7 +245,7 @@ def test_ratios_begin_at_one(replay):
     model.init_weights()
     plan = Plan(seq_len=16, global_batch=4, micro_batch=2, precision="fp32")
     run = SimpleNamespace(settings=SETTINGS | dict(replay=replay), plan=plan, config=config, device=torch.device("cpu"),
-                          corpus=SimpleNamespace(end=0))
+                          encoding=SimpleNamespace(eot_token=0))
     stage = train.RL(run)
     stage.pipeline, stage.reference, stage.log = parallel.Pipeline(model, plan), None, {}
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [1]]
@@ -323,8 +323,8 @@ def test_updates_of_rl_are_of_the_same_answers_under_any_plan(monkeypatch):
         stage.tasks = stage.prompts = [[number] for number in range(8)]
         stage.sample = lambda prompts, step: [SimpleNamespace(ids=[0]) for _ in prompts]
         stage.rewards_of = lambda tasks, answers: [0.0] * len(tasks)
-        stage.examples = lambda prompts, answers, advantages: dict(ids=torch.tensor(prompts),
-                                                                   policy=torch.zeros(len(prompts), 1, 5))
+        stage.examples = lambda prompts, answers, advantages: dict(
+            ids=torch.tensor(prompts), policy=torch.zeros(len(prompts), 1, 5), lengths=torch.ones(len(prompts)))
         stage.scored = lambda batch: batch
         found = [[], []]
         for rank in range(dp):

@@ -362,7 +362,8 @@ def opened(trained, tmp_path, monkeypatch):
     def open_with(*flags):
         words = "pretrain --threads 1 --global-batch 4 --micro-batch 2 --steps 2 --compile none --data".split()
         _, given = train.parse([*words, str(trained.parent / "text.txt"), *map(str, flags)])
-        new = train.open_run(train.Pretrain, given)
+        new = train.Run(train.Pretrain, given)
+        train.open_run(new)
         new.lock.close()
         pipeline, optimizer = train.build(new, new.phases[0], None)
         return new, pipeline.model, optimizer
@@ -382,7 +383,7 @@ def test_a_new_run_begins_with_the_weights_of_a_run(trained, opened):
     new, model, _ = opened("--init", trained, "--seq-len", 24, "--set", "rope_theta=900", "balance_group=1")
     assert_same(source, model)
     assert new.folder.name == "run" and new.source.path == trained / "ckpt/step_3"
-    assert new.encoding._mergeable_ranks == encoding._mergeable_ranks and new.corpus.end == end
+    assert new.encoding._mergeable_ranks == encoding._mergeable_ranks and new.corpus.encoding.eot_token == end
     assert new.config == replace(source.config, rope_theta=900.0, balance_group=1,
                                  max_position_embeddings=24)
     assert new.progress == train.beginning()
@@ -432,7 +433,7 @@ def test_an_exported_folder_gives_the_same_model_tokenizer_and_text(trained, exp
     assert capsys.readouterr().out == first
     new, model, _ = opened("--init", exported, "--seq-len", 16)
     assert_same(source, model)
-    assert new.corpus.end == end and new.folder.name == "hf"
+    assert new.corpus.encoding.eot_token == end and new.folder.name == "hf"
 
 
 def test_export_is_whole_or_not_at_all(trained, exported, tmp_path, monkeypatch, capsys):
