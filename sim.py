@@ -11,9 +11,8 @@ sim.py plans, parallel.py executes: it runs the schedules timed here, sends the 
 here; tests compare. Nothing here builds a tensor, and nothing here was compared with a run on an NPU.
 
 Sections, in this order: the plan; its check; bytes of the expert exchange; live load balance; hardware; what operators
-and collectives cost; what a layer does; stages; what is saved for backward; the time of a layer; inside an action;
-schedules and the clock; one step; what to recompute and swap; search; shapes; the published runs; the step as a
-picture; the command.
+and collectives cost; what a layer does; stages; the time of a layer; inside an action; schedules and the clock; one
+step; what to recompute and swap; search; shapes; the published runs; the step as a picture; the command.
 
 Units: bytes, seconds, FLOPs (a multiply-add is two) and FLOP/s, unless a name says otherwise.
 
@@ -149,11 +148,6 @@ class Plan:
         """Micro-batches run one after the other, without stages, pairs or deferred weight gradients."""
         return self.n_stages == 1 and self.schedule == "1f1b"
 
-    @property
-    def ends_apart(self):
-        """The first and the last stage are on different ranks: where both read the embedding, both hold it."""
-        return self.pp > 1
-
     # -- groups of ranks
 
     @property
@@ -179,25 +173,14 @@ class Plan:
 
     def stride(self, axis):
         """From a rank of a group to the group's next, in ranks; those of a node are consecutive."""
-        strides = dict(tp=1, cp=self.tp, dp=self.tp, edp=self.ep, pp=self.dp * self.cp * self.tp)
-        return strides[axis]
+        return dict(tp=1, cp=self.tp, dp=self.tp, edp=self.ep, pp=self.dp * self.cp * self.tp)[axis]
 
     # -- what a clock asks
 
     @property
     def hops_together(self):
         """The exchange uses the links inside the node and between nodes at once, not one after the other."""
-        return self.goes_directly
-
-    @property
-    def goes_directly(self):
-        """Each row goes straight to its expert's rank, not by way of another rank of its node."""
         return self.dispatch == "flat"
-
-    @property
-    def crosses_if_wanted(self):
-        """A token goes to the nodes that hold one of its experts, else to all."""
-        return self.dispatch == "dedup"
 
     @property
     def defers_weight_gradients(self):
@@ -231,13 +214,9 @@ def plan_value(name, text):
 def parse_plan(text, **defaults):
     """Plan from `tp=8,pp=16,recompute=act,permute,layer_split=2+2+1`; ValueError for what it cannot read."""
     names = [field.name for field in fields(Plan)]
-    texts, name = {}, ""
-    for item in text.split(",") if text else ():
-        if "=" in item:
-            name, _, texts[name] = item.partition("=")
-        else:                                              # a list goes on
-            require(name, f"plan {text!r}: write key=value,...")
-            texts[name] += "," + item
+    items = re.split(",(?=[^,]*=)", text) if text else []          # where another key follows: commas join lists too
+    require(all("=" in item for item in items), f"plan {text!r}: write key=value,...")
+    texts = dict(item.split("=", 1) for item in items)
     unknown = set(texts) - set(names)
     require(not unknown, f"unknown plan key {min(unknown, default='')!r}: use one of {', '.join(names)}")
     values = {name: plan_value(name, value) for name, value in texts.items()}
@@ -296,11 +275,10 @@ def check_plan(config, plan, hardware=None, devices=None):
 def check_cuts(config, plan):
     """What is cut must be whole on every rank: heads, widths, experts, and ranks of the expert mesh."""
     c, moe = config, has_experts(config)
-    check_divides("tp", plan.tp, "num_attention_heads", c.num_attention_heads)
+    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
+        check_divides("tp", plan.tp, name, getattr(c, name))
     if isinstance(c, Shape) and c.attn_type == "gqa":
         check_divides("tp", plan.tp, "num_key_value_heads", c.num_key_value_heads)
-    check_divides("tp", plan.tp, "intermediate_size", c.intermediate_size)
-    check_divides("tp", plan.tp, "vocab_size", c.vocab_size)
     if moe:
         check_divides("tp", plan.tp, "width of the shared experts", c.n_shared_experts * c.moe_intermediate_size)
         check_divides("ep", plan.ep, "n_routed_experts", c.n_routed_experts)
@@ -422,13 +400,24 @@ def exchange_bytes(config, plan, ids=None):
     if ids is None:
         one = uniform_exchange(config, plan)
         return {way: {tier: [sent] * plan.ep for tier, sent in tiers.items()} for way, tiers in one.items()}
-    return routed_exchange(config, plan, ids)
+    sent = {way: dict(inner=[0] * plan.ep, outer=[0] * plan.ep) for way in ("forward", "backward")}
+    rows = routed_rows(config, plan, ids)
+    for source, peer in product(range(plan.ep), repeat=2):
+        inside = source // plan.inner == peer // plan.inner
+        same_place = source % plan.inner == peer % plan.inner
+        talk = inside or same_place or plan.dispatch == "flat"
+        if source == peer or not talk:
+            continue
+        tier = "inner" if inside else "outer"
+        for way, size in bytes_to_peer(config, plan, inside, rows[source, peer], rows[peer, source]).items():
+            sent[way][tier][source] += size
+    return sent
 
 
 def uniform_exchange(config, plan):
     """{way: {tier: bytes}} of any rank: under uniform routing all ranks, and all peers of a tier, are alike."""
     nodes, choices = plan.ep // plan.inner, plan.tokens * config.num_experts_per_tok
-    if plan.goes_directly:
+    if plan.dispatch == "flat":
         inner_peers, outer_peers = plan.inner - 1, plan.ep - plan.inner
         inner_rows = outer_rows = choices / plan.ep        # a rank's choices are spread over all ranks
     else:
@@ -437,15 +426,14 @@ def uniform_exchange(config, plan):
         outer_rows = plan.tokens * share_that_crosses(config, plan)
     inner = bytes_to_peer(config, plan, True, inner_rows, inner_rows)
     outer = bytes_to_peer(config, plan, False, outer_rows, outer_rows)
-    return dict(forward=dict(inner=inner_peers * inner.forward, outer=outer_peers * outer.forward),
-                backward=dict(inner=inner_peers * inner.backward, outer=outer_peers * outer.backward))
+    return {way: dict(inner=inner_peers * inner[way], outer=outer_peers * outer[way]) for way in inner}
 
 
 def share_that_crosses(config, plan):
     """Share of tokens that go to one given other node, under uniform routing."""
     experts, k, nodes = config.n_routed_experts, config.num_experts_per_tok, plan.ep // plan.inner
     missed = 0.0                                           # share that has no expert there; hierarchical sends it too
-    if plan.crosses_if_wanted:
+    if plan.dispatch == "dedup":
         elsewhere = experts - experts // nodes
         missed = math.comb(elsewhere, k) / math.comb(experts, k)
     if config.n_group == nodes and config.group_choice == "limited":       # a token goes to topk_group nodes at most
@@ -453,43 +441,20 @@ def share_that_crosses(config, plan):
     return 1 - missed
 
 
-class PeerBytes(NamedTuple):
-    """Bytes of dispatch and combine together."""
-    forward: float
-    backward: float
-
-
 def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
-    """PeerBytes by a rank to one peer. inside: of its own node; rows: that it dispatches to the peer and gets back;
-    rows_of_peer: that the peer dispatches to it and it sends back."""
+    """{way: bytes of dispatch and combine} by a rank to one peer. inside: of its own node; rows: that it dispatches to
+    the peer and gets back; rows_of_peer: that the peer dispatches to it and it sends back."""
     element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row = element * config.hidden_size
     counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
-    if inside or plan.goes_directly:                       # a row for each choice, with its weight
+    if inside or plan.dispatch == "flat":                       # a row for each choice, with its weight
         header, weights, numbers = counts, element, 0
     else:                                                  # a row for each token, with all of its choices
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
-        if plan.crosses_if_wanted:                         # tokens that come, rows for each expert of the peer's node
+        if plan.dispatch == "dedup":                       # tokens that come, rows for each expert of the peer's node
             header = INDEX_BYTES + counts * plan.inner
-    return PeerBytes(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
+    return dict(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
                 backward=rows * row + rows_of_peer * (row + weights))
-
-
-def routed_exchange(config, plan, ids):
-    """exchange_bytes for given ids, pair by pair."""
-    sent = {way: dict(inner=[0] * plan.ep, outer=[0] * plan.ep) for way in ("forward", "backward")}
-    rows = routed_rows(config, plan, ids)
-    for source, peer in product(range(plan.ep), repeat=2):
-        inside = source // plan.inner == peer // plan.inner
-        same_place = source % plan.inner == peer % plan.inner
-        talk = inside or same_place or plan.goes_directly
-        if source == peer or not talk:
-            continue
-        tier = "inner" if inside else "outer"
-        pair = bytes_to_peer(config, plan, inside, rows[source, peer], rows[peer, source])
-        sent["forward"][tier][source] += pair.forward
-        sent["backward"][tier][source] += pair.backward
-    return sent
 
 
 def routed_rows(config, plan, ids):
@@ -504,10 +469,10 @@ def routed_rows(config, plan, ids):
         place = source % plan.inner
         for experts in tokens:
             owners = [int(expert) * plan.ep // config.n_routed_experts for expert in experts]
-            if plan.goes_directly:
+            if plan.dispatch == "flat":
                 rows.update((source, owner) for owner in owners)
                 continue
-            needed = {owner // plan.inner for owner in owners} if plan.crosses_if_wanted else nodes
+            needed = {owner // plan.inner for owner in owners} if plan.dispatch == "dedup" else nodes
             for node in needed:
                 rows[source, node * plan.inner + place] += 1
             for owner in owners:
@@ -693,11 +658,6 @@ CONSTANTS = {
 }
 
 
-def constants_of(generation):
-    index = GENERATIONS.index(generation)
-    return {name: values[index] if len(values) > 1 else values[0] for name, values in CONSTANTS.items()}
-
-
 GB = 1e9
 
 
@@ -711,10 +671,12 @@ def _device(generation, name, tflops, memory, gb_per_s, inner, outer, cores, tfl
     peak["fp32"] = peak["bf16"] * (0.281 if ascend else 0.5)               # cube in fp32, tensor cores in TF32
     # a group's buffers: HCCL's two of 200 MB by default; NCCL's and what goes with it, as BLOOM's nvidia-smi suggests
     communicator = (0.4 if ascend else 2.0) * GIB
+    index = GENERATIONS.index(generation)
+    constants = {name: values[index] if len(values) > 1 else values[0] for name, values in CONSTANTS.items()}
     return Hardware(
         name, peak, memory, gb_per_s * GB, node_size, topology="mesh" if ascend and node_size == 8 else "switch",
         inner_bandwidth=inner * GB, outer_bandwidth=outer * GB, cores=cores, communicator=communicator,
-        fragmentation=0.15, generation=generation, **constants_of(generation))
+        fragmentation=0.15, generation=generation, **constants)
 
 
 # Ascend 910B: Ascend/msmodeling, tensor_cast/device.py. Bins differ in cube cores (8192 FLOP a cycle) and clock. Full
@@ -972,13 +934,6 @@ def on_hardware(config, hardware):
     return replace(shape, value_padded=True) if hardware.value_padded else shape
 
 
-class Gather(NamedTuple):
-    """An all-gather or a reduce-scatter of activations, before or after a part of a layer."""
-    axis: str
-    part: str
-    again: frozenset               # items of Plan.recompute under which backward runs it again
-
-
 class SavedTensor(NamedTuple):
     """A tensor that forward leaves for backward."""
     size: float                    # bytes
@@ -1002,7 +957,9 @@ class Work:
         self.ops = []
         self.tensors = {}                                  # name -> SavedTensor
         self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
-        self.collectives = Counter()                       # Gather -> bytes sent in that group, forward
+        # (axis, part before or after which it is, items that run it again) of an all-gather or a reduce-scatter of
+        # activations -> bytes sent in that group, forward
+        self.collectives = Counter()
         self.regions = ()                                  # items of Plan.recompute that run what is recorded now again
         if kind == "embedding":
             self.embedding()
@@ -1074,8 +1031,8 @@ class Work:
 
     def gather(self, axis, part, tokens, width):
         """All-gather of each rank's `tokens`, or the reduce-scatter that is as long; an all-reduce is both."""
-        where = Gather(axis, part, self.items(()))
-        self.collectives[where] += (getattr(self.plan, axis) - 1) * tokens * width * self.element
+        sent = (getattr(self.plan, axis) - 1) * tokens * width * self.element
+        self.collectives[axis, part, self.items(())] += sent
 
     def gather_stream(self, part, times=1):
         """Residual stream to all tokens, or their sums back (sp=1); an all-reduce of sums (sp=0) is as long as both."""
@@ -1111,7 +1068,10 @@ class Work:
                     self.latent_attention()
                 else:
                     self.grouped_attention()
-            self.output_projection()
+            # a matmul whose weight gradient may be deferred keeps its input last: attention runs again to this point
+            again = () if self.plan.is_plain else ("attention",)
+            self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
+            self.gather_stream("attend", times=1 if self.plan.sp else 2)
             if sandwich:
                 self.norm("attend", "post_attention_layernorm", c.hidden_size, "norms", residual=True)
             self.norm("attend", "pre_mlp_layernorm", c.hidden_size, "norms", again=("norm",), residual=not sandwich)
@@ -1190,12 +1150,6 @@ class Work:
         causal_flops = 2 * tokens * seq_len * heads * width / 2            # half of the square of scores
         self.ops.append(Attention("attend", "attention", causal_flops, moved * self.element, seq_len, self.items(())))
         self.keep("log_sum", tokens * heads, "attention", size=self.precise)
-
-    def output_projection(self):
-        # a matmul whose weight gradient may be deferred keeps its input last: attention runs again to this point
-        again = () if self.plan.is_plain else ("attention",)
-        self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
-        self.gather_stream("attend", times=1 if self.plan.sp else 2)
 
     def mlp(self, part, name):
         """A dense MLP or the shared experts, their inner width cut by tensor ranks."""
@@ -1276,7 +1230,7 @@ class Work:
         self.norm("attend", "enorm", c.hidden_size, "MTP")
         self.norm("attend", "hnorm", c.hidden_size, "MTP")
         self.norm("attend", "shared_head.norm", c.hidden_size, "head")
-        if not self.plan.ends_apart:                  # else the copy counts it
+        if self.plan.pp == 1:                              # else the copy counts it
             self.look_up()
         self.keep_input("eh_in", own * 2 * c.hidden_size, "MTP")
         self.matmul("attend", "eh_proj", own)
@@ -1286,28 +1240,48 @@ class Work:
     def head(self):
         """Last norm, then head and loss of every depth, the vocabulary cut by tensor ranks."""
         c, plan = self.shape, self.plan
+        tokens, vocab = plan.gathered_tokens, c.vocab_size // plan.tp
+        # in forward alone: targets (int64), all-reduces of the highest logit and of the sum of the softmax
+        forward_alone = 8 + 2 * 2 * self.precise           # bytes of a token
         self.norm("attend", "norm", c.hidden_size, "head")
         for depth in range(1 + c.num_nextn_predict_layers):
-            self.predict_tokens(depth, plan.gathered_tokens, c.vocab_size // plan.tp)
-        # all depths share one matrix, which may be the embedding's
-        tied = c.tie_word_embeddings and not plan.ends_apart
-        matrix = 0 if tied else c.vocab_size // plan.tp * c.hidden_size
-        self.params["dp"] = c.hidden_size + matrix
-
-    def predict_tokens(self, depth, tokens, vocab):
-        # in forward alone: targets (int64), all-reduces of the highest logit and of the sum of the softmax
-        forward_alone = 8 + 2 * 2 * self.precise              # bytes of a token
-        width = self.shape.hidden_size + forward_alone / 2 / self.element
-        self.gather("tp", "attend", tokens / self.plan.tp, width)
-        self.matmul("attend", "lm_head", tokens, cut="out", in_16_bits=True)
-        self.vector("attend", "loss", 4 * tokens * vocab * self.precise / self.element, cached=True)
-        self.keep_loss(depth, tokens, vocab)
+            self.gather("tp", "attend", tokens / plan.tp, c.hidden_size + forward_alone / 2 / self.element)
+            self.matmul("attend", "lm_head", tokens, cut="out", in_16_bits=True)
+            self.vector("attend", "loss", 4 * tokens * vocab * self.precise / self.element, cached=True)
+            self.keep_loss(depth, tokens, vocab)
+        # all depths share one matrix, which may be the embedding's if that is on this rank
+        tied = c.tie_word_embeddings and plan.pp == 1
+        self.params["dp"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
 
     def keep_loss(self, depth, tokens, vocab):
         """The loss makes its gradients in forward: of its input, and of the head's weight in float32 or better."""
         width = self.shape.hidden_size
         self.keep(f"grad_h.{depth}", tokens * width, "head")
         self.keep(f"grad_w.{depth}", vocab * width, "head", size=self.precise)
+
+
+class SavedBytes(NamedTuple):
+    """Of one micro-batch, for its backward: kept on the device, and swapped to the host."""
+    kept: float
+    swapped: float
+
+
+def saved_by_part(works):
+    """Bytes that backward needs of one micro-batch, by the tensors' owners; `host`: what is swapped."""
+    sizes = Counter()
+    for work in works:
+        items = items_in_force(work.plan)
+        for tensor in work.tensors.values():
+            if tensor.again.isdisjoint(items):
+                sizes["host" if tensor.swap in items else tensor.owner] += tensor.size
+    return sizes
+
+
+def saved_bytes(work):
+    """SavedBytes of a layer, the embedding or the head, under its plan's recompute and swap."""
+    sizes = saved_by_part([work])
+    swapped = sizes.pop("host", 0)
+    return SavedBytes(sum(sizes.values()), swapped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1317,11 +1291,9 @@ class Work:
 def stage_layers(config, plan):
     """list (pp*vpp) of lists of layer numbers. The embedding is on the first stage, head and MTP layers on the last."""
     split = plan.layer_split or even_split(as_shape(config), plan.pp, plan.vpp, plan.seq_len)
-    layers, first = [], 0
-    for n in split:
-        layers.append(list(range(first, first + n)))
-        first += n
-    layers[-1] += range(first, first + config.num_nextn_predict_layers)
+    numbers = iter(range(config.num_hidden_layers + config.num_nextn_predict_layers))
+    layers = [list(islice(numbers, n)) for n in split]
+    layers[-1] += numbers                                  # those that are left: MTP's
     return layers
 
 
@@ -1351,48 +1323,14 @@ def stage_kinds(shape, plan):
     kinds = layer_kinds(shape)
     stages = [[kinds[i] for i in layers] for layers in stage_layers(shape, plan)]
     stages[0].insert(0, "embedding")
-    if "mtp" in kinds and plan.ends_apart:            # a copy of the embedding feeds the MTP layers
+    if "mtp" in kinds and plan.pp > 1:                     # a copy of the embedding feeds the MTP layers
         stages[-1].insert(stages[-1].index("mtp"), "embedding")
     stages[-1].append("head")
     return [tuple(stage) for stage in stages]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is saved for backward
-
-
-class SavedBytes(NamedTuple):
-    """Of one micro-batch, for its backward: kept on the device, and swapped to the host."""
-    kept: float
-    swapped: float
-
-
-def saved_by_part(works):
-    """Bytes that backward needs of one micro-batch, by the tensors' owners; `host`: what is swapped."""
-    sizes = Counter()
-    for work in works:
-        items = items_in_force(work.plan)
-        for tensor in work.tensors.values():
-            if tensor.again.isdisjoint(items):
-                sizes["host" if tensor.swap in items else tensor.owner] += tensor.size
-    return sizes
-
-
-def saved_bytes(work):
-    """SavedBytes of a layer, the embedding or the head, under its plan's recompute and swap."""
-    sizes = saved_by_part([work])
-    swapped = sizes.pop("host", 0)
-    return SavedBytes(sum(sizes.values()), swapped)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The time of a layer
-
-
-class Collective(NamedTuple):
-    axis: str
-    tier: str
-    seconds: float
 
 
 class LayerTime:
@@ -1410,7 +1348,7 @@ class LayerTime:
         self.whole_again = work.is_layer and "layer" in self.items
         self.rows_again = self._when_rows_travel_again()
         self.compute = Counter()                           # (part, pass) -> seconds; pass: F, I, W, or B = I + W
-        self.collectives = defaultdict(list)               # part -> list of Collective of one pass
+        self.collectives = defaultdict(list)               # part -> list of (axis, tier, seconds) of one pass
         self.exchange = {"F": Counter(), "B": Counter()}   # pass -> tier -> seconds of one way
         self.sent = Counter()                              # tier -> bytes of a forward and a backward
         self._time_operators()
@@ -1437,30 +1375,26 @@ class LayerTime:
 
     def _time_operators(self):
         for op in self.work.ops:
-            seconds = op.seconds(self.plan, self.hardware)
+            forward, inputs, weights = op.seconds(self.plan, self.hardware)
             busiest = self.slower if self.has_experts and op.part == "experts" else 1.0
-            self.compute[op.part, "F"] += busiest * seconds.forward
-            self.compute[op.part, "I"] += busiest * seconds.inputs
-            self.compute[op.part, "W"] += busiest * seconds.weights
-            self.compute[op.part, "B"] += busiest * (seconds.inputs + seconds.weights)
+            for which, seconds in dict(F=forward, I=inputs, W=weights, B=inputs + weights).items():
+                self.compute[op.part, which] += busiest * seconds
             if not op.again.isdisjoint(self.items):
-                self.compute["recompute", "F"] += busiest * seconds.forward
+                self.compute["recompute", "F"] += busiest * forward
 
     def _time_collectives(self):
         for (axis, part, again), sent in self.work.collectives.items():
             tier = tier_of(self.plan, axis)
             seconds = axis_seconds(self.plan, self.hardware, axis, sent)
             seconds *= 1 - self.plan.hidden_share(axis, self.hardware)
-            passes = 2
-            self.collectives[part].append(Collective(axis, tier, seconds))
-            if not again.isdisjoint(self.items):
-                self.collectives["recompute"].append(Collective(axis, tier, seconds))
-                passes = 3
-            self.sent[tier] += passes * sent
+            parts = [part] if again.isdisjoint(self.items) else [part, "recompute"]
+            for one in parts:
+                self.collectives[one].append((axis, tier, seconds))
+            self.sent[tier] += (1 + len(parts)) * sent     # the first in forward and in backward
 
     def _time_exchange(self):
         plan = self.plan
-        outer_ranks = plan.ep if plan.goes_directly else plan.ep // plan.inner
+        outer_ranks = plan.ep if plan.dispatch == "flat" else plan.ep // plan.inner
         ranks = dict(inner=plan.inner, outer=outer_ranks)
         forwards = 2 + bool(self.rows_again) + self.whole_again            # how often rows travel one way
         sent = uniform_exchange(self.work.shape, plan)
@@ -1745,15 +1679,11 @@ def in_flight(schedule, pp, vpp, n_micro, rank):
     plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
     live, grown, peaks = dict.fromkeys(plan.stages_of(rank), 0), False, set()
     for action in rank_actions(plan, rank):
-        forward, backward = action.stages
-        if forward is not None:
-            live[forward] += 1
-            grown = True
-        if backward is not None:
-            if grown:                                      # one less from here on: a peak lies behind
+        for kind, stage, _ in action.parts():
+            if kind == "B" and grown:                      # one less from here on: a peak lies behind
                 peaks.add(tuple(live.values()))
-            live[backward] -= 1
-            grown = False
+            live[stage] += 1 if kind == "F" else -1
+            grown = kind == "F"
     return np.array(list(peaks))
 
 
@@ -1767,27 +1697,21 @@ class Step(NamedTuple):
 
 def in_order(plan, table):
     """list of Step: each rank runs as far as its inputs allow, until all are done."""
-    # (stage, micro-batch) whose forward, or backward, can run -> numbers of the steps on other ranks that make its
-    # input: none for the tokens of the first stage and the losses of the last, which are at hand
-    forwards = {(0, microbatch): () for microbatch in range(plan.n_micro)}
-    backwards = {(plan.n_stages - 1, microbatch): () for microbatch in range(plan.n_micro)}
+    # (kind, stage, micro-batch) that can run -> numbers of the steps on other ranks that make its input: none for the
+    # tokens of the first stage and the losses of the last, which are at hand
+    at_hand = ("F", 0), ("B", plan.n_stages - 1)
+    ready = {(*first, microbatch): () for first, microbatch in product(at_hand, range(plan.n_micro))}
     steps, done, progress = [], [0] * len(table), True
     while progress:
         progress = False
         for rank, actions in enumerate(table):
             for action in islice(actions, done[rank], None):
-                forward, backward = action
-                if (forward and forward not in forwards) or (backward and backward not in backwards):
+                if not ready.keys() >= {*action.parts()}:
                     break
                 needs, own = (), (len(steps),) if plan.pp > 1 else ()
-                if forward:
-                    stage, microbatch = forward
-                    needs += forwards[forward]
-                    forwards[stage + 1, microbatch] = own
-                if backward:
-                    stage, microbatch = backward
-                    needs += backwards[backward]
-                    backwards[stage - 1, microbatch] = own
+                for kind, stage, microbatch in action.parts():
+                    needs += ready[kind, stage, microbatch]
+                    ready[kind, stage + (1 if kind == "F" else -1), microbatch] = own
                 steps.append(Step(rank, action.stages, needs, action))
                 done[rank] += 1
                 progress = True
@@ -1887,10 +1811,6 @@ class Simulation:
     def play_layers(self, forward, backward):
         """Account of an action. forward, backward: LayerTimes, or ()."""
         return action_account(forward, backward, self.manner, self.hardware.overlap_tax)
-
-    def tasks_of(self, action):
-        forward, backward = map(self.layers_of, action.stages)
-        return play_action(forward, backward, self.manner).tasks
 
     @property
     def timetable(self):
@@ -2101,14 +2021,14 @@ def fit_memory(config, plan, hardware, budget):
                for recompute, swap in memory_choices(config, optimizer=not plan.balance_live)]
     fitting = [result for result in results if result["mem_gib"] * GIB <= budget]
     if fitting:
-        return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
+        return min(fitting, key=itemgetter("step_time_s"))                 # of equals the first, which has fewest items
     least = min(results, key=itemgetter("mem_gib"))
-    needs = least["memory_by_stage"][least["peak_rank"]]
-    sizes = ", ".join(f"{name} {size:.2f}" for name, size in needs.items() if size >= 0.005)
+    needs, most = least["mem_gib"], budget / GIB
+    parts = least["memory_by_stage"][least["peak_rank"]]
+    sizes = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
     items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
-    raise ValueError(f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB "
-                     f"(simulated: {sizes}), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
-                     + what_would_fit(config, plan, hardware, budget))
+    raise ValueError(f"fit={most:.2f}GiB: with {items} this plan still needs {needs:.2f} GiB (simulated: {sizes}), "
+                     f"{needs - most:.2f} GiB too much: use " + what_would_fit(config, plan, hardware, budget))
 
 
 def what_would_fit(config, plan, hardware, budget):
@@ -2265,35 +2185,30 @@ def search_plans(config, hardware, devices, top=10, **alike):
     A search, not a proof: a plan is missed whose price is too high by more than that of the others.
     """
     groups = list(candidate_groups(config, hardware, devices, **alike))
-    priced, refused, found, interrupted = [], {}, [], False
-    try:
-        for more, reasons in in_processes("groups of plans priced", partial(price_group, config, hardware), groups):
-            priced += more
-            count_refusals(refused, reasons)
-    except KeyboardInterrupt:
-        interrupted = True
-    priced.sort(key=itemgetter(0))
-    best = [plan for _, plan in priced[:top if interrupted else max(top, PLAYED)]]
-    try:
-        for result in in_processes("plans played", partial(predict, config, hardware=hardware), best):
-            found.append(result)
-    except KeyboardInterrupt:
-        interrupted = True
-    found.sort(key=itemgetter("step_time_s"))
-    return Search(found, refused, len(priced), interrupted)
-
-
-def in_processes(what, function, items):
-    """function of each item, in their order, computed by as many processes as there are cores; interrupts end it."""
-    with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from with_progress(what, pool.imap(function, items), len(items))
-
-
-def count_refusals(refused, reasons):
-    for reason in reasons:
+    results, interrupted = in_processes("groups of plans priced", partial(price_group, config, hardware), groups)
+    priced = sorted(chain.from_iterable(more for more, _ in results), key=itemgetter(0))
+    refused = {}
+    for reason in chain.from_iterable(reasons for _, reasons in results):
         kind = re.sub(r"[0-9.]+", "#", reason)
         times, _ = refused.get(kind, (0, ""))
         refused[kind] = times + 1, reason
+    best = [plan for _, plan in priced[:top if interrupted else max(top, PLAYED)]]
+    found, ended = in_processes("plans played", partial(predict, config, hardware=hardware), best)
+    found.sort(key=itemgetter("step_time_s"))
+    return Search(found, refused, len(priced), interrupted or ended)
+
+
+def in_processes(what, function, items):
+    """(function of each item, in their order, computed by as many processes as there are cores; whether an interrupt
+    ended it, before all were)"""
+    results = []
+    try:
+        with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+            for result in with_progress(what, pool.imap(function, items), len(items)):
+                results.append(result)
+    except KeyboardInterrupt:
+        return results, True
+    return results, False
 
 
 def with_progress(what, items, total=None):
@@ -2305,8 +2220,7 @@ def with_progress(what, items, total=None):
         now = time.monotonic()
         if now > shown + 1 and now > begin + 3:
             left, shown = (now - begin) / (i + 1) * (total - i - 1), now
-            print(f"\r{what}: {i + 1} of {total}, at most {left:.0f} s left  ", end="", file=sys.stderr)
-            sys.stderr.flush()
+            print(f"\r{what}: {i + 1} of {total}, at most {left:.0f} s left  ", end="", file=sys.stderr, flush=True)
     if shown > begin:
         print(file=sys.stderr)
 
@@ -2388,10 +2302,10 @@ def print_shapes(hardware, devices, budget, seq_len, top, experts):
           "\nrank  tokens/s    MFU  active  total  layers hidden experts width top heads q-rank  plan")
     for rank, (c, active, total, result) in enumerate(rows, 1):
         if rank <= top or c == PANGU:
-            print(f"{rank:4} {result['tokens_per_s']:9.3g} {result['mfu']:6.1%}",
+            print(f"{rank:4}", "{tokens_per_s:9.3g} {mfu:6.1%}".format(**result),
                   f"{active / 1e9:6.1f}B {total / 1e9:5.0f}B",
-                  f"{c.num_hidden_layers:7} {c.hidden_size:6} {c.n_routed_experts:7} {c.moe_intermediate_size:5}",
-                  f"{c.num_experts_per_tok:3} {c.num_attention_heads:5} {c.q_lora_rank:6}",
+                  "{num_hidden_layers:7} {hidden_size:6} {n_routed_experts:7} {moe_intermediate_size:5} "
+                  "{num_experts_per_tok:3} {num_attention_heads:5} {q_lora_rank:6}".format(**vars(c)),
                   " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" if c == PANGU else "")
 
 
@@ -2416,11 +2330,10 @@ ULTRA_PLAN = Plan(tp=8, sp=1, pp=8, vpp=6, dp=128, micro_batch=1, global_batch=2
 ULTRA_BUBBLES = {1: "30.45 %", 6: "6.8 %"}                 # vpp -> as published: (p - 1) / (p - 1 + v * n)
 
 
-def simulate_paper(name, hardware, **changes):
-    """predict of one of PAPER. changes: fields of Plan, max_vio."""
-    settings = dict(PAPER[name]["plan"], max_vio=PAPER[name]["max_vio"]) | changes
-    max_vio = settings.pop("max_vio")
-    return predict(PANGU, Plan(**settings), hardware, max_vio)
+def simulate_paper(name, hardware, max_vio=None, **changes):
+    """predict of one of PAPER. changes: fields of Plan."""
+    run = PAPER[name]
+    return predict(PANGU, Plan(**run["plan"] | changes), hardware, run["max_vio"] if max_vio is None else max_vio)
 
 
 def print_paper():
@@ -2540,14 +2453,10 @@ def write_trace(simulation, path, about):
                 add(rank, name, stream_of[name], start, end)
                 continue
             add(rank, name, "schedule", start, end)
-            for task in simulation.tasks_of(action):
+            for task in play_action(*map(simulation.layers_of, action.stages), simulation.manner).tasks:
                 add(rank, task.name, task.stream, start + task.start, start + task.end)
     with open(path, "w", encoding="utf-8") as file:
         json.dump(dict(traceEvents=events, displayTimeUnit="ms", otherData=about), file)
-
-
-TEXT_LEGEND = ("forwards are the last digit of their micro-batch, backwards a letter (a is 0), = a pair of both; G "
-               "gradients,\nO optimizer, S stragglers; blank: the rank waits")
 
 
 def mark_of(span):
@@ -2594,7 +2503,7 @@ def draw_png(simulation, path, title):
             parts = action.parts()
             for i, (kind, stage, _) in enumerate(parts):
                 middle, height = rank + 0.4 * ((2 * i + 1) / len(parts) - 1), 0.8 / len(parts)
-                bars.append((middle, height, start, end, colour(kind, plan.stages_of(rank).index(stage))))
+                bars.append((middle, height, start, end, colour(kind, stage // plan.pp)))
     figure, axes = pyplot.subplots(figsize=(16, 2 + 0.4 * plan.pp), layout="constrained")
     middle, height, start, end, colours = zip(*bars)
     axes.barh(middle, np.subtract(end, start), height, start, color=colours)
@@ -2656,9 +2565,10 @@ def choose_plan(text, model, config, hardware, devices):
     if "dp" not in given and fill % replica == 0:          # else check_plan says which number of devices would do
         plan = replace(plan, dp=fill // replica)
         why += f"; dp={plan.dp} fills {fill} devices"
-    if "global_batch" not in given and plan.global_batch < plan.dp * plan.micro_batch * plan.pp:
-        plan = replace(plan, global_batch=plan.dp * plan.micro_batch * plan.pp)            # any schedule can run these
-        why += f"; global_batch={plan.global_batch}, enough for any schedule"
+    enough = plan.dp * plan.micro_batch * plan.pp          # any schedule can run these
+    if "global_batch" not in given and plan.global_batch < enough:
+        plan = replace(plan, global_batch=enough)
+        why += f"; global_batch={enough}, enough for any schedule"
     return plan, why
 
 
@@ -2783,7 +2693,7 @@ def run_plans(args, config, hardware):
     print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
           f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\n\nstep s     MFU     GiB  plan")
     for result in search.found[:args.top]:
-        print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {describe(result['plan'])}")
+        print("{step_time_s:6.2f} {mfu:7.1%} {mem_gib:7.1f} ".format(**result), describe(result["plan"]))
     print("\nLeft out, how often and one example each:")
     for times, message in sorted(search.refused.values(), reverse=True):
         print(f"{times:6}  {message}")
@@ -2802,8 +2712,9 @@ def run_trace(args, simulation, why):
                  plan=describe(asdict(plan)), source="simulated by sim.py, nothing was run")
     write_trace(simulation, args.out, about)
     print(draw_text(step_spans(simulation)))
-    print(TEXT_LEGEND)
-    print(f"\nwrote {args.out}, for https://ui.perfetto.dev or chrome://tracing")
+    print("forwards are the last digit of their micro-batch, backwards a letter (a is 0), = a pair of both; "
+          "G gradients,\nO optimizer, S stragglers; blank: the rank waits\n\n"
+          f"wrote {args.out}, for https://ui.perfetto.dev or chrome://tracing")
     if args.png:
         draw_png(simulation, args.png, f"{args.model} on {plan.world_size} {simulation.hardware.name}, simulated\n"
                                        f"{describe(asdict(plan))}")
