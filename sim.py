@@ -357,7 +357,7 @@ def check_live(config, plan):
 
 
 def check_devices(plan, devices):
-    rest = plan.pp * plan.cp * plan.tp
+    rest = plan.world_size // plan.dp
     fit = f"use dp={devices // rest}" if devices % rest == 0 else f"use pp*cp*tp among {divisors(devices)}"
     require(plan.world_size == devices, f"pp*dp*cp*tp={plan.pp}*{plan.dp}*{plan.cp}*{plan.tp}={plan.world_size} "
                                         f"for {devices} devices: {fit}")
@@ -416,12 +416,12 @@ def exchange_bytes(config, plan, ids=None):
 
 def uniform_exchange(config, plan):
     """{way: {tier: bytes}} of any rank: under uniform routing all ranks, and all peers of a tier, are alike."""
-    nodes, choices = plan.ep // plan.inner, plan.tokens * config.num_experts_per_tok
+    choices, inner_peers = plan.tokens * config.num_experts_per_tok, plan.inner - 1
     if plan.dispatch == "flat":
-        inner_peers, outer_peers = plan.inner - 1, plan.ep - plan.inner
+        outer_peers = plan.ep - plan.inner
         inner_rows = outer_rows = choices / plan.ep        # a rank's choices are spread over all ranks
     else:
-        inner_peers, outer_peers = plan.inner - 1, nodes - 1       # between nodes to the rank of the same place alone
+        outer_peers = plan.ep // plan.inner - 1            # the ranks of the same place in other nodes
         inner_rows = choices / plan.inner                  # choices of a node's ranks for this node's experts
         outer_rows = plan.tokens * share_that_crosses(config, plan)
     inner = bytes_to_peer(config, plan, True, inner_rows, inner_rows)
@@ -447,7 +447,7 @@ def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
     element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
     row = element * config.hidden_size
     counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
-    if inside or plan.dispatch == "flat":                       # a row for each choice, with its weight
+    if inside or plan.dispatch == "flat":                  # a row for each choice, with its weight
         header, weights, numbers = counts, element, 0
     else:                                                  # a row for each token, with all of its choices
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
@@ -1008,13 +1008,14 @@ class Work:
                                self.items(again)))
         self.params["edp" if cut == "experts" else "dp"] += own.copies * own.n_in * own.n_out
 
-    def vector(self, part, name, elements, again=(), cached=False):
-        """An operator that only moves memory: elements read and written."""
-        self.ops.append(Vector(part, name, elements * self.element, cached, self.items(again)))
+    def vector(self, part, name, elements, again=(), cached=False, size=0):
+        """An operator that only moves memory: elements read and written. size: as of keep."""
+        self.ops.append(Vector(part, name, elements * (size or self.element), cached, self.items(again)))
 
-    def norm(self, part, name, width, owner, again=(), residual=False):
-        """residual: followed by the sum with the residual stream, which is read and written too."""
-        tokens = self.plan.tokens
+    def norm(self, part, name, owner, width=0, again=(), residual=False):
+        """width: the model's, unless given. residual: followed by the sum with the residual stream, which is read and
+        written too."""
+        tokens, width = self.plan.tokens, width or self.shape.hidden_size
         self.vector(part, name, (5 if residual else 2) * tokens * width, again)
         self.params["dp"] += width
         self.keep(name, tokens * width, owner)             # its input; fused kernels keep 4 bytes a token beside it
@@ -1063,7 +1064,7 @@ class Work:
             self.keep("ids", self.plan.tokens * c.num_experts_per_tok, "routing", size=8)
         with self.runs_again("layer"):
             with self.runs_again("attention"):
-                self.norm("attend", "input_layernorm", c.hidden_size, "norms", again=("norm",), residual=not sandwich)
+                self.norm("attend", "input_layernorm", "norms", again=("norm",), residual=not sandwich)
                 if c.attn_type == "mla":
                     self.latent_attention()
                 else:
@@ -1073,14 +1074,14 @@ class Work:
             self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
             self.gather_stream("attend", times=1 if self.plan.sp else 2)
             if sandwich:
-                self.norm("attend", "post_attention_layernorm", c.hidden_size, "norms", residual=True)
-            self.norm("attend", "pre_mlp_layernorm", c.hidden_size, "norms", again=("norm",), residual=not sandwich)
+                self.norm("attend", "post_attention_layernorm", "norms", residual=True)
+            self.norm("attend", "pre_mlp_layernorm", "norms", again=("norm",), residual=not sandwich)
             if self.kind == "dense":
                 self.mlp("experts", "mlp")
             else:
                 self.moe()
             if sandwich:
-                self.norm("combine", "post_mlp_layernorm", c.hidden_size, "norms", residual=True)
+                self.norm("combine", "post_mlp_layernorm", "norms", residual=True)
         if self.kind == "mtp":
             self.join()
 
@@ -1092,10 +1093,10 @@ class Work:
         latent = c.kv_lora_rank + c.qk_rope_head_dim       # of keys and values, with the key that has the position
         self.keep_input("attn_in", own * c.hidden_size, "attention", again=("norm",))
         self.matmul("attend", "q_a_proj", own)
-        self.norm("attend", "q_a_layernorm", c.q_lora_rank, "attention", again=("norm",))
+        self.norm("attend", "q_a_layernorm", "attention", c.q_lora_rank, again=("norm",))
         self.matmul("attend", "kv_a_proj_with_mqa", own)   # the same input
         self.keep("kv_a_layernorm", own * latent, "attention")             # its input is a slice, which keeps the whole
-        self.norm("attend", "kv_a_layernorm", c.kv_lora_rank, "attention", again=("norm",))
+        self.norm("attend", "kv_a_layernorm", "attention", c.kv_lora_rank, again=("norm",))
         if plan.sp:
             self.gather("tp", "attend", own, c.q_lora_rank + latent)
         self.gather("cp", "attend", tokens, latent)
@@ -1111,10 +1112,8 @@ class Work:
 
     def keep_latent(self, name, tokens, width):
         """A latent that was gathered is kept: running its norm again is no way to it."""
-        if tokens > self.plan.tokens:
-            self.keep_input(f"gathered_{name}", tokens * width, "attention")
-        else:
-            self.keep_input(name, tokens * width, "attention", again=("norm",))
+        again = () if tokens > self.plan.tokens else ("norm",)
+        self.keep_input(name, tokens * width, "attention", again=again)
 
     def grouped_attention(self):
         c, plan = self.shape, self.plan
@@ -1139,7 +1138,7 @@ class Work:
         self.attention_kernel(heads, qk + v, moved=(tokens * heads + keys * kv_heads) * (qk + v))
         if plan.cp > 1:                                    # pieces of a ring are merged one by one, in float32
             merged = (plan.cp - 1) * tokens * heads * v
-            self.vector("attend", "ring_merge", 4 * merged * self.precise / self.element)
+            self.vector("attend", "ring_merge", 4 * merged, size=self.precise)
         if padded != v:
             self.keep("attn_padded", tokens * heads * padded, "attention", swap="attn_out")
         self.keep_input("attn_out", tokens * heads * v, "attention", swap="attn_out")
@@ -1196,7 +1195,7 @@ class Work:
         if precise == self.element or "permute" in plan.recompute:
             self.keep_input("mlp_in", own * c.hidden_size, "routing", again=("norm",))
         self.matmul("attend", "router", own, in_16_bits=True)
-        self.vector("attend", "choose", 6 * own * experts * precise / self.element)
+        self.vector("attend", "choose", 6 * own * experts, size=precise)
         self.keep("scores", own * experts, "routing", size=precise)
         self.keep("slot", own * k, "routing", size=8)
         if c.norm_topk_prob:
@@ -1227,9 +1226,9 @@ class Work:
         c, own = self.shape, self.plan.tokens
         if c.mtp_hidden == "pre_norm":                     # the same tensor as the input of the last norm before
             self.keep("hnorm", 0, "MTP")
-        self.norm("attend", "enorm", c.hidden_size, "MTP")
-        self.norm("attend", "hnorm", c.hidden_size, "MTP")
-        self.norm("attend", "shared_head.norm", c.hidden_size, "head")
+        self.norm("attend", "enorm", "MTP")
+        self.norm("attend", "hnorm", "MTP")
+        self.norm("attend", "shared_head.norm", "head")
         if self.plan.pp == 1:                              # else the copy counts it
             self.look_up()
         self.keep_input("eh_in", own * 2 * c.hidden_size, "MTP")
@@ -1243,11 +1242,11 @@ class Work:
         tokens, vocab = plan.gathered_tokens, c.vocab_size // plan.tp
         # in forward alone: targets (int64), all-reduces of the highest logit and of the sum of the softmax
         forward_alone = 8 + 2 * 2 * self.precise           # bytes of a token
-        self.norm("attend", "norm", c.hidden_size, "head")
+        self.norm("attend", "norm", "head")
         for depth in range(1 + c.num_nextn_predict_layers):
             self.gather("tp", "attend", tokens / plan.tp, c.hidden_size + forward_alone / 2 / self.element)
             self.matmul("attend", "lm_head", tokens, cut="out", in_16_bits=True)
-            self.vector("attend", "loss", 4 * tokens * vocab * self.precise / self.element, cached=True)
+            self.vector("attend", "loss", 4 * tokens * vocab, cached=True, size=self.precise)
             self.keep_loss(depth, tokens, vocab)
         # all depths share one matrix, which may be the embedding's if that is on this rank
         tied = c.tie_word_embeddings and plan.pp == 1
@@ -1706,10 +1705,11 @@ def in_order(plan, table):
         progress = False
         for rank, actions in enumerate(table):
             for action in islice(actions, done[rank], None):
-                if not ready.keys() >= {*action.parts()}:
+                parts = action.parts()
+                if not ready.keys() >= {*parts}:
                     break
                 needs, own = (), (len(steps),) if plan.pp > 1 else ()
-                for kind, stage, microbatch in action.parts():
+                for kind, stage, microbatch in parts:
                     needs += ready[kind, stage, microbatch]
                     ready[kind, stage + (1 if kind == "F" else -1), microbatch] = own
                 steps.append(Step(rank, action.stages, needs, action))
@@ -1911,9 +1911,8 @@ class Simulation:
     @cached_property
     def params_cut(self):
         """list (pp): parameters that a rank keeps where they are cut over those that hold the same."""
-        if not self.plan.zero:
-            return [sum(held.values()) for held in self.params]
-        return [sum(held[axis] / ranks for axis, ranks in self.plan.holders.items()) for held in self.params]
+        holders = self.plan.holders if self.plan.zero else dict(dp=1, edp=1)
+        return [sum(held[axis] / ranks for axis, ranks in holders.items()) for held in self.params]
 
     def activations(self, rank):
         """Most bytes that micro-batches in flight keep."""
@@ -2090,7 +2089,7 @@ def exchange_choices(plan):
 
 
 def rank_savings(config, plan, hardware):
-    """list of dict(recompute, swap), cheapest first, each of which keeps less than all before it, as the model's most
+    """list of (recompute, swap), cheapest first, each of which keeps less than all before it, as the model's most
     frequent layer tells; a swapped optimizer apart."""
     found, best, least = [], [], math.inf
     kind = Counter(layer_kinds(config)).most_common(1)[0][0]
@@ -2098,7 +2097,7 @@ def rank_savings(config, plan, hardware):
         simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
         layer = layer_time(config, simulation.plan.layer_plan, kind, hardware, 0.0)
         seconds, _ = layer_seconds(simulation, layer)
-        found.append((seconds, saved_bytes(layer.work).kept, dict(recompute=recompute, swap=swap)))
+        found.append((seconds, saved_bytes(layer.work).kept, (recompute, swap)))
     for _, kept, saving in sorted(found, key=itemgetter(0, 1)):
         if kept < least:
             best.append(saving)
@@ -2107,19 +2106,18 @@ def rank_savings(config, plan, hardware):
 
 
 def fitted(config, plan, hardware, savings):
-    """([this plan with the cheapest saving that fits, for each way to hold the optimizer], or why none fits)."""
+    """([this plan with the cheapest saving that fits, for each way to hold the optimizer], [why none fits])."""
     def refusal(one):
         return Simulation(config, one, hardware).refusal()
 
     plans = []
     for zero, optimizer in product(zero_choices(plan), ((), ("optimizer",))):
-        tried = [replace(plan, zero=zero, recompute=saving["recompute"], swap=saving["swap"] + optimizer)
-                 for saving in savings]
+        tried = [replace(plan, zero=zero, recompute=recompute, swap=swap + optimizer) for recompute, swap in savings]
         first = bisect_left(tried, True, key=lambda one: not refusal(one))     # each needs less than those before
         plans += tried[first:first + 1]
         if first == 0:                                     # nothing is recomputed: less memory gains nothing more
             break
-    return plans, "" if plans else "recomputed and swapped as much as can be, " + refusal(tried[-1])
+    return plans, [] if plans else ["recomputed and swapped as much as can be, " + refusal(tried[-1])]
 
 
 def price(simulation):
@@ -2165,7 +2163,7 @@ def price_group(config, hardware, plans):
         dispatches = exchange_choices(plan)
         savings = savings or rank_savings(config, replace(plan, dispatch=dispatches[-1]), hardware)
         fitting, why_not = fitted(config, plan, hardware, savings)
-        reasons += [why_not] if why_not else []
+        reasons += why_not
         for one, dispatch in product(fitting, dispatches):
             one = replace(one, dispatch=dispatch)
             priced.append((price(Simulation(config, one, hardware)), one))
@@ -2186,12 +2184,14 @@ def search_plans(config, hardware, devices, top=10, **alike):
     """
     groups = list(candidate_groups(config, hardware, devices, **alike))
     results, interrupted = in_processes("groups of plans priced", partial(price_group, config, hardware), groups)
-    priced = sorted(chain.from_iterable(more for more, _ in results), key=itemgetter(0))
-    refused = {}
-    for reason in chain.from_iterable(reasons for _, reasons in results):
-        kind = re.sub(r"[0-9.]+", "#", reason)
-        times, _ = refused.get(kind, (0, ""))
-        refused[kind] = times + 1, reason
+    priced, refused = [], {}
+    for more, reasons in results:
+        priced += more
+        for reason in reasons:
+            kind = re.sub(r"[0-9.]+", "#", reason)
+            times, _ = refused.get(kind, (0, ""))
+            refused[kind] = times + 1, reason
+    priced.sort(key=itemgetter(0))
     best = [plan for _, plan in priced[:top if interrupted else max(top, PLAYED)]]
     found, ended = in_processes("plans played", partial(predict, config, hardware=hardware), best)
     found.sort(key=itemgetter("step_time_s"))
@@ -2215,12 +2215,12 @@ def with_progress(what, items, total=None):
     """The items, and on stderr from the third second on how many were taken and the time that the rest will need."""
     begin = shown = time.monotonic()
     total = len(items) if total is None else total
-    for i, item in enumerate(items):
+    for taken, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now > shown + 1 and now > begin + 3:
-            left, shown = (now - begin) / (i + 1) * (total - i - 1), now
-            print(f"\r{what}: {i + 1} of {total}, at most {left:.0f} s left  ", end="", file=sys.stderr, flush=True)
+            left, shown = (now - begin) / taken * (total - taken), now
+            print(f"\r{what}: {taken} of {total}, at most {left:.0f} s left  ", end="", file=sys.stderr, flush=True)
     if shown > begin:
         print(file=sys.stderr)
 
@@ -2260,8 +2260,8 @@ def shape_plans(hardware, devices, seq_len):
     """Plans that a shape is tried under: the paper's cut and its neighbours, 48 micro-batches of 2 a replica."""
     tp = min(8, hardware.node_size)
     for pp, vpp, ep in product((8, 16), (1, 2), (32, 64)):
-        dp = devices // (tp * pp)
-        if dp and tp * pp * dp == devices:
+        dp, left = divmod(devices, tp * pp)
+        if dp and not left:
             yield Plan(pp=pp, tp=tp, sp=1, dp=dp, ep=ep, vpp=vpp, micro_batch=2, global_batch=dp * 96, seq_len=seq_len,
                        node_size=hardware.node_size, dispatch="hierarchical", overlap="adaptive", recompute=FINE)
 
@@ -2351,7 +2351,7 @@ def print_paper():
         devices, peak = 128 * result["plan"]["dp"], hardware.peak["bf16"]
         ours = run["tokens_per_s"] * flops_per_token(PANGU, seq_len) / devices / peak
         print(f"{name:10} {devices:5}  {bin_name} {peak / 1e12:7.1f} {seq_len:6} |",
-              f"{run['tokens_per_s']:10.3g} {run['mfu']:7.1%} {ours:7.1%}",
+              "{tokens_per_s:10.3g} {mfu:7.1%}".format(**run), f"{ours:7.1%}",
               "| {tokens_per_s:10.3g} {mfu:7.1%} {step_time_s:8.2f} {mem_gib:6.1f}".format(**result),
               "yes" if result["fits"] else "no")
     hardware = HARDWARE[PAPER_BINS[0]]
@@ -2392,10 +2392,10 @@ def print_prediction(result):
     sent = result["bytes_by_tier"]
     print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
           "between nodes")
-    names = result["memory_by_stage"][0]
-    print("\nGiB at the peak of each pipeline rank, with all its stages\nrank ", *(f"{name:>11}" for name in names),
-          "        sum")
-    for rank, sizes in enumerate(result["memory_by_stage"]):
+    memories = result["memory_by_stage"]
+    print("\nGiB at the peak of each pipeline rank, with all its stages\nrank ",
+          *(f"{name:>11}" for name in memories[0]), "        sum")
+    for rank, sizes in enumerate(memories):
         peak = " <- peak" if rank == result["peak_rank"] else ""
         print(f"{rank:5}", *(f"{size:11.2f}" for size in sizes.values()), f"{sum(sizes.values()):11.2f}", peak)
     print(f"\nfits: {'yes' if result['fits'] else 'no, ' + result['why_not']}")
@@ -2500,9 +2500,9 @@ def draw_png(simulation, path, title):
             if action is None:
                 bars.append((rank, 0.8, start, end, COLOURS[name]))
                 continue
-            parts = action.parts()
-            for i, (kind, stage, _) in enumerate(parts):
-                middle, height = rank + 0.4 * ((2 * i + 1) / len(parts) - 1), 0.8 / len(parts)
+            height = 0.8 / len(action.parts())
+            for i, (kind, stage, _) in enumerate(action.parts()):
+                middle = rank - 0.4 + (i + 0.5) * height
                 bars.append((middle, height, start, end, colour(kind, stage // plan.pp)))
     figure, axes = pyplot.subplots(figsize=(16, 2 + 0.4 * plan.pp), layout="constrained")
     middle, height, start, end, colours = zip(*bars)
@@ -2561,7 +2561,7 @@ def choose_plan(text, model, config, hardware, devices):
         fill, why = devices or min(8, hardware.node_size), "the defaults; `plans` searches for the best"
     if text:
         why += ", but for what --plan says"
-    replica = plan.pp * plan.cp * plan.tp
+    replica = plan.world_size // plan.dp
     if "dp" not in given and fill % replica == 0:          # else check_plan says which number of devices would do
         plan = replace(plan, dp=fill // replica)
         why += f"; dp={plan.dp} fills {fill} devices"
@@ -2632,29 +2632,28 @@ def parse_arguments(argv):
             ("trace", "one step as a timeline", own),
             ("shapes", "the fastest shapes of a budget", str(PAPER_DEVICES))):
         command = commands.add_parser(name, help=about, description=about)
+        add = command.add_argument
         if name != "shapes":
-            command.add_argument("--model", default="pangu-ultra-moe-718b",
-                                 help="preset, or JSON file of Config's fields")
-        command.add_argument("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
-        command.add_argument("--devices", type=positive, help="number of devices; default: " + default_devices)
+            add("--model", default="pangu-ultra-moe-718b", help="preset, or JSON file of Config's fields")
+        add("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
+        add("--devices", type=positive, help="number of devices; default: " + default_devices)
         if name in ("plans", "shapes"):
-            command.add_argument("--seq-len", type=positive, help="tokens in a sequence; default: 4096, or "
-                                 "what the model takes")
-            command.add_argument("--top", type=positive, default=10, help="rows to print")
+            add("--seq-len", type=positive, help="tokens in a sequence; default: 4096, or what the model takes")
+            add("--top", type=positive, default=10, help="rows to print")
         if name == "plans":
-            command.add_argument("--global-batch", type=positive, required=True, help="sequences in an optimizer step")
+            add("--global-batch", type=positive, required=True, help="sequences in an optimizer step")
         if name == "shapes":
-            command.add_argument("--budget", default="active=39e9,total=718e9", help="parameters, no embedding, no MTP")
-            command.add_argument("--experts", type=int, default=256, help="routed experts of a layer; 0: any")
+            add("--budget", default="active=39e9,total=718e9", help="parameters, no embedding, no MTP")
+            add("--experts", type=int, default=256, help="routed experts of a layer; 0: any")
         if name in ("predict", "trace"):
-            command.add_argument("--plan", default="", help="key=value,... with lists joined by +, put on the paper's "
-                                 "plan for its model on its hardware, else on defaults that fill the devices")
-            command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1")
+            add("--plan", default="", help="key=value,... with lists joined by +, put on the paper's plan for its "
+                "model on its hardware, else on defaults that fill the devices")
+            add("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1")
         if name == "predict":
-            command.add_argument("--json", action="store_true", help="one JSON object on stdout: s, GiB, bytes")
+            add("--json", action="store_true", help="one JSON object on stdout: s, GiB, bytes")
         if name == "trace":
-            command.add_argument("--out", default="trace.json", help="file for Perfetto or chrome://tracing")
-            command.add_argument("--png", help="draw the pipeline to this file too; needs matplotlib")
+            add("--out", default="trace.json", help="file for Perfetto or chrome://tracing")
+            add("--png", help="draw the pipeline to this file too; needs matplotlib")
     return parser.parse_args(argv)
 
 
@@ -2706,18 +2705,19 @@ def run_trace(args, simulation, why):
             import matplotlib  # noqa: F401
         except ImportError:
             raise ValueError("--png draws with matplotlib: pip install matplotlib, or drop --png") from None
-    plan = simulation.plan
-    print_header(args.model, simulation.hardware, plan, why)
-    about = dict(model=args.model, hardware=simulation.hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
-                 plan=describe(asdict(plan)), source="simulated by sim.py, nothing was run")
+    plan, hardware = simulation.plan, simulation.hardware
+    settings = describe(asdict(plan))
+    print_header(args.model, hardware, plan, why)
+    about = dict(model=args.model, hardware=hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
+                 plan=settings, source="simulated by sim.py, nothing was run")
     write_trace(simulation, args.out, about)
     print(draw_text(step_spans(simulation)))
     print("forwards are the last digit of their micro-batch, backwards a letter (a is 0), = a pair of both; "
           "G gradients,\nO optimizer, S stragglers; blank: the rank waits\n\n"
           f"wrote {args.out}, for https://ui.perfetto.dev or chrome://tracing")
     if args.png:
-        draw_png(simulation, args.png, f"{args.model} on {plan.world_size} {simulation.hardware.name}, simulated\n"
-                                       f"{describe(asdict(plan))}")
+        title = f"{args.model} on {plan.world_size} {hardware.name}, simulated\n{settings}"
+        draw_png(simulation, args.png, title)
         print(f"wrote {args.png}")
 
 
