@@ -111,9 +111,19 @@ class Plan:
         return self.pp * self.dp * self.cp * self.tp
 
     @property
+    def at_once(self):
+        """Sequences in one micro-batch of all replicas."""
+        return self.dp * self.micro_batch
+
+    @property
     def n_micro(self):
         """Micro-batches of one step on each replica."""
-        return self.global_batch // (self.dp * self.micro_batch)
+        return self.global_batch // self.at_once
+
+    @property
+    def element(self):
+        """Bytes of a weight or an activation."""
+        return BYTES_OF[self.precision]
 
     @property
     def gathered_tokens(self):
@@ -246,7 +256,7 @@ def balance_group(config, plan):
         return config.balance_group
     replicas = max(1, plan.ep // (plan.cp * plan.tp))      # data ranks inside one expert group
     return dict(none=1, sequence=1, micro_batch=plan.micro_batch, ep_group=plan.micro_batch * replicas,
-                dp_group=plan.micro_batch * plan.dp)[config.balance]
+                dp_group=plan.at_once)[config.balance]
 
 
 def balance_ranks(config, plan):
@@ -315,8 +325,7 @@ def check_batch(config, plan):
     if plan.sp:
         slices = math.lcm(slices, plan.cp * plan.tp)
     check_multiple("seq_len", plan.seq_len, slices, f"{slices}, which cp={plan.cp} tp={plan.tp} sp={plan.sp} need")
-    at_once = plan.dp * plan.micro_batch                   # sequences in one micro-batch of all replicas
-    check_multiple("global_batch", plan.global_batch, at_once, f"dp*micro_batch={at_once}")
+    check_multiple("global_batch", plan.global_batch, plan.at_once, f"dp*micro_batch={plan.at_once}")
     size, own = balance_group(config, plan), plan.micro_batch
     fitting = divisors(own) + [own * ranks for ranks in divisors(plan.dp)[1:]]
     require(size in fitting, f"balance_group={size} sequences does not divide micro_batch*dp={own}*{plan.dp} into "
@@ -329,18 +338,17 @@ def check_multiple(name, value, unit, what):
 
 def check_schedule(plan):
     n, pp, name = plan.n_micro, plan.pp, plan.schedule
-    at_once = plan.dp * plan.micro_batch
     require(name != "1f1b" or plan.vpp == 1,
             f"schedule=1f1b needs vpp=1, not vpp={plan.vpp}: use vpp=1 or interleaved")
     require(plan.overlap == "none" or name == "paired",
             f"overlap=adaptive needs pairs of forward and backward, schedule={name} has none: use paired")
     if name == "1f1b":
         require(n >= pp, f"schedule=1f1b with pp={pp} needs {pp} micro-batches, the plan has {n}: use global_batch="
-                         f"{pp * at_once}")
+                         f"{pp * plan.at_once}")
         return
     turns = max(1, n // pp)
     require(n % turns == 0, f"schedule={name} cannot run {n} micro-batches in {turns} equal turns of at least pp={pp}: "
-                            f"use global_batch={turns * pp * at_once}")
+                            f"use global_batch={turns * pp * plan.at_once}")
 
 
 def check_live(config, plan):
@@ -444,7 +452,7 @@ def share_that_crosses(config, plan):
 def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
     """{way: bytes of dispatch and combine} by a rank to one peer. inside: of its own node; rows: that it dispatches to
     the peer and gets back; rows_of_peer: that the peer dispatches to it and it sends back."""
-    element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
+    element, k = plan.element, config.num_experts_per_tok
     row = element * config.hidden_size
     counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
     if inside or plan.dispatch == "flat":                  # a row for each choice, with its weight
@@ -842,7 +850,7 @@ def peak_of(hardware, precision, narrow=False):
 
 def gradient_bytes(plan):
     """Of one gradient while micro-batches are summed: float32 beside bf16, fp16 as it is (Megatron-LM's defaults)."""
-    return 2 if plan.precision == "fp16" else max(4, BYTES_OF[plan.precision])
+    return 2 if plan.precision == "fp16" else max(4, plan.element)
 
 
 def tier_of(plan, axis):
@@ -951,7 +959,7 @@ class Work:
 
     def __init__(self, shape, plan, kind):
         self.shape, self.plan, self.kind = shape, plan, kind
-        self.element = BYTES_OF[plan.precision]
+        self.element = plan.element
         self.precise = max(4, self.element)                # bytes of what is computed in float32 or better
         self.matmuls = {} if kind == "embedding" else shape.matmuls(kind)
         self.ops = []
@@ -1475,7 +1483,6 @@ class Streams:
         return self.compute(layer, part, "I", after)
 
     def make_weight_gradients(self):
-        """All that were put off."""
         for layer, part in self.waiting:
             self.compute(layer, part, "W", 0.0)
         self.waiting.clear()
@@ -1793,10 +1800,7 @@ class Simulation:
     @cached_property
     def unlike_ranks(self):
         """list: of the pipeline ranks that hold layers of the same kinds the first, which has the most in flight."""
-        first = {}
-        for rank, kinds in enumerate(self.kinds_of):
-            first.setdefault(kinds, rank)
-        return list(first.values())
+        return [rank for rank, kinds in enumerate(self.kinds_of) if self.kinds_of.index(kinds) == rank]
 
     # seconds
 
@@ -1823,7 +1827,7 @@ class Simulation:
 
     def stream_bytes(self):
         """What a device sends to the next stage."""
-        return self.plan.tokens * self.shape.hidden_size * BYTES_OF[self.plan.precision]
+        return self.plan.tokens * self.shape.hidden_size * self.plan.element
 
     @property
     def link(self):
@@ -1852,7 +1856,7 @@ class Simulation:
         gradients = weights_seconds(plan, self.hardware, held, gradient_bytes(plan))
         if plan.zero == 0:                                 # the second half of an all-reduce
             return 2 * gradients
-        return gradients + weights_seconds(plan, self.hardware, held, BYTES_OF[plan.precision])
+        return gradients + weights_seconds(plan, self.hardware, held, plan.element)
 
     def optimizer_seconds(self, rank):
         seconds = self.optimizer_bytes(rank) / self.hardware.memory_rate
@@ -1862,7 +1866,7 @@ class Simulation:
 
     def optimizer_bytes(self, rank):
         """Moved by AdamW: reads gradient, master, two moments; writes three of them and the weight."""
-        return self.params_cut[rank] * (7 * 4 + BYTES_OF[self.plan.precision])
+        return self.params_cut[rank] * (7 * 4 + self.plan.element)
 
     @cached_property
     def ends(self):
@@ -1925,7 +1929,7 @@ class Simulation:
     def memory(self, rank):
         """Bytes of a pipeline rank at its peak, by part."""
         plan, hardware, cut = self.plan, self.hardware, self.params_cut[rank]
-        element, whole = BYTES_OF[plan.precision], sum(self.params[rank].values())
+        element, whole = plan.element, sum(self.params[rank].values())
         kept = cut if plan.zero == 3 else whole
         # float32 masters and two moments; whole float32 weights are their own masters
         optimizer = cut * (8 if element >= 4 and cut == whole else 12)
@@ -1948,7 +1952,7 @@ class Simulation:
             if plan.ep > 1:                                # those of two passes, before and after
                 rows = max(rows, 4 * work.saved.get("rows", 0))
             if plan.zero == 3:                             # weights of two layers, float32 gradients of one
-                layer = max(layer, sum(work.params.values()) * (2 * BYTES_OF[plan.precision] + 4))
+                layer = max(layer, sum(work.params.values()) * (2 * plan.element + 4))
             again = max(again, sum(work.saved.values()) - self.kept[kind])
         return rows + layer + again
 
@@ -2565,7 +2569,7 @@ def choose_plan(text, model, config, hardware, devices):
     if "dp" not in given and fill % replica == 0:          # else check_plan says which number of devices would do
         plan = replace(plan, dp=fill // replica)
         why += f"; dp={plan.dp} fills {fill} devices"
-    enough = plan.dp * plan.micro_batch * plan.pp          # any schedule can run these
+    enough = plan.at_once * plan.pp                        # any schedule can run these
     if "global_batch" not in given and plan.global_batch < enough:
         plan = replace(plan, global_batch=enough)
         why += f"; global_batch={enough}, enough for any schedule"
