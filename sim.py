@@ -107,9 +107,19 @@ class Plan:
         return self.pp * self.dp * self.cp * self.tp
 
     @property
+    def at_once(self):
+        """Sequences in one micro-batch of all replicas."""
+        return self.dp * self.micro_batch
+
+    @property
     def n_micro(self):
         """Micro-batches of one step on each replica."""
-        return self.global_batch // (self.dp * self.micro_batch)
+        return self.global_batch // self.at_once
+
+    @property
+    def element(self):
+        """Bytes of a weight or an activation."""
+        return BYTES_OF[self.precision]
 
     @property
     def gathered_tokens(self):
@@ -143,11 +153,6 @@ class Plan:
     def is_plain(self):
         """Micro-batches run one after the other, without stages, pairs or deferred weight gradients."""
         return self.n_stages == 1 and self.schedule == "1f1b"
-
-    @property
-    def ends_apart(self):
-        """The first and the last stage are on different ranks: where both read the embedding, both hold it."""
-        return self.pp > 1
 
     # -- groups of ranks
 
@@ -225,13 +230,9 @@ def plan_value(name, text):
 def parse_plan(text, **defaults):
     """Plan from `tp=8,pp=16,recompute=act,permute,layer_split=2+2+1`; ValueError for what it cannot read."""
     names = [field.name for field in fields(Plan)]
-    texts, name = {}, ""
-    for item in text.split(",") if text else ():
-        if "=" in item:
-            name, _, texts[name] = item.partition("=")
-        else:                                              # a list goes on
-            require(name, f"plan {text!r}: write key=value,...")
-            texts[name] += "," + item
+    items = re.split(",(?=[^,]*=)", text) if text else []          # where another key follows: commas join lists too
+    require(all("=" in item for item in items), f"plan {text!r}: write key=value,...")
+    texts = dict(item.split("=", 1) for item in items)
     unknown = set(texts) - set(names)
     require(not unknown, f"unknown plan key {min(unknown, default='')!r}: use one of {', '.join(names)}")
     values = {name: plan_value(name, value) for name, value in texts.items()}
@@ -261,7 +262,7 @@ def balance_group(config, plan):
         return config.balance_group
     replicas = max(1, plan.ep // (plan.cp * plan.tp))      # data ranks inside one expert group
     return dict(none=1, sequence=1, micro_batch=plan.micro_batch, ep_group=plan.micro_batch * replicas,
-                dp_group=plan.micro_batch * plan.dp)[config.balance]
+                dp_group=plan.at_once)[config.balance]
 
 
 def balance_ranks(config, plan):
@@ -290,11 +291,10 @@ def check_plan(config, plan, hardware=None, devices=None):
 def check_cuts(config, plan):
     """What is cut must be whole on every rank: heads, widths, experts, and ranks of the expert mesh."""
     c, moe = config, has_experts(config)
-    check_divides("tp", plan.tp, "num_attention_heads", c.num_attention_heads)
+    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
+        check_divides("tp", plan.tp, name, getattr(c, name))
     if isinstance(c, Shape) and c.attn_type == "gqa":
         check_divides("tp", plan.tp, "num_key_value_heads", c.num_key_value_heads)
-    check_divides("tp", plan.tp, "intermediate_size", c.intermediate_size)
-    check_divides("tp", plan.tp, "vocab_size", c.vocab_size)
     if moe:
         check_divides("tp", plan.tp, "width of the shared experts", c.n_shared_experts * c.moe_intermediate_size)
         check_divides("ep", plan.ep, "n_routed_experts", c.n_routed_experts)
@@ -331,8 +331,7 @@ def check_batch(config, plan):
     if plan.sp:
         slices = math.lcm(slices, plan.cp * plan.tp)
     check_multiple("seq_len", plan.seq_len, slices, f"{slices}, which cp={plan.cp} tp={plan.tp} sp={plan.sp} need")
-    at_once = plan.dp * plan.micro_batch                   # sequences in one micro-batch of all replicas
-    check_multiple("global_batch", plan.global_batch, at_once, f"dp*micro_batch={at_once}")
+    check_multiple("global_batch", plan.global_batch, plan.at_once, f"dp*micro_batch={plan.at_once}")
     size, own = balance_group(config, plan), plan.micro_batch
     fitting = divisors(own) + [own * ranks for ranks in divisors(plan.dp)[1:]]
     require(size in fitting, f"balance_group={size} sequences does not divide micro_batch*dp={own}*{plan.dp} into "
@@ -345,18 +344,17 @@ def check_multiple(name, value, unit, what):
 
 def check_schedule(plan):
     n, pp, name = plan.n_micro, plan.pp, plan.schedule
-    at_once = plan.dp * plan.micro_batch
     require(name != "1f1b" or plan.vpp == 1,
             f"schedule=1f1b needs vpp=1, not vpp={plan.vpp}: use vpp=1 or interleaved")
     require(plan.overlap == "none" or name == "paired",
             f"overlap=adaptive needs pairs of forward and backward, schedule={name} has none: use paired")
     if name == "1f1b":
         require(n >= pp, f"schedule=1f1b with pp={pp} needs {pp} micro-batches, the plan has {n}: use global_batch="
-                         f"{pp * at_once}")
+                         f"{pp * plan.at_once}")
         return
     turns = max(1, n // pp)
     require(n % turns == 0, f"schedule={name} cannot run {n} micro-batches in {turns} equal turns of at least pp={pp}: "
-                            f"use global_batch={turns * pp * at_once}")
+                            f"use global_batch={turns * pp * plan.at_once}")
 
 
 def check_live(config, plan):
@@ -373,7 +371,7 @@ def check_live(config, plan):
 
 
 def check_devices(plan, devices):
-    rest = plan.pp * plan.cp * plan.tp
+    rest = plan.world_size // plan.dp
     fit = f"use dp={devices // rest}" if devices % rest == 0 else f"use pp*cp*tp among {divisors(devices)}"
     require(plan.world_size == devices, f"pp*dp*cp*tp={plan.pp}*{plan.dp}*{plan.cp}*{plan.tp}={plan.world_size} "
                                         f"for {devices} devices: {fit}")
@@ -416,17 +414,28 @@ def exchange_bytes(config, plan, ids=None):
     if ids is None:
         one = uniform_exchange(config, plan)
         return {way: {tier: [sent] * plan.ep for tier, sent in tiers.items()} for way, tiers in one.items()}
-    return routed_exchange(config, plan, ids)
+    sent = {way: dict(inner=[0] * plan.ep, outer=[0] * plan.ep) for way in ("forward", "backward")}
+    rows = routed_rows(config, plan, ids)
+    for source, peer in product(range(plan.ep), repeat=2):
+        inside = source // plan.inner == peer // plan.inner
+        same_place = source % plan.inner == peer % plan.inner
+        talk = inside or same_place or plan.goes_directly
+        if source == peer or not talk:
+            continue
+        tier = "inner" if inside else "outer"
+        for way, size in bytes_to_peer(config, plan, inside, rows[source, peer], rows[peer, source]).items():
+            sent[way][tier][source] += size
+    return sent
 
 
 def uniform_exchange(config, plan):
     """{way: {tier: bytes}} of any rank: under uniform routing all ranks, and all peers of a tier, are alike."""
-    nodes, choices = plan.ep // plan.inner, plan.tokens * config.num_experts_per_tok
+    choices, inner_peers = plan.tokens * config.num_experts_per_tok, plan.inner - 1
     if plan.goes_directly:
-        inner_peers, outer_peers = plan.inner - 1, plan.ep - plan.inner
+        outer_peers = plan.ep - plan.inner
         inner_rows = outer_rows = choices / plan.ep        # a rank's choices are spread over all ranks
     else:
-        inner_peers, outer_peers = plan.inner - 1, nodes - 1       # between nodes to the rank of the same place alone
+        outer_peers = plan.ep // plan.inner - 1            # the ranks of the same place in other nodes
         inner_rows = choices / plan.inner                  # choices of a node's ranks for this node's experts
         outer_rows = plan.tokens * share_that_crosses(config, plan)
     inner = bytes_to_peer(config, plan, True, inner_rows, inner_rows)
@@ -447,41 +456,28 @@ def share_that_crosses(config, plan):
 
 
 def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
-    """{way: bytes} of a rank to one peer, dispatch and combine together. inside: of its own node; rows: that it
-    dispatches to the peer and gets back; rows_of_peer: that the peer dispatches to it and it sends back."""
-    element, k = BYTES_OF[plan.precision], config.num_experts_per_tok
+    """{way: bytes of dispatch and combine} by a rank to one peer. inside: of its own node; rows: that it dispatches to
+    the peer and gets back; rows_of_peer: that the peer dispatches to it and it sends back."""
+    element, k = plan.element, config.num_experts_per_tok
     row = element * config.hidden_size
     counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
-    if inside or plan.goes_directly:                       # a row for each choice, with its weight
+    if inside or plan.goes_directly:                  # a row for each choice, with its weight
         header, weights, numbers = counts, element, 0
     else:                                                  # a row for each token, with all of its choices
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
-        if plan.crosses_if_wanted:                         # tokens that come, rows for each expert of the peer's node
+        if plan.crosses_if_wanted:                       # tokens that come, rows for each expert of the peer's node
             header = INDEX_BYTES + counts * plan.inner
     return dict(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
                 backward=rows * row + rows_of_peer * (row + weights))
 
 
-def routed_exchange(config, plan, ids):
-    """exchange_bytes for given ids, pair by pair."""
-    sent = {way: dict(inner=[0] * plan.ep, outer=[0] * plan.ep) for way in ("forward", "backward")}
-    rows = routed_rows(config, plan, ids)
-    for source, peer in product(range(plan.ep), repeat=2):
-        inside = source // plan.inner == peer // plan.inner
-        same_place = source % plan.inner == peer % plan.inner
-        talk = inside or same_place or plan.goes_directly
-        if source == peer or not talk:
-            continue
-        tier = "inner" if inside else "outer"
-        pair = bytes_to_peer(config, plan, inside, rows[source, peer], rows[peer, source])
-        for way in sent:
-            sent[way][tier][source] += pair[way]
-    return sent
-
-
 def routed_rows(config, plan, ids):
-    """{(source, peer): rows dispatched}: of each choice to its expert's rank, or of each token to the ranks of its own
-    place in the nodes, and from there of each choice."""
+    """{(source, peer): rows dispatched}.
+
+    flat: a row for each choice, from the token's rank to the expert's. hierarchical: a row for each token to the rank
+    of the same place in every other node, and from there a row for each choice inside that node. dedup: the same, but
+    only to nodes that the token needs.
+    """
     rows, nodes = Counter(), range(plan.ep // plan.inner)
     for source, tokens in enumerate(ids):
         place = source % plan.inner
@@ -689,11 +685,12 @@ def _device(generation, name, tflops, memory, gb_per_s, inner, outer, cores, tfl
     peak["fp32"] = peak["bf16"] * (0.281 if ascend else 0.5)               # cube in fp32, tensor cores in TF32
     # a group's buffers: HCCL's two of 200 MB by default; NCCL's and what goes with it, as BLOOM's nvidia-smi suggests
     communicator = (0.4 if ascend else 2.0) * GIB
-    of_generation = {name: values[GENERATIONS.index(generation) % len(values)] for name, values in CONSTANTS.items()}
+    index = GENERATIONS.index(generation)
+    constants = {name: values[index] if len(values) > 1 else values[0] for name, values in CONSTANTS.items()}
     return Hardware(
         name, peak, memory, gb_per_s * GB, node_size, topology="mesh" if ascend and node_size == 8 else "switch",
         inner_bandwidth=inner * GB, outer_bandwidth=outer * GB, cores=cores, communicator=communicator,
-        fragmentation=0.15, generation=generation, **of_generation)
+        fragmentation=0.15, generation=generation, **constants)
 
 
 # Ascend 910B: Ascend/msmodeling, tensor_cast/device.py. Bins differ in cube cores (8192 FLOP a cycle) and clock. Full
@@ -859,7 +856,7 @@ def peak_of(hardware, precision, narrow=False):
 
 def gradient_bytes(plan):
     """Of one gradient while micro-batches are summed: float32 beside bf16, fp16 as it is (Megatron-LM's defaults)."""
-    return 2 if plan.precision == "fp16" else max(4, BYTES_OF[plan.precision])
+    return 2 if plan.precision == "fp16" else max(4, plan.element)
 
 
 def tier_of(plan, axis):
@@ -951,13 +948,6 @@ def on_hardware(config, hardware):
     return replace(shape, value_padded=True) if hardware.value_padded else shape
 
 
-class Gather(NamedTuple):
-    """An all-gather or a reduce-scatter of activations, before or after a part of a layer."""
-    axis: str
-    part: str
-    again: frozenset               # items of Plan.recompute under which backward runs it again
-
-
 class SavedTensor(NamedTuple):
     """A tensor that forward leaves for backward."""
     size: float                    # bytes
@@ -975,15 +965,22 @@ class Work:
 
     def __init__(self, shape, plan, kind):
         self.shape, self.plan, self.kind = shape, plan, kind
-        self.element = BYTES_OF[plan.precision]
+        self.element = plan.element
         self.precise = max(4, self.element)                # bytes of what is computed in float32 or better
         self.matmuls = {} if kind == "embedding" else shape.matmuls(kind)
         self.ops = []
         self.tensors = {}                                  # name -> SavedTensor
         self.params = Counter(dp=0, edp=0)                 # held by this rank, by the axis of Plan.holders
-        self.collectives = Counter()                       # Gather -> bytes sent in that group, forward
+        # (axis, part before or after which it is, items that run it again) of an all-gather or a reduce-scatter of
+        # activations -> bytes sent in that group, forward
+        self.collectives = Counter()
         self.regions = ()                                  # items of Plan.recompute that run what is recorded now again
-        dict(embedding=self.embedding, head=self.head).get(kind, self.layer)()
+        if kind == "embedding":
+            self.embedding()
+        elif kind == "head":
+            self.head()
+        else:
+            self.layer()
 
     @property
     def is_layer(self):
@@ -1025,13 +1022,14 @@ class Work:
                                self.items(again)))
         self.params["edp" if cut == "experts" else "dp"] += own.copies * own.n_in * own.n_out
 
-    def vector(self, part, name, elements, again=(), cached=False):
-        """An operator that only moves memory: elements read and written."""
-        self.ops.append(Vector(part, name, elements * self.element, cached, self.items(again)))
+    def vector(self, part, name, elements, again=(), cached=False, size=0):
+        """An operator that only moves memory: elements read and written. size: as of keep."""
+        self.ops.append(Vector(part, name, elements * (size or self.element), cached, self.items(again)))
 
-    def norm(self, part, name, width, owner, again=(), residual=False):
-        """residual: followed by the sum with the residual stream, which is read and written too."""
-        tokens = self.plan.tokens
+    def norm(self, part, name, owner, width=0, again=(), residual=False):
+        """width: the model's, unless given. residual: followed by the sum with the residual stream, which is read and
+        written too."""
+        tokens, width = self.plan.tokens, width or self.shape.hidden_size
         self.vector(part, name, (5 if residual else 2) * tokens * width, again)
         self.params["dp"] += width
         self.keep(name, tokens * width, owner)             # its input; fused kernels keep 4 bytes a token beside it
@@ -1048,8 +1046,8 @@ class Work:
 
     def gather(self, axis, part, tokens, width):
         """All-gather of each rank's `tokens`, or the reduce-scatter that is as long; an all-reduce is both."""
-        where = Gather(axis, part, self.items(()))
-        self.collectives[where] += (getattr(self.plan, axis) - 1) * tokens * width * self.element
+        sent = (getattr(self.plan, axis) - 1) * tokens * width * self.element
+        self.collectives[axis, part, self.items(())] += sent
 
     def gather_stream(self, part, times=1):
         """Residual stream to all tokens, or their sums back (sp=1); an all-reduce of sums (sp=0) is as long as both."""
@@ -1080,21 +1078,24 @@ class Work:
             self.keep("ids", self.plan.tokens * c.num_experts_per_tok, "routing", size=8)
         with self.runs_again("layer"):
             with self.runs_again("attention"):
-                self.norm("attend", "input_layernorm", c.hidden_size, "norms", again=("norm",), residual=not sandwich)
+                self.norm("attend", "input_layernorm", "norms", again=("norm",), residual=not sandwich)
                 if c.attn_type == "mla":
                     self.latent_attention()
                 else:
                     self.grouped_attention()
-            self.output_projection()
+            # a matmul whose weight gradient may be deferred keeps its input last: attention runs again to this point
+            again = () if self.plan.is_plain else ("attention",)
+            self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
+            self.gather_stream("attend", times=1 if self.plan.sp else 2)
             if sandwich:
-                self.norm("attend", "post_attention_layernorm", c.hidden_size, "norms", residual=True)
-            self.norm("attend", "pre_mlp_layernorm", c.hidden_size, "norms", again=("norm",), residual=not sandwich)
+                self.norm("attend", "post_attention_layernorm", "norms", residual=True)
+            self.norm("attend", "pre_mlp_layernorm", "norms", again=("norm",), residual=not sandwich)
             if self.kind == "dense":
                 self.mlp("experts", "mlp")
             else:
                 self.moe()
             if sandwich:
-                self.norm("combine", "post_mlp_layernorm", c.hidden_size, "norms", residual=True)
+                self.norm("combine", "post_mlp_layernorm", "norms", residual=True)
         if self.kind == "mtp":
             self.join()
 
@@ -1106,10 +1107,10 @@ class Work:
         latent = c.kv_lora_rank + c.qk_rope_head_dim       # of keys and values, with the key that has the position
         self.keep_input("attn_in", own * c.hidden_size, "attention", again=("norm",))
         self.matmul("attend", "q_a_proj", own)
-        self.norm("attend", "q_a_layernorm", c.q_lora_rank, "attention", again=("norm",))
+        self.norm("attend", "q_a_layernorm", "attention", c.q_lora_rank, again=("norm",))
         self.matmul("attend", "kv_a_proj_with_mqa", own)   # the same input
         self.keep("kv_a_layernorm", own * latent, "attention")             # its input is a slice, which keeps the whole
-        self.norm("attend", "kv_a_layernorm", c.kv_lora_rank, "attention", again=("norm",))
+        self.norm("attend", "kv_a_layernorm", "attention", c.kv_lora_rank, again=("norm",))
         if plan.sp:
             self.gather("tp", "attend", own, c.q_lora_rank + latent)
         self.gather("cp", "attend", tokens, latent)
@@ -1125,10 +1126,8 @@ class Work:
 
     def keep_latent(self, name, tokens, width):
         """A latent that was gathered is kept: running its norm again is no way to it."""
-        if tokens > self.plan.tokens:
-            self.keep_input(f"gathered_{name}", tokens * width, "attention")
-        else:
-            self.keep_input(name, tokens * width, "attention", again=("norm",))
+        again = () if tokens > self.plan.tokens else ("norm",)
+        self.keep_input(name, tokens * width, "attention", again=again)
 
     def grouped_attention(self):
         c, plan = self.shape, self.plan
@@ -1153,7 +1152,7 @@ class Work:
         self.attention_kernel(heads, qk + v, moved=(tokens * heads + keys * kv_heads) * (qk + v))
         if plan.cp > 1:                                    # pieces of a ring are merged one by one, in float32
             merged = (plan.cp - 1) * tokens * heads * v
-            self.vector("attend", "ring_merge", 4 * merged * self.precise / self.element)
+            self.vector("attend", "ring_merge", 4 * merged, size=self.precise)
         if padded != v:
             self.keep("attn_padded", tokens * heads * padded, "attention", swap="attn_out")
         self.keep_input("attn_out", tokens * heads * v, "attention", swap="attn_out")
@@ -1164,12 +1163,6 @@ class Work:
         causal_flops = 2 * tokens * seq_len * heads * width / 2            # half of the square of scores
         self.ops.append(Attention("attend", "attention", causal_flops, moved * self.element, seq_len, self.items(())))
         self.keep("log_sum", tokens * heads, "attention", size=self.precise)
-
-    def output_projection(self):
-        # a matmul whose weight gradient may be deferred keeps its input last: attention runs again to this point
-        again = () if self.plan.is_plain else ("attention",)
-        self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
-        self.gather_stream("attend", times=1 if self.plan.sp else 2)
 
     def mlp(self, part, name):
         """A dense MLP or the shared experts, their inner width cut by tensor ranks."""
@@ -1216,7 +1209,7 @@ class Work:
         if precise == self.element or "permute" in plan.recompute:
             self.keep_input("mlp_in", own * c.hidden_size, "routing", again=("norm",))
         self.matmul("attend", "router", own, in_16_bits=True)
-        self.vector("attend", "choose", 6 * own * experts * precise / self.element)
+        self.vector("attend", "choose", 6 * own * experts, size=precise)
         self.keep("scores", own * experts, "routing", size=precise)
         self.keep("slot", own * k, "routing", size=8)
         if c.norm_topk_prob:
@@ -1247,10 +1240,10 @@ class Work:
         c, own = self.shape, self.plan.tokens
         if c.mtp_hidden == "pre_norm":                     # the same tensor as the input of the last norm before
             self.keep("hnorm", 0, "MTP")
-        self.norm("attend", "enorm", c.hidden_size, "MTP")
-        self.norm("attend", "hnorm", c.hidden_size, "MTP")
-        self.norm("attend", "shared_head.norm", c.hidden_size, "head")
-        if not self.plan.ends_apart:                  # else the copy counts it
+        self.norm("attend", "enorm", "MTP")
+        self.norm("attend", "hnorm", "MTP")
+        self.norm("attend", "shared_head.norm", "head")
+        if self.plan.pp == 1:                              # else the copy counts it
             self.look_up()
         self.keep_input("eh_in", own * 2 * c.hidden_size, "MTP")
         self.matmul("attend", "eh_proj", own)
@@ -1260,28 +1253,48 @@ class Work:
     def head(self):
         """Last norm, then head and loss of every depth, the vocabulary cut by tensor ranks."""
         c, plan = self.shape, self.plan
-        self.norm("attend", "norm", c.hidden_size, "head")
-        for depth in range(1 + c.num_nextn_predict_layers):
-            self.predict_tokens(depth, plan.gathered_tokens, c.vocab_size // plan.tp)
-        # all depths share one matrix, which may be the embedding's
-        tied = c.tie_word_embeddings and not plan.ends_apart
-        matrix = 0 if tied else c.vocab_size // plan.tp * c.hidden_size
-        self.params["dp"] = c.hidden_size + matrix
-
-    def predict_tokens(self, depth, tokens, vocab):
+        tokens, vocab = plan.gathered_tokens, c.vocab_size // plan.tp
         # in forward alone: targets (int64), all-reduces of the highest logit and of the sum of the softmax
-        forward_alone = 8 + 2 * 2 * self.precise              # bytes of a token
-        width = self.shape.hidden_size + forward_alone / 2 / self.element
-        self.gather("tp", "attend", tokens / self.plan.tp, width)
-        self.matmul("attend", "lm_head", tokens, cut="out", in_16_bits=True)
-        self.vector("attend", "loss", 4 * tokens * vocab * self.precise / self.element, cached=True)
-        self.keep_loss(depth, tokens, vocab)
+        forward_alone = 8 + 2 * 2 * self.precise           # bytes of a token
+        self.norm("attend", "norm", "head")
+        for depth in range(1 + c.num_nextn_predict_layers):
+            self.gather("tp", "attend", tokens / plan.tp, c.hidden_size + forward_alone / 2 / self.element)
+            self.matmul("attend", "lm_head", tokens, cut="out", in_16_bits=True)
+            self.vector("attend", "loss", 4 * tokens * vocab, cached=True, size=self.precise)
+            self.keep_loss(depth, tokens, vocab)
+        # all depths share one matrix, which may be the embedding's if that is on this rank
+        tied = c.tie_word_embeddings and plan.pp == 1
+        self.params["dp"] = c.hidden_size + (0 if tied else vocab * c.hidden_size)
 
     def keep_loss(self, depth, tokens, vocab):
         """The loss makes its gradients in forward: of its input, and of the head's weight in float32 or better."""
         width = self.shape.hidden_size
         self.keep(f"grad_h.{depth}", tokens * width, "head")
         self.keep(f"grad_w.{depth}", vocab * width, "head", size=self.precise)
+
+
+class SavedBytes(NamedTuple):
+    """Of one micro-batch, for its backward: kept on the device, and swapped to the host."""
+    kept: float
+    swapped: float
+
+
+def saved_by_part(works):
+    """Bytes that backward needs of one micro-batch, by the tensors' owners; `host`: what is swapped."""
+    sizes = Counter()
+    for work in works:
+        items = items_in_force(work.plan)
+        for tensor in work.tensors.values():
+            if tensor.again.isdisjoint(items):
+                sizes["host" if tensor.swap in items else tensor.owner] += tensor.size
+    return sizes
+
+
+def saved_bytes(work):
+    """SavedBytes of a layer, the embedding or the head, under its plan's recompute and swap."""
+    sizes = saved_by_part([work])
+    swapped = sizes.pop("host", 0)
+    return SavedBytes(sum(sizes.values()), swapped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1291,11 +1304,9 @@ class Work:
 def stage_layers(config, plan):
     """list (pp*vpp) of lists of layer numbers. The embedding is on the first stage, head and MTP layers on the last."""
     split = plan.layer_split or even_split(as_shape(config), plan.pp, plan.vpp, plan.seq_len)
-    layers, first = [], 0
-    for n in split:
-        layers.append(list(range(first, first + n)))
-        first += n
-    layers[-1] += range(first, first + config.num_nextn_predict_layers)
+    numbers = iter(range(config.num_hidden_layers + config.num_nextn_predict_layers))
+    layers = [list(islice(numbers, n)) for n in split]
+    layers[-1] += numbers                                  # those that are left: MTP's
     return layers
 
 
@@ -1325,41 +1336,14 @@ def stage_kinds(shape, plan):
     kinds = layer_kinds(shape)
     stages = [[kinds[i] for i in layers] for layers in stage_layers(shape, plan)]
     stages[0].insert(0, "embedding")
-    if "mtp" in kinds and plan.ends_apart:            # a copy of the embedding feeds the MTP layers
+    if "mtp" in kinds and plan.pp > 1:                     # a copy of the embedding feeds the MTP layers
         stages[-1].insert(stages[-1].index("mtp"), "embedding")
     stages[-1].append("head")
     return [tuple(stage) for stage in stages]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is saved for backward
-
-
-def saved_by_part(works):
-    """Bytes that backward needs of one micro-batch, by the tensors' owners; `host`: what is swapped."""
-    sizes = Counter()
-    for work in works:
-        items = items_in_force(work.plan)
-        for tensor in work.tensors.values():
-            if tensor.again.isdisjoint(items):
-                sizes["host" if tensor.swap in items else tensor.owner] += tensor.size
-    return sizes
-
-
-def saved_bytes(work):
-    """(bytes kept, bytes swapped) of a layer, the embedding or the head, under its plan's recompute and swap."""
-    sizes = saved_by_part([work])
-    return sizes.total() - sizes["host"], sizes["host"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The time of a layer
-
-
-class Collective(NamedTuple):
-    axis: str
-    tier: str
-    seconds: float
 
 
 class LayerTime:
@@ -1377,14 +1361,14 @@ class LayerTime:
         self.whole_again = work.is_layer and "layer" in self.items
         self.rows_again = self._when_rows_travel_again()
         self.compute = Counter()                           # (part, pass) -> seconds; pass: F, I, W, or B = I + W
-        self.collectives = defaultdict(list)               # part -> list of Collective of one pass
+        self.collectives = defaultdict(list)               # part -> list of (axis, tier, seconds) of one pass
         self.exchange = {"F": Counter(), "B": Counter()}   # pass -> tier -> seconds of one way
         self.sent = Counter()                              # tier -> bytes of a forward and a backward
         self._time_operators()
         self._time_collectives()
         if self.has_experts:
             self._time_exchange()
-        self.swap = saved_bytes(work)[1] / hardware.host_bandwidth
+        self.swap = saved_bytes(work).swapped / hardware.host_bandwidth
         # (tier, seconds) with zero=3: weights are gathered in forward and in backward, gradients scattered after it
         self.weights = self._of_weights(work.element)
         self.gradients = self._of_weights(4)
@@ -1404,26 +1388,22 @@ class LayerTime:
 
     def _time_operators(self):
         for op in self.work.ops:
-            seconds = op.seconds(self.plan, self.hardware)
+            forward, inputs, weights = op.seconds(self.plan, self.hardware)
             busiest = self.slower if self.has_experts and op.part == "experts" else 1.0
-            self.compute[op.part, "F"] += busiest * seconds.forward
-            self.compute[op.part, "I"] += busiest * seconds.inputs
-            self.compute[op.part, "W"] += busiest * seconds.weights
-            self.compute[op.part, "B"] += busiest * (seconds.inputs + seconds.weights)
+            for which, seconds in dict(F=forward, I=inputs, W=weights, B=inputs + weights).items():
+                self.compute[op.part, which] += busiest * seconds
             if not op.again.isdisjoint(self.items):
-                self.compute["recompute", "F"] += busiest * seconds.forward
+                self.compute["recompute", "F"] += busiest * forward
 
     def _time_collectives(self):
         for (axis, part, again), sent in self.work.collectives.items():
             tier = tier_of(self.plan, axis)
             seconds = axis_seconds(self.plan, self.hardware, axis, sent)
             seconds *= 1 - self.plan.hidden_share(axis, self.hardware)
-            passes = 2
-            self.collectives[part].append(Collective(axis, tier, seconds))
-            if not again.isdisjoint(self.items):
-                self.collectives["recompute"].append(Collective(axis, tier, seconds))
-                passes = 3
-            self.sent[tier] += passes * sent
+            parts = [part] if again.isdisjoint(self.items) else [part, "recompute"]
+            for one in parts:
+                self.collectives[one].append((axis, tier, seconds))
+            self.sent[tier] += (1 + len(parts)) * sent     # the first in forward and in backward
 
     def _time_exchange(self):
         plan = self.plan
@@ -1509,7 +1489,6 @@ class Streams:
         return self.compute(layer, part, "I", after)
 
     def make_weight_gradients(self):
-        """All that were put off."""
         for layer, part in self.waiting:
             self.compute(layer, part, "W", 0.0)
         self.waiting.clear()
@@ -1712,15 +1691,11 @@ def in_flight(schedule, pp, vpp, n_micro, rank):
     plan = Plan(pp=pp, vpp=vpp, schedule=schedule, global_batch=n_micro)
     live, grown, peaks = dict.fromkeys(plan.stages_of(rank), 0), False, set()
     for action in rank_actions(plan, rank):
-        forward, backward = action.stages
-        if forward is not None:
-            live[forward] += 1
-            grown = True
-        if backward is not None:
-            if grown:                                      # one less from here on: a peak lies behind
+        for kind, stage, _ in action.parts():
+            if kind == "B" and grown:                      # one less from here on: a peak lies behind
                 peaks.add(tuple(live.values()))
-            live[backward] -= 1
-            grown = False
+            live[stage] += 1 if kind == "F" else -1
+            grown = kind == "F"
     return np.array(list(peaks))
 
 
@@ -1734,27 +1709,22 @@ class Step(NamedTuple):
 
 def in_order(plan, table):
     """list of Step: each rank runs as far as its inputs allow, until all are done."""
-    # (stage, micro-batch) whose forward, or backward, can run -> numbers of the steps on other ranks that make its
-    # input: none for the tokens of the first stage and the losses of the last, which are at hand
-    forwards = {(0, microbatch): () for microbatch in range(plan.n_micro)}
-    backwards = {(plan.n_stages - 1, microbatch): () for microbatch in range(plan.n_micro)}
+    # (kind, stage, micro-batch) that can run -> numbers of the steps on other ranks that make its input: none for the
+    # tokens of the first stage and the losses of the last, which are at hand
+    at_hand = ("F", 0), ("B", plan.n_stages - 1)
+    ready = {(*first, microbatch): () for first, microbatch in product(at_hand, range(plan.n_micro))}
     steps, done, progress = [], [0] * len(table), True
     while progress:
         progress = False
         for rank, actions in enumerate(table):
             for action in islice(actions, done[rank], None):
-                forward, backward = action
-                if (forward and forward not in forwards) or (backward and backward not in backwards):
+                parts = action.parts()
+                if not ready.keys() >= {*parts}:
                     break
                 needs, own = (), (len(steps),) if plan.pp > 1 else ()
-                if forward:
-                    stage, microbatch = forward
-                    needs += forwards[forward]
-                    forwards[stage + 1, microbatch] = own
-                if backward:
-                    stage, microbatch = backward
-                    needs += backwards[backward]
-                    backwards[stage - 1, microbatch] = own
+                for kind, stage, microbatch in parts:
+                    needs += ready[kind, stage, microbatch]
+                    ready[kind, stage + (1 if kind == "F" else -1), microbatch] = own
                 steps.append(Step(rank, action.stages, needs, action))
                 done[rank] += 1
                 progress = True
@@ -1819,7 +1789,7 @@ class Simulation:
     @cached_property
     def kept(self):
         """kind -> bytes that a micro-batch's forward keeps on the device."""
-        return {kind: saved_bytes(work)[0] for kind, work in self.works.items()}
+        return {kind: saved_bytes(work).kept for kind, work in self.works.items()}
 
     @cached_property
     def times(self):
@@ -1836,10 +1806,7 @@ class Simulation:
     @cached_property
     def unlike_ranks(self):
         """list: of the pipeline ranks that hold layers of the same kinds the first, which has the most in flight."""
-        first = {}
-        for rank, kinds in enumerate(self.kinds_of):
-            first.setdefault(kinds, rank)
-        return list(first.values())
+        return [rank for rank, kinds in enumerate(self.kinds_of) if self.kinds_of.index(kinds) == rank]
 
     # seconds
 
@@ -1855,10 +1822,6 @@ class Simulation:
         """Account of an action. forward, backward: LayerTimes, or ()."""
         return action_account(forward, backward, self.manner, self.hardware.overlap_tax)
 
-    def tasks_of(self, action):
-        forward, backward = map(self.layers_of, action.stages)
-        return play_action(forward, backward, self.manner).tasks
-
     @property
     def timetable(self):
         return timetable(self.plan.schedule, self.plan.pp, self.plan.vpp, self.plan.n_micro)
@@ -1870,7 +1833,7 @@ class Simulation:
 
     def stream_bytes(self):
         """What a device sends to the next stage."""
-        return self.plan.tokens * self.shape.hidden_size * BYTES_OF[self.plan.precision]
+        return self.plan.tokens * self.shape.hidden_size * self.plan.element
 
     @property
     def link(self):
@@ -1899,7 +1862,7 @@ class Simulation:
         gradients = weights_seconds(plan, self.hardware, held, gradient_bytes(plan))
         if plan.zero == 0:                                 # the second half of an all-reduce
             return 2 * gradients
-        return gradients + weights_seconds(plan, self.hardware, held, BYTES_OF[plan.precision])
+        return gradients + weights_seconds(plan, self.hardware, held, plan.element)
 
     def optimizer_seconds(self, rank):
         seconds = self.optimizer_bytes(rank) / self.hardware.memory_rate
@@ -1909,7 +1872,7 @@ class Simulation:
 
     def optimizer_bytes(self, rank):
         """Moved by AdamW: reads gradient, master, two moments; writes three of them and the weight."""
-        return self.params_cut[rank] * (7 * 4 + BYTES_OF[self.plan.precision])
+        return self.params_cut[rank] * (7 * 4 + self.plan.element)
 
     @cached_property
     def ends(self):
@@ -1958,9 +1921,8 @@ class Simulation:
     @cached_property
     def params_cut(self):
         """list (pp): parameters that a rank keeps where they are cut over those that hold the same."""
-        if not self.plan.zero:
-            return [sum(held.values()) for held in self.params]
-        return [sum(held[axis] / ranks for axis, ranks in self.plan.holders.items()) for held in self.params]
+        holders = self.plan.holders if self.plan.zero else dict(dp=1, edp=1)
+        return [sum(held[axis] / ranks for axis, ranks in holders.items()) for held in self.params]
 
     def activations(self, rank):
         """Most bytes that micro-batches in flight keep."""
@@ -1973,7 +1935,7 @@ class Simulation:
     def memory(self, rank):
         """Bytes of a pipeline rank at its peak, by part."""
         plan, hardware, cut = self.plan, self.hardware, self.params_cut[rank]
-        element, whole = BYTES_OF[plan.precision], sum(self.params[rank].values())
+        element, whole = plan.element, sum(self.params[rank].values())
         kept = cut if plan.zero == 3 else whole
         # float32 masters and two moments; whole float32 weights are their own masters
         optimizer = cut * (8 if element >= 4 and cut == whole else 12)
@@ -1996,7 +1958,7 @@ class Simulation:
             if plan.ep > 1:                                # those of two passes, before and after
                 rows = max(rows, 4 * work.saved.get("rows", 0))
             if plan.zero == 3:                             # weights of two layers, float32 gradients of one
-                layer = max(layer, sum(work.params.values()) * (2 * BYTES_OF[plan.precision] + 4))
+                layer = max(layer, sum(work.params.values()) * (2 * plan.element + 4))
             again = max(again, sum(work.saved.values()) - self.kept[kind])
         return rows + layer + again
 
@@ -2068,14 +2030,14 @@ def fit_memory(config, plan, hardware, budget):
                for recompute, swap in memory_choices(config, optimizer=not plan.balance_live)]
     fitting = [result for result in results if result["mem_gib"] * GIB <= budget]
     if fitting:
-        return min(fitting, key=lambda one: (one["step_time_s"], len(one["plan"]["recompute"] + one["plan"]["swap"])))
+        return min(fitting, key=itemgetter("step_time_s"))                 # of equals the first, which has fewest items
     least = min(results, key=itemgetter("mem_gib"))
-    needs = least["memory_by_stage"][least["peak_rank"]]
-    sizes = ", ".join(f"{name} {size:.2f}" for name, size in needs.items() if size >= 0.005)
+    needs, most = least["mem_gib"], budget / GIB
+    parts = least["memory_by_stage"][least["peak_rank"]]
+    sizes = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
     items = "+".join(least["plan"]["recompute"] + least["plan"]["swap"])
-    raise ValueError(f"fit={budget / GIB:.2f}GiB: with {items} this plan still needs {least['mem_gib']:.2f} GiB "
-                     f"(simulated: {sizes}), {least['mem_gib'] - budget / GIB:.2f} GiB too much: use "
-                     + what_would_fit(config, plan, hardware, budget))
+    raise ValueError(f"fit={most:.2f}GiB: with {items} this plan still needs {needs:.2f} GiB (simulated: {sizes}), "
+                     f"{needs - most:.2f} GiB too much: use " + what_would_fit(config, plan, hardware, budget))
 
 
 def what_would_fit(config, plan, hardware, budget):
@@ -2137,7 +2099,7 @@ def exchange_choices(plan):
 
 
 def rank_savings(config, plan, hardware):
-    """list of dict(recompute, swap), cheapest first, each of which keeps less than all before it, as the model's most
+    """list of (recompute, swap), cheapest first, each of which keeps less than all before it, as the model's most
     frequent layer tells; a swapped optimizer apart."""
     found, best, least = [], [], math.inf
     kind = Counter(layer_kinds(config)).most_common(1)[0][0]
@@ -2145,7 +2107,7 @@ def rank_savings(config, plan, hardware):
         simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
         layer = layer_time(config, simulation.plan.layer_plan, kind, hardware, 0.0)
         seconds, _ = layer_seconds(simulation, layer)
-        found.append((seconds, saved_bytes(layer.work)[0], dict(recompute=recompute, swap=swap)))
+        found.append((seconds, saved_bytes(layer.work).kept, (recompute, swap)))
     for _, kept, saving in sorted(found, key=itemgetter(0, 1)):
         if kept < least:
             best.append(saving)
@@ -2154,19 +2116,18 @@ def rank_savings(config, plan, hardware):
 
 
 def fitted(config, plan, hardware, savings):
-    """([this plan with the cheapest saving that fits, for each way to hold the optimizer], or why none fits)."""
+    """([this plan with the cheapest saving that fits, for each way to hold the optimizer], [why none fits])."""
     def refusal(one):
         return Simulation(config, one, hardware).refusal()
 
     plans = []
     for zero, optimizer in product(zero_choices(plan), ((), ("optimizer",))):
-        tried = [replace(plan, zero=zero, recompute=saving["recompute"], swap=saving["swap"] + optimizer)
-                 for saving in savings]
+        tried = [replace(plan, zero=zero, recompute=recompute, swap=swap + optimizer) for recompute, swap in savings]
         first = bisect_left(tried, True, key=lambda one: not refusal(one))     # each needs less than those before
         plans += tried[first:first + 1]
         if first == 0:                                     # nothing is recomputed: less memory gains nothing more
             break
-    return plans, "" if plans else "recomputed and swapped as much as can be, " + refusal(tried[-1])
+    return plans, [] if plans else ["recomputed and swapped as much as can be, " + refusal(tried[-1])]
 
 
 def price(simulation):
@@ -2212,7 +2173,7 @@ def price_group(config, hardware, plans):
         dispatches = exchange_choices(plan)
         savings = savings or rank_savings(config, replace(plan, dispatch=dispatches[-1]), hardware)
         fitting, why_not = fitted(config, plan, hardware, savings)
-        reasons += [why_not] if why_not else []
+        reasons += why_not
         for one, dispatch in product(fitting, dispatches):
             one = replace(one, dispatch=dispatch)
             priced.append((price(Simulation(config, one, hardware)), one))
@@ -2232,43 +2193,44 @@ def search_plans(config, hardware, devices, top=10, **alike):
     A search, not a proof: a plan is missed whose price is too high by more than that of the others.
     """
     groups = list(candidate_groups(config, hardware, devices, **alike))
-    priced, refused, found, interrupted = [], {}, [], False
-    try:
-        for more, reasons in in_processes("groups of plans priced", partial(price_group, config, hardware), groups):
-            priced += more
-            for reason in reasons:
-                kind = re.sub(r"[0-9.]+", "#", reason)
-                refused[kind] = refused.get(kind, (0, ""))[0] + 1, reason
-    except KeyboardInterrupt:
-        interrupted = True
+    results, interrupted = in_processes("groups of plans priced", partial(price_group, config, hardware), groups)
+    priced, refused = [], {}
+    for more, reasons in results:
+        priced += more
+        for reason in reasons:
+            kind = re.sub(r"[0-9.]+", "#", reason)
+            times, _ = refused.get(kind, (0, ""))
+            refused[kind] = times + 1, reason
     priced.sort(key=itemgetter(0))
     best = [plan for _, plan in priced[:top if interrupted else max(top, PLAYED)]]
-    try:
-        for result in in_processes("plans played", partial(predict, config, hardware=hardware), best):
-            found.append(result)
-    except KeyboardInterrupt:
-        interrupted = True
+    found, ended = in_processes("plans played", partial(predict, config, hardware=hardware), best)
     found.sort(key=itemgetter("step_time_s"))
-    return Search(found, refused, len(priced), interrupted)
+    return Search(found, refused, len(priced), interrupted or ended)
 
 
 def in_processes(what, function, items):
-    """function of each item, in their order, computed by as many processes as there are cores; interrupts end it."""
-    with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from with_progress(what, pool.imap(function, items), len(items))
+    """(function of each item, in their order, computed by as many processes as there are cores; whether an interrupt
+    ended it, before all were)"""
+    results = []
+    try:
+        with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+            for result in with_progress(what, pool.imap(function, items), len(items)):
+                results.append(result)
+    except KeyboardInterrupt:
+        return results, True
+    return results, False
 
 
 def with_progress(what, items, total=None):
     """The items, and on stderr from the third second on how many were taken and the time that the rest will need."""
     begin = shown = time.monotonic()
     total = len(items) if total is None else total
-    for i, item in enumerate(items):
+    for taken, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now > shown + 1 and now > begin + 3:
-            left, shown = (now - begin) / (i + 1) * (total - i - 1), now
-            print(f"\r{what}: {i + 1} of {total}, at most {left:.0f} s left  ", end="", file=sys.stderr)
-            sys.stderr.flush()
+            left, shown = (now - begin) / taken * (total - taken), now
+            print(f"\r{what}: {taken} of {total}, at most {left:.0f} s left  ", end="", file=sys.stderr, flush=True)
     if shown > begin:
         print(file=sys.stderr)
 
@@ -2308,8 +2270,8 @@ def shape_plans(hardware, devices, seq_len):
     """Plans that a shape is tried under: the paper's cut and its neighbours, 48 micro-batches of 2 a replica."""
     tp = min(8, hardware.node_size)
     for pp, vpp, ep in product((8, 16), (1, 2), (32, 64)):
-        dp = devices // (tp * pp)
-        if dp and tp * pp * dp == devices:
+        dp, left = divmod(devices, tp * pp)
+        if dp and not left:
             yield Plan(pp=pp, tp=tp, sp=1, dp=dp, ep=ep, vpp=vpp, micro_batch=2, global_batch=dp * 96, seq_len=seq_len,
                        node_size=hardware.node_size, dispatch="hierarchical", overlap="adaptive", recompute=FINE)
 
@@ -2350,10 +2312,10 @@ def print_shapes(hardware, devices, budget, seq_len, top, experts):
           "\nrank  tokens/s    MFU  active  total  layers hidden experts width top heads q-rank  plan")
     for rank, (c, active, total, result) in enumerate(rows, 1):
         if rank <= top or c == PANGU:
-            print(f"{rank:4} {result['tokens_per_s']:9.3g} {result['mfu']:6.1%}",
+            print(f"{rank:4}", "{tokens_per_s:9.3g} {mfu:6.1%}".format(**result),
                   f"{active / 1e9:6.1f}B {total / 1e9:5.0f}B",
-                  f"{c.num_hidden_layers:7} {c.hidden_size:6} {c.n_routed_experts:7} {c.moe_intermediate_size:5}",
-                  f"{c.num_experts_per_tok:3} {c.num_attention_heads:5} {c.q_lora_rank:6}",
+                  "{num_hidden_layers:7} {hidden_size:6} {n_routed_experts:7} {moe_intermediate_size:5} "
+                  "{num_experts_per_tok:3} {num_attention_heads:5} {q_lora_rank:6}".format(**vars(c)),
                   " pp={pp} vpp={vpp} ep={ep}".format(**result["plan"]), "<- Pangu Ultra MoE" if c == PANGU else "")
 
 
@@ -2378,11 +2340,10 @@ ULTRA_PLAN = Plan(tp=8, sp=1, pp=8, vpp=6, dp=128, micro_batch=1, global_batch=2
 ULTRA_BUBBLES = {1: "30.45 %", 6: "6.8 %"}                 # vpp -> as published: (p - 1) / (p - 1 + v * n)
 
 
-def simulate_paper(name, hardware, **changes):
-    """predict of one of PAPER. changes: fields of Plan, max_vio."""
-    settings = dict(PAPER[name]["plan"], max_vio=PAPER[name]["max_vio"]) | changes
-    max_vio = settings.pop("max_vio")
-    return predict(PANGU, Plan(**settings), hardware, max_vio)
+def simulate_paper(name, hardware, max_vio=None, **changes):
+    """predict of one of PAPER. changes: fields of Plan."""
+    run = PAPER[name]
+    return predict(PANGU, Plan(**run["plan"] | changes), hardware, run["max_vio"] if max_vio is None else max_vio)
 
 
 def print_paper():
@@ -2400,7 +2361,7 @@ def print_paper():
         devices, peak = 128 * result["plan"]["dp"], hardware.peak["bf16"]
         ours = run["tokens_per_s"] * flops_per_token(PANGU, seq_len) / devices / peak
         print(f"{name:10} {devices:5}  {bin_name} {peak / 1e12:7.1f} {seq_len:6} |",
-              f"{run['tokens_per_s']:10.3g} {run['mfu']:7.1%} {ours:7.1%}",
+              "{tokens_per_s:10.3g} {mfu:7.1%}".format(**run), f"{ours:7.1%}",
               "| {tokens_per_s:10.3g} {mfu:7.1%} {step_time_s:8.2f} {mem_gib:6.1f}".format(**result),
               "yes" if result["fits"] else "no")
     hardware = HARDWARE[PAPER_BINS[0]]
@@ -2441,10 +2402,10 @@ def print_prediction(result):
     sent = result["bytes_by_tier"]
     print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
           "between nodes")
-    names = result["memory_by_stage"][0]
-    print("\nGiB at the peak of each pipeline rank, with all its stages\nrank ", *(f"{name:>11}" for name in names),
-          "        sum")
-    for rank, sizes in enumerate(result["memory_by_stage"]):
+    memories = result["memory_by_stage"]
+    print("\nGiB at the peak of each pipeline rank, with all its stages\nrank ",
+          *(f"{name:>11}" for name in memories[0]), "        sum")
+    for rank, sizes in enumerate(memories):
         peak = " <- peak" if rank == result["peak_rank"] else ""
         print(f"{rank:5}", *(f"{size:11.2f}" for size in sizes.values()), f"{sum(sizes.values()):11.2f}", peak)
     print(f"\nfits: {'yes' if result['fits'] else 'no, ' + result['why_not']}")
@@ -2502,14 +2463,10 @@ def write_trace(simulation, path, about):
                 add(rank, name, stream_of[name], start, end)
                 continue
             add(rank, name, "schedule", start, end)
-            for task in simulation.tasks_of(action):
+            for task in play_action(*map(simulation.layers_of, action.stages), simulation.manner).tasks:
                 add(rank, task.name, task.stream, start + task.start, start + task.end)
     with open(path, "w", encoding="utf-8") as file:
         json.dump(dict(traceEvents=events, displayTimeUnit="ms", otherData=about), file)
-
-
-TEXT_LEGEND = ("forwards are the last digit of their micro-batch, backwards a letter (a is 0), = a pair of both; G "
-               "gradients,\nO optimizer, S stragglers; blank: the rank waits")
 
 
 def mark_of(span):
@@ -2553,10 +2510,10 @@ def draw_png(simulation, path, title):
             if action is None:
                 bars.append((rank, 0.8, start, end, COLOURS[name]))
                 continue
-            parts = action.parts()
-            for i, (kind, stage, _) in enumerate(parts):
-                middle, height = rank + 0.4 * ((2 * i + 1) / len(parts) - 1), 0.8 / len(parts)
-                bars.append((middle, height, start, end, colour(kind, plan.stages_of(rank).index(stage))))
+            height = 0.8 / len(action.parts())
+            for i, (kind, stage, _) in enumerate(action.parts()):
+                middle = rank - 0.4 + (i + 0.5) * height
+                bars.append((middle, height, start, end, colour(kind, stage // plan.pp)))
     figure, axes = pyplot.subplots(figsize=(16, 2 + 0.4 * plan.pp), layout="constrained")
     middle, height, start, end, colours = zip(*bars)
     axes.barh(middle, np.subtract(end, start), height, start, color=colours)
@@ -2614,13 +2571,14 @@ def choose_plan(text, model, config, hardware, devices):
         fill, why = devices or min(8, hardware.node_size), "the defaults; `plans` searches for the best"
     if text:
         why += ", but for what --plan says"
-    replica = plan.pp * plan.cp * plan.tp
+    replica = plan.world_size // plan.dp
     if "dp" not in given and fill % replica == 0:          # else check_plan says which number of devices would do
         plan = replace(plan, dp=fill // replica)
         why += f"; dp={plan.dp} fills {fill} devices"
-    if "global_batch" not in given and plan.global_batch < plan.dp * plan.micro_batch * plan.pp:
-        plan = replace(plan, global_batch=plan.dp * plan.micro_batch * plan.pp)            # any schedule can run these
-        why += f"; global_batch={plan.global_batch}, enough for any schedule"
+    enough = plan.at_once * plan.pp                        # any schedule can run these
+    if "global_batch" not in given and plan.global_batch < enough:
+        plan = replace(plan, global_batch=enough)
+        why += f"; global_batch={enough}, enough for any schedule"
     return plan, why
 
 
@@ -2684,29 +2642,28 @@ def parse_arguments(argv):
             ("trace", "one step as a timeline", own),
             ("shapes", "the fastest shapes of a budget", str(PAPER_DEVICES))):
         command = commands.add_parser(name, help=about, description=about)
+        add = command.add_argument
         if name != "shapes":
-            command.add_argument("--model", default="pangu-ultra-moe-718b",
-                                 help="preset, or JSON file of Config's fields")
-        command.add_argument("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
-        command.add_argument("--devices", type=positive, help="number of devices; default: " + default_devices)
+            add("--model", default="pangu-ultra-moe-718b", help="preset, or JSON file of Config's fields")
+        add("--hardware", default="ascend_910b_376", help="preset, or JSON file of Hardware's fields")
+        add("--devices", type=positive, help="number of devices; default: " + default_devices)
         if name in ("plans", "shapes"):
-            command.add_argument("--seq-len", type=positive, help="tokens in a sequence; default: 4096, or "
-                                 "what the model takes")
-            command.add_argument("--top", type=positive, default=10, help="rows to print")
+            add("--seq-len", type=positive, help="tokens in a sequence; default: 4096, or what the model takes")
+            add("--top", type=positive, default=10, help="rows to print")
         if name == "plans":
-            command.add_argument("--global-batch", type=positive, required=True, help="sequences in an optimizer step")
+            add("--global-batch", type=positive, required=True, help="sequences in an optimizer step")
         if name == "shapes":
-            command.add_argument("--budget", default="active=39e9,total=718e9", help="parameters, no embedding, no MTP")
-            command.add_argument("--experts", type=int, default=256, help="routed experts of a layer; 0: any")
+            add("--budget", default="active=39e9,total=718e9", help="parameters, no embedding, no MTP")
+            add("--experts", type=int, default=256, help="routed experts of a layer; 0: any")
         if name in ("predict", "trace"):
-            command.add_argument("--plan", default="", help="key=value,... with lists joined by +, put on the paper's "
-                                 "plan for its model on its hardware, else on defaults that fill the devices")
-            command.add_argument("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1")
+            add("--plan", default="", help="key=value,... with lists joined by +, put on the paper's plan for its "
+                "model on its hardware, else on defaults that fill the devices")
+            add("--load", default="max_vio=0", help="max_vio=X: the busiest rank's load / mean - 1")
         if name == "predict":
-            command.add_argument("--json", action="store_true", help="one JSON object on stdout: s, GiB, bytes")
+            add("--json", action="store_true", help="one JSON object on stdout: s, GiB, bytes")
         if name == "trace":
-            command.add_argument("--out", default="trace.json", help="file for Perfetto or chrome://tracing")
-            command.add_argument("--png", help="draw the pipeline to this file too; needs matplotlib")
+            add("--out", default="trace.json", help="file for Perfetto or chrome://tracing")
+            add("--png", help="draw the pipeline to this file too; needs matplotlib")
     return parser.parse_args(argv)
 
 
@@ -2745,7 +2702,7 @@ def run_plans(args, config, hardware):
     print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
           f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\n\nstep s     MFU     GiB  plan")
     for result in search.found[:args.top]:
-        print(f"{result['step_time_s']:6.2f} {result['mfu']:7.1%} {result['mem_gib']:7.1f}  {describe(result['plan'])}")
+        print("{step_time_s:6.2f} {mfu:7.1%} {mem_gib:7.1f} ".format(**result), describe(result["plan"]))
     print("\nLeft out, how often and one example each:")
     for times, message in sorted(search.refused.values(), reverse=True):
         print(f"{times:6}  {message}")
@@ -2758,17 +2715,19 @@ def run_trace(args, simulation, why):
             import matplotlib  # noqa: F401
         except ImportError:
             raise ValueError("--png draws with matplotlib: pip install matplotlib, or drop --png") from None
-    plan = simulation.plan
-    print_header(args.model, simulation.hardware, plan, why)
-    about = dict(model=args.model, hardware=simulation.hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
-                 plan=describe(asdict(plan)), source="simulated by sim.py, nothing was run")
+    plan, hardware = simulation.plan, simulation.hardware
+    settings = describe(asdict(plan))
+    print_header(args.model, hardware, plan, why)
+    about = dict(model=args.model, hardware=hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
+                 plan=settings, source="simulated by sim.py, nothing was run")
     write_trace(simulation, args.out, about)
     print(draw_text(step_spans(simulation)))
-    print(TEXT_LEGEND)
-    print(f"\nwrote {args.out}, for https://ui.perfetto.dev or chrome://tracing")
+    print("forwards are the last digit of their micro-batch, backwards a letter (a is 0), = a pair of both; "
+          "G gradients,\nO optimizer, S stragglers; blank: the rank waits\n\n"
+          f"wrote {args.out}, for https://ui.perfetto.dev or chrome://tracing")
     if args.png:
-        draw_png(simulation, args.png, f"{args.model} on {plan.world_size} {simulation.hardware.name}, simulated\n"
-                                       f"{describe(asdict(plan))}")
+        title = f"{args.model} on {plan.world_size} {hardware.name}, simulated\n{settings}"
+        draw_png(simulation, args.png, title)
         print(f"wrote {args.png}")
 
 

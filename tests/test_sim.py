@@ -475,7 +475,7 @@ def test_exchange_bytes_are_those_expected():
                              for seed in range(4)]
                     drawn, said = sum(draws) / 4, expected[way][tier][0]
                     assert math.isclose(drawn, said, rel_tol=0.04, abs_tol=1), (
-                        f"{plan.dispatch}, {way}, {tier}: routed_exchange in sim.py counts {drawn:.0f} bytes, "
+                        f"{plan.dispatch}, {way}, {tier}: exchange_bytes of ids counts {drawn:.0f} bytes, "
                         f"uniform_exchange {said:.0f}: see share_that_crosses")
 
 
@@ -483,7 +483,7 @@ def test_hops_at_once_send_the_bytes_of_hops_in_turn():
     """The clock alone asks whether both hops go at once, as a published run's do with dedup."""
     plan = dict(dp=16, ep=16, node_size=8, seq_len=64, global_batch=16, dispatch="dedup")
     at_once = published.RowPlan(**plan, pipelined=True)
-    assert at_once.hops_together and not at_once.goes_directly
+    assert at_once.hops_together and not Plan(**plan).hops_together
     assert sim.uniform_exchange(PRESETS["tiny"], at_once) == sim.uniform_exchange(PRESETS["tiny"], Plan(**plan))
 
 
