@@ -23,6 +23,7 @@ import resource
 import shutil
 import threading
 import time
+import warnings
 import weakref
 import zlib
 from collections import UserDict
@@ -56,6 +57,9 @@ from model import (MLP, Attention, Block, GatherRows, HeadCrossEntropy, KeepAll,
                    rope_table, sorted_slots, to_hf, unpermute)
 from sim import (STEP_BYTES, balance_ranks, check_plan, decide, first_placement, imbalance, items_in_force,
                  moved_experts, plan_placement, predict_load, schedule_table, stage_layers)
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")       # DCP tells that there is one process
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module")         # of outputs that are views: none is written
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
@@ -2491,7 +2495,7 @@ def write_published(folder, model, dtype, texts):
     folder = Path(folder)
     require(not folder.is_file() and not (folder.is_dir() and any(folder.iterdir())),
             f"{folder} is there already: choose a new folder")
-    unfinished = folder.with_name(f"{folder.name}.tmp")
+    unfinished = folder.with_name(f"{folder.name}.unfinished-export")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:

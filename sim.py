@@ -232,7 +232,7 @@ def parse_plan(text, **defaults):
     names = [field.name for field in fields(Plan)]
     items = re.split(",(?=[^,]*=)", text) if text else []          # where another key follows: commas join lists too
     require(all("=" in item for item in items), f"plan {text!r}: write key=value,...")
-    texts = dict(item.split("=", 1) for item in items)
+    texts = dict(map(str.strip, item.split("=", 1)) for item in items)
     unknown = set(texts) - set(names)
     require(not unknown, f"unknown plan key {min(unknown, default='')!r}: use one of {', '.join(names)}")
     values = {name: plan_value(name, value) for name, value in texts.items()}
@@ -2598,8 +2598,10 @@ def read_preset(kind, cls, presets, name):
     try:
         with open(name, encoding="utf-8") as file:
             values = json.load(file)
-    except (OSError, json.JSONDecodeError):
+    except OSError:
         raise ValueError(f"{kind} {name!r}: use a JSON file or one of {', '.join(presets)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({error}): mend it") from None
     require(isinstance(values, dict), f"{name}: write a JSON object of fields of {cls.__name__}")
     base = values.pop("base", None)
     require(base is None or base in [*presets], f"{name}: base={base!r}: use one of {', '.join(presets)}")

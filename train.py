@@ -46,7 +46,6 @@ import sys
 import sysconfig
 import time
 import typing
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -187,6 +186,9 @@ def read_word(text, kind):
 def read_setting(name, words, option):
     """What was typed after a flag, as a value of the setting."""
     kind = type(option.default)
+    # `--init "$RUN"` with RUN not set; an empty prompt is one, an empty list of the plan too
+    require("" not in (words if kind is list else [words]) or name == "prompt" or kind is tuple,
+            f"{flag(name)} is empty: give a value, or leave it away")
     if kind is list:
         return words
     value = sim.plan_value(name, words) if kind is tuple else read_word(words, kind)
@@ -1525,8 +1527,8 @@ def read_tasks(path, checkers):
         with refusals(f"{path}, line {number}: "):
             require(isinstance(task, dict), "no object: write prompt, answer and checker")
             for key in ("prompt", "answer"):
-                is_there = isinstance(task.get(key), str) and task[key].strip()
-                require(is_there, f"no {key}: write prompt, answer and checker")
+                require(isinstance(task.get(key, ""), str), f"{key}={task.get(key)!r} is no text: put it in quotes")
+                require(task.get(key, "").strip(), f"no {key}: write prompt, answer and checker")
             task = dict(checker="exact") | task | dict(line=number)
             require(task["checker"] in [*checkers],
                     f"checker {task['checker']!r}: use {', '.join(checkers)}, or give its file to --checkers")
@@ -2229,7 +2231,8 @@ def find_checkpoint(resume, typed="--resume"):
 def folder_of(resume):
     """The run's folder that --resume means."""
     path = Path(resume)
-    return path.parent.parent if path.name.startswith("step_") else path
+    is_checkpoint = re.fullmatch(r"step_\d+", path.name) and path.resolve().parent.name == "ckpt"
+    return path.parent.parent if is_checkpoint else path
 
 
 def newest(folder):
@@ -2603,10 +2606,15 @@ def introduce(run):
     print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
           f"{millions['total']} parameters, {millions['active']} active; MTP {millions['mtp']} more")
     cuts = " ".join(f"{axis} {getattr(plan, axis)}" for axis in ("pp", "dp", "cp", "tp", "ep"))
-    print(f"processes: {parallel.world_size()} ({cuts}), {plan.node_size} in a node, {plan.dispatch} exchange; a "
+    exchange = plan.dispatch if plan.ep > plan.inner else "flat"          # inside one node there is no other
+    print(f"processes: {parallel.world_size()} ({cuts}), {plan.node_size} in a node, {exchange} exchange; a "
           f"checkpoint takes {12 * parameters(run.config) / 2**30:.2g} GiB")
     for line in (*run.stage.describe(run.corpus.facts), *levels_alike(run), *run.phases):
         print(line, flush=True)
+    for phase in run.phases:
+        if phase.warmup_tokens > phase.tokens:
+            print(f"the warm-up is longer than the run: it ends at {phase.tokens / phase.warmup_tokens:.0%} of "
+                  f"--lr; --warmup-steps is shorter")
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
     if is_done(run):
@@ -2804,7 +2812,7 @@ COMMANDS = dict(
 
 def parse(argv):
     """-> (the command's function, dict of what was typed)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sim.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         words = commands.add_parser(name, help=command.text, allow_abbrev=False)
@@ -2812,11 +2820,13 @@ def parse(argv):
         plan = words.add_argument_group("plan", "how the model is cut and run: see Plan in sim.py") if planned else None
         for option_name, option in command.options.items():
             add_option(plan if option_name in planned else words, option_name, option)
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise UserError(f"{argv[0]!r} is no command: use one of {', '.join(COMMANDS)}")
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         argv = ["pretrain", *argv]
-    typed = vars(parser.parse_args(argv))
-    command = COMMANDS[typed.pop("command")]
     with refusals():
+        typed = vars(parser.parse_args(argv))
+        command = COMMANDS[typed.pop("command")]
         given = {name: read_setting(name, words, command.options[name]) for name, words in typed.items()}
     return command.function, given
 
@@ -2853,8 +2863,6 @@ def main(argv=None):
         print(f"train.py: {stray} is set, but no torchrun: start with torchrun --nproc-per-node N train.py ..., or "
               f"unset it", file=sys.stderr)
         sys.exit(2)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # DCP tells that there is one process
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")     # of outputs that are views: none is written
     sim.speak_any_letter()
     handlers = [(number, signal.getsignal(number)) for number in Stopper.signals]
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,7 +21,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -365,7 +364,6 @@ def main(argv=None):
     parser.add_argument("--tiny", action="store_true", help="shapes and runs of a test, which answer nothing")
     args = parser.parse_args(argv)
     require(args.seeds > 0, f"--seeds {args.seeds}: use 1 or more")
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     shapes = {name: replace(shape, **TINY) for name, shape in SHAPES.items()} if args.tiny else SHAPES
     lab = Lab(args.out or f"runs/ablate{'-tiny' if args.tiny else ''}", shapes, args.data, args.device)
     if args.tiny:

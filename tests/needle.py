@@ -74,6 +74,8 @@ def score(model, encoding, end, length, depth, rng):
     while len(encoding.encode_ordinary(text_of(table))) < room:
         table |= {key: value for key, value in pairs(rng, 4).items() if key not in table}
     lines = list(table.items())[:-4]
+    if len(lines) < 2:
+        raise ValueError(f"--lengths {length}: no room for two lines and a question, use 64 or more")
     key, right = lines[round(depth * (len(lines) - 1))]
     others = [value for _, value in lines if value != right]
     values = [right, *rng.sample(others, min(CANDIDATES - 1, len(others)))]
@@ -185,6 +187,8 @@ def main():
     parser.add_argument("--steps", type=int, default=100, help="of --sweep, for each base")
     parser.add_argument("--data", nargs="+", default=[], help="of --sweep, as of train.py")
     given = parser.parse_args()
+    if not 4 <= given.lines <= 2000 or given.trials < 1 or given.documents < 1:
+        raise ValueError("--lines: use 4 to 2000; --documents and --trials: 1 or more")
     if given.make:
         return make(Path(given.make), given.documents, given.lines, given.seed)
     if not given.run:
@@ -202,5 +206,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (train.UserError, ValueError) as error:
-        sys.exit(f"needle.py: {error}")
+    except (ValueError, OSError) as error:
+        print(f"needle.py: {error}", file=sys.stderr)
+        sys.exit(2)

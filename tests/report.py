@@ -18,7 +18,6 @@ import io
 import json
 import math
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -561,7 +560,6 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu", help="auto | cpu | cuda | npu")
     args = parser.parse_args(argv)
     require(args.tokens > 0, f"--tokens {args.tokens}: use 1 or more")
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # a checkpoint's reader, of one process
     out = args.out or Path(args.runs[0], "report")
     report(args.runs, out, args.domain, args.tokens, parallel.pick_device(args.device))
 

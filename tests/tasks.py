@@ -121,7 +121,7 @@ def problems(seed, difficulties, names):
 def some(seed, difficulties, number, held_out, names=tuple(TASKS)):
     chosen = []
     for problem in problems(seed, difficulties, names):
-        if len(chosen) == number:
+        if len(chosen) >= number:
             return chosen
         if is_held_out(problem["prompt"]) == held_out:
             chosen.append(problem)
@@ -173,9 +173,13 @@ def score(run, path, temperature=0.0, at_once=64, new_tokens=96):
 
     import train
     from model import generate
-    model, encoding, _ = train.open_model(run, torch.device("cpu"))
     checkers = train.read_checkers("")
     problems = train.read_tasks(path, checkers)
+    for problem in problems:
+        if not {"task", "difficulty", "fast"} <= set(problem):
+            raise ValueError(f"{path}, line {problem['line']}: a score is told by task, difficulty and fast; use a "
+                             f"test.jsonl of --out")
+    model, encoding, _ = train.open_model(run, torch.device("cpu"))
     results = []
     for start in range(0, len(problems), at_once):
         some = problems[start:start + at_once]
@@ -231,6 +235,8 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="of --score; 0: the likeliest words")
     parser.add_argument("--json", action="store_true", help="of --score: each problem and answer, a line each")
     given = parser.parse_args()
+    if not 0 <= given.mistakes <= 1 or min(given.numbers) < 0:
+        raise ValueError("--mistakes: use a share from 0 to 1, and for --numbers 0 or more")
     if given.out:
         return make(Path(given.out), given.numbers, given.seed, given.mistakes, given.only)
     if not (given.score and given.test):
@@ -244,4 +250,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"tasks.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -626,6 +626,8 @@ def test_predict_prints_one_json_object(capsys):
     (("predict", "--plan", "tp=two"), "write a value of type int"),
     (("predict", "--model", "none"), "model 'none': use a JSON file or one of"),
     (("predict", "--hardware", "none"), "hardware 'none': use a JSON file or one of"),
+    (("predict", "--hardware", __file__), "is not JSON"),
+    (("predict", "--plan", "tp=2, tpp=4"), "unknown plan key 'tpp'"),
     (("predict", "--devices", "5"), "for 5 devices"),
     (("predict", "--devices", "0"), "must be a whole number of at least 1"),
     (("plans", "--devices", "-8", "--global-batch", "8"), "must be a whole number of at least 1"),

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import dist  # noqa: E402
+import needle  # noqa: E402
 import parallel  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
@@ -433,6 +434,7 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
 
     for line, words in [("[", "line 2: not JSON"), ("[]", "line 2: no object"), ("{}", "line 2: no prompt"),
                         (json.dumps(dict(prompt="a")), "line 2: no answer"),
+                        (json.dumps(dict(prompt="2+2", answer=4)), "line 2: answer=4 is no text: put it in quotes"),
                         (json.dumps(dict(prompt="a", answer=" ")), "line 2: no answer"),
                         (json.dumps(good | dict(checker="other")), "line 2: checker 'other': use exact, partial"),
                         (json.dumps(good | dict(checker=["a"])), "line 2: checker ['a']: use exact, partial"),
@@ -449,6 +451,26 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
     assert train.check_partial("12", dict(answer="12\n")) == train.check_exact("12", dict(answer=" 12")) == 1
     assert "use a multiple of" in refusal(capsys, "rl", "--init", base / "base", "--tasks", base / "tasks" / "rl.jsonl",
                                           "--out", "r", *RL, "--answers", 3)
+
+
+@pytest.mark.parametrize("script, words, message", [
+    (tasks, ("--out", "t", "--numbers", "-5", "4", "1"), "for --numbers 0 or more"),
+    (tasks, ("--out", "t", "--mistakes", "50"), "a share from 0 to 1"),
+    (tasks, ("--score", "none", "--test", "own.jsonl"), "own.jsonl, line 1: a score is told by task, difficulty"),
+    (tasks, ("--score", "none", "--test", "none.jsonl"), "no file here"),
+    (needle, ("--make", "n", "--lines", "3"), "--lines: use 4 to 2000"),
+    (needle, ("BASE", "--trials", "0"), "--trials: 1 or more"),
+    (needle, ("BASE", "--lengths", "8"), "--lengths 8: no room")])
+def test_what_a_user_mistypes_to_scripts(base, tmp_path, monkeypatch, script, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path("own.jsonl").write_text(json.dumps(dict(prompt="2+2", answer="4")))
+    monkeypatch.setattr(sys, "argv", [script.__file__, *(str(base / "base") if word == "BASE" else word
+                                                         for word in words)])
+    with pytest.raises((ValueError, OSError)) as refused:
+        script.main()
+    assert message in str(refused.value).replace("no such file", "no file here").replace(
+        "No such file or directory", "no file here")
+    assert not Path("t").exists() and not Path("n").exists()
 
 
 def test_tasks_are_right():

@@ -534,6 +534,9 @@ def test_bad_settings(text, at, capsys):
             (("--set", "hiden_size=3"), "--set hiden_size=3: write KEY=VALUE with a key of"),
             (("--set", "num_experts_per_tok=99"), "num_experts_per_tok=99"),
             (("--colour", "red"), "unrecognized arguments: --colour red"),
+            (("--init", ""), "--init is empty: give a value"),
+            (("--resume", ""), "--resume is empty: give a value"),
+            (("--data", ""), "--data is empty: give a value"),
             (("--device", "tpu"), "use auto, cpu, cuda or npu"),
             (("--precision", "fp4"), "use one of auto, fp32, bf16"),
             (("--seq-len", "5000"), "max_position_embeddings=1024"),
@@ -543,6 +546,17 @@ def test_bad_settings(text, at, capsys):
             (("--data", "nowhere"), "--data nowhere: no such file or folder")]:
         assert words in refusal(capsys, "--data", text, "--out", "r", *argv), argv
     assert not (at / "r").exists()
+    with pytest.raises(SystemExit):
+        train.main(["smaple", "--init", "r"])
+    assert "'smaple' is no command: use one of pretrain, sft, rl, sample" in capsys.readouterr().err
+
+
+def test_a_run_that_is_named_like_a_checkpoint(text, at, capsys):
+    run("--data", text, "--steps", 1, "--out", "step_by_step", *TINY, "--warmup-steps", 2)
+    assert "the warm-up is longer than the run: it ends at 50% of --lr" in capsys.readouterr().out
+    run("--resume", "step_by_step", "--steps", 2)
+    run("--resume", "step_by_step/ckpt/step_1", "--steps", 2)
+    assert len((at / "step_by_step/metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_bad_text(text, at, capsys):

@@ -74,7 +74,7 @@ def assert_same(model, other):
 def test_written_and_read_bit_for_bit(layout, tmp_path):
     config = LAYOUTS[layout]
     model = write(tmp_path / "out", config)
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5 and not (tmp_path / "out.tmp").exists()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5 and not (tmp_path / "out.unfinished-export").exists()
     other = read(tmp_path / "out")
     assert other.config == config
     assert_same(model, other)
