@@ -12,7 +12,7 @@ this size: a share of 5 to 10 % of the sequences, which --phases or the amount o
 
 --sweep tries bases from 1e4 to 1e7 in steps of 4, each by a short run from the given one, and names the smallest that
 passes, as the paper's authors chose theirs by an offline score. If none or all pass, it falls back to
-1e5 * (length / 8192)^2, which fits the two bases that are published (1.6e6 at 32K, 2.56e7 at 128K).
+1e5 * (length / 8192)^2, which fits the two bases that are published (1.6e6 at 32K, 2.56e7 at 128K), and at least 1e4.
 """
 import argparse
 import json
@@ -167,9 +167,9 @@ def advise(results, seq_len):
     passing = [base for base, value in results.items() if value >= PASSES]
     if 0 < len(passing) < len(results):
         return f"the smallest that passes ({PASSES}) is rope_theta={min(passing):g}"
-    rule = 1e5 * (seq_len / 8192) ** 2
+    rule = max(1e4, 1e5 * (seq_len / 8192) ** 2)
     which = "all pass" if passing else "none passes"
-    return f"{which}, so the score does not choose at this size: 1e5*(length/8192)^2 gives rope_theta={rule:g}"
+    return f"{which}, so the score does not choose at this size: 1e5*(length/8192)^2, and at least 1e4, is {rule:g}"
 
 
 def main():

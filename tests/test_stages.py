@@ -473,6 +473,14 @@ def test_what_a_user_mistypes_to_scripts(base, tmp_path, monkeypatch, script, wo
     assert not Path("t").exists() and not Path("n").exists()
 
 
+def test_the_base_that_a_sweep_names():
+    assert needle.advise({1e4: 0.5, 4e4: 0.95, 1.6e5: 1.0}, 512) == "the smallest that passes (0.9) is rope_theta=40000"
+    assert "none passes" in needle.advise({1e4: 0.5, 4e4: 0.4}, 512)
+    assert needle.advise({1e4: 0.9, 4e4: 1.0}, 512).endswith("all pass, so the score does not choose at this size: "
+                                                             "1e5*(length/8192)^2, and at least 1e4, is 10000")
+    assert needle.advise({1e4: 0.5}, 32768).endswith("is 1.6e+06")         # as published
+
+
 def test_tasks_are_right():
     """Answers by another way, and nothing trained on is tested."""
     seen = {}
