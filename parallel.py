@@ -724,9 +724,9 @@ class Grid:
         plan = self.plan
         if plan.ep == 1:
             return LocalDispatcher(config)
-        if plan.dispatch == "flat" or plan.ep == plan.inner:
+        if plan.exchange == "flat":
             return FlatDispatcher(config, Group(self.expert["ep"]))
-        kind = dict(hierarchical=HierarchicalDispatcher, dedup=DedupDispatcher)[plan.dispatch]
+        kind = dict(hierarchical=HierarchicalDispatcher, dedup=DedupDispatcher)[plan.exchange]
         return kind(config, Group(self.exchange["inner"]), Group(self.exchange["outer"]))
 
 

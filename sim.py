@@ -189,6 +189,11 @@ class Plan:
         return self.goes_directly
 
     @property
+    def exchange(self):
+        """The one of `dispatch` that runs: inside one node all are alike."""
+        return self.dispatch if self.ep > self.inner else EXCHANGES[0]
+
+    @property
     def goes_directly(self):
         """Each row goes straight to its expert's rank, not by way of another rank of its node."""
         return self.dispatch == "flat"
@@ -461,11 +466,11 @@ def bytes_to_peer(config, plan, inside, rows, rows_of_peer):
     element, k = plan.element, config.num_experts_per_tok
     row = element * config.hidden_size
     counts = INDEX_BYTES * config.n_routed_experts // plan.ep              # rows for each of the peer's experts
-    if inside or plan.goes_directly:                  # a row for each choice, with its weight
+    if inside or plan.goes_directly:                       # a row for each choice, with its weight
         header, weights, numbers = counts, element, 0
     else:                                                  # a row for each token, with all of its choices
         header, weights, numbers = 0, k * element, k * INDEX_BYTES
-        if plan.crosses_if_wanted:                       # tokens that come, rows for each expert of the peer's node
+        if plan.crosses_if_wanted:                         # tokens that come, rows for each expert of the peer's node
             header = INDEX_BYTES + counts * plan.inner
     return dict(forward=header + rows * (row + weights + numbers) + rows_of_peer * row,
                 backward=rows * row + rows_of_peer * (row + weights))

@@ -2606,15 +2606,14 @@ def introduce(run):
     print(f"{run.folder}: {begins} on {run.device}, {settings['precision']}, {settings['threads']} threads; "
           f"{millions['total']} parameters, {millions['active']} active; MTP {millions['mtp']} more")
     cuts = " ".join(f"{axis} {getattr(plan, axis)}" for axis in ("pp", "dp", "cp", "tp", "ep"))
-    exchange = plan.dispatch if plan.ep > plan.inner else "flat"          # inside one node there is no other
-    print(f"processes: {parallel.world_size()} ({cuts}), {plan.node_size} in a node, {exchange} exchange; a "
+    print(f"processes: {parallel.world_size()} ({cuts}), {plan.node_size} in a node, {plan.exchange} exchange; a "
           f"checkpoint takes {12 * parameters(run.config) / 2**30:.2g} GiB")
     for line in (*run.stage.describe(run.corpus.facts), *levels_alike(run), *run.phases):
         print(line, flush=True)
     for phase in run.phases:
         if phase.warmup_tokens > phase.tokens:
             print(f"the warm-up is longer than the run: it ends at {phase.tokens / phase.warmup_tokens:.0%} of "
-                  f"--lr; --warmup-steps is shorter")
+                  f"--lr; use fewer --warmup-steps or more --steps")
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
     if is_done(run):

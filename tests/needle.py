@@ -27,6 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from model import check_setting, require  # noqa: E402
 
 CANDIDATES = 10
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -74,8 +75,7 @@ def score(model, encoding, end, length, depth, rng):
     while len(encoding.encode_ordinary(text_of(table))) < room:
         table |= {key: value for key, value in pairs(rng, 4).items() if key not in table}
     lines = list(table.items())[:-4]
-    if len(lines) < 2:
-        raise ValueError(f"--lengths {length}: no room for two lines and a question, use 64 or more")
+    require(len(lines) > 1, f"--lengths {length}: no room for two lines and a question, use 64 or more")
     key, right = lines[round(depth * (len(lines) - 1))]
     others = [value for _, value in lines if value != right]
     values = [right, *rng.sample(others, min(CANDIDATES - 1, len(others)))]
@@ -187,8 +187,9 @@ def main():
     parser.add_argument("--steps", type=int, default=100, help="of --sweep, for each base")
     parser.add_argument("--data", nargs="+", default=[], help="of --sweep, as of train.py")
     given = parser.parse_args()
-    if not 4 <= given.lines <= 2000 or given.trials < 1 or given.documents < 1:
-        raise ValueError("--lines: use 4 to 2000; --documents and --trials: 1 or more")
+    check_setting("--lines", given.lines, int, least=4, most=2000)
+    check_setting("--documents", given.documents, int)
+    check_setting("--trials", given.trials, int)
     if given.make:
         return make(Path(given.make), given.documents, given.lines, given.seed)
     if not given.run:

@@ -235,8 +235,10 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="of --score; 0: the likeliest words")
     parser.add_argument("--json", action="store_true", help="of --score: each problem and answer, a line each")
     given = parser.parse_args()
-    if not 0 <= given.mistakes <= 1 or min(given.numbers) < 0:
-        raise ValueError("--mistakes: use a share from 0 to 1, and for --numbers 0 or more")
+    if not 0 <= given.mistakes <= 1:
+        raise ValueError(f"--mistakes {given.mistakes:g}: use a share from 0 to 1")
+    if min(given.numbers) < 0:
+        raise ValueError(f"--numbers {min(given.numbers)}: use 0 or more")
     if given.out:
         return make(Path(given.out), given.numbers, given.seed, given.mistakes, given.only)
     if not (given.score and given.test):
