@@ -22,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import parallel  # noqa: E402
 from bench_step import DTYPES, environment  # noqa: E402
 from model import Config, Model, flops_per_token  # noqa: E402
 
@@ -120,7 +121,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     numbers, rows, rounds = ((8, 16), 256, 1) if args.tiny else ((16, 32, 64, 128, 256), ROWS, args.rounds)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = parallel.pick_device()                                       # as train.py: on a CPU, freed memory is kept
     tokens = max(numbers) * rows // TOP_K                                 # the same for all
     cases = [Case(n, tokens, DTYPES[args.dtype], device) for n in numbers]
     race(cases, rounds)

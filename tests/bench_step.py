@@ -41,6 +41,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model as ours_file  # noqa: E402
+import parallel  # noqa: E402
 from model import PRESETS, Model, compile_model, compile_operators, flops_per_token, to_hf  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -309,6 +310,7 @@ def main():
         args.presets, args.batch, args.seq, args.rounds, args.warmup = ["tiny"], 2, 16, 2, 1
         wanted = args.contenders or [name for name in CONTENDERS if not name.endswith(("compiled", "operators"))]
     names = available(dict.fromkeys(["ours", *wanted]))
+    parallel.pick_device()                                                # as train.py: on a CPU, freed memory is kept
     for threads in args.threads:
         torch.set_num_threads(threads)
         for preset in args.presets:

@@ -197,6 +197,7 @@ DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])
 DOCUMENT_MASK = ((DOCUMENTS[:, None, :, None] == DOCUMENTS[:, None, None]) & torch.ones(5, 5).tril().bool())
 COUNTS = torch.tensor([3, 0, 7, 1])                       # rows of four experts; one gets none
 MANY = torch.tensor([512, 31, 0, 757])
+ONE = torch.tensor([0, 0, 70, 0])
 CHOSEN = torch.tensor([[0, 2], [2, 1], [2, 0], [3, 2], [1, 3]])
 TARGETS = torch.tensor([3, 0, -100, 16, 7])
 
@@ -258,9 +259,11 @@ OPERATORS = {
                                QUERY_KEY_VALUE),
     "grouped_matmul": (lambda x, w: M.grouped_matmul(x, w, COUNTS), reference_grouped_matmul(COUNTS),
                        [random_tensor(11, 16), random_tensor(4, 24, 16)]),
-    # a CPU cuts bfloat16 rows into blocks of 512 and rests, which it fills up
+    # a CPU fills bfloat16 rows up, in groups of experts that have about as many
     "grouped_matmul of many rows": (lambda x, w: M.grouped_matmul(x, w, MANY), reference_grouped_matmul(MANY),
                                     [random_tensor(1300, 16), random_tensor(4, 24, 16)]),
+    "grouped_matmul of one expert": (lambda x, w: M.grouped_matmul(x, w, ONE), reference_grouped_matmul(ONE),
+                                     [random_tensor(70, 16), random_tensor(4, 24, 16)]),
     "permute and unpermute": (there_and_back, reference_there_and_back, [random_tensor(5, 16)]),
     "cross_entropy": (lambda h, w: M.cross_entropy(h, w, TARGETS), lambda h, w: R.cross_entropy(h @ w.T, TARGETS),
                       [random_tensor(5, 16), random_tensor(17, 16)]),
