@@ -778,8 +778,9 @@ def filled_up(rows, sizes):
     """Rows (M,n) -> (E,most,n), filled up with zeros; most: the largest size, rounded up by an eighth or less."""
     longest = max(sizes)
     step = max(64, 2 ** (longest.bit_length() - 3))
-    filled = rows.new_zeros(len(sizes), -(-longest // step) * step, rows.size(1))
+    filled = rows.new_empty(len(sizes), -(-longest // step) * step, rows.size(1))
     torch._foreach_copy_([own[:n] for own, n in zip(filled, sizes)], rows.split(sizes))
+    torch._foreach_zero_([own[n:] for own, n in zip(filled, sizes)])
     return filled
 
 

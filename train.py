@@ -1887,15 +1887,15 @@ def open_run(run):
     # 5. the phases, each of which must fit the plan
     run.phases = phases_of(run, given)
     refuse_too_large(run)
-    # 6. what is compiled, and the other processes
-    fix_compiled(run.settings, run.plan, run.device)
+    # 6. the other processes
     parallel.join_world(run.device, timedelta(seconds=run.settings["timeout"]))
     refuse_unequal_ranks(run)
     # 7. the folder
     run.folder = parallel.first_does(lambda: open_folder(run))
-    # 8. the data
+    # 8. the data, and what is compiled: it takes longest
     run.stage = kind(run)
     run.corpus = run.stage.open_data()
+    fix_compiled(run.settings, run.plan, run.device)
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
