@@ -2397,6 +2397,9 @@ def print_hidden(hardware):
           "than what runs beside it. The paper states no share; later press\nsays more than 98 %.")
 
 
+ALLOCATOR = "what the allocator holds unused is in them, but not in what must fit"
+
+
 def print_prediction(result):
     for name, value in result.items():
         if isinstance(value, float):
@@ -2408,7 +2411,7 @@ def print_prediction(result):
     print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
           "between nodes")
     memories = result["memory_by_stage"]
-    print("\nGiB at the peak of each pipeline rank, with all its stages\nrank ",
+    print(f"\nGiB at the peak of each pipeline rank, with all its stages; {ALLOCATOR}\nrank ",
           *(f"{name:>11}" for name in memories[0]), "        sum")
     for rank, sizes in enumerate(memories):
         peak = " <- peak" if rank == result["peak_rank"] else ""
@@ -2707,7 +2710,8 @@ def run_plans(args, config, hardware):
     search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=seq_len)
     ending = "interrupted after" if search.interrupted else "in"
     print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
-          f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\n\nstep s     MFU     GiB  plan")
+          f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\nGiB of the fullest rank; {ALLOCATOR}\n\n"
+          "step s     MFU     GiB  plan")
     for result in search.found[:args.top]:
         print("{step_time_s:6.2f} {mfu:7.1%} {mem_gib:7.1f} ".format(**result), describe(result["plan"]))
     print("\nLeft out, how often and one example each:")
