@@ -1984,7 +1984,7 @@ def predict(config, plan, hardware, max_vio=0.0):
 
     max_vio: load of the busiest rank over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
     included, nothing recomputed) over the peak of the plan's precision. hidden_comm_fraction: of the expert exchange.
-    memory_by_stage: a list by pipeline rank, of all its stages. bytes_by_tier: sent by a device in a step.
+    memory_by_stage: a list by pipeline rank, of all its stages. bytes_by_tier: see Simulation.
     """
     check_plan(config, plan, hardware)
     simulation = Simulation(config, plan, hardware, max_vio)
@@ -2408,7 +2408,8 @@ def print_prediction(result):
     for name, seconds in sorted(result["breakdown"].items(), key=itemgetter(1), reverse=True):
         print(f"{name:24} {seconds:10.4g} {seconds / result['step_time_s']:7.1%}")
     sent = result["bytes_by_tier"]
-    print(f"\nsent by a device per step: {sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
+    print("\nsent by a device per step, gradients and zero=3's weights apart: "
+          f"{sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
           "between nodes")
     memories = result["memory_by_stage"]
     print(f"\nGiB at the peak of each pipeline rank, with all its stages; {ALLOCATOR}\nrank ",
@@ -2583,6 +2584,8 @@ def choose_plan(text, model, config, hardware, devices):
     if "dp" not in given and fill % replica == 0:          # else check_plan says which number of devices would do
         plan = replace(plan, dp=fill // replica)
         why += f"; dp={plan.dp} fills {fill} devices"
+    elif "dp" not in given and not devices:
+        why += f"; {fill} devices are no multiple of pp*cp*tp={replica}"
     enough = plan.at_once * plan.pp                        # any schedule can run these
     if "global_batch" not in given and plan.global_batch < enough:
         plan = replace(plan, global_batch=enough)
