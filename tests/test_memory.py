@@ -3,7 +3,7 @@ What is recomputed, swapped and sliced gives the plain run's gradients bit for b
 """
 import json
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -112,16 +112,21 @@ def kept_by_layer(config, plan, kind):
     return here, away
 
 
+NORMS = [dict(norm=word) for each in fields(TINY) if each.name == "norm"        # a fork's too
+         for word in each.metadata["allowed"]["choices"]]
+
+
 @pytest.mark.parametrize("precision", list(DTYPES))
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("changes", [dict(), dict(expert_weight="after_down", norm="pre")], ids=str)
+@pytest.mark.parametrize("changes", [dict(expert_weight="after_down", norm="pre"), *NORMS], ids=str)
 def test_saved_bytes_are_those_that_sim_counts(precision, kind, changes):
     config = replace(TINY, **changes)
     shape = replace(sim.as_shape(config), value_padded=True)               # torch's CPU kernel pads
     for index, items in enumerate([(), *SETS]):                            # every item, and ten sets
         swap = ("attn_out", "expert_out")[:index % 3]
         plan = Plan(micro_batch=2, global_batch=2, seq_len=24, precision=precision, recompute=items, swap=swap)
-        assert kept_by_layer(config, plan, kind) == sim.saved_bytes(sim.Work(shape, plan, kind)), (items, swap)
+        assert kept_by_layer(config, plan, kind) == sim.saved_bytes(sim.Work(shape, plan, kind)), \
+            f"Work in sim.py counts other bytes with recompute={items}, swap={swap}: see Work.layer and what it calls"
 
 
 def kept_and_counted(plan):

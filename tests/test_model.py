@@ -73,7 +73,7 @@ WRONG = [
     (dict(hidden_size=0), "hidden_size=0 above 0"),
     (dict(num_attention_heads=2.5), "num_attention_heads=2.5 whole number"),
     (dict(num_nextn_predict_layers=-1), "num_nextn_predict_layers=-1 at least 0"),
-    (dict(norm="post"), "norm='post' dssn, sandwich, pre"),
+    (dict(norm="nosuch"), "norm='nosuch' dssn, sandwich, pre"),
     (dict(balance="global"), "balance='global' sequence, micro_batch, ep_group, dp_group"),
     (dict(scoring_func="relu"), "scoring_func='relu' sigmoid, softmax"),
     (dict(capacity_factor=-1.0), "capacity_factor=-1.0 at least 0"),
@@ -171,7 +171,8 @@ WORDS = [{each.name: word} for each in fields(Config)                     # each
 def test_counts_follow_every_setting_that_changes_a_shape(change):
     config = replace(SMALL, **change)
     built, said = counted_on_meta(config), M.count_params(config)
-    assert (said["total"], said["mtp"]) == (built["total"], built["mtp"])
+    assert (said["total"], said["mtp"]) == (built["total"], built["mtp"]), \
+        "count_params and the model differ: see Config.matmuls and Config.gains"
 
 
 def test_flops_of_a_token():
