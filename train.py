@@ -1945,6 +1945,9 @@ def resume_settings(kind, given):
         if name not in CHANGEABLE and value != settings[name]:
             raise UserError(f"{flag(name)} {value}: the run in {folder} has {settings[name]!r}, and resuming cannot "
                             f"change it; leave it away, or start a new run")
+    if "steps" in given and "tokens" not in given and not settings["phases"]:    # else older --tokens win
+        settings["tokens"] = 0.0
+        stored["given"].pop("tokens", None)
     before = settings | given | dict(out=str(folder))
     settings = fit_to_world(dict(before), given, stored["config"].balance_group)
     changed = [f"{flag(name)} {value}" for name, value in settings.items()
@@ -2320,13 +2323,18 @@ def continue_folder(run):
         raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
                         f"the old text with --data, or start a new run")
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
+    shorter = sum(phase.tokens for phase in run.phases) < sum(phase.tokens for phase in run.stored["phases"])
+    if shorter and is_done(run):
+        raise UserError(f"{step} steps are done already: give more with --steps or --tokens, or leave them away")
     cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}
     kept = {name: run.stored.get(name, "") for name in ("commit", "source")}
     write_config(run, run.stored["given"] | given, **kept)
     for later in parallel.steps_in(checkpoints):
         if later > step:
-            (checkpoints / f"step_{later}").rename(checkpoints / f"aside_{later}_{time.time():.0f}")
+            aside = checkpoints / f"aside_{later}_{time.time():.0f}"
+            (checkpoints / f"step_{later}").rename(aside)
+            print(f"the run goes on from step {step}: step_{later} is now {aside}, and the log is cut back")
 
 
 def cut_metrics(path, step):

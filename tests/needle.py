@@ -15,6 +15,7 @@ passes, as the paper's authors chose theirs by an offline score. If none or all 
 1e5 * (length / 8192)^2, which fits the two bases that are published (1.6e6 at 32K, 2.56e7 at 128K), and at least 1e4.
 """
 import argparse
+import importlib.util
 import json
 import random
 import subprocess
@@ -197,6 +198,8 @@ def main():
     if given.sweep:
         results = sweep(given.run, given.seq_len, given.steps, given.data, given.trials)
         return print(advise(results, given.seq_len))
+    if given.out and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--out draws with matplotlib: pip install matplotlib, or drop --out")
     trained = trained_length(given.run)
     found = scores(given.run, given.lengths or [trained, 2 * trained], given.trials, given.seed)
     print_scores(found)

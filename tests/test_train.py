@@ -889,6 +889,22 @@ def test_resume_elsewhere_finished_and_older(text, at, capsys):
     assert "r was begun under other rules of train.py" in refusal(capsys, "--resume", "r", "--steps", 4)
 
 
+def test_resume_with_fewer_steps_than_are_done(text, at, capsys):
+    """Refused before anything is stored; --steps then counts, also where an older --tokens was stored."""
+    run("--data", text, "--tokens", 4 * 2 * 16, "--out", "r", *TINY)
+    done, stored = len(losses(at / "r")), (at / "r/config.json").read_text()
+    assert f"{done} steps are done already" in refusal(capsys, "--resume", "r", "--steps", done - 1)
+    assert (at / "r/config.json").read_text() == stored
+    run("--resume", "r", "--steps", done + 2)
+    assert len(losses(at / "r")) == done + 2
+
+
+def test_checkpoints_put_aside_are_named(text, at, capsys):
+    run("--data", text, "--steps", 4, "--save-every", 2, "--out", "r", *TINY)
+    run("--resume", "r/ckpt/step_2", "--steps", 3)
+    assert "the run goes on from step 2: step_4 is now r/ckpt/aside_4_" in capsys.readouterr().out
+
+
 def test_restart_goes_on_from_the_newest(text, at, capsys, monkeypatch):
     """torchrun starts `--resume r/ckpt/step_2` again: not from step 2 once more."""
     run("--data", text, "--steps", 6, "--save-every", 2, "--out", "r", *TINY)
