@@ -2806,12 +2806,16 @@ class Command(typing.NamedTuple):
     function: typing.Callable              # takes what was typed, by name
     options: dict
     text: str
+    recipes: dict = {}                     # what has defaults of its own -> these
 
 
 COMMANDS = dict(
-    pretrain=Command(partial(train, Pretrain), Pretrain.options, "train on text (meant where no command is given)"),
-    sft=Command(partial(train, SFT), SFT.options, "fine-tune the model of --init on conversations"),
-    rl=Command(partial(train, RL), RL.options, "reinforce what checkers reward, from the model of --init"),
+    pretrain=Command(partial(train, Pretrain), Pretrain.options, "train on text (meant where no command is given)",
+                     {f"--preset {name}, without --init": recipe for name, recipe in RECIPES.items()}),
+    sft=Command(partial(train, SFT), SFT.options, "fine-tune the model of --init on conversations",
+                dict(sft=SFT.recipe)),
+    rl=Command(partial(train, RL), RL.options, "reinforce what checkers reward, from the model of --init",
+               dict(rl=RL.recipe)),
     sample=Command(sample, SAMPLE_OPTIONS, "write text"),
     export=Command(export, EXPORT_OPTIONS, "write a Hugging Face folder"),
 )
@@ -2822,7 +2826,8 @@ def parse(argv):
     parser = sim.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
-        words = commands.add_parser(name, help=command.text, allow_abbrev=False)
+        recipes = [f"{what} has defaults of its own: {typed_as(recipe)}" for what, recipe in command.recipes.items()]
+        words = commands.add_parser(name, help=command.text, allow_abbrev=False, epilog=". ".join(recipes))
         planned = [option_name for option_name in command.options if option_name in PLAN_OPTIONS]
         plan = words.add_argument_group("plan", "how the model is cut and run: see Plan in sim.py") if planned else None
         for option_name, option in command.options.items():
@@ -2836,6 +2841,11 @@ def parse(argv):
         command = COMMANDS[typed.pop("command")]
         given = {name: read_setting(name, words, command.options[name]) for name, words in typed.items()}
     return command.function, given
+
+
+def typed_as(settings):
+    return " ".join(f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
+                    for name, value in settings.items())
 
 
 def add_option(parser, name, option):
