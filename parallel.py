@@ -91,7 +91,7 @@ def pick_device(name="auto"):
 
 def keep_freed_memory():
     """glibc gives large tensors back to the system when they are freed, and the next step pays for each of their pages
-    anew: up to a quarter of a step on a CPU. From here on this process keeps what it had at its peak. Other allocators
+    anew: 1 to 12 % of a step on a CPU. From here on this process keeps what it had at its peak. Other allocators
     do as they do."""
     trim_threshold, mmap_max = -1, -4                                     # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda what, value: None)

@@ -2581,10 +2581,10 @@ def choose_plan(text, model, config, hardware, devices):
     if text:
         why += ", but for what --plan says"
     replica = plan.world_size // plan.dp
-    if "dp" not in given and fill % replica == 0:          # else check_plan says which number of devices would do
+    if "dp" not in given and fill % replica == 0:
         plan = replace(plan, dp=fill // replica)
         why += f"; dp={plan.dp} fills {fill} devices"
-    elif "dp" not in given and not devices:
+    elif "dp" not in given:                                # which --devices would do, if given, says check_plan
         why += f"; {fill} devices are no multiple of pp*cp*tp={replica}"
     enough = plan.at_once * plan.pp                        # any schedule can run these
     if "global_batch" not in given and plan.global_batch < enough:

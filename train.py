@@ -2323,8 +2323,8 @@ def continue_folder(run):
         raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
                         f"the old text with --data, or start a new run")
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
-    shorter = sum(phase.tokens for phase in run.phases) < sum(phase.tokens for phase in run.stored["phases"])
-    if shorter and is_done(run):
+    total, planned = (end_of(phases, len(phases) - 1) for phases in (run.phases, run.stored["phases"]))
+    if total < planned and is_done(run):
         raise UserError(f"{step} steps are done already: give more with --steps or --tokens, or leave them away")
     cut_metrics(run.folder / "metrics.jsonl", step)
     given = {name: value for name, value in run.given.items() if name != "resume"}

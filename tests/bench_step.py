@@ -219,7 +219,7 @@ def cast(model, dtype):
 
 def race(names, config, args):
     """Runners after args.rounds measured rounds; the order turns with each round."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = parallel.pick_device()                                       # as train.py: on a CPU, freed memory is kept
     weights = Model(config)
     weights.init_weights(0)
     weights, dtype = weights.state_dict(), DTYPES[args.dtype]
@@ -310,7 +310,6 @@ def main():
         args.presets, args.batch, args.seq, args.rounds, args.warmup = ["tiny"], 2, 16, 2, 1
         wanted = args.contenders or [name for name in CONTENDERS if not name.endswith(("compiled", "operators"))]
     names = available(dict.fromkeys(["ours", *wanted]))
-    parallel.pick_device()                                                # as train.py: on a CPU, freed memory is kept
     for threads in args.threads:
         torch.set_num_threads(threads)
         for preset in args.presets:
