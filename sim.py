@@ -20,6 +20,7 @@ how far off they are.
 """
 import argparse
 import contextlib
+import difflib
 import io
 import json
 import math
@@ -30,7 +31,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, islice, product, zip_longest
 from operator import itemgetter
@@ -237,9 +238,12 @@ def parse_plan(text, **defaults):
     names = [field.name for field in fields(Plan)]
     items = re.split(",(?=[^,]*=)", text) if text else []          # where another key follows: commas join lists too
     require(all("=" in item for item in items), f"plan {text!r}: write key=value,...")
-    texts = dict(map(str.strip, item.split("=", 1)) for item in items)
-    unknown = set(texts) - set(names)
-    require(not unknown, f"unknown plan key {min(unknown, default='')!r}: use one of {', '.join(names)}")
+    pairs = [map(str.strip, item.split("=", 1)) for item in items]
+    texts = {}
+    for key, value in pairs:
+        require(key in names, f"unknown plan key {key!r}: use one of {nearest(key, names)}")
+        require(key not in texts, f"plan {text!r} has {key} twice: leave one away")
+        texts[key] = value
     values = {name: plan_value(name, value) for name, value in texts.items()}
     plan = Plan(**defaults | values)
     check_settings(plan)
@@ -330,7 +334,8 @@ def check_layers(config, plan):
 def check_batch(config, plan):
     """The sequence, the batch and the groups of the balance loss must be whole on every rank."""
     require(plan.seq_len <= config.max_position_embeddings,
-            f"seq_len={plan.seq_len} above max_position_embeddings={config.max_position_embeddings}: use at most that")
+            f"seq_len={plan.seq_len} above max_position_embeddings={config.max_position_embeddings}: use at most that, "
+            f"or give the model more (train.py: --set max_position_embeddings={plan.seq_len})")
     # two slices for each rank of a context group, so that causal work is even
     slices = 2 * plan.cp if plan.cp > 1 else 1
     if plan.sp:
@@ -388,8 +393,10 @@ def check_hardware(plan, hardware):
             f"node_size={node}: {hardware.name} has nodes of {hardware.node_size}, use at most that")
     require(plan.precision in hardware.peak, f"precision={plan.precision}: {hardware.name} has no peak for it, "
                                              f"use one of {', '.join(hardware.peak)}")
-    require(plan.world_size == 1 or min(hardware.inner_bandwidth, hardware.outer_bandwidth) > 0,
-            f"{hardware.name} has no inner_bandwidth or outer_bandwidth: give both for more than one device")
+    require(hardware.inner_bandwidth or plan.world_size == 1,
+            f"{hardware.name} has no inner_bandwidth: give it for more than one device")
+    require(hardware.outer_bandwidth or plan.world_size <= node,
+            f"{hardware.name} has no outer_bandwidth: give it for more than one node of {node}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1999,7 +2006,7 @@ def predict(config, plan, hardware, max_vio=0.0):
         mfu=flops / hardware.peak[plan.precision], tflops_per_device=flops / 1e12,
         mem_gib=max(needs) / GIB, bubble=parts["bubble"] / step,
         exposed_comm_s=parts["exchange"] + parts["collectives"] + parts["gradients"],
-        hidden_comm_fraction=max(0.0, 1 - parts["exchange"] / travel) if travel else 1.0,
+        hidden_comm_fraction=max(0.0, 1 - parts["exchange"] / travel) if travel else None,
         fits=not why_not, why_not=why_not, peak_rank=needs.index(max(needs)), breakdown=parts,
         memory_by_stage=[{name: size / GIB for name, size in sizes.items()} for sizes in memories],
         bytes_by_tier=simulation.bytes_by_tier(), max_vio=max_vio, plan=asdict(plan))
@@ -2406,7 +2413,8 @@ def print_prediction(result):
             print(f"{name:24} {value:12.4g}")
     print("\nwhere the step goes         seconds   share   (mean over pipeline ranks)")
     for name, seconds in sorted(result["breakdown"].items(), key=itemgetter(1), reverse=True):
-        print(f"{name:24} {seconds:10.4g} {seconds / result['step_time_s']:7.1%}")
+        note = "   scale_loss of the hardware, for each doubling of the nodes" if name == "stragglers" else ""
+        print(f"{name:24} {seconds:10.4g} {seconds / result['step_time_s']:7.1%}{note}")
     sent = result["bytes_by_tier"]
     print("\nsent by a device per step, gradients and zero=3's weights apart: "
           f"{sent['inner'] / 1e9:.2f} GB inside its node, {sent['outer'] / 1e9:.2f} GB "
@@ -2489,13 +2497,14 @@ def mark_of(span):
 
 
 def draw_text(rows, columns=120):
-    """Spans as text, a line per rank."""
+    """Spans as text, a line per rank. What is short is drawn last and at least a column wide, over what is long."""
     scale, lines = columns / max(row[-1].end for row in rows), []
     for row in rows:
         line = [" "] * columns
-        for span in row:
-            first, last = round(span.start * scale), round(span.end * scale)
-            line[first:last] = mark_of(span) * (last - first)
+        for span in sorted(row, key=lambda span: span.start - span.end):
+            first = min(columns - 1, round(span.start * scale))
+            width = max(1, round(span.end * scale) - first) if span.end > span.start else 0
+            line[first:first + width] = mark_of(span) * width
         lines.append("".join(line))
     return "\n".join(lines)
 
@@ -2567,6 +2576,12 @@ def print_header(model, hardware, plan, why):
     print(f"plan: {describe(asdict(plan))}\n      ({why})\n")
 
 
+def about(model, hardware, plan):
+    """What a file of ours says of itself."""
+    return dict(model=model, hardware=hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
+                source="simulated by sim.py, nothing was run")
+
+
 def choose_plan(text, model, config, hardware, devices):
     """(Plan, where it comes from): --plan's settings, put on the paper's plan where model and hardware are the paper's,
     else on the defaults. Data ranks that are not given are what the devices leave; without --devices a node is filled.
@@ -2577,7 +2592,8 @@ def choose_plan(text, model, config, hardware, devices):
         fill, why = devices or PAPER_DEVICES, "the paper's plan"
     else:
         plan = parse_plan(text, node_size=hardware.node_size, seq_len=min(Plan.seq_len, config.max_position_embeddings))
-        fill, why = devices or min(8, hardware.node_size), "the defaults; `plans` searches for the best"
+        node = min(8, hardware.node_size) if hardware.inner_bandwidth else 1
+        fill, why = devices or node, "the defaults; `plans` searches for the best"
     if text:
         why += ", but for what --plan says"
     replica = plan.world_size // plan.dp
@@ -2619,12 +2635,13 @@ def read_preset(kind, cls, presets, name):
     known = {field.name for field in fields(cls)}
     if "name" in known:
         values.setdefault("name", Path(name).stem)         # it is another than its base
-    unknown = set(values) - known
-    require(not unknown, f"{name} has unknown fields {sorted(unknown)}: use fields of {cls.__name__}")
-    try:
-        return replace(presets[base], **values) if base else cls(**values)
-    except TypeError as error:                             # fields that have no default
-        raise ValueError(f"{name}: {error}: add them, or a preset as base") from None
+    for key in values:
+        require(key in known, f"{name}: {cls.__name__} has no field {key!r}: use one of {nearest(key, known)}")
+    if base:
+        return replace(presets[base], **values)
+    missing = [one.name for one in fields(cls) if one.default is MISSING and one.name not in values]
+    require(not missing, f"{name} lacks {', '.join(missing)}: add them, or a preset as base")
+    return cls(**values)
 
 
 def speak_any_letter():
@@ -2634,9 +2651,29 @@ def speak_any_letter():
             stream.reconfigure(errors="backslashreplace")
 
 
+def words_of(error):
+    """What to tell of an error, in one line; of one of the operating system's without its number."""
+    named = isinstance(error, OSError) and error.filename and error.strerror
+    return f"{error.filename}: {error.strerror}" if named else str(error)
+
+
+def nearest(word, known):
+    """The known words most like a mistyped one, for a message; all of them where none is like it."""
+    return ", ".join(difflib.get_close_matches(word, known) or sorted(known))
+
+
 class Parser(argparse.ArgumentParser):
-    def error(self, message):                              # one line, without the usage
+    """Says in one line what is wrong, without the usage, and each command by itself, whose help page it names."""
+
+    def error(self, message):
         raise ValueError(f"{message}: see {self.prog} --help")
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1, cutoff=0.7)
+            self.error(" ".join([f"{unknown[0]} is no flag here", *(f"(nearest: {word})" for word in near)]))
+        return found, unknown
 
 
 def positive(text):
@@ -2646,7 +2683,7 @@ def positive(text):
 
 
 def parse_arguments(argv):
-    parser = Parser(description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
+    parser = Parser(prog="sim.py", description="Simulates training steps; alone, Pangu Ultra MoE beside its paper.")
     commands = parser.add_subparsers(dest="command")
     own = f"{PAPER_DEVICES} for the paper's model on its hardware, else a node"
     for name, about, default_devices in (
@@ -2699,7 +2736,7 @@ def main(argv=None):
         return run_trace(args, Simulation(config, plan, hardware, max_vio), why)
     result = predict(config, plan, hardware, max_vio)
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(about(args.model, hardware, plan) | result))
     else:
         print_header(args.model, hardware, plan, why)
         print_prediction(result)
@@ -2714,9 +2751,11 @@ def run_plans(args, config, hardware):
     ending = "interrupted after" if search.interrupted else "in"
     print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
           f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\nGiB of the fullest rank; {ALLOCATOR}\n\n"
-          "step s     MFU     GiB  plan")
+          "  step s     MFU     GiB  plan")
     for result in search.found[:args.top]:
-        print("{step_time_s:6.2f} {mfu:7.1%} {mem_gib:7.1f} ".format(**result), describe(result["plan"]))
+        print("{step_time_s:8.4g} {mfu:7.1%} {mem_gib:7.1f} ".format(**result), describe(result["plan"]))
+    if not search.found:
+        print("none fits: give more --devices, another --global-batch, or a smaller model; why, is below")
     print("\nLeft out, how often and one example each:")
     for times, message in sorted(search.refused.values(), reverse=True):
         print(f"{times:6}  {message}")
@@ -2732,9 +2771,7 @@ def run_trace(args, simulation, why):
     plan, hardware = simulation.plan, simulation.hardware
     settings = describe(asdict(plan))
     print_header(args.model, hardware, plan, why)
-    about = dict(model=args.model, hardware=hardware.name, devices=plan.world_size, seq_len=plan.seq_len,
-                 plan=settings, source="simulated by sim.py, nothing was run")
-    write_trace(simulation, args.out, about)
+    write_trace(simulation, args.out, about(args.model, hardware, plan) | dict(plan=settings))
     print(draw_text(step_spans(simulation)))
     print("forwards are the last digit of their micro-batch, backwards a letter (a is 0), = a pair of both; "
           "G gradients,\nO optimizer, S stragglers; blank: the rank waits\n\n"
@@ -2751,5 +2788,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"sim.py: {error}", file=sys.stderr)
+        print(f"sim.py: {words_of(error)}", file=sys.stderr)
         sys.exit(2)

@@ -224,17 +224,15 @@ def fit_to_world(settings, given, group=1):
     """What is not given follows from the number of processes.
 
     dp takes those there are, and a micro-batch is no more than a rank's share, e.g. with 4 processes and --tp 2: dp=2;
-    of a global batch of 12 each takes 6, so that a micro-batch of 8 becomes 6. What several processes began, one goes
-    on with: axes of one, and micro-batches that hold a balance group.
+    of a global batch of 12 each takes 6, so that a micro-batch of 8 becomes 6. What several processes began, fewer go
+    on with: axes of one if it is one, and micro-batches of all ranks that hold a balance group.
     """
     if parallel.world_size() == 1:
         settings |= {name: PLAN_OPTIONS[name].default for name in CUTS if name not in given}
-    else:
-        group = 1
     if "dp" not in given:
         settings["dp"] = max(1, parallel.world_size() // (settings["pp"] * settings["cp"] * settings["tp"]))
     if "micro_batch" not in given:
-        most = max(settings["micro_batch"], group)
+        most = max(settings["micro_batch"], group // settings["dp"])
         share = max(1, settings["global_batch"] // settings["dp"])
         settings["micro_batch"] = max(n for n in divisors(share) if n <= most)
     return settings
@@ -248,7 +246,7 @@ def make_config(settings, config=None):
     for pair in settings["set"]:
         key, equals, word = pair.partition("=")
         if key not in by_name or not equals:
-            raise UserError(f"--set {pair}: write KEY=VALUE with a key of {', '.join(by_name)}")
+            raise UserError(f"--set {pair}: write KEY=VALUE with a key of {sim.nearest(key, by_name)}")
         changes[key] = read_word(word, by_name[key].type)
     with refusals("--set: "):
         return replace(config, **changes)
@@ -526,7 +524,7 @@ def special_id(encoding, name):
 def check_messages(messages):
     """ValueError for what is no conversation that teaches: words of known roles, the assistant's not empty."""
     require(isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages),
-            "no messages: write a list of objects with role and content")
+            "no messages: write a list of objects with role and content, or in its place prompt and response")
     for message in messages:
         require(message.get("role") in [*ROLES], f"role {message.get('role')!r}: use {', '.join(ROLES)}")
         for part, words in dict(content=message.get("content"), thinking=message.get("thinking", "")).items():
@@ -640,7 +638,7 @@ def walk(folder, skipped):
         folders[:] = sorted(name for name in folders if name not in LEFT_OUT)
         for name in names:
             path = Path(here, name)
-            if not name.endswith(TEXT_SUFFIXES):
+            if not name.lower().endswith(TEXT_SUFFIXES):
                 skipped[path.suffix] += 1
             elif path.is_file():                                          # a pipe would be waited for
                 yield path
@@ -671,9 +669,9 @@ def utf8(path):
 
 def contents_of(path, text_field, encoding):
     """(text or ids of tokens, whether a document ends there), piece by piece."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return read_jsonl(path, text_field)
-    if path.suffix == ".bin":
+    if path.suffix.lower() == ".bin":
         return read_bin(path, encoding)
     return read_text(path)
 
@@ -1373,6 +1371,8 @@ class Pretrain(Stage):
         share = held / max(1, kept + held)
         if held < HELDOUT_BYTES / 2 and not asked / 2 <= share <= 2 * asked:
             yield f"held out is {share:.2%} of this text, not {asked:.2%}: it has few pieces, or uneven ones"
+        if len(self.run.corpus.train) == 1 and any(phase.mix for phase in self.run.phases):
+            yield "the phases mix sources, and this text is one: their mix is left out; --data NAME=PATH names each"
 
     def begin(self, phase, pipeline):
         self.order = Order(self.run.corpus, phase, self.depths, self.run.settings["seed"])
@@ -1570,8 +1570,8 @@ def reward(text, task, checkers):
         raise CheckerError(f"{where} took more than {CHECK_SECONDS} s for {text!r}") from None
     except (Exception, SystemExit) as error:
         raise CheckerError(f"{where} raised {type(error).__name__}: {error}, for {text!r}") from None
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CheckerError(f"{where} returned {value!r}, no finite number, for {text!r}")
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:        # NaN neither
+        raise CheckerError(f"{where} returned {value!r}, no reward from 0 to 1, for {text!r}")
     return float(value)
 
 
@@ -1632,6 +1632,12 @@ class RL(Stage):
         self.refuse_plan(run.plan)
         self.checkers = read_checkers(settings["checkers"])
         self.tasks = read_tasks(settings["tasks"], self.checkers)
+        # each checker is tried before it is needed, on the answer of the first task that names it
+        for task in {task["checker"]: task for task in reversed(self.tasks)}.values():
+            with refusals():
+                given = reward(task["answer"].strip(), task, self.checkers)
+            if given == 0:
+                print(f"task of line {task['line']}: checker {task['checker']} gives nothing for the task's own answer")
         self.turn_end = special_id(run.encoding, TURN_END)
         self.prompts = [question(run.encoding, task["prompt"]) for task in self.tasks]
         self.example = self.tasks[0]["prompt"]
@@ -1677,11 +1683,11 @@ class RL(Stage):
         tasks = [chosen[number // settings["answers"]] for number in own]
         prompts = [self.prompts[task] for task in tasks]
         answers = self.sample(prompts, progress["step"])
-        # 2. rewards, known to all ranks, and what is better than its group
-        rewards = np.zeros(size)
-        rewards[own] = self.rewards_of(tasks, answers)
-        rewards = parallel.all_sum(torch.from_numpy(rewards)).numpy().reshape(n_groups, -1)
-        self.note_rewards(progress, chosen, rewards)
+        # 2. rewards and who kept to the format, known to all ranks, and what is better than its group
+        judged = np.zeros((2, size))
+        judged[:, own] = self.rewards_of(tasks, answers)
+        rewards, formatted = parallel.all_sum(torch.from_numpy(judged)).numpy().reshape(2, n_groups, -1)
+        self.note_rewards(progress, chosen, rewards, formatted)
         if settings["shuffle_rewards"]:
             rng = np.random.default_rng([settings["seed"], progress["step"]])
             rewards = rng.permuted(rewards, axis=1)
@@ -1697,17 +1703,18 @@ class RL(Stage):
         return [part_of(batch, slice(i * share, (i + 1) * share)) for i in range(settings["updates"])]
 
     def rewards_of(self, tasks, answers):
-        """On all ranks, or CheckerError on all: where a checker fails on one, the others must not wait for it."""
+        """[rewards, whether each is in the format] on all ranks, or CheckerError on all: where a checker fails on one,
+        the others must not wait for it."""
+        texts = [answer_of(self.run.encoding, answer.ids) for answer in answers]
         rewards, failure = [], None
         try:
-            for task, answer in zip(tasks, answers):
-                said = answer_of(self.run.encoding, answer.ids)
-                rewards.append(reward(said, self.tasks[task], self.checkers))
+            for task, text in zip(tasks, texts):
+                rewards.append(reward(text, self.tasks[task], self.checkers))
         except CheckerError as error:
             failure = error
         if parallel.all_sum(torch.tensor(float(failure is not None))).item():
             raise failure or CheckerError("")
-        return rewards
+        return rewards, [text is not None for text in texts]
 
     def choose_tasks(self, progress, n):
         """Numbers of tasks, drawn by what is known of them: those always or never solved are drawn less."""
@@ -1716,11 +1723,11 @@ class RL(Stage):
         rng = np.random.default_rng([self.run.settings["seed"], progress["step"]])
         return rng.choice(len(self.tasks), n, replace=n > len(self.tasks), p=weights / weights.sum())
 
-    def note_rewards(self, progress, chosen, rewards):
+    def note_rewards(self, progress, chosen, rewards, formatted):
         for task, rewarded in zip(chosen, rewards):
             progress["pass_rates"][task] = float((rewarded == 1).mean())
         self.log = dict(reward=rewards.mean(), reward_std=rewards.std(1).mean(), solved=(rewards == 1).mean(),
-                        zero_spread=(np.ptp(rewards, axis=1) == 0).mean())
+                        zero_spread=(np.ptp(rewards, axis=1) == 0).mean(), in_format=formatted.mean())
 
     def sample(self, prompts, step):
         run = self.run
@@ -1939,7 +1946,8 @@ def resume_settings(kind, given):
     require(stored.get("rules") == RULES, f"{folder} was begun under other rules of train.py, at commit "
                                           f"{stored.get('commit')}: resume it with that version, or start a new run")
     if Path(given.get("out", folder)).resolve() != folder.resolve():
-        raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away")
+        raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away, or "
+                        f"copy {folder} and resume the copy")
     given = {name: value for name, value in given.items() if name not in ("precision", "compile") or value != "auto"}
     for name, value in given.items():
         if name not in CHANGEABLE and value != settings[name]:
@@ -1952,8 +1960,8 @@ def resume_settings(kind, given):
     settings = fit_to_world(dict(before), given, stored["config"].balance_group)
     changed = [f"{flag(name)} {value}" for name, value in settings.items()
                if before[name] != value and (before[name] or value)]      # an empty list and an empty tuple are alike
-    if changed and parallel.world_size() == 1:
-        print("one process goes on with", " ".join(changed))
+    if changed:
+        print("goes on with", " ".join(changed))
     return settings, stored, checkpoint
 
 
@@ -2005,7 +2013,9 @@ def with_vocabulary(config, encoding):
     needed = encoding.n_vocab if encoding else 257 + len(RESERVED)
     if needed <= config.vocab_size:
         return config
-    return replace(config, vocab_size=math.ceil(needed / 64) * 64)
+    enlarged = math.ceil(needed / 64) * 64
+    print(f"vocab_size {config.vocab_size} becomes {enlarged}: the tokenizer has {needed} tokens or more")
+    return replace(config, vocab_size=enlarged)
 
 
 def refuse_lone_process(plan):
@@ -2050,8 +2060,8 @@ def refuse_unequal_ranks(run):
 class RunSource:
     """--init names a run or one of its checkpoints."""
 
-    def __init__(self, init, average):
-        self.folder, checkpoint = find_checkpoint(init, "--init")
+    def __init__(self, init, average, typed):
+        self.folder, checkpoint = find_checkpoint(init, typed)
         self.path, self.checkpoints = checkpoint.resolve(), newest_to(checkpoint, average)
         self.stored = read_config(self.folder)
         progress = progress_of(checkpoint, self.stored["phases"])
@@ -2110,11 +2120,11 @@ def newest_to(checkpoint, count):
     return [checkpoint.parent / f"step_{step}" for step in steps[-count:]]
 
 
-def open_source(init, average=1):
+def open_source(init, average=1, typed="--init"):
     if (folder_of(init) / "ckpt").exists():
-        return RunSource(init, average)
+        return RunSource(init, average, typed)
     if not Path(init, "config.json").exists():
-        raise UserError(f"--init {init}: neither a run's folder, with checkpoints in ckpt, nor a Hugging Face folder, "
+        raise UserError(f"{typed} {init}: neither a run's folder, with checkpoints in ckpt, nor a Hugging Face folder, "
                         f"with config.json")
     if average > 1:
         raise UserError(f"--average {average} is of a run's checkpoints, and --init {init} is a Hugging Face folder")
@@ -2222,6 +2232,8 @@ def find_checkpoint(resume, typed="--resume"):
     # a folder is not a run's because it exists: what counts is a checkpoint, which has its name only when it is whole
     path, folder = Path(resume), folder_of(resume)
     last = newest(folder)
+    if not folder.is_dir():
+        raise UserError(f"{typed} {resume}: no such folder; runs lie in runs/, or where --out said")
     if not last:
         raise UserError(f"{typed} {resume}: no complete checkpoint in {folder / 'ckpt'}; start the run anew with --out")
     if path == folder:
@@ -2334,7 +2346,8 @@ def continue_folder(run):
         if later > step:
             aside = checkpoints / f"aside_{later}_{time.time():.0f}"
             (checkpoints / f"step_{later}").rename(aside)
-            print(f"the run goes on from step {step}: step_{later} is now {aside}, and the log is cut back")
+            print(f"the run goes on from step {step}: step_{later} is now {aside}, until you give it its name back, "
+                  f"and the log is cut back")
 
 
 def cut_metrics(path, step):
@@ -2366,7 +2379,7 @@ class Stopper:
         # no more than a note: the step goes on, and ranks that were not asked learn of it from its sums
         self.asked = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
-        print(f"{self.asked}: finishing this step, then writing a checkpoint", flush=True)
+        print(f"{self.asked}: one more step, then a checkpoint; asked again, it ends at once and without", flush=True)
 
 
 def build(run, phase, checkpoint):
@@ -2589,7 +2602,9 @@ def print_step(run, line, share, left):
             "lr {lr:.1e}  {step_ms:.0f} ms  {tokens_per_s:,.0f} tokens/s  {mem_gib:.2f} GiB  max_vio {max_vio:.2f}  "
             "left {left}")
     if "reward" in line:
-        text += "  reward {reward:.3f}  solved {solved:.1%}  length {length:.1f}"
+        text += "  reward {reward:.3f}  solved {solved:.1%}  in format {in_format:.1%}  length {length:.1f}"
+        if line["zero_spread"] == 1:
+            text += "  no group differs in reward: nothing to learn"
     if line["mfu"]:
         text += f"  MFU {line['mfu']:.1%} of {run.settings['peak_tflops']:g} TFLOP/s"
     if line["skipped"]:
@@ -2624,6 +2639,11 @@ def introduce(run):
                   f"--lr; use fewer --warmup-steps or more --steps")
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
+        before, now = (phases[run.progress["phase"]].learning_rate(run.progress["phase_tokens"])
+                       for phases in (run.stored["phases"], run.phases))
+        if before != now:
+            print(f"another length is another schedule: the learning rate, {before:.1e} so far, goes on from "
+                  f"{now:.1e}; --init {run.folder} with an --lr of its own begins a new run instead")
     if is_done(run):
         print(f"{run.folder} is finished: {run.progress['step']} steps; --steps with a larger number trains on")
 
@@ -2729,9 +2749,9 @@ def write_texts(opened, prompts, settings, chat):
     print(f"{rate:.0f} tokens/s{drafts}", file=sys.stderr)
 
 
-def open_model(init, device, average=1):
-    """--init -> (its model, its tokenizer, END's id)."""
-    source = open_source(init, average)
+def open_model(init, device, average=1, typed="--init"):
+    """A run or a folder -> (its model, its tokenizer, END's id). typed: how it was named, for messages."""
+    source = open_source(init, average, typed)
     source.check(source.config)
     model = Model(source.config).to(device)
     source.fill(model)
@@ -2784,8 +2804,9 @@ EXPORT_OPTIONS = dict(
 def export(given):
     """Writes the model and the tokenizer of --init as a folder that others' programs load."""
     settings = defaults_of(EXPORT_OPTIONS) | given
-    if not settings["init"] or not settings["out"]:
-        raise UserError("export needs --init, a run's folder, and --out, the Hugging Face folder to make")
+    for name, what in dict(init="a run's folder", out="the Hugging Face folder to make").items():
+        if not settings[name]:
+            raise UserError(f"export needs {flag(name)}, {what}")
     with refusals():
         model, encoding, end = open_model(settings["init"], torch.device("cpu"), settings["average"])
         dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[settings["dtype"]]
@@ -2823,7 +2844,7 @@ COMMANDS = dict(
 
 def parse(argv):
     """-> (the command's function, dict of what was typed)."""
-    parser = sim.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sim.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         recipes = [f"{what} has defaults of its own: {typed_as(recipe)}" for what, recipe in command.recipes.items()]
@@ -2890,7 +2911,7 @@ def main(argv=None):
             command(given)
             parallel.leave_world()
     except KeyboardInterrupt:                                             # before the first step; then Stopper heeds it
-        sys.exit("train.py: interrupted")
+        sys.exit("\ntrain.py: interrupted")                               # on a line of its own, behind half a text
     except BrokenPipeError:                                               # nobody reads on, as behind `| head`: leave
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # without a word, as others by SIGPIPE do
         sys.exit(128 + signal.SIGPIPE)
@@ -2900,7 +2921,7 @@ def main(argv=None):
             advice = ""
             if isinstance(error, parallel.SaveFailed):
                 advice = "; make room, then --resume the run, or start it again if this was its first checkpoint"
-            print(f"train.py: {error}{advice}", file=sys.stderr)
+            print(f"train.py: {sim.words_of(error)}{advice}", file=sys.stderr)
         if shared:
             parallel.leave_world()
         sys.exit(2)

@@ -72,10 +72,10 @@ def print_recording(loads, devices, intervals, threshold):
     for interval, found in replays.items():
         print(f"{interval:8} steps {found.fixed:8.3f} {found.live:8.3f} {found.fixed / found.live:8.2f} "
               f"{hindsight(loads, devices, interval):11.3f} {found.moved:15.1f}")
-    print(f"\nWhat it costs, with a plan of ep={devices}:")
+    print(f"\nWhat it costs, simulated: `python sim.py predict` with --model, --hardware, a --plan of ep={devices} and")
     for interval, found in replays.items():
         for max_vio, how in (found.fixed, "experts fixed"), (found.live, f"live balance every {interval} steps"):
-            print(f"python sim.py predict --load max_vio={max_vio:.3f}      # {how}")
+            print(f"--load max_vio={max_vio:.3f}      # {how}")
 
 
 def floor(load, devices):
@@ -119,7 +119,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("loads", nargs="?", help="file of (steps, layers, experts); default: a recording of cpu-fine")
     parser.add_argument("--devices", type=int, default=8, help="that share the recorded experts: a plan's ep")
-    parser.add_argument("--interval", type=int, nargs="+", default=[10, 25, 50], help="steps between decisions")
+    parser.add_argument("--interval", type=int, nargs="+", help="steps between decisions; default: 10, 25 and 50, "
+                                                                         "or half of the recording")
     parser.add_argument("--threshold", type=float, default=sim.Plan.balance_threshold,
                         help="experts move if std/mean of the devices' loads falls by this")
     parser.add_argument("--cases", type=int, default=20, help="random loads of each kind; without a file")
@@ -128,9 +129,10 @@ def main(argv=None):
     steps, _, experts = loads.shape
     fitting = divisors(experts)[1:]
     require(args.devices in fitting, f"--devices {args.devices}: {experts} experts are recorded, use one of {fitting}")
-    for interval in args.interval:
+    intervals = args.interval or [n for n in (10, 25, 50) if n < steps] or [steps // 2]
+    for interval in intervals:
         require(0 < interval < steps, f"--interval {interval}: {steps} steps recorded, use 1 to {steps - 1}")
-    print_recording(loads, args.devices, args.interval, args.threshold)
+    print_recording(loads, args.devices, intervals, args.threshold)
     if args.loads is None:
         print_random(args.cases)
 

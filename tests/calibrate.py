@@ -318,9 +318,10 @@ def with_constants(hardware, plan, constants):
 def measure_links(device):
     """Fields of Hardware: bandwidth and start-up of collectives among a node's ranks and between nodes."""
     world, local = [int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]
-    fields = dict(inner_bandwidth=1e9, outer_bandwidth=1e9, node_size=local if local < world else 2**16)
-    if world == 1:                                         # not measured, and no plan of one device uses a link
-        return fields
+    fields = dict(node_size=local)
+    if world == 1:
+        print("the links were not measured: under torchrun, with several processes, they are")
+        return fields                                      # for plans of one device, which alone sim.py takes then
     parallel.join_world(device, timedelta(minutes=5))
     by_node = torch.arange(world).view(-1, local)
     for tier, groups in ("inner", by_node), ("outer", by_node.T):

@@ -41,11 +41,13 @@ UNITS = dict(
     lr="learning rate", tokens_per_s="tokens/s, all ranks", mem_gib="memory, GiB", mfu="MFU",
     max_vio="MaxVio of a batch", text_vio="MaxVio of the text of 50 steps", device_vio="MaxVio of devices",
     drop_rate="share of copies dropped", reward="reward of an answer", reward_std="its spread within a group",
-    solved="share of answers solved", zero_spread="share of groups alike", kl="KL to the reference, nats a token",
-    entropy="entropy, nats a token", length="length of an answer, tokens", clip_share="share of tokens clipped",
+    solved="share of answers solved", zero_spread="share of groups alike", in_format="share in the format",
+    kl="KL to the reference, nats a token", entropy="entropy, nats a token", length="length of an answer, tokens",
+    clip_share="share of tokens clipped",
     router_diff="share of tokens routed otherwise", far="share of tokens off by ln 2")
 SMOOTH = ("lr", "mem_gib", "text_vio")     # drawn as they are
-OF_RL = ("reward", "reward_std", "solved", "zero_spread", "kl", "entropy", "length", "clip_share", "router_diff", "far")
+OF_RL = ("reward", "reward_std", "solved", "zero_spread", "in_format", "kl", "entropy", "length", "clip_share",
+         "router_diff", "far")
 
 
 def series(run, keys):

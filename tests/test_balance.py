@@ -121,13 +121,13 @@ def test_recorded_loads():
 def test_predicted_gain(capsys):
     """A recording is played, and what it prints is given to sim.py: less imbalance makes a shorter step."""
     bench_balance.main([str(DATA), "--interval", "50"])
-    commands = [line.split()[2:5] for line in capsys.readouterr().out.splitlines() if line.startswith("python sim.py")]
+    loads = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("--load")]
     results = []
-    for command in commands:
-        sim.main([*command, "--model", "cpu-fine", "--json", "--plan",
+    for load in loads:
+        sim.main(["predict", *load, "--model", "cpu-fine", "--json", "--plan",
                   "dp=8,ep=8,micro_batch=64,global_batch=512,seq_len=256"])
         results.append(json.loads(capsys.readouterr().out))
-    fixed, live = (float(command[-1].removeprefix("max_vio=")) for command in commands)
+    fixed, live = (float(load[-1].removeprefix("max_vio=")) for load in loads)
     assert live < fixed / 3
     assert results[0]["step_time_s"] / results[1]["step_time_s"] - 1 > 0.1
 

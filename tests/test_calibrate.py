@@ -42,7 +42,7 @@ def test_links_are_measured_under_torchrun(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     fields = eval(result.stdout.splitlines()[0])           # rank 0's or 1's
-    assert fields["inner_bandwidth"] > 1e6 and fields["static_collective"] > 0 and fields["node_size"] == 2**16
+    assert fields["inner_bandwidth"] > 1e6 and fields["static_collective"] > 0 and fields["node_size"] == 2
 
 
 def test_calibration_finds_the_constants_behind_its_samples():

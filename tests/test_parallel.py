@@ -314,7 +314,7 @@ def test_bytes_are_those_that_sim_predicts(dispatch, ep, node_size):
         for (way, tier), n_bytes in sent.items():
             counted = want[way][tier][rank]
             assert n_bytes == counted, (f"rank {rank} sends {n_bytes} bytes {way}, {tier}; exchange_bytes in sim.py "
-                                        f"counts {counted}: see routed_rows and bytes_to_peer")
+                                        f"counts {counted}: see routed_rows, bytes_to_peer and Plan.goes_directly")
 
 
 def count_step(config, plan):

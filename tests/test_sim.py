@@ -124,6 +124,8 @@ def test_a_pipeline_drawn_as_text():
     """1F1B, 2 ranks, 3 micro-batches, a column a second: forwards 1 s, backwards 2 s; the step is (3 + 1) * 3 s."""
     plan = pipeline("1f1b", 2, 3)
     assert sim.draw_text(sim.action_spans(*play(plan), plan.pp), columns=12) == "01  aa2bb cc\n 0aa1bb2cc  "
+    row = [sim.Span(0, 10, "optimizer"), sim.Span(10, 10.1, "stragglers"), sim.Span(10.1, 10.1, "gradients")]
+    assert sim.draw_text([row], columns=10) == "OOOOOOOOOS"        # what is short shows, what takes no time does not
 
 
 def test_paired_runs_one_more_warm_up_than_interleaved():
@@ -534,7 +536,8 @@ def test_random_plans_keep_their_promises():
         result = predict(config, plan, ASCEND)
         assert sum(result["breakdown"].values()) == pytest.approx(result["step_time_s"])
         assert all(seconds >= -1e-12 for seconds in result["breakdown"].values()), result["breakdown"]
-        assert 0 <= result["hidden_comm_fraction"] <= 1 and 0 < result["mfu"] < 1
+        hidden = result["hidden_comm_fraction"]
+        assert (0 <= hidden <= 1 if plan.ep > 1 else hidden is None) and 0 < result["mfu"] < 1
         for faster in ("inner_bandwidth", "outer_bandwidth", "bandwidth", "host_bandwidth"):
             quick = predict(config, plan, replace(ASCEND, **{faster: 1e13}))["step_time_s"]
             assert quick <= result["step_time_s"] * (1 + 1e-12), f"more {faster} is slower under {plan}"
@@ -618,6 +621,8 @@ def test_predict_prints_one_json_object(capsys):
     assert {"step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "tflops_per_device", "mem_gib", "fits",
             "why_not", "bubble", "exposed_comm_s", "hidden_comm_fraction", "breakdown", "memory_by_stage",
             "bytes_by_tier", "plan"} <= set(result)
+    assert result["model"] == "tiny" and result["hardware"] == "h200_sxm" and result["devices"] == 4
+    assert "simulated" in result["source"]
     assert result["plan"]["schedule"] == "paired" and len(result["memory_by_stage"]) == 2 and result["max_vio"] == 0.2
 
 
@@ -627,13 +632,16 @@ def test_predict_prints_one_json_object(capsys):
     (("predict", "--model", "none"), "model 'none': use a JSON file or one of"),
     (("predict", "--hardware", "none"), "hardware 'none': use a JSON file or one of"),
     (("predict", "--hardware", __file__), "is not JSON"),
-    (("predict", "--plan", "tp=2, tpp=4"), "unknown plan key 'tpp'"),
+    (("predict", "--plan", "tp=2, tpp=4"), "unknown plan key 'tpp': use one of tp, pp"),
+    (("predict", "--plan", "tp=2,tp=4"), "has tp twice"),
+    (("trace", "--jsn"), "--jsn is no flag here"),
+    (("predict", "--jsn"), "--jsn is no flag here (nearest: --json): see"),
     (("predict", "--devices", "5"), "for 5 devices"),
     (("predict", "--devices", "0"), "must be a whole number of at least 1"),
     (("plans", "--devices", "-8", "--global-batch", "8"), "must be a whole number of at least 1"),
     (("plans", "--top", "0", "--global-batch", "8"), "must be a whole number of at least 1"),
     (("plans",), "--global-batch"),
-    (("predict", "--nodes", "5"), "unrecognized arguments: --nodes 5"),
+    (("predict", "--nodes", "5"), "--nodes is no flag here (nearest: --model): see sim.py predict"),
     (("shapes", "--budget", "active=0,total=718e9"), "both above 0"),
     (("shapes", "--budget", "active=nan,total=718e9"), "both above 0"),
     (("shapes", "--budget", "39e9"), "write active=39e9,total=718e9"),
@@ -866,6 +874,18 @@ def test_another_gpu_from_a_file(tmp_path, capsys):
     sim.main(["predict", "--model", "cpu-small", "--hardware", str(file), "--devices", "1"])
     shown = capsys.readouterr().out
     assert "on 1 mine, 300.0 TFLOP/s in bf16" in shown and "256 tokens" in shown and "fits: yes" in shown
+    sim.main(["predict", "--model", "cpu-small", "--hardware", str(file)])         # nor are more devices taken for it
+    assert "on 1 mine" in capsys.readouterr().out
+    for more, words in (dict(), "no inner_bandwidth"), (dict(inner_bandwidth=1e10), "more than one node of 8"):
+        file.write_text(json.dumps(dict(peak=dict(bf16=3e14), memory=5e10, bandwidth=1e12) | more))
+        with pytest.raises(ValueError, match=words):
+            sim.main(["predict", "--model", "cpu-small", "--hardware", str(file), "--devices", "16"])
+    sim.main(["predict", "--model", "cpu-small", "--hardware", str(file), "--devices", "4"])
+    for values, words in ((dict(peek=1), "Hardware has no field 'peek': use one of peak"),
+                          (dict(peak=dict(bf16=3e14)), "lacks memory, bandwidth: add them, or a preset as base")):
+        file.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=words):
+            sim.main(["predict", "--hardware", str(file)])
     for base in ("h1000", ["h100_sxm"]):
         file.write_text(json.dumps(dict(base=base, memory=5e10)))
         with pytest.raises(ValueError, match="base=.*: use one of"):

@@ -323,7 +323,7 @@ def test_updates_of_rl_are_of_the_same_answers_under_any_plan(monkeypatch):
         stage = train.RL(SimpleNamespace(settings=settings, plan=plan, config=RANKS_CONFIG, device="cpu"))
         stage.tasks = stage.prompts = [[number] for number in range(8)]
         stage.sample = lambda prompts, step: [SimpleNamespace(ids=[0]) for _ in prompts]
-        stage.rewards_of = lambda tasks, answers: [0.0] * len(tasks)
+        stage.rewards_of = lambda tasks, answers: np.zeros((2, len(tasks)))
         stage.examples = lambda prompts, answers, advantages: dict(
             ids=torch.tensor(prompts), policy=torch.zeros(len(prompts), 1, 5), lengths=torch.ones(len(prompts)))
         stage.scored = lambda batch: batch
@@ -425,6 +425,7 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
                                "        pass\n\ndef nan(text, task):\n    return float('nan')\n\n"
                                "def words(text, task):\n    return 'yes'\n\n"
                                "def leaves(text, task):\n    raise SystemExit\n\n"
+                               "def much(text, task):\n    return 2\n\n"
                                "def calms(text, task):\n    try:\n        hangs(text, task)\n"
                                "    except Exception:\n        return 0\n")
     def refused(line):
@@ -440,10 +441,13 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
                         (json.dumps(good | dict(checker=["a"])), "line 2: checker ['a']: use exact, partial"),
                         (json.dumps(good | dict(prompt="a " * 90)), "line 2: a prompt of")]:
         assert words in refused(line)
+    for name in "nan", "words", "raises":                                 # each is tried before anything is trained
+        assert f"task of line 2: checker {name} r" in refused(json.dumps(good | dict(checker=name)))
+    assert not Path("r").exists()
     checkers = train.read_checkers("mine.py")
-    for name, words in dict(raises="raised ZeroDivisionError", hangs="took more than 0.2 s", nan="returned nan",
-                            words="returned 'yes'", leaves="raised SystemExit",
-                            calms="took more than 0.2 s").items():
+    for name, words in dict(raises="raised ZeroDivisionError", hangs="took more than 0.2 s", nan="returned nan, no",
+                            words="returned 'yes'", much="returned 2, no reward from 0 to 1",
+                            leaves="raised SystemExit", calms="took more than 0.2 s").items():
         with pytest.raises(train.CheckerError, match=words):
             train.reward("b", good | dict(checker=name, line=2), checkers)
     assert train.reward(None, good | dict(checker="raises", line=2), checkers) == 0

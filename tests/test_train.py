@@ -478,7 +478,7 @@ def test_sigterm_then_kill_then_resume(text, at):
     wait_for_step(process, 3)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "go on with" in out, err
+    assert process.returncode == 0 and "SIGTERM: one more step, then a checkpoint" in out and "go on with" in out, err
     process = start("--resume", "é")
     wait_for_step(process, 20)
     process.kill()
@@ -531,15 +531,16 @@ def test_never_finite_stops(text, at):
 def test_bad_settings(text, at, capsys):
     for argv, words in [
             (("--preset", "huge"), "--preset='huge': use one of tiny"),
-            (("--set", "hiden_size=3"), "--set hiden_size=3: write KEY=VALUE with a key of"),
+            (("--set", "hiden_size=3"), "--set hiden_size=3: write KEY=VALUE with a key of hidden_size"),
+            (("--step", "3"), "--step is no flag here (nearest: --steps): see train.py pretrain --help"),
             (("--set", "num_experts_per_tok=99"), "num_experts_per_tok=99"),
-            (("--colour", "red"), "unrecognized arguments: --colour red"),
+            (("--colour", "red"), "--colour is no flag here: see train.py pretrain --help"),
             (("--init", ""), "--init is empty: give a value"),
             (("--resume", ""), "--resume is empty: give a value"),
             (("--data", ""), "--data is empty: give a value"),
             (("--device", "tpu"), "use auto, cpu, cuda or npu"),
             (("--precision", "fp4"), "use one of auto, fp32, bf16"),
-            (("--seq-len", "5000"), "max_position_embeddings=1024"),
+            (("--seq-len", "5000"), "--set max_position_embeddings=5000"),
             (("--global-batch", "5", "--micro-batch", "2"), "global_batch=5"),
             (("--phases", "none.json"), "no such file"),
             (("--tokenizer", "none.tiktoken"), "no tiktoken file"),
@@ -604,13 +605,13 @@ def test_text_as_people_have_it(text, at, capsys):
     (at / "data/link").symlink_to(text)
     (at / "data/up").symlink_to(at / "data")
     os.mkfifo(at / "data/pipe.txt")
-    Path(os.fsdecode(os.fsencode(at / "data") + b"/\xff.txt")).write_text("word " * 400)
+    Path(os.fsdecode(os.fsencode(at / "data") + b"/\xff.TXT")).write_text("word " * 400)
     for name in ("config.json", "metrics.jsonl", "sample.txt"):
         (at / "data/run").mkdir(exist_ok=True)
         (at / "data/run" / name).write_text("{}")
     (at / "data/a.png").write_text("")
     files = train.list_files([str(at / "data")])
-    assert sorted(os.fsencode(file.name) for file in files) == [b"link/%d.txt" % n for n in range(8)] + [b"\xff.txt"]
+    assert sorted(os.fsencode(file.name) for file in files) == [b"link/%d.txt" % n for n in range(8)] + [b"\xff.TXT"]
     assert "1 files are no text by their endings and are left out: 1 .png" in capsys.readouterr().out
     assert corpus_of([at / "data"], at).facts["files"] == 9
     with pytest.raises(train.UserError, match="no such file or folder"):
@@ -671,7 +672,13 @@ def test_lines_at_the_start(text, at, capsys):
     out = capsys.readouterr().out
     assert "processes: 1 (pp 1 dp 1 cp 1 tp 1 ep 1)" in out and "a checkpoint takes 0." in out
     assert "balance=ep_group is dp_group and micro_batch too in this plan" in out
-    assert "of this text, not 2.00%" in out
+    assert "of this text, not 2.00%" in out and "mix sources" not in out
+    phase = dict(tokens=1000, seq_len=16, global_batch=2, lr=1e-3, mix=dict(a=0.5, b=0.5))
+    (at / "phases.json").write_text(json.dumps([phase]))
+    run("--data", text, "--phases", "phases.json", "--out", "mixed", *TINY, "--set", "vocab_size=99")
+    out = capsys.readouterr().out
+    assert "the phases mix sources, and this text is one" in out
+    assert "vocab_size 99 becomes 320: the tokenizer has 273 tokens or more" in out
 
 
 def test_interrupted_before_the_first_step(text, at, capsys, monkeypatch):
@@ -680,7 +687,7 @@ def test_interrupted_before_the_first_step(text, at, capsys, monkeypatch):
     monkeypatch.setattr(train, "tokenise", interrupted)
     with pytest.raises(SystemExit) as stop:
         run("--data", text, "--out", "r", *TINY)
-    assert stop.value.code == "train.py: interrupted" and not list(at.glob("data-*"))
+    assert stop.value.code == "\ntrain.py: interrupted" and not list(at.glob("data-*"))
 
 
 def test_nobody_reads_the_output(text, at, capfd, monkeypatch):
@@ -709,7 +716,10 @@ def test_other_ranks_are_silent_and_the_screen_is_given_back(text, at, capsys, m
 def test_bad_resume(text, at, capsys):
     run("--data", text, "--steps", 4, "--save-every", 2, "--out", "r", *TINY)
     assert "already holds a run: --resume r" in refusal(capsys, "--data", text, "--out", "r", *TINY)
-    assert "no complete checkpoint" in refusal(capsys, "--resume", "nowhere")
+    assert "nowhere: no such folder; runs lie in runs/" in refusal(capsys, "--resume", "nowhere")
+    (at / "empty").mkdir()
+    assert "no complete checkpoint" in refusal(capsys, "--resume", "empty")
+    assert "train.py: /proc/r: No such file or directory" in refusal(capsys, "--data", text, "--out", "/proc/r", *TINY)
     assert "--seed 3: the run in r has 0" in refusal(capsys, "--resume", "r", "--seed", 3)
     assert "the text is not what r began with" in refusal(capsys, "--resume", "r", "--data", ROOT / "tests")
 
@@ -883,7 +893,8 @@ def test_resume_elsewhere_finished_and_older(text, at, capsys):
     assert "--resume r writes into r" in refusal(capsys, "--resume", "r", "--out", "other")
     assert not (at / "other").exists()
     run("--resume", "r", "--out", "r")
-    assert "r is finished: 2 steps; --steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "r is finished: 2 steps; --steps" in said and "another schedule" not in said
     stored = json.loads((at / "r/config.json").read_text())
     (at / "r/config.json").write_text(json.dumps(stored | dict(rules=1)))
     assert "r was begun under other rules of train.py" in refusal(capsys, "--resume", "r", "--steps", 4)
@@ -891,12 +902,14 @@ def test_resume_elsewhere_finished_and_older(text, at, capsys):
 
 def test_resume_with_fewer_steps_than_are_done(text, at, capsys):
     """Refused before anything is stored; --steps then counts, also where an older --tokens was stored."""
-    run("--data", text, "--tokens", 4 * 2 * 16, "--out", "r", *TINY)
+    run("--data", text, "--tokens", 4 * 2 * 16, "--out", "r", *TINY, "--warmup-steps", 1)
     done, stored = len(losses(at / "r")), (at / "r/config.json").read_text()
     assert f"{done} steps are done already" in refusal(capsys, "--resume", "r", "--steps", done - 1)
     assert (at / "r/config.json").read_text() == stored
+    capsys.readouterr()
     run("--resume", "r", "--steps", done + 2)
     assert len(losses(at / "r")) == done + 2
+    assert "another schedule: the learning rate, 1.2e-04 so far, goes on from" in capsys.readouterr().out
 
 
 def test_checkpoints_put_aside_are_named(text, at, capsys):
@@ -936,8 +949,17 @@ def test_one_process_goes_on_with_a_run_of_four(text, at, capsys):
     (at / "r/config.json").write_text(json.dumps(stored))
     capsys.readouterr()
     run("--resume", "r/ckpt/step_2")
-    assert "one process goes on with --dp 1 --ep 1 --micro-batch 4" in capsys.readouterr().out
+    assert "goes on with --dp 1 --ep 1 --micro-batch 4" in capsys.readouterr().out
     assert losses(at / "r") == losses(at / "whole")
+
+
+def test_fewer_processes_have_micro_batches_that_hold_a_balance_group(monkeypatch):
+    """A run of ep=4 goes on with pp=2 on two ranks, of which each sees all sequences."""
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    before = train.settings_of(dict(global_batch=32, micro_batch=2, precision="fp32")) | dict(dp=4, ep=1, pp=2)
+    after = train.fit_to_world(dict(before), dict(pp=2, ep=1), group=8)
+    assert (after["dp"], after["micro_batch"]) == (1, 8)
+    train.check_plan(train.replace(train.PRESETS["tiny"], balance_group=8), train.make_plan(after), devices=2)
 
 
 @pytest.mark.slow
