@@ -1853,7 +1853,7 @@ def config_to_hf(config):
     if pre:
         hf["topk_method"] = "noaux_tc" if config.router_bias else "greedy"
     else:
-        hf |= dict(sandwich_norm=config.norm == "sandwich", router_enable_expert_bias=config.router_bias)
+        hf |= dict(sandwich_norm=config.norm in ("dssn", "sandwich"), router_enable_expert_bias=config.router_bias)
     return hf | dict(training=values)
 
 

@@ -394,9 +394,10 @@ def check_hardware(plan, hardware):
     require(plan.precision in hardware.peak, f"precision={plan.precision}: {hardware.name} has no peak for it, "
                                              f"use one of {', '.join(hardware.peak)}")
     require(hardware.inner_bandwidth or plan.world_size == 1,
-            f"{hardware.name} has no inner_bandwidth: give it for more than one device")
+            f"{hardware.name} has no inner_bandwidth: write its bytes/s into the file for more than one device; "
+            f"tests/calibrate.py measures it under torchrun")
     require(hardware.outer_bandwidth or plan.world_size <= node,
-            f"{hardware.name} has no outer_bandwidth: give it for more than one node of {node}")
+            f"{hardware.name} has no outer_bandwidth: write its bytes/s into the file for more than one node of {node}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1369,7 +1370,7 @@ class LayerTime:
         self.items = items_in_force(plan)
         self.name = "" if work.is_layer else work.kind
         self.has_experts = work.kind in ("moe", "mtp")
-        self.slower = 1 + max_vio                          # the busiest rank's experts and exchange, over the mean
+        self.slower = 1 + max_vio * (plan.ep > 1)          # the busiest rank's experts and exchange, over the mean
         self.whole_again = work.is_layer and "layer" in self.items
         self.rows_again = self._when_rows_travel_again()
         self.compute = Counter()                           # (part, pass) -> seconds; pass: F, I, W, or B = I + W
@@ -1910,7 +1911,7 @@ class Simulation:
             travel += times * account.travel
         parts = {name: seconds / self.plan.pp for name, seconds in parts.items()}
         parts["stragglers"] = self.straggling * max(self.ends)
-        parts["bubble"] = max(0.0, max(self.ends) + parts["stragglers"] - sum(parts.values()))     # rounding aside
+        parts["bubble"] = (self.plan.pp > 1) * max(0.0, max(self.ends) + parts["stragglers"] - sum(parts.values()))
         return parts, travel / self.plan.pp
 
     # bytes
@@ -2553,7 +2554,7 @@ def draw_png(simulation, path, title):
 
 def peak_words(hardware, precision="bf16"):
     precision = precision if precision in hardware.peak else next(iter(hardware.peak))
-    return f"{hardware.peak[precision] / 1e12:.1f} TFLOP/s in {precision} each"
+    return f"{hardware.peak[precision] / 1e12:.4g} TFLOP/s in {precision} each"
 
 
 def describe(plan):
@@ -2625,8 +2626,8 @@ def read_preset(kind, cls, presets, name):
     try:
         with open(name, encoding="utf-8") as file:
             values = json.load(file)
-    except OSError:
-        raise ValueError(f"{kind} {name!r}: use a JSON file or one of {', '.join(presets)}") from None
+    except OSError as error:
+        raise ValueError(f"{kind} {name!r}: {error.strerror}; use a JSON file or one of {', '.join(presets)}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON ({error}): mend it") from None
     require(isinstance(values, dict), f"{name}: write a JSON object of fields of {cls.__name__}")
@@ -2637,11 +2638,12 @@ def read_preset(kind, cls, presets, name):
         values.setdefault("name", Path(name).stem)         # it is another than its base
     for key in values:
         require(key in known, f"{name}: {cls.__name__} has no field {key!r}: use one of {nearest(key, known)}")
-    if base:
-        return replace(presets[base], **values)
     missing = [one.name for one in fields(cls) if one.default is MISSING and one.name not in values]
-    require(not missing, f"{name} lacks {', '.join(missing)}: add them, or a preset as base")
-    return cls(**values)
+    require(base or not missing, f"{name} lacks {', '.join(missing)}: add them, or a preset as base")
+    try:
+        return replace(presets[base], **values) if base else cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def speak_any_letter():
@@ -2750,20 +2752,25 @@ def run_plans(args, config, hardware):
     search = search_plans(config, hardware, devices, args.top, global_batch=args.global_batch, seq_len=seq_len)
     ending = "interrupted after" if search.interrupted else "in"
     print(f"{search.priced} plans that fit were priced by a formula, the best {len(search.found)} of them played: a "
-          f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s\nGiB of the fullest rank; {ALLOCATOR}\n\n"
-          "  step s     MFU     GiB  plan")
+          f"search, not a proof; {ending} {time.monotonic() - begin:.0f} s")
+    if search.found:
+        print(f"GiB of the fullest rank; {ALLOCATOR}\n\n  step s     MFU     GiB  plan")
     for result in search.found[:args.top]:
         print("{step_time_s:8.4g} {mfu:7.1%} {mem_gib:7.1f} ".format(**result), describe(result["plan"]))
-    if not search.found:
-        print("none fits: give more --devices, another --global-batch, or a smaller model; why, is below")
     print("\nLeft out, how often and one example each:")
     for times, message in sorted(search.refused.values(), reverse=True):
         print(f"{times:6}  {message}")
-    return 130 if search.interrupted else 0                # as a shell says of what an interrupt ended
+    if search.interrupted:
+        return 130                                         # as a shell says of what an interrupt ended
+    require(search.found, "no plan fits: give more --devices, another --global-batch, or a smaller model")
+    return 0
 
 
 def run_trace(args, simulation, why):
-    if args.png:                                           # told before anything is written
+    for path in filter(None, (args.out, args.png)):        # told before anything is written
+        require(Path(path).absolute().parent.is_dir(), f"{path}: there is no such folder, make it first")
+    if args.png:
+        require(args.png.endswith(".png"), f"--png {args.png}: write a name that ends in .png")
         try:
             import matplotlib  # noqa: F401
         except ImportError:

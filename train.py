@@ -7,7 +7,7 @@ Trains a model of model.py on text: data, tokenizer, phases, one visible loop, c
     torchrun --nproc-per-node 4 train.py --ep 4 --node-size 2 --dispatch hierarchical   # --resume may take another plan
     python train.py pretrain --init runs/a                 # a new run from its weights, or from a Hugging Face folder's
     python train.py sample --init runs/a --prompt "def " --draft 2    # or --file, a pipe, or line by line at a terminal
-    python train.py export --init runs/a --out HF_DIR      # a folder that transformers loads
+    python train.py export --init runs/a --out HF_DIR      # a Hugging Face folder
 
 In this order: settings, tokenizer, files of text, corpus, phases, data order, one step, held-out text, a run and how it
 is opened, weights to begin with, the run's folder, the loop, log and screen, commands. Everything that a step needs is
@@ -246,7 +246,7 @@ def make_config(settings, config=None):
     for pair in settings["set"]:
         key, equals, word = pair.partition("=")
         if key not in by_name or not equals:
-            raise UserError(f"--set {pair}: write KEY=VALUE with a key of {sim.nearest(key, by_name)}")
+            raise UserError(f"--set {pair}: write KEY=VALUE with a key of Config, such as {sim.nearest(key, by_name)}")
         changes[key] = read_word(word, by_name[key].type)
     with refusals("--set: "):
         return replace(config, **changes)
@@ -528,7 +528,7 @@ def check_messages(messages):
     for message in messages:
         require(message.get("role") in [*ROLES], f"role {message.get('role')!r}: use {', '.join(ROLES)}")
         for part, words in dict(content=message.get("content"), thinking=message.get("thinking", "")).items():
-            require(isinstance(words, str), f"{part} of {message['role']} is no text")
+            require(isinstance(words, str), f"{part} of {message['role']} is no text: put it in quotes")
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     require(answers, "no turn of the assistant, so nothing to learn")
     require(all(answer.strip() for answer in answers), "an answer of the assistant is empty")
@@ -910,7 +910,7 @@ def read_conversations(data, encoding):
     for file in list_files(data):
         for number, line in read_lines(file.path):
             with refusals(f"{file.path}, line {number}: "):
-                require(isinstance(line, dict), "no object")
+                require(isinstance(line, dict), "no object: write one with messages, or with prompt and response")
                 if "messages" not in line and {"prompt", "response"} <= set(line):
                     line = dict(messages=[dict(role="user", content=line["prompt"]),
                                           dict(role="assistant", content=line["response"])])
@@ -1429,7 +1429,8 @@ class SFT(Stage):
         every = round(1 / run.settings["heldout"]) if run.settings["heldout"] else 0
         held = fitting[1::every] if every else []
         kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
-        require(kept, "no conversation is left to train on: give more with --data, or a larger --seq-len")
+        require(kept, f"--data {' '.join(run.settings['data'])}: of {len(found)} conversations {len(fitting)} fit "
+                      f"--seq-len, {len(held)} are held out, and none is left to train on")
         self.example = run.encoding.decode(kept[0][0]).partition(ROLES["user"])[2].partition(TURN_END)[0]
         facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), conversations=len(kept),
                      heldout=len(held), **facts_of(run.encoding))
@@ -1474,7 +1475,8 @@ class SFT(Stage):
 # 4. updates    of the weights, one or several from the same answers, kept close to the old policy by clipping
 
 RL_OPTIONS = dict(
-    tasks=Option("", "FILE.jsonl, a line each: prompt, answer, checker (exact | partial | a function of --checkers)"),
+    tasks=Option("", "FILE.jsonl, a line each: prompt, answer and, if not exact, checker (exact | partial | a "
+                    "function of --checkers)"),
     checkers=Option("", "FILE.py; its functions take (text of the answer, the task's line) and return a reward of 0 to "
                         "1"),
     answers=Option(16, "to each prompt: a group", least=2),
@@ -1514,6 +1516,8 @@ def read_checkers(path):
         names = {}
         try:
             exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
+        except OSError as error:
+            raise UserError(f"--checkers {path}: {error.strerror}; name a file of Python") from None
         except Exception as error:
             raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
         found |= {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
@@ -1525,10 +1529,10 @@ def read_tasks(path, checkers):
     tasks = []
     for number, task in read_lines(path):
         with refusals(f"{path}, line {number}: "):
-            require(isinstance(task, dict), "no object: write prompt, answer and checker")
+            require(isinstance(task, dict), "no object: write one with prompt and answer")
             for key in ("prompt", "answer"):
                 require(isinstance(task.get(key, ""), str), f"{key}={task.get(key)!r} is no text: put it in quotes")
-                require(task.get(key, "").strip(), f"no {key}: write prompt, answer and checker")
+                require(task.get(key, "").strip(), f"no {key}: write prompt and answer, and a checker if not exact")
             task = dict(checker="exact") | task | dict(line=number)
             require(task["checker"] in [*checkers],
                     f"checker {task['checker']!r}: use {', '.join(checkers)}, or give its file to --checkers")
@@ -1562,7 +1566,7 @@ def reward(text, task, checkers):
     """What a checker says of an answer, which is None if it is not in the format. CheckerError if it says nothing."""
     if text is None:
         return 0.0
-    where = f"task of line {task['line']}: checker {task['checker']}"
+    where = f"--tasks, line {task['line']}: checker {task['checker']}"
     try:
         with time_limit(CHECK_SECONDS):
             value = checkers[task["checker"]](text, task)
@@ -1637,7 +1641,7 @@ class RL(Stage):
             with refusals():
                 given = reward(task["answer"].strip(), task, self.checkers)
             if given == 0:
-                print(f"task of line {task['line']}: checker {task['checker']} gives nothing for the task's own answer")
+                print(f"--tasks, line {task['line']}: checker {task['checker']} gives 0 for the task's own answer")
         self.turn_end = special_id(run.encoding, TURN_END)
         self.prompts = [question(run.encoding, task["prompt"]) for task in self.tasks]
         self.example = self.tasks[0]["prompt"]
@@ -1647,7 +1651,9 @@ class RL(Stage):
                 raise UserError(f"{settings['tasks']}, line {task['line']}: a prompt of {len(prompt)} tokens and "
                                 f"--new-tokens {settings['new_tokens']} do not fit --seq-len: raise it, or leave the "
                                 f"line out")
+        code = Path(settings["checkers"]).read_text(encoding="utf-8") if settings["checkers"] else ""
         facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), tasks=len(self.tasks),
+                     checkers=hashlib.sha256(code.encode()).hexdigest(),
                      **facts_of(run.encoding))
         return Corpus(run.encoding, None, None, facts)
 
@@ -1662,6 +1668,8 @@ class RL(Stage):
 
     def describe(self, facts):
         yield f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
+        if self.run.stored and self.run.stored["corpus"].get("checkers", "") != facts["checkers"]:
+            yield "the checkers are not those that the run began with"
 
     def begin(self, phase, pipeline):
         run, self.pipeline, self.reference = self.run, pipeline, None
@@ -1998,10 +2006,11 @@ def fit_plan(run):
     hardware = sim.CPU
     if settings["hardware"]:
         hardware = sim.read_preset("hardware", sim.Hardware, sim.HARDWARE, settings["hardware"])
+    node = run.plan.node_size if "node_size" in run.given else min(run.plan.node_size, hardware.node_size)
     check_plan(run.config, run.plan, devices=parallel.world_size())
-    found = sim.fit_memory(run.config, run.plan, hardware, budget)
+    found = sim.fit_memory(run.config, replace(run.plan, node_size=node), hardware, budget)
     plan = Plan(**found["plan"])
-    settings.update(recompute=plan.recompute, swap=plan.swap, fit="")     # a resumed run does not choose again
+    settings.update(recompute=plan.recompute, swap=plan.swap, node_size=node, fit="")     # not chosen again on resume
     chosen = "+".join(plan.recompute + plan.swap) or "nothing"
     print(f"--fit {match[0]}: {chosen} is recomputed or swapped, so it needs {found['mem_gib']:.2f} GiB (simulated, "
           f"with the costs of {hardware.name})")
@@ -2196,8 +2205,11 @@ def open_folder(run):
     folder = Path(settings["out"]) if settings["out"] else free_folder(name)
     if not run.stored:
         refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    run.lock = open(folder / ".lock", "w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}; choose a folder that can be written") from None
     try:
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -2332,22 +2344,25 @@ def continue_folder(run):
     --resume changed is stored, so that the next one need not be told."""
     now, before = run.corpus.facts["sha256"], run.stored["corpus"]["sha256"]
     if now != before:
-        raise UserError(f"the text is not what {run.folder} began with (sha256 {now[:12]}, was {before[:12]}): give "
-                        f"the old text with --data, or start a new run")
+        raise UserError(f"the text of --data or --tasks is not what {run.folder} began with (sha256 {now[:12]}, was "
+                        f"{before[:12]}): give it as it was, or start a new run")
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
     total, planned = (end_of(phases, len(phases) - 1) for phases in (run.phases, run.stored["phases"]))
     if total < planned and is_done(run):
         raise UserError(f"{step} steps are done already: give more with --steps or --tokens, or leave them away")
-    cut_metrics(run.folder / "metrics.jsonl", step)
+    log = run.folder / "metrics.jsonl"
+    put_aside = [later for later in parallel.steps_in(checkpoints) if later > step]
+    if put_aside:
+        kept_log = shutil.copy(log, run.folder / f"aside_{time.time():.0f}.jsonl")
+    cut_metrics(log, step)
     given = {name: value for name, value in run.given.items() if name != "resume"}
     kept = {name: run.stored.get(name, "") for name in ("commit", "source")}
     write_config(run, run.stored["given"] | given, **kept)
-    for later in parallel.steps_in(checkpoints):
-        if later > step:
-            aside = checkpoints / f"aside_{later}_{time.time():.0f}"
-            (checkpoints / f"step_{later}").rename(aside)
-            print(f"the run goes on from step {step}: step_{later} is now {aside}, until you give it its name back, "
-                  f"and the log is cut back")
+    for later in put_aside:
+        aside = checkpoints / f"aside_{later}_{time.time():.0f}"
+        (checkpoints / f"step_{later}").rename(aside)
+        print(f"the run goes on from step {step}: step_{later} is now {aside}, until you give it its name back; the "
+              f"whole log is copied to {kept_log}")
 
 
 def cut_metrics(path, step):
@@ -2379,7 +2394,8 @@ class Stopper:
         # no more than a note: the step goes on, and ranks that were not asked learn of it from its sums
         self.asked = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
-        print(f"{self.asked}: one more step, then a checkpoint; asked again, it ends at once and without", flush=True)
+        print(f"{self.asked}: ends with a checkpoint after this step or the next; asked again, at once, and --resume "
+              f"goes on from the newest one there is", flush=True)
 
 
 def build(run, phase, checkpoint):
@@ -2445,11 +2461,15 @@ def train_to_end(run):
         pipeline, optimizer = build(run, phase, checkpoint)
         run.stage.begin(phase, pipeline)
 
-        while not phase_is_done(run) and not stop.agreed:
+        while run.phases[progress["phase"]] is phase and not is_done(run) and not stop.agreed:
             # 1. the batch: how many sequences, which, at what rate
             began = time.perf_counter()
             size = phase.batch(progress["phase_tokens"])
-            batches = run.stage.batches(progress, size)
+            try:
+                batches = run.stage.batches(progress, size)
+            except CheckerError as error:                                 # which all ranks raise, at the same step
+                end_phase(run, saver, pipeline, optimizer)
+                raise CheckerError(str(error) and f"{error}; mend it, then --resume {run.folder}") from error
             line = advance(run, phase, size, optimizer)
 
             # 2. the step, of one update of the weights, or of several in rl; tolist waits for the device
@@ -2462,14 +2482,15 @@ def train_to_end(run):
             line |= watch_loads(run, pipeline.grid, optimizer, loads)
             line |= speed(run, phase, size, time.perf_counter() - began)
 
-            # 3. the log; once in a while held-out text and checkpoint
-            if is_done(run) or is_due(settings["eval_every"], progress["step"]):
-                line |= run.stage.evaluate(pipeline)
+            # 3. the log; a checkpoint once in a while, the last one before held-out text, which may take long
             log.write(line)
             saver.poll()                                                  # raises if a checkpoint could not be written
-            if is_due(settings["save_every"], progress["step"]) and progress["skipped_in_a_row"] == 0:
+            if phase_is_done(run) or stop.agreed:
+                checkpoint = end_phase(run, saver, pipeline, optimizer)
+            elif is_due(settings["save_every"], progress["step"]) and progress["skipped_in_a_row"] == 0:
                 save_finite(run, saver, pipeline, optimizer)
-        checkpoint = end_phase(run, saver, pipeline, optimizer)
+            if is_done(run) or is_due(settings["eval_every"], progress["step"]):
+                log.add(run.stage.evaluate(pipeline))
     conclude(run, checkpoint)
 
 
@@ -2585,9 +2606,21 @@ class Log:
         path = run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull
         self.file = open(path, "a", buffering=1, encoding="utf-8")       # a line is written when it ends
 
-    def write(self, line):
+    def put(self, line):
+        self.line, self.place = line, self.file.tell()
         with naming(self.file.name):
             self.file.write(json.dumps(line) + "\n")
+
+    def add(self, found):
+        """What held-out data say goes into the line of its step, which is written before they are gone through."""
+        if parallel.rank() == 0:
+            self.file.truncate(self.place)
+        self.put(self.line | found)
+        print_heldout(self.run, found)
+
+    def write(self, line):
+        """A step's line."""
+        self.put(line)
         compiled, seconds = self.run.settings["compile"], line["step_ms"] / 1e3
         if self.busy == 0 and compiled != "none":
             print(f"the first step, which compiled {compiled}, took {seconds:.1f} s", flush=True)
@@ -2612,13 +2645,16 @@ def print_step(run, line, share, left):
     if line.get("balance_moved"):
         text += "  experts moved {balance_moved}"
     print(text.format(**line, share=share, left=left), flush=True)
-    if "val_bpb" in line:
+
+
+def print_heldout(run, found):
+    if "val_bpb" in found:
         facts = run.corpus.facts
-        ours = line["val_bpb"] * facts["heldout_bytes"] / 8               # bytes that an arithmetic coder would need
+        ours = found["val_bpb"] * facts["heldout_bytes"] / 8              # bytes that an arithmetic coder would need
         beside = f", {ours / facts['xz']:.3f} of xz -9" if facts["heldout_bytes"] >= LEAST_FOR_XZ else ""
-        print(f"held-out: {line['val_bpb']:.4f} bits per byte{beside}", flush=True)
-    elif "val_loss" in line:                                              # conversations: only answers count, not bytes
-        print(f"held-out: {line['val_loss']:.4f} nats a token", flush=True)
+        print(f"held-out: {found['val_bpb']:.4f} bits per byte{beside}", flush=True)
+    elif "val_loss" in found:                                             # conversations: only answers count, not bytes
+        print(f"held-out: {found['val_loss']:.4f} nats a token", flush=True)
 
 
 def introduce(run):
@@ -2633,15 +2669,15 @@ def introduce(run):
           f"checkpoint takes {12 * parameters(run.config) / 2**30:.2g} GiB")
     for line in (*run.stage.describe(run.corpus.facts), *levels_alike(run), *run.phases):
         print(line, flush=True)
-    for phase in run.phases:
-        if phase.warmup_tokens > phase.tokens:
-            print(f"the warm-up is longer than the run: it ends at {phase.tokens / phase.warmup_tokens:.0%} of "
-                  f"--lr; use fewer --warmup-steps or more --steps")
+    for number, phase in enumerate(run.phases, 1):
+        if phase.warmup_tokens > phase.tokens and not run.stored:
+            print(f"the warm-up of phase {number} is longer than the phase: it ends at "
+                  f"{phase.tokens / phase.warmup_tokens:.0%} of its lr; use fewer --warmup-steps or more --steps")
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
         before, now = (phases[run.progress["phase"]].learning_rate(run.progress["phase_tokens"])
                        for phases in (run.stored["phases"], run.phases))
-        if before != now:
+        if run.phases != run.stored["phases"]:
             print(f"another length is another schedule: the learning rate, {before:.1e} so far, goes on from "
                   f"{now:.1e}; --init {run.folder} with an --lr of its own begins a new run instead")
     if is_done(run):
@@ -2819,8 +2855,8 @@ def export(given):
               if getattr(model.config, key) != theirs]
     verdict = "transformers loads it"
     if others:
-        verdict = f"transformers has no model with {', '.join(others)}: it does not load it, or computes something else"
-    print(f"{settings['out']}: {verdict}")
+        verdict = f"--init takes it; transformers has no {', '.join(others)}: does not load it, or computes otherwise"
+    print(f"wrote {settings['out']}: {verdict}")
 
 
 class Command(typing.NamedTuple):
@@ -2929,7 +2965,7 @@ def main(argv=None):
         if not parallel.is_lost_contact(error):
             raise
         sys.exit(f"train.py: rank {parallel.rank()} has lost contact; no sign of rank {parallel.missing_ranks()} "
-                 f"({str(error).splitlines()[0]})")
+                 f"({str(error).splitlines()[0].partition('. ')[0]}); --resume goes on from the newest checkpoint")
     finally:
         for number, handler in handlers:                                  # a caller goes on with its own
             signal.signal(number, handler)

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, replace
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -67,6 +67,7 @@ ATTENTIONS = [(12, 256, 4, 48), (4, 256, 4, 64), (8, 128, 4, 48), (2, 512, 8, 64
 NORMS = [(512, 192), (3072, 192), (4096, 512)]                                       # tokens, width
 LOSSES = [(4096, 128, 2048), (1024, 256, 2048), (2048, 320, 4096)]                   # tokens, width, vocabulary
 
+POOR = 0.3                         # median error above which other work is likely to have run beside
 ROUNDS = 3                         # of all measurements: a shared machine is slower in one minute than in the next
 
 
@@ -377,9 +378,15 @@ def calibrate(out, precision, seconds):
                      framework=framework, fragmentation=fragmentation, value_padded=device.type == "cpu", **links)
     plan = Plan(precision=precision)
     hardware = fit(measurements, measured, plan, start)
+    error = statistics.median(abs(measurement.simulated(plan, hardware) / seconds - 1)
+                              for measurement, seconds in zip(measurements, measured))
+    hardware = replace(hardware, name=f"{start.name}, {torch.get_num_threads()} threads, {date.today()}, fitted to "
+                                      f"{error:.0%}")
     Path(out).write_text(json.dumps(asdict(hardware), indent=1))
     print(f"{out}: {device.type}, {precision}, {torch.get_num_threads()} threads")
     print_fit(measurements, measured, plan, hardware)
+    if error > POOR:
+        print(f"a measurement is off by {error:.0%} in the median: if other work ran here, run it again without")
 
 
 def memory_size(device):
@@ -402,7 +409,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="JSON file of Hardware's fields, for sim.py's --hardware")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's")
-    parser.add_argument("--seconds", type=float, default=1.0, help="s for each of 31 measurements in each of 3 rounds")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each of 31 measurements in each of 3 rounds, "
+                                                                     "beside what the models take; default: 1")
     args = parser.parse_args(argv)
     require(args.seconds > 0, f"--seconds {args.seconds}: use more than 0")
     require(Path(args.out).absolute().parent.is_dir(), f"--out {args.out}: make its folder first")

@@ -4,6 +4,7 @@ near the paper's that it does not use, fewer layers, and its shape among others 
 
     python tests/paper.py            # some minutes: most of it for the shapes
 """
+import argparse
 import sys
 from dataclasses import replace
 from operator import itemgetter
@@ -91,6 +92,7 @@ def print_own_cut(shapes):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print_ladder()
     print_neighbour()
     print_fewer_layers()

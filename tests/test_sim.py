@@ -629,8 +629,10 @@ def test_predict_prints_one_json_object(capsys):
 @pytest.mark.parametrize("args, words", [
     (("predict", "--plan", "tpp=2"), "unknown plan key 'tpp'"),
     (("predict", "--plan", "tp=two"), "write a value of type int"),
-    (("predict", "--model", "none"), "model 'none': use a JSON file or one of"),
-    (("predict", "--hardware", "none"), "hardware 'none': use a JSON file or one of"),
+    (("predict", "--model", "none"), "model 'none': No such file or directory; use a JSON file or one of"),
+    (("predict", "--hardware", "/"), "hardware '/': Is a directory; use a JSON file or one of"),
+    (("trace", "--out", "/none/t.json"), "/none/t.json: there is no such folder"),
+    (("trace", "--png", "t.foo"), "--png t.foo: write a name that ends in .png"),
     (("predict", "--hardware", __file__), "is not JSON"),
     (("predict", "--plan", "tp=2, tpp=4"), "unknown plan key 'tpp': use one of tp, pp"),
     (("predict", "--plan", "tp=2,tp=4"), "has tp twice"),
@@ -659,7 +661,7 @@ def test_a_refusal_is_one_line_and_exit_2():
     command = [sys.executable, ROOT / "sim.py", "predict", "--hardware", "é.json"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
-    assert "hardware '\\xe9.json': use" in done.stderr
+    assert "hardware '\\xe9.json': No such file" in done.stderr
 
 
 def test_a_plan_is_put_on_the_papers_or_fills_the_devices():
@@ -701,8 +703,7 @@ def test_sizes_of_shapes():
         counted, (active, total) = count_params(config), sim.shape_size(config)
         assert total + counted["embedding"] == pytest.approx(counted["total"], rel=1e-4)       # norms apart
         assert active + counted["embedding"] == pytest.approx(counted["active"], rel=1e-4)
-    shapes = [config for config, _, _ in sim.candidate_shapes(dict(active=39e9, total=718e9))]
-    assert PANGU in shapes and len(shapes) > 100
+    assert PANGU in (config for config, _, _ in sim.candidate_shapes(dict(active=39e9, total=718e9)))
 
 
 def test_shapes_as_a_table(capsys, monkeypatch):
@@ -788,9 +789,19 @@ def test_search_comes_near_the_best_plan_there_is(name):
 
 
 def test_a_search_that_finds_nothing_says_why(capsys):
-    sim.main(["plans", "--model", "cpu-small", "--devices", "7", "--global-batch", "5", "--seq-len", "512"])
+    with pytest.raises(ValueError, match="no plan fits: give more --devices"):
+        sim.main(["plans", "--model", "cpu-small", "--devices", "7", "--global-batch", "5", "--seq-len", "512"])
     shown = capsys.readouterr().out
     assert "0 plans that fit" in shown and "seq_len=512 above max_position_embeddings=256" in shown
+
+
+def test_load_is_of_ranks():
+    """Where one rank holds all experts none is busier than the mean; no bubble without a pipeline, rounding or not."""
+    for ep in 1, 4:
+        plan = Plan(dp=4, ep=ep, micro_batch=2, global_batch=8, seq_len=64)
+        even, uneven = (predict(PRESETS["tiny"], plan, ASCEND, max_vio=load) for load in (0.0, 0.5))
+        assert (uneven["step_time_s"] == even["step_time_s"]) == (ep == 1)
+        assert even["bubble"] == even["breakdown"]["bubble"] == 0
 
 
 @pytest.mark.slow
@@ -873,7 +884,7 @@ def test_another_gpu_from_a_file(tmp_path, capsys):
     file.write_text(json.dumps(dict(peak=dict(bf16=3e14), memory=5e10, bandwidth=1e12)))
     sim.main(["predict", "--model", "cpu-small", "--hardware", str(file), "--devices", "1"])
     shown = capsys.readouterr().out
-    assert "on 1 mine, 300.0 TFLOP/s in bf16" in shown and "256 tokens" in shown and "fits: yes" in shown
+    assert "on 1 mine, 300 TFLOP/s in bf16" in shown and "256 tokens" in shown and "fits: yes" in shown
     sim.main(["predict", "--model", "cpu-small", "--hardware", str(file)])         # nor are more devices taken for it
     assert "on 1 mine" in capsys.readouterr().out
     for more, words in (dict(), "no inner_bandwidth"), (dict(inner_bandwidth=1e10), "more than one node of 8"):

@@ -359,7 +359,7 @@ def test_stages_under_torchrun(base, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
-def test_sft_and_rl_resume_exactly(base, tmp_path, monkeypatch):
+def test_sft_and_rl_resume_exactly(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = ("--init", base / "base", "--data", base / "tasks" / "sft.jsonl")
     run("sft", *data, "--out", "whole", "--steps", 3, "--eval-every", 2, *SFT)
@@ -373,8 +373,13 @@ def test_sft_and_rl_resume_exactly(base, tmp_path, monkeypatch):
         torch.testing.assert_close(weight, (two[0][name] + two[1][name]) / 2)
     data = ("--init", "whole", "--tasks", base / "tasks" / "rl.jsonl", "--updates", 2, "--kl", 0.1)
     run("rl", *data, "--out", "rl", "--steps", 3, *RL)
-    run("rl", *data, "--out", "rl-parts", "--steps", 3, "--save-every", 2, *RL)
+    Path("mine.py").write_text("def more(text, task):\n    return 1\n")
+    run("rl", *data, "--out", "rl-parts", "--steps", 3, "--save-every", 2, *RL, "--checkers", "mine.py")
     run("rl", "--resume", "rl-parts/ckpt/step_2")
+    Path("mine.py").write_text("def more(text, task):\n    return 0\n")
+    capsys.readouterr()
+    run("rl", "--resume", "rl-parts")
+    assert "the checkers are not those that the run began with" in capsys.readouterr().out
     keys = ("loss", "grad_norm", "reward", "entropy", "length", "kl")
     assert same("rl", "rl-parts", keys)
     last = metrics("rl-parts")[-1]
@@ -382,6 +387,23 @@ def test_sft_and_rl_resume_exactly(base, tmp_path, monkeypatch):
     assert last["stage"] == "rl" and last["router_diff"] < 0.2 and last["far"] == 0 and last["not_finite"] == 0
     run("sample", "--init", "rl", "--prompt", "Sort: b a", "--new-tokens", 4)
     assert tasks.score("rl", base / "tasks" / "test.jsonl", new_tokens=4)
+
+
+def test_a_checker_that_fails_late_loses_no_step(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = ("--init", base / "base", "--tasks", base / "tasks" / "rl.jsonl", *RL, "--steps", 3, "--out", "r")
+    real, calls = train.RL.rewards_of, []
+
+    def late(self, tasks, answers):
+        calls.append(len(tasks))
+        if len(calls) == 3:
+            raise train.CheckerError("--tasks, line 7: checker mine raised ValueError")
+        return real(self, tasks, answers)
+    monkeypatch.setattr(train.RL, "rewards_of", late)
+    assert "raised ValueError; mend it, then --resume r" in refusal(capsys, "rl", *data)
+    assert train.newest(Path("r")).name == "step_2" and len(metrics("r")) == 2
+    run("rl", "--resume", "r")
+    assert len(metrics("r")) == 3
 
 
 def test_rl_of_a_dense_model_without_mtp(base, tmp_path):
@@ -413,8 +435,8 @@ def test_bad_conversations(base, tmp_path, capsys, monkeypatch):
         error = refusal(capsys, "sft", "--init", base / "base", "--data", "bad.jsonl", "--out", "r", *SFT)
         assert "bad.jsonl, line 2: " in error and words in error
     Path("long.jsonl").write_text(json.dumps(dict(prompt="a " * 200, response="b")) + "\n")
-    assert "no conversation is left" in refusal(capsys, "sft", "--init", base / "base", "--data", "long.jsonl", "--out",
-                                                "r", *SFT)
+    said = refusal(capsys, "sft", "--init", base / "base", "--data", "long.jsonl", "--out", "r", *SFT)
+    assert "of 1 conversations 0 fit --seq-len" in said
 
 
 def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
@@ -442,7 +464,7 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
                         (json.dumps(good | dict(prompt="a " * 90)), "line 2: a prompt of")]:
         assert words in refused(line)
     for name in "nan", "words", "raises":                                 # each is tried before anything is trained
-        assert f"task of line 2: checker {name} r" in refused(json.dumps(good | dict(checker=name)))
+        assert f"--tasks, line 2: checker {name} r" in refused(json.dumps(good | dict(checker=name)))
     assert not Path("r").exists()
     checkers = train.read_checkers("mine.py")
     for name, words in dict(raises="raised ZeroDivisionError", hangs="took more than 0.2 s", nan="returned nan, no",

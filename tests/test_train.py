@@ -40,11 +40,11 @@ TINY = (f"--set {SHAPE} --seq-len 16 --global-batch 4 --micro-batch 2 --warmup-s
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A folder of 8 files of words in a random order."""
+    """A folder of 8 files of words in a random order; that which is held out, for each run to go through, is short."""
     folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
     words = "the model reads a word and guesses which one follows é 12 (x_y)\n".split(" ")
     for number in range(8):
-        (folder / f"{number}.txt").write_text(" ".join(rng.choices(words, k=900)))
+        (folder / f"{number}.txt").write_text(" ".join(rng.choices(words, k=100 if number == 2 else 1000)))
     return folder
 
 
@@ -478,7 +478,7 @@ def test_sigterm_then_kill_then_resume(text, at):
     wait_for_step(process, 3)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "SIGTERM: one more step, then a checkpoint" in out and "go on with" in out, err
+    assert process.returncode == 0 and "SIGTERM: ends with a checkpoint" in out and "go on with" in out, err
     process = start("--resume", "é")
     wait_for_step(process, 20)
     process.kill()
@@ -531,7 +531,7 @@ def test_never_finite_stops(text, at):
 def test_bad_settings(text, at, capsys):
     for argv, words in [
             (("--preset", "huge"), "--preset='huge': use one of tiny"),
-            (("--set", "hiden_size=3"), "--set hiden_size=3: write KEY=VALUE with a key of hidden_size"),
+            (("--set", "hiden_size=3"), "--set hiden_size=3: write KEY=VALUE with a key of Config"),
             (("--step", "3"), "--step is no flag here (nearest: --steps): see train.py pretrain --help"),
             (("--set", "num_experts_per_tok=99"), "num_experts_per_tok=99"),
             (("--colour", "red"), "--colour is no flag here: see train.py pretrain --help"),
@@ -554,7 +554,7 @@ def test_bad_settings(text, at, capsys):
 
 def test_a_run_that_is_named_like_a_checkpoint(text, at, capsys):
     run("--data", text, "--steps", 1, "--out", "step_by_step", *TINY, "--warmup-steps", 2)
-    assert "the warm-up is longer than the run: it ends at 50% of --lr" in capsys.readouterr().out
+    assert "the warm-up of phase 1 is longer than the phase: it ends at 50% of its lr" in capsys.readouterr().out
     run("--resume", "step_by_step", "--steps", 2)
     run("--resume", "step_by_step/ckpt/step_1", "--steps", 2)
     assert len((at / "step_by_step/metrics.jsonl").read_text().splitlines()) == 2
@@ -668,7 +668,7 @@ def test_a_model_too_large_is_refused_before_the_text_is_read(text, at, capsys):
 
 def test_lines_at_the_start(text, at, capsys):
     """How it is cut, what a checkpoint takes, levels of balance that are the same here, too much held out."""
-    run("--data", text, "--steps", 1, "--out", "r", *TINY)
+    run("--data", text / "1.txt", text / "2.txt", "--steps", 1, "--out", "r", *TINY)
     out = capsys.readouterr().out
     assert "processes: 1 (pp 1 dp 1 cp 1 tp 1 ep 1)" in out and "a checkpoint takes 0." in out
     assert "balance=ep_group is dp_group and micro_batch too in this plan" in out
@@ -719,9 +719,10 @@ def test_bad_resume(text, at, capsys):
     assert "nowhere: no such folder; runs lie in runs/" in refusal(capsys, "--resume", "nowhere")
     (at / "empty").mkdir()
     assert "no complete checkpoint" in refusal(capsys, "--resume", "empty")
-    assert "train.py: /proc/r: No such file or directory" in refusal(capsys, "--data", text, "--out", "/proc/r", *TINY)
+    said = refusal(capsys, "--data", text, "--out", "/proc/r", *TINY)
+    assert "--out /proc/r: No such file or directory; choose a folder" in said
     assert "--seed 3: the run in r has 0" in refusal(capsys, "--resume", "r", "--seed", 3)
-    assert "the text is not what r began with" in refusal(capsys, "--resume", "r", "--data", ROOT / "tests")
+    assert "is not what r began with (sha256" in refusal(capsys, "--resume", "r", "--data", ROOT / "tests")
 
     (at / "r/ckpt/step_9.tmp").mkdir()                                    # of a killed run
     data = next((at / "r/ckpt/step_4").glob("*.distcp"))
@@ -916,6 +917,29 @@ def test_checkpoints_put_aside_are_named(text, at, capsys):
     run("--data", text, "--steps", 4, "--save-every", 2, "--out", "r", *TINY)
     run("--resume", "r/ckpt/step_2", "--steps", 3)
     assert "the run goes on from step 2: step_4 is now r/ckpt/aside_4_" in capsys.readouterr().out
+    (copy,) = at.glob("r/aside_*.jsonl")
+    assert len(copy.read_text().splitlines()) == 4
+
+
+def test_the_last_checkpoint_is_whole_before_held_out_text(text, at, monkeypatch):
+    """Stopped there nothing is lost; gone through, the line of the last step tells of it."""
+    options = ("--data", text, "--steps", 4, "--eval-every", 2, *TINY)
+
+    def stopped(self, pipeline):
+        assert len(losses(at / "r")) == self.run.progress["step"]
+        if self.run.progress["step"] == 4:
+            raise KeyboardInterrupt
+        return dict(val_loss=1.0)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.Pretrain, "evaluate", stopped)
+        run(*options, "--out", "r")
+    assert train.newest(at / "r").name == "step_4"
+    lines = [json.loads(line) for line in (at / "r/metrics.jsonl").read_text().splitlines()]
+    assert [line.get("val_loss") for line in lines] == [None, 1.0, None, None]
+    run(*options, "--out", "whole")
+    assert losses(at / "whole") == losses(at / "r")
+    lines = [json.loads(line) for line in (at / "whole/metrics.jsonl").read_text().splitlines()]
+    assert ["val_bpb" in line for line in lines] == [False, True, False, True]
 
 
 def test_restart_goes_on_from_the_newest(text, at, capsys, monkeypatch):

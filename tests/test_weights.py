@@ -444,7 +444,7 @@ def test_export_is_whole_or_not_at_all(trained, exported, tmp_path, monkeypatch,
         assert "No space left" in refusal(capsys, "export", "--init", trained, "--out", tmp_path / "out")
     assert not list(tmp_path.iterdir())
     run("export", "--init", trained, "--out", tmp_path / "out")
-    assert "transformers has no model with norm=dssn" in capsys.readouterr().out
+    assert "transformers has no norm=dssn" in capsys.readouterr().out
     source, _, _ = train.open_model(str(trained), "cpu")
     rounded, _, _ = train.open_model(str(tmp_path / "out"), "cpu")
     for name, tensor in rounded.state_dict().items():
