@@ -987,7 +987,7 @@ class Work:
         # (axis, part before or after which it is, items that run it again) of an all-gather or a reduce-scatter of
         # activations -> bytes sent in that group, forward
         self.collectives = Counter()
-        self.regions = ()                                  # items of Plan.recompute that run what is recorded now again
+        self.regions = frozenset()                         # items of Plan.recompute that run what is recorded now again
         if kind == "embedding":
             self.embedding()
         elif kind == "head":
@@ -1010,7 +1010,7 @@ class Work:
     def runs_again(self, item):
         """What is recorded inside runs, or is made, again if the plan recomputes `item`."""
         outside = self.regions
-        self.regions = (*outside, item)
+        self.regions = outside | {item}
         yield
         self.regions = outside
 
@@ -1027,7 +1027,7 @@ class Work:
 
     def items(self, again):
         """All items of Plan.recompute under which what is recorded now runs, or is made, again."""
-        return frozenset((*self.regions, *again))
+        return self.regions.union(again) if again else self.regions
 
     def matmul(self, part, name, rows, cut="", again=(), in_16_bits=False):
         own = self.own_part(name, cut)
@@ -1928,8 +1928,9 @@ class Simulation:
     @cached_property
     def params(self):
         """list (pp) of {axis of Plan.holders: parameters that a pipeline rank holds}."""
-        return [{axis: sum(self.works[kind].params[axis] for kind in kinds) for axis in self.plan.holders}
-                for kinds in self.kinds_of]
+        held = {kinds: {axis: sum(times * self.works[kind].params[axis] for kind, times in Counter(kinds).items())
+                        for axis in ("dp", "edp")} for kinds in set(self.kinds_of)}
+        return [held[kinds] for kinds in self.kinds_of]
 
     @cached_property
     def params_cut(self):
@@ -2130,17 +2131,21 @@ def rank_savings(config, plan, hardware):
 
 def fitted(config, plan, hardware, savings):
     """([this plan with the cheapest saving that fits, for each way to hold the optimizer], [why none fits])."""
-    def refusal(one):
-        return Simulation(config, one, hardware).refusal()
+    def saving(number):
+        recompute, swap = savings[number]
+        return replace(plan, zero=zero, recompute=recompute, swap=swap + optimizer)
+
+    def refusal(number):
+        return Simulation(config, saving(number), hardware).refusal()
 
     plans = []
     for zero, optimizer in product(zero_choices(plan), ((), ("optimizer",))):
-        tried = [replace(plan, zero=zero, recompute=recompute, swap=swap + optimizer) for recompute, swap in savings]
-        first = bisect_left(tried, True, key=lambda one: not refusal(one))     # each needs less than those before
-        plans += tried[first:first + 1]
+        first = bisect_left(range(len(savings)), True, key=lambda number: not refusal(number))      # each needs less
+        if first < len(savings):
+            plans.append(saving(first))
         if first == 0:                                     # nothing is recomputed: less memory gains nothing more
             break
-    return plans, [] if plans else ["recomputed and swapped as much as can be, " + refusal(tried[-1])]
+    return plans, [] if plans else ["recomputed and swapped as much as can be, " + refusal(len(savings) - 1)]
 
 
 def price(simulation):

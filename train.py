@@ -2675,8 +2675,9 @@ def introduce(run):
                   f"{phase.tokens / phase.warmup_tokens:.0%} of its lr; use fewer --warmup-steps or more --steps")
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
-        before, now = (phases[run.progress["phase"]].learning_rate(run.progress["phase_tokens"])
-                       for phases in (run.stored["phases"], run.phases))
+        number, done = run.progress["phase"], run.progress["phase_tokens"]
+        before, phase = run.stored["phases"][number].learning_rate(done), run.phases[number]
+        now = phase.learning_rate(done + phase.batch(done) * phase.seq_len)
         if run.phases != run.stored["phases"]:
             print(f"another length is another schedule: the learning rate, {before:.1e} so far, goes on from "
                   f"{now:.1e}; --init {run.folder} with an --lr of its own begins a new run instead")
