@@ -1668,7 +1668,7 @@ class RL(Stage):
 
     def describe(self, facts):
         yield f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
-        if self.run.stored and self.run.stored["corpus"].get("checkers", "") != facts["checkers"]:
+        if self.run.stored and self.run.stored["corpus"].get("checkers", facts["checkers"]) != facts["checkers"]:
             yield "the checkers are not those that the run began with"
 
     def begin(self, phase, pipeline):
@@ -2461,7 +2461,7 @@ def train_to_end(run):
         pipeline, optimizer = build(run, phase, checkpoint)
         run.stage.begin(phase, pipeline)
 
-        while run.phases[progress["phase"]] is phase and not is_done(run) and not stop.agreed:
+        while not phase_is_done(run) and not stop.agreed:
             # 1. the batch: how many sequences, which, at what rate
             began = time.perf_counter()
             size = phase.batch(progress["phase_tokens"])
@@ -2485,12 +2485,15 @@ def train_to_end(run):
             # 3. the log; a checkpoint once in a while, the last one before held-out text, which may take long
             log.write(line)
             saver.poll()                                                  # raises if a checkpoint could not be written
-            if phase_is_done(run) or stop.agreed:
+            if is_done(run) or stop.agreed:
                 checkpoint = end_phase(run, saver, pipeline, optimizer)
-            elif is_due(settings["save_every"], progress["step"]) and progress["skipped_in_a_row"] == 0:
+            elif is_due(settings["save_every"], progress["step"]) and not (progress["skipped_in_a_row"]
+                                                                           or phase_is_done(run)):
                 save_finite(run, saver, pipeline, optimizer)
             if is_done(run) or is_due(settings["eval_every"], progress["step"]):
                 log.add(run.stage.evaluate(pipeline))
+        if not (is_done(run) or stop.agreed):
+            checkpoint = end_phase(run, saver, pipeline, optimizer)
     conclude(run, checkpoint)
 
 
