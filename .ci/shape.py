@@ -31,5 +31,6 @@ def faults():
 
 
 found = list(faults())
-print("\n".join(found) or "shape: as agreed")
+print("\n".join([*found, "a fork need not keep this shape: it may leave .ci/shape.py out of .ci/run"] if found else
+                ["shape: as agreed"]))
 sys.exit(bool(found))

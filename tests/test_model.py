@@ -392,7 +392,8 @@ def check(config, ids, targets, next_ids, fused=False, seed=0, aux_scale=1.0, **
     for name in ("loss", "mtp_loss", "aux_loss", "total_loss"):
         ours, expected = getattr(out, name).item(), getattr(right, name).item()
         assert ours == pytest.approx(expected, rel=EXACT, abs=1e-12), (
-            f"{name}: model.py computes something else than tests/reference.py, which a new formula changes too")
+            f"{name}: model.py (MLP, Experts, Router, Block: was one forgotten?) computes something else than "
+            f"tests/reference.py, in which a new formula stands too")
     for depth, (ours, expected) in enumerate(zip([out.logits, *(out.mtp_logits or [])], right.logits, strict=True)):
         assert_close(ours, expected, f"logits of depth {depth}")
     check_routing(config, model, routing, right)

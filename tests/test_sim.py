@@ -372,7 +372,8 @@ def test_saved_tensors_are_those_that_hooks_see(variant, dtype):
         wrong = [f"{seen.count(size)} of {size} bytes, and Work in sim.py counts {counted.count(size)} "
                  f"({', '.join(name for name, its_size in work.saved.items() if its_size == size)})"
                  for size in {*seen, *counted} if seen.count(size) != counted.count(size)]
-        assert not wrong, f"{kind} layer: backward keeps {'; '.join(wrong)}: see Work.layer and what it calls"
+        assert not wrong, (f"{kind} layer: backward keeps {'; '.join(wrong)}: see Work.layer and what it calls, or in "
+                           f"model.py whether an operator goes through one_kernel")
 
 
 def test_saved_tensors_of_a_whole_model():
