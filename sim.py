@@ -1370,7 +1370,7 @@ class LayerTime:
         self.items = items_in_force(plan)
         self.name = "" if work.is_layer else work.kind
         self.has_experts = work.kind in ("moe", "mtp")
-        self.slower = 1 + max_vio * (plan.ep > 1)          # the busiest rank's experts and exchange, over the mean
+        self.slower = 1 + max_vio                          # the busiest rank's experts and exchange, over the mean
         self.whole_again = work.is_layer and "layer" in self.items
         self.rows_again = self._when_rows_travel_again()
         self.compute = Counter()                           # (part, pass) -> seconds; pass: F, I, W, or B = I + W
@@ -2615,12 +2615,14 @@ def choose_plan(text, model, config, hardware, devices):
     return plan, why
 
 
-def parse_load(text, config):
+def parse_load(text, config, plan):
     """--load max_vio=X -> X."""
     most = config.n_routed_experts / config.num_experts_per_tok - 1        # every token goes to the busiest rank
     match = re.fullmatch(r"max_vio=(\d+\.?\d*|\.\d+)", text)
     require(match and float(match[1]) <= most,
             f"load={text!r}: write max_vio=X, the busiest rank's load over the mean, minus one: from 0 to {most:g}")
+    require(float(match[1]) == 0 or plan.ep > 1, f"load={text!r} is of the ranks that share the experts, and with ep=1 "
+                                                 f"each has all: leave it away, or give the plan an ep")
     return float(match[1])
 
 
@@ -2738,7 +2740,7 @@ def main(argv=None):
         return run_plans(args, config, hardware)
     plan, why = choose_plan(args.plan, args.model, config, hardware, args.devices)
     check_plan(config, plan, hardware, args.devices)
-    max_vio = parse_load(args.load, config)
+    max_vio = parse_load(args.load, config, plan)
     if args.command == "trace":
         return run_trace(args, Simulation(config, plan, hardware, max_vio), why)
     result = predict(config, plan, hardware, max_vio)
