@@ -18,7 +18,8 @@ def test_smoke():
     assert "all within their limits" in run("tests/smoke.py", "--device", "cpu", "--tiny")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_bench_step(dtype):
     """A row for each contender; with transformers installed, the first losses were compared too."""
     out = run("tests/bench_step.py", "--tiny", "--dtype", dtype)
@@ -26,6 +27,7 @@ def test_bench_step(dtype):
     assert "commit" in out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_bench_decode():
     """A row for each context; all contenders wrote the same tokens."""
     out = run("tests/bench_decode.py", "--tiny")
@@ -33,16 +35,19 @@ def test_bench_decode():
     assert "commit" in out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_bench_memory():
     """A row for each item, and sets; none of them changes the loss."""
     out = run("tests/bench_memory.py", "--tiny")
     assert "paper's set + norm" in out and "layer" in out
 
 
+@pytest.mark.slow
 def test_bench_search():
     assert "100 plans played" in run("tests/bench_search.py", "--plans", "100", "--only-plans")
 
 
+@pytest.mark.slow
 def test_bench_scale(tmp_path):
     assert "in the number of tokens" in run("tests/bench_scale.py", "--tiny", "--out", str(tmp_path / "scale.svg"))
     assert (tmp_path / "scale.svg").read_text().startswith("<svg")
