@@ -238,9 +238,8 @@ def parse_plan(text, **defaults):
     names = [field.name for field in fields(Plan)]
     items = re.split(",(?=[^,]*=)", text) if text else []          # where another key follows: commas join lists too
     require(all("=" in item for item in items), f"plan {text!r}: write key=value,...")
-    pairs = [map(str.strip, item.split("=", 1)) for item in items]
     texts = {}
-    for key, value in pairs:
+    for key, value in (map(str.strip, item.split("=", 1)) for item in items):
         require(key in names, f"unknown plan key {key!r}: use one of {nearest(key, names)}")
         require(key not in texts, f"plan {text!r} has {key} twice: leave one away")
         texts[key] = value
@@ -1929,7 +1928,7 @@ class Simulation:
     def params(self):
         """list (pp) of {axis of Plan.holders: parameters that a pipeline rank holds}."""
         held = {kinds: {axis: sum(times * self.works[kind].params[axis] for kind, times in Counter(kinds).items())
-                        for axis in ("dp", "edp")} for kinds in set(self.kinds_of)}
+                        for axis in self.plan.holders} for kinds in set(self.kinds_of)}
         return [held[kinds] for kinds in self.kinds_of]
 
     @cached_property

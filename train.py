@@ -2678,10 +2678,10 @@ def introduce(run):
                   f"{phase.tokens / phase.warmup_tokens:.0%} of its lr; use fewer --warmup-steps or more --steps")
     if run.checkpoint:
         print(f"resumed from {run.checkpoint}", flush=True)
-        number, done = run.progress["phase"], run.progress["phase_tokens"]
-        before, phase = run.stored["phases"][number].learning_rate(done), run.phases[number]
-        now = phase.learning_rate(done + phase.batch(done) * phase.seq_len)
         if run.phases != run.stored["phases"]:
+            number, done = run.progress["phase"], run.progress["phase_tokens"]
+            before, phase = run.stored["phases"][number].learning_rate(done), run.phases[number]
+            now = phase.learning_rate(done + phase.batch(done) * phase.seq_len)
             print(f"another length is another schedule: the learning rate, {before:.1e} so far, goes on from "
                   f"{now:.1e}; --init {run.folder} with an --lr of its own begins a new run instead")
     if is_done(run):
