@@ -93,8 +93,9 @@ class Weights(NamedTuple):
 
 
 def setting(default=MISSING, *others, text="", **allowed):
-    """A field of a dataclass of settings, with what check_setting allows in it beside its type: least, most, choices
-    (which are the default and others, if there are others). A number that declares nothing is above 0. text: for help.
+    """A field of a dataclass, with what check_setting allows in it: least, most, choices (or default and others).
+
+    A number that declares none is above 0. text: for --help.
     """
     if others:
         allowed["choices"] = default, *others
@@ -102,41 +103,34 @@ def setting(default=MISSING, *others, text="", **allowed):
 
 
 def check_settings(values):
-    """ValueError for a field of a dataclass that holds another kind of value than declared, or one outside its range.
-
-    None, and what a dict holds, are the matter of the class itself.
-    """
+    """ValueError for a field that holds what it may not. None, and what a dict holds, are the class's own matter."""
     for each in fields(values):
         if each.type in (bool, int, float, str, tuple):
             check_setting(each.name, getattr(values, each.name), each.type, **each.metadata.get("allowed", {}))
 
 
 def check_setting(name, value, kind, **allowed):
-    """kind tuple: a list of words, any of the choices, or if there are none of whole numbers."""
-    if kind is tuple and "choices" in allowed:
-        unknown = [str(item) for item in value if item not in allowed["choices"]]
-        require(not unknown, f"{name}={'+'.join(unknown)}: use any of {', '.join(allowed['choices'])}")
-        return
+    """kind tuple: several words of the choices, or if there are none whole numbers."""
     if kind is tuple:
         for item in value:
-            check_setting(name, item, int, **allowed)
+            check_setting(name, item, str if "choices" in allowed else int, **allowed)
         return
-    right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    is_kind = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     if "choices" in allowed:
-        right = right and value in allowed["choices"]
+        right = value in allowed["choices"]
         words = f"one of {', '.join(map(str, allowed['choices']))}"
     elif kind in (int, float):
-        # neither infinite nor NaN, for which no comparison holds
-        least, most = allowed.get("least", 0), allowed.get("most", 2**31 if kind is int else math.inf)
-        is_kind = right
-        right = right and least <= value <= most and value < math.inf and ("least" in allowed or value > 0)
+        # NaN is refused too, for no comparison holds of it
+        least, most = allowed.get("least", 0), allowed.get("most", 2**31 if kind is int else 1e300)
+        right = is_kind and least <= value <= most and ("least" in allowed or value > 0)
         words = "a whole number" if kind is int else "a number"
         words += f" of at least {least:g}" if "least" in allowed else " above 0"
-        if "most" in allowed or (is_kind and kind is int and value > most):
+        if "most" in allowed or is_kind and value > most:
             words += f" and at most {most:g}"
     else:
+        right = True
         words = "true or false" if kind is bool else "text"
-    require(right, f"{name}={value!r}: use {words}")
+    require(is_kind and right, f"{name}={value!r}: use {words}")
 
 
 @dataclass(frozen=True)
@@ -198,8 +192,7 @@ class Config:
     def qk_head_dim(self):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
-    # what layers compute with: the one table that all counts are made from, of parameters and FLOPs below, and by
-    # stage, operator and rank in sim.py, whose Shape describes other models by other methods
+    # what layers compute with: all counts are made from this table, those below and those of sim.py
 
     def matmuls(self, kind):
         """{name: Weights} of a layer of one of layer_kinds, or of kind "head"."""

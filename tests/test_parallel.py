@@ -387,7 +387,7 @@ def refusal(plan):
 @pytest.mark.parametrize("plan,words", [
     (replace(PLAN, dp=4), "for 2 devices: use dp=2"),
     (replace(PLAN, dp=2, ep=4, micro_batch=2), "ep=4 does not divide"),
-    (replace(PLAN, dp=2, recompute=("all",)), "use any of norm"),
+    (replace(PLAN, dp=2, recompute=("all",)), "use one of norm"),
     (replace(PLAN, dp=2, precision="fp8"), "fp32 or bf16"),
     (replace(PLAN, dp=2, vpp=2, schedule="interleaved"), "use vpp=1")])
 def test_refused_before_anybody_waits(plan, words):

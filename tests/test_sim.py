@@ -570,7 +570,7 @@ def test_size_one_of_every_axis_is_legal():
     (dict(schedule="1f1b", overlap="adaptive"), "has none: use paired"),
     (dict(pp=2, vpp=2, global_batch=5, schedule="interleaved"), "use global_batch=4"),
     (dict(dispatch="ring"), "use one of flat, hierarchical, dedup"),
-    (dict(recompute=("mlp",)), "recompute=mlp: use any of"),
+    (dict(recompute=("mlp",)), "recompute='mlp': use one of"),
     (dict(seq_len=4096), "use at most that"),
     (dict(cp=2, dp=1, seq_len=1022), "seq_len=1022 is not a multiple of 4"),
     (dict(dp=0), "dp=0: use a whole number above 0"),
