@@ -620,19 +620,11 @@ class WeightGradStore:
     def __init__(self):
         self.pending = []                                                 # (weight, function that makes its gradient)
 
-    def __len__(self):
-        return len(self.pending)
-
-    def put(self, weight, make_grad):
-        self.pending.append((weight, make_grad))
-
     @torch.no_grad()
     def pop(self, count=None):
         """Make the oldest `count` gradients, by default all, and add them to their weights'."""
-        if count is None:
-            count = len(self.pending)
         now = self.pending[:count]
-        self.pending = self.pending[count:]
+        del self.pending[:count]
         for weight, make_grad in now:
             grad = make_grad()
             weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
@@ -670,7 +662,7 @@ class Matmul(torch.autograd.Function):
             grad_x = grad @ w if counts is None else rows_by_expert(grad, w, counts)
         make_grad = partial(weight_grad, grad, x, counts, weight.dtype)
         if ctx.store is not None:
-            ctx.store.put(ctx.parameter, make_grad)
+            ctx.store.pending.append((ctx.parameter, make_grad))
         elif ctx.needs_input_grad[1]:
             grad_weight = make_grad()
         return grad_x, grad_weight, None, None
@@ -1182,7 +1174,7 @@ class Router(Part):
 
     def forward(self, x, forced_ids=None):
         """x (B,T,C) -> ids (N,K) int64, weights (N,K) float32 or better."""
-        flat = self.memory.again("norm", self.as_input, x)                # (N,C)
+        flat = self.memory.again("norm", lambda x: x.flatten(0, 1).to(at_least_float32(x.dtype)), x)      # (N,C)
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
         scores = self.score(logits)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.reshape(len(flat), -1)
@@ -1196,10 +1188,6 @@ class Router(Part):
         aux_loss = self.balance_loss(counts, logits, scores)
         self.aux_loss = aux_loss.detach() * self.aux_scale
         return ids, AddGradient.apply(weights, aux_loss, self.aux_scale)
-
-    @staticmethod
-    def as_input(x):
-        return x.flatten(0, 1).to(at_least_float32(x.dtype))
 
     def score(self, logits):
         """(N,E) -> (N,E): what experts are chosen by, what weights and the balance loss are made of."""
@@ -1761,18 +1749,12 @@ def fill_initial(tensor, config, name, seed, first_expert=0):
     kind, scale = initial_scale(config, name)
     if kind == "constant":
         tensor.fill_(scale)
-    elif ".experts." in name:
-        for expert, matrix in enumerate(tensor, first_expert):
-            fill_normal(matrix, scale, f"{seed} {name} {expert}")
-    else:
-        fill_normal(tensor, scale, f"{seed} {name} -1")
-
-
-def fill_normal(tensor, scale, seed):
-    """seed: any text."""
-    digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+        return
+    matrices = enumerate(tensor, first_expert) if ".experts." in name else [(-1, tensor)]
+    for expert, matrix in matrices:
+        digest = hashlib.blake2b(f"{seed} {name} {expert}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        matrix.copy_(torch.randn(matrix.shape, generator=generator) * scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1892,8 +1874,9 @@ def check_published(config, wanted, given, others={}):
     Left out without a word are MTP layers beyond the config's, what theirs repeat (embedding, head), and a tied head.
     """
     faults = dict(missing={name: repr(name) for name in wanted if name not in given})
-    faults["without a place"] = {name: repr(name) for name in given
-                                 if name not in wanted and not is_left_out(config, name)}
+    without_place = [name for name in given if name not in wanted and not is_mtp(config, name)]
+    faults["without a place"] = {name: repr(name) for name in without_place
+                                 if not (config.tie_word_embeddings and name == "lm_head.weight")}
     faults["of another shape"] = {
         name: f"{name!r} {tuple(given[name].shape)}, in the model {tuple(own.shape)}"
         for name, own in wanted.items() if name in given and given[name].shape != own.shape}
@@ -1912,10 +1895,6 @@ def alike(texts):
     return ", ".join(words[:20]) + (f", and {len(words) - 20} kinds more" if len(words) > 20 else "")
 
 
-def is_left_out(config, name):
-    return is_mtp(config, name) or (config.tie_word_embeddings and name == "lm_head.weight")
-
-
 def is_mtp(config, name):
     """Whether a published name is of a layer past the last of num_hidden_layers."""
     if not name.startswith("model.layers."):
@@ -1928,7 +1907,6 @@ def is_mtp(config, name):
 # Generation: the cache
 
 CHUNK = 512               # tokens of a prompt that pass the model at a time
-ABSORBS = None            # attention reads a cache True: absorbed, False: expanded, None: by what multiplies less
 
 
 class Cache:
@@ -1939,39 +1917,35 @@ class Cache:
     is never seen, and is written over: so padding behind a short one, or a draft that was refused, is cropped away.
     """
 
-    def __init__(self, model, layers, sequences, size, spare=0):
-        """Room for `size` tokens of each of `sequences` in these layers of a model, and for `spare` drafts more."""
+    def __init__(self, model, layers, sequences, size):
+        """Room for `size` tokens of each of `sequences` in these layers of a model."""
         c = self.config = model.config
-        require(size <= c.max_position_embeddings,
-                f"{size} tokens, prompt and answer, above max_position_embeddings={c.max_position_embeddings}, and a "
-                f"window does not slide: shorten one of them")
-        self.size, self.slots = size, size + spare
+        self.size = size
         weight = model.embed_tokens.weight
         self.options = dict(dtype=model.compute_dtype or weight.dtype, device=weight.device)
         self.lengths = torch.zeros(sequences, dtype=torch.int64)          # (B,) on the host
-        self.kept = {}                                                    # (B,slots,n) by attention
+        self.kept = {}                                                    # (B,size,n) by attention
         for layer in layers:
             self.add(layer.self_attn, c.kv_lora_rank + c.qk_rope_head_dim)
 
     def add(self, key, width):
         # zeros: slots never written meet probabilities of 0, and 0 * NaN would be NaN
-        self.kept[key] = torch.zeros(len(self.lengths), self.slots, width, **self.options)
+        self.kept[key] = torch.zeros(len(self.lengths), self.size, width, **self.options)
 
     def extend(self, n_tokens):
         """T = n_tokens more for each sequence -> their positions (B,T), and which slots they see: (B,1,T,S), or None in
         an empty cache, where they see each other, causally."""
         longest = max(self.lengths.tolist(), default=0)
-        require(longest + n_tokens <= self.slots,
+        require(longest + n_tokens <= self.size,
                 f"{longest} tokens in a cache for {self.size}, and {n_tokens} more: make it larger")
         device = self.options["device"]
         self.positions = (self.lengths.unsqueeze(1) + torch.arange(n_tokens)).to(device)
         self.lengths = self.lengths + n_tokens
-        self.seen = min(self.slots, 64 * math.ceil((longest + n_tokens) / 64))            # S; kernels like few sizes
+        self.seen = min(self.size, 64 * math.ceil((longest + n_tokens) / 64))             # S; kernels like few sizes
         self.is_fresh = longest == 0
+        self.absorbs = not self.is_fresh and self.absorbing_is_cheaper(n_tokens, self.seen)
         if self.is_fresh:
-            self.absorbs = False
             return self.positions, None
-        self.absorbs = self.absorbing_is_cheaper(n_tokens, self.seen) if ABSORBS is None else ABSORBS
         mask = torch.arange(self.seen, device=device) <= self.positions.unsqueeze(2)
         return self.positions, mask.unsqueeze(1)
 
@@ -2138,7 +2112,10 @@ class Writer:
         require(drafts == 0 or layers, "drafts are made by MTP, and the model has no such layer: use 0 drafts")
 
         trunk = [layer for layer in model.layers.values() if not isinstance(layer, MTPLayer)]
-        room = dict(sequences=len(prompts), size=int(lengths.max()) + new_tokens, spare=drafts)
+        size, window = int(lengths.max()) + new_tokens, model.config.max_position_embeddings
+        require(size <= window, f"{size} tokens, prompt and answer, above max_position_embeddings={window}, and a window "
+                                f"does not slide: shorten one of them")
+        room = dict(sequences=len(prompts), size=size + drafts)
         self.main = Cache(model, trunk, **room)
         self.mtp = [Cache(model, [layer], **room) for layer in layers]
         if drafts:
@@ -2146,7 +2123,7 @@ class Writer:
         tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         self.tokens = F.pad(tokens, (0, new_tokens + drafts + len(layers)))
         self.rows = torch.arange(len(prompts))                            # numbers of the prompts that are still here
-        self.routing = {} if note_routing else None                       # layer -> (prompts,slots,K)
+        self.routing = {} if note_routing else None                       # layer -> (prompts,size,K)
         self.read(lengths - 1, anybody)
 
     def at(self, start, count):
@@ -2174,7 +2151,7 @@ class Writer:
             self.main.put("x", out.x)
         for layer, chosen in (noted or {}).items():
             if layer not in self.routing:
-                self.routing[layer] = chosen.new_zeros(len(self.rows), self.main.slots, chosen.size(2))
+                self.routing[layer] = chosen.new_zeros(len(self.rows), self.main.size, chosen.size(2))
             self.routing[layer][self.rows.to(chosen.device).unsqueeze(1), self.main.positions] = chosen
         return out.logits
 
