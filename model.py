@@ -2,31 +2,18 @@
 A big mixture-of-experts language model in one file: the recipe of Pangu Ultra MoE (arXiv:2505.04519).
 
 Multi-head latent attention, fine-grained routed experts beside a shared one, depth-scaled sandwich norm, TinyInit,
-multi-token prediction and a balance loss over groups of sequences. Sections, in this order:
+multi-token prediction and a balance loss over groups of sequences.
 
-    Settings                Config, its check, PRESETS
-    Counts                  parameters and FLOPs, from a Config alone
-    Operators               elementwise steps as one, and what torch.compile makes of them
-                            norm, SwiGLU, rotary position, attention
-                            matmuls expert by expert, and weight gradients that can wait
-                            rows to experts and back
-                            losses
-    Rotary position         angles, with YaRN
-    Layers                  linear, norm, latent attention, MLP
-    Experts                 router with its balance loss, experts, dispatcher, and the layer made of them
-    Blocks                  a layer of the model as four calls; the multi-token prediction layer
-    The model               forward, losses, what a trainer asks of the routers
-    Initialisation          the table of initial scales; seeds
-    Published names         configs and tensors of DeepSeek-V3 and openPangu-Ultra-MoE, there and back
-    Generation              cache of latents; drafts by multi-token prediction, checked; sampling
+In this order: settings and presets; counts of parameters and FLOPs; operators, each plain and fused; rotary position;
+layers; experts; blocks; the model; initialisation; published names; generation.
 
 Written for one device: nothing here knows of process groups. parallel.py takes a built model and spreads it; what the
 model carries only for that sake is this. Replaced there:
 
     MoE.dispatcher          who brings rows to experts and back; here the local one, there an exchange between ranks
     Router.average_counts   the identity here, an average over the ranks of a balance group there
-    Attention.gather_tokens    the identity here, latents of all tokens of a tensor group there
-    Attention.gather_context   the identity here, latents of the whole sequence there, where ranks hold parts of one
+    Attention.gather_tokens, gather_context   the identity here; there latents of all tokens of a tensor group, or of
+                            the whole sequence, where ranks hold parts of one
     Part.memory             keeps all that backward needs; there some is computed again, or waits in the host's memory
     Linear.store, Experts.store   a WeightGradStore that delays weight gradients, so that they can hide an exchange
     Experts.first_expert    the number of the first expert held here, so that seeding does not depend on the cut
@@ -38,11 +25,7 @@ Written in another way than one device needs:
 
     aux_scale, loss_tokens  losses are shares of a global batch, of which one forward sees a part
     AddGradient             the balance loss sends its gradient by itself: only the last stage has the final loss
-
-Called there one by one, where one forward would do here:
-
-    Block's four calls      attend, dispatch, compute, combine: two micro-batches can be interleaved between them; of
-                            MoE also compute_routed, and the dispatcher's wait, where an exchange ends
+    Block's four calls, MoE.compute_routed, the dispatcher's wait   two micro-batches can be interleaved between them
     LocalDispatcher.resend  repeats in backward the rows that were not kept
     Model.join, head_norm, output   the ends of a pipeline stage
     Router.load, MoE.dropped   put back when a layer has run again in backward
@@ -186,7 +169,15 @@ class Config:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        check_config(self)
+        """ValueError, in one line with the numbers and what would fit, for a shape that cannot be built."""
+        check_settings(self)
+        check_experts(self)
+        check_rope_scaling(self.rope_scaling)
+        dense, layers, rope = self.first_k_dense_replace, self.num_hidden_layers, self.qk_rope_head_dim
+        require(dense <= layers, f"first_k_dense_replace={dense}: use 0 to num_hidden_layers={layers}")
+        require(rope % 2 == 0, f"qk_rope_head_dim={rope} is odd, rotary position turns pairs: use {rope + 1}")
+        require(self.v_head_dim <= self.qk_head_dim, f"v_head_dim={self.v_head_dim} above the query's width, fused "
+                                                     f"attention refuses that: up to {self.qk_head_dim}")
 
     @property
     def qk_head_dim(self):
@@ -236,19 +227,6 @@ class Config:
         if kind == "mtp":
             norms += 3                                                    # enorm, hnorm, shared_head.norm
         return norms * self.hidden_size + self.q_lora_rank + self.kv_lora_rank
-
-
-def check_config(c):
-    """ValueError, in one line with the numbers and what would fit, for a shape that cannot be built."""
-    check_settings(c)
-    check_experts(c)
-    check_rope_scaling(c.rope_scaling)
-    require(c.first_k_dense_replace <= c.num_hidden_layers,
-            f"first_k_dense_replace={c.first_k_dense_replace}: use 0 to num_hidden_layers={c.num_hidden_layers}")
-    require(c.qk_rope_head_dim % 2 == 0,
-            f"qk_rope_head_dim={c.qk_rope_head_dim} is odd, rotary position turns pairs: use {c.qk_rope_head_dim + 1}")
-    require(c.v_head_dim <= c.qk_head_dim,
-            f"v_head_dim={c.v_head_dim} above the query's width, fused attention refuses that: up to {c.qk_head_dim}")
 
 
 def check_experts(c):
@@ -330,7 +308,7 @@ PRESETS = {
 
 
 def layer_kinds(config):
-    """Kind of each layer, in order: dense, moe (with experts), or mtp (moe, with what joins it to the embedding)."""
+    """Kind of each layer, in order: dense, moe (with experts), or mtp (moe, with what joins it to the stream)."""
     n_dense = config.first_k_dense_replace
     n_moe = config.num_hidden_layers - n_dense
     return ["dense"] * n_dense + ["moe"] * n_moe + ["mtp"] * config.num_nextn_predict_layers
@@ -415,9 +393,7 @@ def is_short(x):
 
 class OneKernel(torch.autograd.Function):
     """Keeps its inputs alone, where autograd would keep a tensor for most steps; backward computes the body again.
-
-    Compiled, each way is one pass over memory, where each step alone takes its own.
-    """
+    Compiled, each way is one pass over memory."""
 
     @staticmethod
     def forward(ctx, body, *inputs):
@@ -455,11 +431,8 @@ def compiled(function):
 
 
 def compile_operators(wanted=True, device=None):
-    """Norms and SwiGLU become kernels that torch.compile makes, from here on in this process. Not wanted: no longer.
-
-    Returns None, or why it does not work here (no C++ compiler, on a GPU no Triton): then nothing changes. Each kernel
-    is made when it is first used, which takes some 10 s in all, less where torch's cache holds it.
-    """
+    """Norms and SwiGLU become kernels that torch.compile makes when they are first used, in some 10 s in all, from here
+    on in this process. Not wanted: no longer. Returns None, or why it does not work here: then nothing changes."""
     global COMPILED
     COMPILED = False
     if not wanted:
@@ -479,8 +452,8 @@ def compile_operators(wanted=True, device=None):
 
 
 def compile_model(model):
-    """Each layer's four calls by torch.compile, in place: layers of one kind share what is compiled for the first of
-    them. What depends on the number of rows of each expert stays out of the trace, as do embedding, head and loss."""
+    """Each layer's four calls by torch.compile, in place; layers of one kind share what is compiled. What depends on
+    the number of rows of each expert stays out of the trace, as do embedding, head and loss."""
     for block in model.layers.values():
         if block.is_moe:
             block.mlp.experts.grouped = torch.compiler.disable(block.mlp.experts.grouped)
@@ -536,10 +509,7 @@ def rope(x, cos, sin):
 
 
 def attention(q, k, v, scale, mask=None):
-    """Softmax attention: q (B,T,H,Dqk), k (B,Tk,H,Dqk), v (B,Tk,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,Tk).
-
-    Keys and values may be those of a longer sequence than the queries', with a mask that says what each may see.
-    """
+    """Softmax attention: q (B,T,H,Dqk), k (B,Tk,H,Dqk), v (B,Tk,H,Dv) -> (B,T,H,Dv); causal unless mask (B,1,T,Tk)."""
     kind = backend(q)
     if kind == "npu":                                                     # its masks say True for what is left out
         left_out, mode = (causal_triangle(q.device), 2) if mask is None else (~mask, 1)
@@ -561,8 +531,8 @@ def attention(q, k, v, scale, mask=None):
 
 
 class ShortAttention(torch.autograd.Function):
-    """Causal attention in bf16 on a CPU. It keeps what torch's kernel keeps; backward makes all probabilities of some
-    heads again and is five batched matmuls: with heads of 48, 1.5 to 1.9 times as fast as torch's at 256 tokens, about
+    """Causal attention in bf16 on a CPU: torch's forward, and a backward that makes all probabilities of some heads
+    again and is five batched matmuls. With heads of 48 it is 1.5 to 1.9 times as fast as torch's at 256 tokens, about
     the same at 512; with heads of 192, 0.9 to 1.1 times at 256."""
 
     @staticmethod
@@ -580,7 +550,9 @@ class ShortAttention(torch.autograd.Function):
         low = -log_sum.flatten(0, 1).unsqueeze(-1)
         q, k, v, grad = (x.flatten(0, 1) for x in (q, k, v, grad))        # (BH,T,D)
         q32, k32 = q.float(), k.float()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grad_q = torch.empty_like(q)
+        grad_k = torch.empty_like(k)
+        grad_v = torch.empty_like(v)
         some = max(1, SCORE_ELEMENTS // T ** 2)                           # heads at a time
         for first in range(0, len(q), some):
             own = slice(first, first + some)
@@ -877,8 +849,8 @@ def cross_entropy(h, weight, targets):
 def token_cross_entropy(h, weight, targets):
     """The loss of each token: h (N,C), weight (V,C), targets (N,) -> (N,) float32 or better, 0 where ignored.
 
-    Where backward comes, it makes a chunk's logits again: only then is known what each token counts. Rows that are
-    ignored have no logits, for which the host must know which they are: in rl most are.
+    Backward makes a chunk's logits again: only then is known what each token counts. Ignored rows, in rl most, have no
+    logits, for which the host waits to know them.
     """
     counted = (targets != -100).nonzero().squeeze(1)
     h, found = h[counted], h.new_zeros(len(h), dtype=at_least_float32(h.dtype))
@@ -902,9 +874,9 @@ class Vocabulary(NamedTuple):
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Head and loss together, a chunk of rows at a time, so that all (N,V) logits never stand in memory.
+    """Head and loss together, a chunk of rows at a time, so that all (N,V) logits never stand in memory. A chunk's
+    gradient is made while its logits are at hand; backward only scales it.
 
-    The gradient of a chunk is made while its logits are at hand, for a summed loss; backward only scales it.
     The losses of all parts of a vocabulary sum to that of the whole, as do their gradients of h.
     """
 
@@ -1005,11 +977,11 @@ def yarn_mscale(config, name):
 
 
 class KeepAll:
-    """What becomes of tensors that backward needs: here autograd keeps them. parallel.Memory saves some of that memory,
-    by the names in Plan.recompute and Plan.swap."""
+    """What becomes of tensors that backward needs: here autograd keeps them. There (parallel.Memory) those under a name
+    of Plan.recompute or Plan.swap are not."""
 
     def again(self, names, make, *inputs):
-        """make(*inputs), a tensor or several. There, under one of the names, made again in backward instead of kept."""
+        """make(*inputs), a tensor or several. There made again in backward."""
         return make(*inputs)
 
     def remake(self, names, made, make, *inputs):
@@ -1017,16 +989,15 @@ class KeepAll:
         return made
 
     def region(self, name, run, x):
-        """run(x). There, under this name, nothing inside is kept: backward runs it again."""
+        """run(x). There nothing inside is kept: backward runs it again."""
         return run(x)
 
     def swap(self, name, x):
-        """x. There, under this name, it waits for backward in the host's memory."""
+        """x. There it waits for backward in the host's memory."""
         return x
 
 
 class Part(nn.Module):
-    """A part of the model that asks memory what becomes of its tensors."""
     memory = KeepAll()
 
 
@@ -1060,7 +1031,9 @@ class Attention(Part):
     def __init__(self, c):
         super().__init__()
         C, heads = c.hidden_size, c.num_attention_heads
-        self.latent, self.nope, self.rope, self.v = c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.latent = c.kv_lora_rank                                      # widths
+        self.nope, self.rope = c.qk_nope_head_dim, c.qk_rope_head_dim
+        self.v = c.v_head_dim
         self.q_a_proj = Linear(C, c.q_lora_rank)
         self.q_a_layernorm = Norm(c.q_lora_rank, c.latent_norm_eps)
         self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim)
@@ -1174,7 +1147,8 @@ class Router(Part):
 
     def forward(self, x, forced_ids=None):
         """x (B,T,C) -> ids (N,K) int64, weights (N,K) float32 or better."""
-        flat = self.memory.again("norm", lambda x: x.flatten(0, 1).to(at_least_float32(x.dtype)), x)      # (N,C)
+        wide = at_least_float32(x.dtype)
+        flat = self.memory.again("norm", lambda x: x.flatten(0, 1).to(wide), x)           # (N,C)
         logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
         scores = self.score(logits)
         ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.reshape(len(flat), -1)
@@ -1201,7 +1175,7 @@ class Router(Part):
         return weights * self.c.routed_scaling_factor
 
     def choose(self, scores):
-        """The K experts of each token, the best under the rule of groups: scores (N,E) -> ids (N,K)."""
+        """The best K experts of each token under the rule of groups: scores (N,E) -> ids (N,K)."""
         c = self.c
         if c.router_bias:
             scores = scores + self.e_score_correction_bias.to(scores.dtype)
@@ -1253,8 +1227,7 @@ class Router(Part):
 
 
 def sequences_of_group(config, n_sequences):
-    """Of the n_sequences of a micro-batch, how many form a balance group, or the part of one that is held here: what
-    a larger group needs beyond that is the matter of Router.average_counts."""
+    """Of the n_sequences of a micro-batch, how many form a balance group, or the part of a larger one that is here."""
     if config.balance == "sequence":
         return 1
     if config.balance in ("none", "micro_batch") or config.balance_group == 0:
@@ -1281,9 +1254,9 @@ class Experts(Part):
     def forward(self, rows, counts, row_weights):
         """rows (M,C) sorted by expert, counts (E,), row_weights (M,) -> (M,C), weighted.
 
-        Weighting the expert-wide activation costs less than the model-wide output, and keeps no output for backward:
-        hidden, and with it what the weight's gradient needs, comes from gate_up. After the down-projection (MindSpeed's
-        default) dweight = sum over C of out * dout: out is kept, or waits in the host's memory (swap=expert_out).
+        Weighting the expert-wide activation costs less than the model-wide output, and what the weight's gradient needs
+        comes from gate_up. After the down-projection (MindSpeed's default) dweight = sum over C of out * dout: out is
+        kept, or waits in the host's memory (swap=expert_out).
         """
         gate_up = self.memory.again("expert", self.grouped, rows, self.gate_up_proj, counts)       # (M,2I)
         hidden = self.memory.again("act expert", swiglu, gate_up, row_weights if self.weight_before_down else None)
@@ -1300,7 +1273,7 @@ class LocalDispatcher:
     """Brings tokens to experts and sums what comes back, on one device. No Module: parallel.py derives its exchanges.
 
     With capacity_factor > 0 an expert takes ceil(capacity_factor * N * K / E) copies, those of the highest routing
-    weight, and always computes that many rows, padded with zeros; the rest are dropped and counted.
+    weight, padded with zeros; the rest are dropped and counted.
     """
 
     def __init__(self, c):
@@ -1425,13 +1398,14 @@ class Block(Part):
         super().__init__()
         self.index = index                                                # global number of the layer
         self.is_moe = index >= c.first_k_dense_replace
-        sandwich = c.norm != "pre"
-        self.input_layernorm = Norm(c.hidden_size, c.rms_norm_eps)
+        norm = partial(Norm, c.hidden_size, c.rms_norm_eps)
+        post_norm = nn.Identity if c.norm == "pre" else norm
+        self.input_layernorm = norm()
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = Norm(c.hidden_size, c.rms_norm_eps) if sandwich else nn.Identity()
-        self.pre_mlp_layernorm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = post_norm()
+        self.pre_mlp_layernorm = norm()
         self.mlp = MoE(c) if self.is_moe else MLP(c.hidden_size, c.intermediate_size)
-        self.post_mlp_layernorm = Norm(c.hidden_size, c.rms_norm_eps) if sandwich else nn.Identity()
+        self.post_mlp_layernorm = post_norm()
 
     def forward(self, x, angles, mask=None, routing=None, cache=None):
         x = self.attend(x, angles, mask, cache)
@@ -1457,7 +1431,7 @@ class Block(Part):
         if routing is None:
             return self.mlp.dispatch(h)
         sent = self.mlp.dispatch(h, routing.get(self.index))
-        routing[self.index] = sent.ids.view(*x.shape[:2], sent.ids.size(1))
+        routing[self.index] = sent.ids.unflatten(0, x.shape[:2])
         return sent
 
     def compute(self, sent):
@@ -1474,10 +1448,11 @@ class MTPLayer(Block):
     def __init__(self, c, index):
         super().__init__(c, index)
         self.hidden_first = c.mtp_concat == "hidden_first"
-        self.enorm = Norm(c.hidden_size, c.rms_norm_eps)
-        self.hnorm = Norm(c.hidden_size, c.rms_norm_eps)
+        norm = partial(Norm, c.hidden_size, c.rms_norm_eps)
+        self.enorm = norm()
+        self.hnorm = norm()
         self.eh_proj = Linear(2 * c.hidden_size, c.hidden_size)
-        self.shared_head = nn.ModuleDict({"norm": Norm(c.hidden_size, c.rms_norm_eps)})
+        self.shared_head = nn.ModuleDict({"norm": norm()})
 
     def join(self, embedded, h):
         """Both, and the result, (B,T,C)."""
@@ -1523,13 +1498,12 @@ class Model(nn.Module):
                 policy=None, return_logits=False, loss_tokens=None, cache=None, place=None):
         """ids (B,T), or without embedding a hidden state (B,T,C) -> Output, or without last norm the hidden state.
 
-        targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored, or of fewer depths, and then no more MTP
-        layers run. labels (B,T): unshifted ids, shifted here.
-        positions (B,T), default 0..T-1. doc_ids (B,T): attention stays inside equal numbers. next_ids (B, MTP, T):
-        token i+d for depth d, default from targets, or from ids. routing: see Block.dispatch. loss_tokens (1+MTP,):
-        target tokens of the global batch per depth, by default of this call. policy (B,T,n): what token_loss makes
-        losses of at depth 0, beside each token's own. Logits without targets or on request.
-        cache: ids go on behind the tokens in it, positions are its; no MTP. place (B,): logits there alone, (B,1,V).
+        targets (B, 1+MTP, T): token i+1+d for depth d at i, -100 ignored; MTP layers without targets do not run.
+        labels (B,T): unshifted ids, shifted here. positions (B,T), default 0..T-1. doc_ids (B,T): attention stays
+        inside equal numbers. next_ids (B, MTP, T): token i+d for depth d, default from targets, or from ids. routing:
+        see Block.dispatch. loss_tokens (1+MTP,): target tokens of the global batch per depth, by default of this call.
+        policy (B,T,n): what token_loss makes losses of at depth 0, beside each token's own. Logits without targets or
+        on request. cache: ids go on behind the tokens in it; no MTP. place (B,): logits there alone, (B,1,V).
         """
         c, mtp_layers, T = self.config, self.mtp_layers(), ids.size(1)
         require(T <= c.max_position_embeddings, f"sequence of {T} tokens above max_position_embeddings="
@@ -1678,11 +1652,8 @@ class Model(nn.Module):
 
 def shifted(ids, distances, fill):
     """ids (B,T) moved left by each distance, ends filled: (B, len(distances), T)."""
-    B, T = ids.shape
-    moved = ids.new_empty(B, len(distances), T)
-    for i, distance in enumerate(distances):
-        moved[:, i] = F.pad(ids, (0, distance), value=fill)[:, distance:distance + T]
-    return moved
+    T = ids.size(1)
+    return torch.stack([F.pad(ids, (0, n), value=fill)[:, n:n + T] for n in distances], 1)
 
 
 def fill_inputs(ids, targets, depths, positions=None, next_ids=None):
@@ -1742,10 +1713,8 @@ def initial_scale(config, name):
 
 
 def fill_initial(tensor, config, name, seed, first_expert=0):
-    """Fill one tensor in place. A stacked tensor is seeded expert by expert, from the global number of its first one.
-
-    Each tensor has a seed of its own, so the same numbers come out however the model is cut, one tensor at a time.
-    """
+    """Fill one tensor in place. Each has a seed of its own, each expert in a stacked one by its global number: so the
+    same numbers come out however the model is cut."""
     kind, scale = initial_scale(config, name)
     if kind == "constant":
         tensor.fill_(scale)
@@ -1781,8 +1750,8 @@ IN_TRANSFORMERS = dict(norm="pre", scoring_func="sigmoid", group_choice="limited
 
 
 def config_from_hf(hf):
-    """What a config.json of DeepSeek-V3, openPangu-Ultra-MoE or config_to_hf holds -> Config. ValueError for what the
-    model here does not compute."""
+    """A config.json of DeepSeek-V3, openPangu-Ultra-MoE or config_to_hf -> Config. ValueError for what the model here
+    does not compute."""
     kinds = "deepseek_v3", "pangu_ultra_moe"
     kind = hf.get("model_type")
     require(kind in kinds, f"model_type={kind!r} is not known here: use a model of {' or '.join(kinds)}")
@@ -1833,9 +1802,8 @@ def config_to_hf(config):
 
 
 def published_names(config, name, expert=0):
-    """Published names of the matrices that lie one below the other in a tensor of ours; of a stacked one, in one of its
-    experts'. E.g. layers.3.mlp.experts.gate_up_proj, 5 -> model.layers.3.mlp.experts.5.gate_proj.weight, ...up_proj...
-    """
+    """Published names of the matrices that lie one below the other in a tensor of ours, or in an expert's part of it:
+    layers.3.mlp.experts.gate_up_proj, 5 -> model.layers.3.mlp.experts.5.gate_proj.weight, ...up_proj..."""
     if ".experts." in name:
         prefix, _, stacked = name.rpartition(".")
         halves = ("gate_proj", "up_proj") if stacked == "gate_up_proj" else (stacked,)
@@ -1892,15 +1860,15 @@ def alike(texts):
     for name, text in texts.items():
         groups.setdefault(re.sub(r"\d+", "*", name), []).append(text)
     words = [text if not more else f"{text} and {len(more)} alike" for text, *more in groups.values()]
-    return ", ".join(words[:20]) + (f", and {len(words) - 20} kinds more" if len(words) > 20 else "")
+    if len(words) > 20:
+        words = [*words[:20], f"and {len(words) - 20} kinds more"]
+    return ", ".join(words)
 
 
 def is_mtp(config, name):
     """Whether a published name is of a layer past the last of num_hidden_layers."""
-    if not name.startswith("model.layers."):
-        return False
-    number = name.split(".")[2]
-    return number.isdecimal() and int(number) >= config.num_hidden_layers
+    layer = re.match(r"model\.layers\.(\d+)\b", name)
+    return layer is not None and int(layer[1]) >= config.num_hidden_layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1911,10 +1879,10 @@ CHUNK = 512               # tokens of a prompt that pass the model at a time
 
 class Cache:
     """What attention keeps of the tokens seen: a latent and a turned rope key, kv_lora_rank + qk_rope_head_dim numbers
-    a token and layer (DS section 2.1.1). Keys and values of all heads can be made of them.
+    a token and layer (DS section 2.1.1), of which keys and values of all heads can be made.
 
-    Token i of a sequence lies in slot i, however long the others of the batch are. What lies past a sequence's length
-    is never seen, and is written over: so padding behind a short one, or a draft that was refused, is cropped away.
+    Token i of a sequence lies in slot i. What lies past a sequence's length is never seen, and is written over: so
+    padding behind a short one, or a draft that was refused, is cropped away.
     """
 
     def __init__(self, model, layers, sequences, size):
@@ -1934,7 +1902,7 @@ class Cache:
 
     def extend(self, n_tokens):
         """T = n_tokens more for each sequence -> their positions (B,T), and which slots they see: (B,1,T,S), or None in
-        an empty cache, where they see each other, causally."""
+        an empty cache: causally each other."""
         longest = max(self.lengths.tolist(), default=0)
         require(longest + n_tokens <= self.size,
                 f"{longest} tokens in a cache for {self.size}, and {n_tokens} more: make it larger")
@@ -1996,8 +1964,8 @@ def distribution(logits, temperature, top_k, top_p):
 
 
 def draw(probabilities, generator):
-    """(B,V), which need not sum to 1 -> (B,). By a race: of exponential times, each divided by a probability, the
-    least; torch.multinomial does the same, several times slower on a CPU."""
+    """(B,V), which need not sum to 1 -> (B,). As torch.multinomial, which is several times slower on a CPU: by a race
+    of exponential times, each divided by a probability."""
     p = probabilities
     times = -torch.rand(p.shape, generator=generator, device=p.device, dtype=p.dtype).log()       # above 0
     return (p / times).argmax(-1)
@@ -2011,7 +1979,8 @@ def check_drafts(p, q, drafts, generator):
     p has more than q. What comes out is distributed by p. With temperature 0 both have one token each: equal ones hold.
     """
     k = drafts.size(1)
-    ratio = p[:, :k].gather(2, drafts.unsqueeze(2)) / q.gather(2, drafts.unsqueeze(2))
+    at = drafts.unsqueeze(2)                                              # (B,k,1)
+    ratio = p[:, :k].gather(2, at) / q.gather(2, at)
     coins = torch.rand(ratio.shape, generator=generator, device=p.device, dtype=p.dtype)
     held = (coins < ratio).squeeze(2).long().cumprod(1).sum(1)            # up to the first that does not
     q = F.pad(q, (0, 0, 0, 1))                                            # behind the last draft nothing was drawn
@@ -2049,8 +2018,7 @@ def generate(model, prompts, new_tokens, temperature=1.0, top_k=0, top_p=1.0, se
     temperature 0: the likeliest token. top_k: the k likeliest tokens only (0: all). top_p: the fewest tokens that hold
     this much probability. drafts: tokens that MTP drafts in each round; they change the speed, not what is drawn from.
     on_tokens(number of a prompt, new ids) is called as they come. anybody(whether this rank has something to do) ->
-    whether any rank has: see parallel.generating. ValueError where prompt and answer exceed the model's window. With
-    capacity_factor, what is dropped depends on the batch.
+    whether any rank has: see parallel.generating. With capacity_factor, what is dropped depends on the batch.
     """
     was_training = model.training
     model.eval()
@@ -2113,8 +2081,8 @@ class Writer:
 
         trunk = [layer for layer in model.layers.values() if not isinstance(layer, MTPLayer)]
         size, window = int(lengths.max()) + new_tokens, model.config.max_position_embeddings
-        require(size <= window, f"{size} tokens, prompt and answer, above max_position_embeddings={window}, and a window "
-                                f"does not slide: shorten one of them")
+        require(size <= window, f"{size} tokens, prompt and answer, above max_position_embeddings={window}, and "
+                                "the window does not slide: shorten one of them")
         room = dict(sequences=len(prompts), size=size + drafts)
         self.main = Cache(model, trunk, **room)
         self.mtp = [Cache(model, [layer], **room) for layer in layers]
@@ -2169,7 +2137,9 @@ class Writer:
             if depth < depths:
                 ids = self.tokens[rows, places + 1 + depth]
             else:                                                         # on from the last draft and its own stream
-                x, ids, place = x[every, place].unsqueeze(1), token.unsqueeze(1), torch.zeros_like(place)
+                x = x[every, place].unsqueeze(1)
+                ids = token.unsqueeze(1)
+                place = torch.zeros_like(place)
                 cache.crop(n + depth - depths)
             out = self.model.draft(depth, x, ids, cache, place)
             x = out.x
