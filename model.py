@@ -64,7 +64,7 @@ def require(ok, message):
 def divisors(n):
     """All divisors of n, ascending: for messages that say what would fit."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
+    return sorted({*small, *(n // d for d in small)})
 
 
 class Weights(NamedTuple):
@@ -354,7 +354,7 @@ def flops_per_token(config, seq_len):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators, plain with a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's)
+# Operators, plain with a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's); first elementwise ones
 
 FUSED = True              # False: every operator takes its plain body, which explains it; tests compare the two
 COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile made; see compile_operators
@@ -373,10 +373,6 @@ def backend(x):
 def at_least_float32(dtype):
     """Norms, softmax, rotary position, router and loss compute in float32 or better; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Operators: elementwise steps as one, and what torch.compile makes of them
 
 
 def one_kernel(body, x, *others):
@@ -448,7 +444,6 @@ def compile_operators(wanted=True, device=None):
         return "torch.compile needs a locale of UTF-8 here: PYTHONUTF8=1"
     torch._dynamo.config.recompile_limit = 64                             # by operator, dtype, and what else is fixed
     COMPILED = True
-    return None
 
 
 def compile_model(model):
@@ -653,10 +648,8 @@ def rows_by_expert(rows, matrices, counts):
     kind = grouped_kind(rows, rows.size(1), matrices.size(2))
     if rows.device.type == "cpu" and len(rows) < len(matrices):
         kind = "plain"                                                    # most experts have no rows, as in generation
-    if kind == "npu":
-        return npu_grouped_matmul(rows, matrices, counts, 0)
-    if kind == "grouped":
-        return F.grouped_mm(rows, matrices, offs=counts.cumsum(0, dtype=torch.int32))
+    if kind in ("npu", "grouped"):
+        return fused_by_expert(kind, rows, matrices, counts, 0)
     sizes = counts.tolist()
     if kind == "padded":
         return rows_padded(rows, matrices, sizes)
@@ -670,10 +663,8 @@ def rows_by_expert(rows, matrices, counts):
 def columns_by_expert(columns, rows, counts):
     """Each expert's columns by its rows: columns (n,M) and rows (M,m) sorted by expert, counts (E,) -> (E,n,m)."""
     kind = grouped_kind(columns, columns.size(0), rows.size(1))
-    if kind == "npu":
-        return npu_grouped_matmul(columns, rows, counts, 2)
-    if kind == "grouped":
-        return F.grouped_mm(columns, rows, offs=counts.cumsum(0, dtype=torch.int32))
+    if kind in ("npu", "grouped"):
+        return fused_by_expert(kind, columns, rows, counts, 2)
     sizes = counts.tolist()
     if kind == "padded":
         return columns_padded(columns, rows, sizes)
@@ -695,8 +686,10 @@ def grouped_kind(x, *widths):
     return "grouped" if aligned and x.numel() > 0 and x.dtype != torch.float64 else "plain"
 
 
-def npu_grouped_matmul(a, b, counts, group_type):
+def fused_by_expert(kind, a, b, counts, group_type):
     """group_type: the dimension that experts share, 0: rows of a, 2: what is summed over."""
+    if kind == "grouped":
+        return F.grouped_mm(a, b, offs=counts.cumsum(0, dtype=torch.int32))
     ends = counts.cumsum(0, dtype=torch.int64)                            # it refuses one count alone, but not one end
     return torch.ops.npu.npu_grouped_matmul([a], [b], group_list=ends, group_list_type=0, split_item=3,
                                             group_type=group_type)[0]
@@ -1049,7 +1042,10 @@ class Attention(Part):
 
     def forward(self, x, angles, mask, cache=None):
         """x (B,T,C), angles of rope_table, mask of document_mask, or with a cache those it gave -> (B,T,C)."""
-        q_latent, latent, k_rope = self.down(x)                           # (B,T,*)
+        # latents of queries, and of keys with values, both normed; the key's part with position: (B,T,*)
+        q_latent = self.memory.again("norm", self.q_a_layernorm, self.q_a_proj(x))
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), -1)
+        latent = self.memory.again("norm", self.kv_a_layernorm, latent)
         q_latent, latent, k_rope = self.gather_tokens(q_latent, latent, k_rope)
         k_rope = rope(k_rope.unsqueeze(2), *angles)                       # (B,T,1,D)
         latent, k_rope = self.gather_context(latent, k_rope)
@@ -1064,12 +1060,6 @@ class Attention(Part):
         out = self.memory.swap("attn_out", attention(q, k, v, self.scale, mask))
         out = self.memory.swap("attn_out", out[..., :self.v].flatten(2))  # (B,T,H*D)
         return self.o_proj(out)
-
-    def down(self, x):
-        """x (B,T,C) -> latents of queries, and of keys with values, both normed; the key's part with position."""
-        q_latent = self.memory.again("norm", self.q_a_layernorm, self.q_a_proj(x))
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), -1)
-        return q_latent, self.memory.again("norm", self.kv_a_layernorm, latent), k_rope
 
     def up(self, q_latent, latent, k_rope, cos, sin):
         """Latents (B,T,*), one rope key (B,T,1,D) for all heads -> q, k, v (B,T,H,*)."""
@@ -1634,13 +1624,10 @@ class Model(nn.Module):
     @torch.no_grad()
     def update_router_bias(self, loads):
         """Raise the bias of experts below the mean load, lower the others': loads (MoE layers, E) of one step."""
-        if not self.config.router_bias:
-            return
         for router, load in zip(self.routers(), loads.float()):
-            if not router.weight.requires_grad:                           # frozen
-                continue
-            below = (load.mean() - load).sign()
-            router.e_score_correction_bias += self.config.bias_update_speed * below
+            if self.config.router_bias and router.weight.requires_grad:   # else there is none, or it is frozen
+                below = (load.mean() - load).sign()
+                router.e_score_correction_bias += self.config.bias_update_speed * below
 
     @torch.no_grad()
     def init_weights(self, seed=0):
