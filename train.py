@@ -171,6 +171,10 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_word(text, kind):
     """A word of the command line as a value of this kind; what it cannot be stays text, which the check refuses."""
     try:
@@ -804,7 +808,7 @@ def identity_of(files, settings, tokenizer):
     if isinstance(tokenizer, tiktoken.Encoding):
         tokenizer = ranks_of(tokenizer), tokenizer._pat_str
     identity = repr((stats, tokenizer, RESERVED, settings["heldout"], settings["text_field"], PIECE))
-    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return sha256(identity)[:12]
 
 
 def open_corpus(cache):
@@ -1432,8 +1436,8 @@ class SFT(Stage):
         require(kept, f"--data {' '.join(run.settings['data'])}: of {len(found)} conversations {len(fitting)} fit "
                       f"--seq-len, {len(held)} are held out, and none is left to train on")
         self.example = run.encoding.decode(kept[0][0]).partition(ROLES["user"])[2].partition(TURN_END)[0]
-        facts = dict(sha256=hashlib.sha256(repr(fitting).encode()).hexdigest(), conversations=len(kept),
-                     heldout=len(held), **facts_of(run.encoding))
+        facts = dict(sha256=sha256(repr(fitting)), conversations=len(kept), heldout=len(held),
+                     **facts_of(run.encoding))
         return Corpus(run.encoding, kept, held, facts)
 
     def describe(self, facts):
@@ -1510,18 +1514,17 @@ def check_partial(text, task):
 
 
 def read_checkers(path):
-    """{name: function}: the two above, and those of a file that the user names."""
-    found = dict(exact=check_exact, partial=check_partial)
-    if path:
-        names = {}
-        try:
-            exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
-        except OSError as error:
-            raise UserError(f"--checkers {path}: {error.strerror}; name a file of Python") from None
-        except Exception as error:
-            raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
-        found |= {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
-    return found
+    """-> ({name: function}, code): the two above, and those of a file that the user names; what stands there."""
+    names = {}
+    try:
+        code = Path(path).read_text(encoding="utf-8") if path else ""
+        exec(compile(code, path, "exec"), names)
+    except OSError as error:
+        raise UserError(f"--checkers {path}: {error.strerror}; name a file of Python") from None
+    except Exception as error:
+        raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
+    own = {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
+    return dict(exact=check_exact, partial=check_partial) | own, code
 
 
 def read_tasks(path, checkers):
@@ -1634,7 +1637,7 @@ class RL(Stage):
         if not settings["init"] or not settings["tasks"]:
             raise UserError("rl needs --init, a model to begin with, and --tasks, a .jsonl file")
         self.refuse_plan(run.plan)
-        self.checkers = read_checkers(settings["checkers"])
+        self.checkers, code = read_checkers(settings["checkers"])
         self.tasks = read_tasks(settings["tasks"], self.checkers)
         # each checker is tried before it is needed, on the answer of the first task that names it
         for task in {task["checker"]: task for task in reversed(self.tasks)}.values():
@@ -1651,9 +1654,7 @@ class RL(Stage):
                 raise UserError(f"{settings['tasks']}, line {task['line']}: a prompt of {len(prompt)} tokens and "
                                 f"--new-tokens {settings['new_tokens']} do not fit --seq-len: raise it, or leave the "
                                 f"line out")
-        code = Path(settings["checkers"]).read_text(encoding="utf-8") if settings["checkers"] else ""
-        facts = dict(sha256=hashlib.sha256(repr(self.tasks).encode()).hexdigest(), tasks=len(self.tasks),
-                     checkers=hashlib.sha256(code.encode()).hexdigest(),
+        facts = dict(sha256=sha256(repr(self.tasks)), tasks=len(self.tasks), checkers=sha256(code),
                      **facts_of(run.encoding))
         return Corpus(run.encoding, None, None, facts)
 

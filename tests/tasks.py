@@ -173,7 +173,7 @@ def score(run, path, temperature=0.0, at_once=64, new_tokens=96):
 
     import train
     from model import generate
-    checkers = train.read_checkers("")
+    checkers, _ = train.read_checkers("")
     problems = train.read_tasks(path, checkers)
     for problem in problems:
         if not {"task", "difficulty", "fast"} <= set(problem):

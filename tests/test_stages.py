@@ -466,7 +466,7 @@ def test_bad_tasks_and_checkers(base, tmp_path, capsys, monkeypatch):
     for name in "nan", "words", "raises":                                 # each is tried before anything is trained
         assert f"--tasks, line 2: checker {name} r" in refused(json.dumps(good | dict(checker=name)))
     assert not Path("r").exists()
-    checkers = train.read_checkers("mine.py")
+    checkers, _ = train.read_checkers("mine.py")
     for name, words in dict(raises="raised ZeroDivisionError", hangs="took more than 0.2 s", nan="returned nan, no",
                             words="returned 'yes'", much="returned 2, no reward from 0 to 1",
                             leaves="raised SystemExit", calms="took more than 0.2 s").items():
