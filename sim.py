@@ -185,11 +185,6 @@ class Plan:
     # -- what a clock asks
 
     @property
-    def hops_together(self):
-        """The exchange uses the links inside the node and between nodes at once, not one after the other."""
-        return self.goes_directly
-
-    @property
     def exchange(self):
         """The one of `dispatch` that runs: inside one node all are alike."""
         return self.dispatch if self.ep > self.inner else EXCHANGES[0]
@@ -204,10 +199,6 @@ class Plan:
         """A token goes to the nodes that hold one of its experts, else to all."""
         return self.dispatch == "dedup"
 
-    @property
-    def defers_weight_gradients(self):
-        """Weight gradients are put off, to hide an exchange."""
-        return not self.is_plain
 
     def hidden_share(self, axis, hardware):
         """Share of the time of a layer's collectives on an axis that runs beside its matmuls: none, as run here."""
@@ -1024,19 +1015,16 @@ class Work:
             return weights._replace(copies=max(1, weights.copies // self.plan.ep))
         return weights
 
-    def items(self, again):
-        """All items of Plan.recompute under which what is recorded now runs, or is made, again."""
-        return self.regions.union(again) if again else self.regions
 
     def matmul(self, part, name, rows, cut="", again=(), in_16_bits=False):
         own = self.own_part(name, cut)
         self.ops.append(Matmul(part, name, rows, own.n_in, own.n_out, own.copies, self.element, in_16_bits,
-                               self.items(again)))
+                               self.regions.union(again)))
         self.params["edp" if cut == "experts" else "dp"] += own.copies * own.n_in * own.n_out
 
     def vector(self, part, name, elements, again=(), cached=False, size=0):
         """An operator that only moves memory: elements read and written. size: as of keep."""
-        self.ops.append(Vector(part, name, elements * (size or self.element), cached, self.items(again)))
+        self.ops.append(Vector(part, name, elements * (size or self.element), cached, self.regions.union(again)))
 
     def norm(self, part, name, owner, width=0, again=(), residual=False):
         """width: the model's, unless given. residual: followed by the sum with the residual stream, which is read and
@@ -1049,7 +1037,7 @@ class Work:
     def keep(self, name, elements, owner, size=0, again=(), swap=""):
         """A saved tensor; kept twice under one name, it is what was said first. size: bytes of an element that is not
         in the plan's precision."""
-        saved = SavedTensor(elements * (size or self.element), owner, self.items(again), swap)
+        saved = SavedTensor(elements * (size or self.element), owner, self.regions.union(again), swap)
         self.tensors.setdefault(name, saved)
 
     def keep_input(self, name, elements, owner, again=(), swap=""):
@@ -1059,7 +1047,7 @@ class Work:
     def gather(self, axis, part, tokens, width):
         """All-gather of each rank's `tokens`, or the reduce-scatter that is as long; an all-reduce is both."""
         sent = (getattr(self.plan, axis) - 1) * tokens * width * self.element
-        self.collectives[axis, part, self.items(())] += sent
+        self.collectives[axis, part, self.regions] += sent
 
     def gather_stream(self, part, times=1):
         """Residual stream to all tokens, or their sums back (sp=1); an all-reduce of sums (sp=0) is as long as both."""
@@ -1173,7 +1161,7 @@ class Work:
         """Flash attention. width: of a query and a value together; moved: elements of queries, keys, values, output."""
         tokens, seq_len = self.plan.gathered_tokens, self.plan.seq_len
         causal_flops = 2 * tokens * seq_len * heads * width / 2            # half of the square of scores
-        self.ops.append(Attention("attend", "attention", causal_flops, moved * self.element, seq_len, self.items(())))
+        self.ops.append(Attention("attend", "attention", causal_flops, moved * self.element, seq_len, self.regions))
         self.keep("log_sum", tokens * heads, "attention", size=self.precise)
 
     def mlp(self, part, name):
@@ -1364,9 +1352,9 @@ class LayerTime:
     max_vio: the busiest rank's load over the mean, minus one.
     """
 
-    def __init__(self, work, plan, hardware, max_vio):
-        self.work, self.plan, self.hardware = work, plan, hardware
-        self.items = items_in_force(plan)
+    def __init__(self, work, hardware, max_vio):
+        self.work, self.plan, self.hardware = work, work.plan, hardware
+        self.items = items_in_force(work.plan)
         self.name = "" if work.is_layer else work.kind
         self.has_experts = work.kind in ("moe", "mtp")
         self.slower = 1 + max_vio                          # the busiest rank's experts and exchange, over the mean
@@ -1382,8 +1370,7 @@ class LayerTime:
             self._time_exchange()
         self.swap = saved_bytes(work).swapped / hardware.host_bandwidth
         # (tier, seconds) with zero=3: weights are gathered in forward and in backward, gradients scattered after it
-        self.weights = self._of_weights(work.element)
-        self.gradients = self._of_weights(4)
+        self.weights, self.gradients = self._of_weights(work.element), self._of_weights(4)
 
     def _when_rows_travel_again(self):
         """Rows that were dropped travel again: first, if anything is recomputed from them, else for the experts' own
@@ -1432,14 +1419,12 @@ class LayerTime:
 
 
 @lru_cache(2**14)
-def layer_work(shape, layer_plan, kind, work=Work):
+def layer_work(work, shape, layer_plan, kind):
     """work: Work or a class made from it."""
     return work(shape, layer_plan, kind)
 
 
-@lru_cache(2**14)
-def layer_time(shape, layer_plan, kind, hardware, max_vio, work=Work):
-    return LayerTime(layer_work(shape, layer_plan, kind, work), layer_plan, hardware, max_vio)
+layer_time = lru_cache(2**14)(LayerTime)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1796,7 +1781,7 @@ class Simulation:
     @cached_property
     def works(self):
         layer_plan = self.plan.layer_plan
-        return {kind: layer_work(self.shape, layer_plan, kind, self.work) for kind in self.kinds}
+        return {kind: layer_work(self.work, self.shape, layer_plan, kind) for kind in self.kinds}
 
     @cached_property
     def kept(self):
@@ -1805,9 +1790,7 @@ class Simulation:
 
     @cached_property
     def times(self):
-        layer_plan = self.plan.layer_plan
-        return {kind: layer_time(self.shape, layer_plan, kind, self.hardware, self.max_vio, self.work)
-                for kind in self.kinds}
+        return {kind: layer_time(work, self.hardware, self.max_vio) for kind, work in self.works.items()}
 
     @cached_property
     def kinds_of(self):
@@ -1828,7 +1811,7 @@ class Simulation:
 
     @property
     def manner(self):
-        return Manner(self.plan.hops_together, self.plan.defers_weight_gradients, self.plan.overlap == "adaptive")
+        return Manner(self.plan.goes_directly, not self.plan.is_plain, self.plan.overlap == "adaptive")
 
     def play_layers(self, forward, backward):
         """Account of an action. forward, backward: LayerTimes, or ()."""
@@ -1850,9 +1833,7 @@ class Simulation:
     @property
     def link(self):
         """Seconds that it travels and that the next stage waits for it."""
-        if self.plan.pp == 1:
-            return 0.0
-        return collective_seconds(self.hardware, tier_of(self.plan, "pp"), 2, self.stream_bytes())
+        return axis_seconds(self.plan, self.hardware, "pp", self.stream_bytes()) if self.plan.pp > 1 else 0.0
 
     @cached_property
     def seconds(self):
@@ -2118,9 +2099,9 @@ def rank_savings(config, plan, hardware):
     kind = Counter(layer_kinds(config)).most_common(1)[0][0]
     for recompute, swap in memory_choices(config, optimizer=False):
         simulation = Simulation(config, replace(plan, recompute=recompute, swap=swap), hardware)
-        layer = layer_time(config, simulation.plan.layer_plan, kind, hardware, 0.0)
-        seconds, _ = layer_seconds(simulation, layer)
-        found.append((seconds, saved_bytes(layer.work).kept, (recompute, swap)))
+        work = layer_work(Work, config, simulation.plan.layer_plan, kind)
+        seconds, _ = layer_seconds(simulation, layer_time(work, hardware, 0.0))
+        found.append((seconds, saved_bytes(work).kept, (recompute, swap)))
     for _, kept, saving in sorted(found, key=itemgetter(0, 1)):
         if kept < least:
             best.append(saving)
@@ -2438,18 +2419,17 @@ def print_prediction(result):
 
 
 class Span(NamedTuple):
-    """What a rank does for a while: an action, or what follows the pipeline, which has a name alone."""
+    """What a rank does for a while."""
     start: float                   # seconds from the step's start
     end: float
-    name: str
-    action: Action = None
+    what: object                   # an Action, or the name of what follows the pipeline
 
 
 def action_spans(steps, ends, seconds, pp):
     """list (pp) of lists of Span, of a table that was played. seconds: of each Action.stages."""
     rows = [[] for _ in range(pp)]
     for (rank, stages, _, action), end in zip(steps, ends):
-        rows[rank].append(Span(end - seconds[stages], end, str(action), action))
+        rows[rank].append(Span(end - seconds[stages], end, action))
     return rows
 
 
@@ -2470,7 +2450,7 @@ def write_trace(simulation, path, about):
     """The step as Chrome trace events: a process per pipeline rank, a thread per stream, microseconds. about: a dict
     of what the file says of itself."""
     threads, events = ["schedule", "compute", "inner", "outer", "host"], []
-    stream_of = dict(gradients=tier_of(simulation.plan, "dp"), optimizer="compute", stragglers="schedule")
+    stream_of = dict(gradients=tier_of(simulation.plan, "dp"), optimizer="compute")        # else schedule
 
     def add(rank, name, stream, start, end):
         events.append(dict(ph="X", name=name, cat=stream, pid=rank, tid=threads.index(stream), ts=1e6 * start,
@@ -2480,21 +2460,19 @@ def write_trace(simulation, path, about):
         events.append(dict(ph="M", name="process_name", pid=rank, tid=0, args={"name": f"pipeline rank {rank}"}))
         for number, stream in enumerate(threads):
             events.append(dict(ph="M", name="thread_name", pid=rank, tid=number, args={"name": stream}))
-        for start, end, name, action in row:
-            if action is None:
-                add(rank, name, stream_of[name], start, end)
-                continue
-            add(rank, name, "schedule", start, end)
-            for task in play_action(*map(simulation.layers_of, action.stages), simulation.manner).tasks:
-                add(rank, task.name, task.stream, start + task.start, start + task.end)
+        for start, end, what in row:
+            add(rank, str(what), stream_of.get(what, "schedule"), start, end)
+            if isinstance(what, Action):
+                for task in play_action(*map(simulation.layers_of, what.stages), simulation.manner).tasks:
+                    add(rank, task.name, task.stream, start + task.start, start + task.end)
     with open(path, "w", encoding="utf-8") as file:
         json.dump(dict(traceEvents=events, displayTimeUnit="ms", otherData=about), file)
 
 
-def mark_of(span):
-    if span.action is None:
-        return span.name[0].upper()
-    forward, backward = span.action
+def mark_of(what):
+    if isinstance(what, str):
+        return what[0].upper()
+    forward, backward = what
     if forward and backward:
         return "="
     _, microbatch = forward or backward
@@ -2509,7 +2487,7 @@ def draw_text(rows, columns=120):
         for span in sorted(row, key=lambda span: span.start - span.end):
             first = min(columns - 1, round(span.start * scale))
             width = max(1, round(span.end * scale) - first) if span.end > span.start else 0
-            line[first:first + width] = mark_of(span) * width
+            line[first:first + width] = mark_of(span.what) * width
         lines.append("".join(line))
     return "\n".join(lines)
 
@@ -2529,12 +2507,12 @@ def draw_png(simulation, path, title):
 
     bars = []                                              # (middle in ranks, height, start, end, colour)
     for rank, row in enumerate(step_spans(simulation)):
-        for start, end, name, action in row:
-            if action is None:
-                bars.append((rank, 0.8, start, end, COLOURS[name]))
+        for start, end, what in row:
+            if isinstance(what, str):
+                bars.append((rank, 0.8, start, end, COLOURS[what]))
                 continue
-            height = 0.8 / len(action.parts())
-            for i, (kind, stage, _) in enumerate(action.parts()):
+            height = 0.8 / len(what.parts())
+            for i, (kind, stage, _) in enumerate(what.parts()):
                 middle = rank - 0.4 + (i + 0.5) * height
                 bars.append((middle, height, start, end, colour(kind, stage // plan.pp)))
     figure, axes = pyplot.subplots(figsize=(16, 2 + 0.4 * plan.pp), layout="constrained")

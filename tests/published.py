@@ -76,12 +76,8 @@ class RowPlan(Plan):
 
     @property
     def hops_together(self):
-        return self.pipelined or super().hops_together
-
-    @property
-    def defers_weight_gradients(self):
-        """Elsewhere only where passes are paired."""
-        return self.overlap == "adaptive"
+        """The exchange uses the links inside the node and between nodes at once, not one after the other."""
+        return self.pipelined or self.goes_directly
 
     def hidden_share(self, axis, hardware):
         if axis not in self.hide:
@@ -184,6 +180,12 @@ class RowWork(Work):
 
 
 class RowSimulation(Simulation):
+    @property
+    def manner(self):
+        """Elsewhere weight gradients are put off only where passes are paired."""
+        paired = self.plan.overlap == "adaptive"
+        return sim.Manner(self.plan.hops_together, deferred=paired, paired=paired)
+
     @property
     def link(self):
         return super().link * (1 - self.plan.hidden_share("pp", self.hardware))

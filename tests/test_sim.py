@@ -486,7 +486,7 @@ def test_hops_at_once_send_the_bytes_of_hops_in_turn():
     """The clock alone asks whether both hops go at once, as a published run's do with dedup."""
     plan = dict(dp=16, ep=16, node_size=8, seq_len=64, global_batch=16, dispatch="dedup")
     at_once = published.RowPlan(**plan, pipelined=True)
-    assert at_once.hops_together and not Plan(**plan).hops_together
+    assert at_once.hops_together and not at_once.goes_directly
     assert sim.uniform_exchange(PRESETS["tiny"], at_once) == sim.uniform_exchange(PRESETS["tiny"], Plan(**plan))
 
 
