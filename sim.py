@@ -214,7 +214,7 @@ class Plan:
 
 def plan_value(name, text):
     """Text of the command line -> a value for this field of Plan; items of a list are joined by , or +."""
-    kind = {field.name: field.type for field in fields(Plan)}[name]
+    kind = Plan.__annotations__[name]
     if kind is tuple:
         items = [item for item in re.split("[,+]", text) if item]
         return tuple(int(item) if item.isdigit() else item for item in items)
@@ -229,12 +229,11 @@ def parse_plan(text, **defaults):
     names = [field.name for field in fields(Plan)]
     items = re.split(",(?=[^,]*=)", text) if text else []          # where another key follows: commas join lists too
     require(all("=" in item for item in items), f"plan {text!r}: write key=value,...")
-    texts = {}
+    values = {}
     for key, value in (map(str.strip, item.split("=", 1)) for item in items):
         require(key in names, f"unknown plan key {key!r}: use one of {nearest(key, names)}")
-        require(key not in texts, f"plan {text!r} has {key} twice: leave one away")
-        texts[key] = value
-    values = {name: plan_value(name, value) for name, value in texts.items()}
+        require(key not in values, f"plan {text!r} has {key} twice: leave one away")
+        values[key] = plan_value(key, value)
     plan = Plan(**defaults | values)
     check_settings(plan)
     return plan
@@ -1584,17 +1583,12 @@ class Account(NamedTuple):
 def action_account(forward, backward, manner, tax=0.0):
     """Account of play_action. tax: seconds of computation lost for a second in which a link is busy beside it."""
     streams = play_action(forward, backward, manner)
-    by_name, travel, computing, travelling, on_links = Counter(), 0.0, [], [], []
-    for task in streams.tasks:
-        start, end, name, stream = task
-        if stream == "compute":
-            computing.append(task)
-            by_name[name[:-2]] += end - start                # without the pass
-        elif stream != "host":
-            on_links.append(task)
-        if name.startswith("exchange"):
-            travelling.append(task)
-            travel += end - start
+    computing = [task for task in streams.tasks if task.stream == "compute"]
+    on_links = [task for task in streams.tasks if task.stream in ("inner", "outer")]
+    travelling = [task for task in streams.tasks if task.name.startswith("exchange")]
+    travel, by_name = sum(task.end - task.start for task in travelling), Counter()
+    for task in computing:
+        by_name[task.name[:-2]] += task.end - task.start       # without the pass
     computed = sum(by_name.values())
     both = computed + busy_seconds(on_links) - busy_seconds(computing + on_links)
     busy = busy_seconds(computing + travelling)
@@ -2425,19 +2419,12 @@ class Span(NamedTuple):
     what: object                   # an Action, or the name of what follows the pipeline
 
 
-def action_spans(steps, ends, seconds, pp):
-    """list (pp) of lists of Span, of a table that was played. seconds: of each Action.stages."""
-    rows = [[] for _ in range(pp)]
-    for (rank, stages, _, action), end in zip(steps, ends):
-        rows[rank].append(Span(end - seconds[stages], end, action))
-    return rows
-
-
 def step_spans(simulation):
     """list (pp) of lists of Span: a rank's actions, then what it does when its pipeline is done."""
+    rows, last = [[] for _ in range(simulation.plan.pp)], max(simulation.ends)
     ends, _ = simulation.played
-    rows = action_spans(simulation.timetable.steps, ends, simulation.seconds, simulation.plan.pp)
-    last = max(simulation.ends)
+    for (rank, stages, _, action), end in zip(simulation.timetable.steps, ends):
+        rows[rank].append(Span(end - simulation.seconds[stages], end, action))
     for rank, row in enumerate(rows):
         begin = row[-1].end
         reduced = begin + simulation.gradient_seconds(rank)
