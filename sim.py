@@ -928,17 +928,14 @@ class Shape(Config):
         width = self.num_attention_heads * self.head_dim
         return width, width
 
-    def gains(self, kind):
-        latents = 0 if self.attn_type == "mla" else self.q_lora_rank + self.kv_lora_rank
-        return super().gains(kind) - latents
 
 
 # Pangu Ultra, 135B dense (arXiv:2504.07866)
 PANGU_ULTRA = Shape(
     vocab_size=153376, max_position_embeddings=131072, hidden_size=12288, num_hidden_layers=94,
     first_k_dense_replace=94, intermediate_size=28672, num_attention_heads=96, attn_type="gqa", num_key_value_heads=8,
-    head_dim=128, norm="dssn", n_routed_experts=1, n_shared_experts=0, num_experts_per_tok=1,
-    num_nextn_predict_layers=0, balance="none")
+    head_dim=128, q_lora_rank=0, kv_lora_rank=0, norm="dssn", n_routed_experts=1, n_shared_experts=0,
+    num_experts_per_tok=1, num_nextn_predict_layers=0, balance="none")
 
 
 def as_shape(config):
@@ -977,12 +974,8 @@ class Work:
         # activations -> bytes sent in that group, forward
         self.collectives = Counter()
         self.regions = frozenset()                         # items of Plan.recompute that run what is recorded now again
-        if kind == "embedding":
-            self.embedding()
-        elif kind == "head":
-            self.head()
-        else:
-            self.layer()
+        record = dict(embedding=self.embedding, head=self.head).get(kind, self.layer)
+        record()
 
     @property
     def is_layer(self):
@@ -1586,9 +1579,9 @@ def action_account(forward, backward, manner, tax=0.0):
     computing = [task for task in streams.tasks if task.stream == "compute"]
     on_links = [task for task in streams.tasks if task.stream in ("inner", "outer")]
     travelling = [task for task in streams.tasks if task.name.startswith("exchange")]
-    travel, by_name = sum(task.end - task.start for task in travelling), Counter()
-    for task in computing:
-        by_name[task.name[:-2]] += task.end - task.start       # without the pass
+    travel, by_name = sum(end - start for start, end, _, _ in travelling), Counter()
+    for start, end, name, _ in computing:
+        by_name[name[:-2]] += end - start                  # without the pass
     computed = sum(by_name.values())
     both = computed + busy_seconds(on_links) - busy_seconds(computing + on_links)
     busy = busy_seconds(computing + travelling)
