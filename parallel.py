@@ -44,7 +44,7 @@ import torch.distributed.checkpoint as dcp
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
@@ -69,30 +69,23 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module")         # of o
 def pick_device(name="auto"):
     """torch.device by name (cpu | cuda | npu), or for auto the accelerator that is there, else the CPU.
     Of several in a node, the one that torchrun's LOCAL_RANK numbers becomes this process's current one."""
-    if name == "npu" or (name == "auto" and not torch.cuda.is_available()):
-        try:
-            import torch_npu  # noqa: F401  (registers the device; installed on Ascend machines only)
-        except ImportError:
-            if name == "npu":
-                raise ValueError("--device npu: torch_npu is not installed; see the Ascend lines of requirements.txt"
-                                 ) from None
     if name == "auto":
         there = [kind for kind in ("npu", "cuda") if hasattr(torch, kind) and getattr(torch, kind).is_available()]
         name = there[0] if there else "cpu"
     require(name in ("cpu", "cuda", "npu"), f"--device {name}: use auto, cpu, cuda or npu")
-    if name != "cpu":
-        accelerators = getattr(torch, name)
-        require(accelerators.is_available(), f"--device {name}: none found here; use --device cpu")
-        accelerators.set_device(int(os.environ.get("LOCAL_RANK", 0)) % accelerators.device_count())
-    else:
+    if name == "cpu":
         keep_freed_memory()
+        return torch.device(name)
+    accelerators = getattr(torch, name, None)                             # torch itself imports an installed torch_npu
+    require(accelerators, f"--device {name}: torch_npu is not installed; see the Ascend lines of requirements.txt")
+    require(accelerators.is_available(), f"--device {name}: none found here; use --device cpu")
+    accelerators.set_device(int(os.environ.get("LOCAL_RANK", 0)) % accelerators.device_count())
     return torch.device(name)
 
 
 def keep_freed_memory():
     """glibc gives large tensors back to the system when they are freed, and the next step pays for each of their pages
-    anew: 1 to 12 % of a step on a CPU. From here on this process keeps what it had at its peak. Other allocators
-    do as they do."""
+    anew: 1 to 12 % of a step on a CPU. From here on this process keeps what it had at its peak."""
     trim_threshold, mmap_max = -1, -4                                     # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda what, value: None)
     mallopt(mmap_max, 0)
@@ -227,18 +220,17 @@ def first_does(work):
     if not dist.is_initialized():
         return work()
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    answer, signs, sign = [None, None], [], torch.zeros(1)
+    answer = [None, None]
     if rank() == 0:
         try:
             answer[0] = work()
         except (ValueError, OSError) as error:
             answer[1] = error
-        signs = [dist.isend(sign, other, group=patient) for other in range(1, world_size())]
-    else:
-        dist.recv(sign, 0, group=patient)
+    done = dist.broadcast(torch.zeros(1), src=0, group=patient, async_op=True)
+    if rank() > 0:
+        done.wait()
     all_sum(torch.zeros(1))                                               # who stands still is missed here in --timeout
-    for each in signs:
-        each.wait()
+    done.wait()
     dist.broadcast_object_list(answer, src=0, group=patient)
     if answer[1] is not None:
         raise answer[1]
@@ -335,10 +327,9 @@ scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 class Group:
     """Ranks that exchange with each other. Every collective is started, not awaited: it returns (out, work)."""
 
-    def __init__(self, mesh):
-        """mesh: DeviceMesh of one dimension."""
-        self.group = mesh.get_group()
-        self.size, self.rank = self.group.size(), self.group.rank()
+    def __init__(self, group):
+        """group: a torch.distributed.ProcessGroup."""
+        self.group, self.size, self.rank = group, group.size(), group.rank()
         self.whole = False                 # of a tensor group: members hold all tokens, not parts; see generating
 
     def all_to_all(self, x, send=None, recv=None):
@@ -498,9 +489,7 @@ class Route:
     to_experts: Hop = None
     slot: torch.Tensor = None              # (N,K) row of each copy that starts the last hop
     order: torch.Tensor = None             # (M,1) row, sorted by expert, of each copy that arrived; by wait
-    # which of these calls were made
-    sent_back: bool = False
-    relayed_back: bool = False
+    sent_back: bool = False                # by send_back, which a pair calls by itself, as it does relay_back
 
 
 def experts_of_copies(arriving, n_copies):
@@ -587,9 +576,7 @@ class FlatDispatcher(LocalDispatcher):
 
     def combine(self, rows, route):
         if not route.sent_back:
-            rows = self.send_back(rows, route)
-        if not route.relayed_back:
-            rows = self.relay_back(rows, route)
+            rows = self.relay_back(self.send_back(rows, route), route)
         return self.finish_way_back(rows, route)
 
     def finish_way_back(self, rows, route):
@@ -629,7 +616,6 @@ class HierarchicalDispatcher(FlatDispatcher):
         return self.start_last_hop(tokens, weights, route)
 
     def relay_back(self, rows, route):
-        route.relayed_back = True
         partial_sums = self.sum_copies(rows, route)                       # (tokens of all nodes, C)
         return route.between_nodes.rows_back.start(partial_sums)
 
@@ -683,12 +669,14 @@ class DedupDispatcher(HierarchicalDispatcher):
 
 
 class Grid:
-    """The ranks of a run and their meshes; an object that is passed, never a global.
+    """The ranks of a run, their meshes and groups; an object that is passed, never a global.
 
+    meshes: of FSDP2 and of checkpoints
         dense weights     (pp, replicate, shard)         replicate * shard = dp * cp * tp: ranks with own tokens
         cut by tensor     (pp, replicate, tp, shard)     replicate * shard = dp * cp; tp contiguous
-        sequence parts    (pp, dp, cp, tp)
         expert weights    (pp, replicate, ep, shard)     the same ranks; ep contiguous: rank = (... shard * ep + place)
+    groups: lines through
+        sequence parts    (pp, dp, cp, tp)
         balance groups    (world / n, n)                 n consecutive ranks that share the counts of the balance loss
         exchange          (world / ep, outer, inner)     inner: ranks of one node, outer: equal places of all nodes
 
@@ -704,16 +692,19 @@ class Grid:
         self.dense = self.mesh("pp replicate shard", dense)
         tensor = ranks.view(pp, *self.replicate_and_shard(plan.dp * plan.cp), plan.tp)
         self.tensor = self.mesh("pp replicate tp shard", tensor.transpose(2, 3))
-        self.sequence = self.mesh("pp dp cp tp", ranks.view(pp, plan.dp, plan.cp, plan.tp))
         expert = ranks.view(pp, *self.replicate_and_shard(plan.edp), plan.ep)
         self.expert = self.mesh("pp replicate ep shard", expert.transpose(2, 3))
-        self.balance = self.mesh("groups balance", ranks.view(-1, n_balance))
-        self.exchange = self.mesh("groups outer inner", ranks.view(-1, plan.ep // plan.inner, plan.inner))
+
+        sequence = ranks.view(pp, plan.dp, plan.cp, plan.tp)
+        exchange = ranks.view(-1, plan.ep // plan.inner, plan.inner)
+        self.context_group, self.tensor_group = self.group(sequence, 2), self.group(sequence, 3)
+        self.balance_group = self.group(ranks.view(-1, n_balance), 1)
+        self.outer_group, self.inner_group = self.group(exchange, 1), self.group(exchange, 2)
+        self.expert_group = self.group(ranks.view(-1, plan.ep), 1)
 
         self.pp_rank = rank() * pp // plan.world_size
         self.embedding_twice = False       # on the first pipeline rank and on the last; keep_own_stages says
         self.live = None                   # a LiveBalance; parallelize makes it
-        self.tensor_group = None           # the Group that cut_matrices gave to the model's hooks
 
     def replicate_and_shard(self, n):
         """Sizes of these two dimensions for n ranks that hold the same weights."""
@@ -723,6 +714,9 @@ class Grid:
         ranks = ranks.contiguous()
         groups = [self.process_group(ranks, dim) for dim in range(ranks.ndim)]
         return DeviceMesh.from_group(groups, self.device_type, ranks, mesh_dim_names=tuple(names.split()))
+
+    def group(self, ranks, dim):
+        return Group(self.process_group(ranks, dim))
 
     def process_group(self, ranks, dim):
         """This rank's group along a dimension of a grid of ranks; one for each set of members, as buffers are large."""
@@ -738,9 +732,9 @@ class Grid:
         if plan.ep == 1:
             return LocalDispatcher(config)
         if plan.exchange == "flat":
-            return FlatDispatcher(config, Group(self.expert["ep"]))
+            return FlatDispatcher(config, self.expert_group)
         kind = dict(hierarchical=HierarchicalDispatcher, dedup=DedupDispatcher)[plan.exchange]
-        return kind(config, Group(self.exchange["inner"]), Group(self.exchange["outer"]))
+        return kind(config, self.inner_group, self.outer_group)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -830,12 +824,12 @@ def parallelize(model, plan, device_type="cpu", timeout=None):
     for block in model.moe_blocks():
         keep_own_experts(block.mlp.experts, plan)
         if n_balance > 1:
-            block.mlp.gate.average_counts = partial(mean_over, Group(grid.balance["balance"]))
+            block.mlp.gate.average_counts = partial(mean_over, grid.balance_group)
     if plan.tp > 1:
-        cut_matrices(model, grid)
+        cut_matrices(model, grid.tensor_group)
     if plan.cp > 1:
         for block in model.layers.values():
-            block.self_attn.gather_context = partial(gather_together, Group(grid.sequence["cp"]))
+            block.self_attn.gather_context = partial(gather_together, grid.context_group)
     if plan.dp * plan.cp * plan.tp > 1:
         shard(model, grid)
     dispatcher = grid.dispatcher(model.config)                            # last: a group cannot be copied or saved
@@ -882,8 +876,7 @@ def mean_over(group, counts):
 # for then each has as much of the causal triangle.
 
 
-def cut_matrices(model, grid):
-    group = Group(grid.sequence["tp"])
+def cut_matrices(model, group):
     for name, module in model.named_modules():
         matrix = name.rpartition(".")[2]
         if matrix in TENSOR_CUTS:
@@ -899,7 +892,6 @@ def cut_matrices(model, grid):
     model.embed = partial(embed_part, group, model.embed, n_own)
     model.cross_entropy = partial(cross_entropy_part, group, n_own)
     model.gather_logits = partial(gather_logits, group)
-    grid.tensor_group = group
 
 
 def gather_sequence(group, x):
@@ -1069,14 +1061,11 @@ def generating(grid):
         return
     if grid.plan.pp > 1 or grid.plan.cp > 1:
         raise ValueError(f"pp={grid.plan.pp} cp={grid.plan.cp}: text is written with pp=1 and cp=1 alone")
-    group = grid.tensor_group                                             # None with tp=1
+    grid.tensor_group.whole = True
     try:
-        if group is not None:
-            group.whole = True
         yield lambda busy: all_sum(torch.tensor(int(busy), device=grid.device_type)).item() > 0
     finally:
-        if group is not None:
-            group.whole = False
+        grid.tensor_group.whole = False
 
 
 @torch.no_grad()
@@ -1152,14 +1141,10 @@ def param_groups(model):
 
 
 class Memory(KeepAll):
-    """KeepAll with the names that a plan recomputes and swaps in force.
-
-    observer: None, or a function that is given each Stored when it is made.
-    """
+    """KeepAll with the names that a plan recomputes and swaps in force."""
 
     def __init__(self, plan, device):
         self.names = items_in_force(plan)
-        self.observer = None
         self.streams = torch.get_device_module(device)                    # torch.cpu's streams do nothing
         self.side_stream = self.streams.Stream()                          # where copies to the host and back run
         self.swapped_now = weakref.WeakSet()                              # this layer's Stored that were swapped ...
@@ -1174,7 +1159,7 @@ class Memory(KeepAll):
 
     def hooks(self):
         """A context for forward."""
-        if self.observer is None and self.names <= {"optimizer"}:
+        if self.names <= {"optimizer"}:
             return nullcontext()                                          # autograd keeps all by itself
         return torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
 
@@ -1192,8 +1177,6 @@ class Memory(KeepAll):
         if note is None:
             note = Stored(self, x)
             storage.note = weakref.ref(note)
-            if self.observer is not None:
-                self.observer(note)
         return note
 
     # what model.py calls
@@ -1343,13 +1326,10 @@ def run_layer_twice(block, x, angles, mask=None, routing=None, cache=None):
     """Block.forward that keeps its input and the chosen experts alone."""
     chosen = {} if routing is None else routing                           # noted in the first run, forced in the second
 
-    def run(x):
-        return Block.forward(block, x, angles, mask, chosen, cache)
-
     def contexts():
         return nullcontext(), uncounted(block) if block.is_moe else nullcontext()
 
-    return checkpoint(run, x, context_fn=contexts, **ONCE_MORE)
+    return checkpoint(Block.forward, block, x, angles, mask, chosen, cache, context_fn=contexts, **ONCE_MORE)
 
 
 @contextmanager
@@ -1680,7 +1660,7 @@ class Pipeline:
     def make_runtime(self, plan):
         shape = plan.micro_batch, plan.tokens // plan.micro_batch, self.model.config.hidden_size
         x = torch.empty(shape, dtype=model_dtype(self.model), device="meta", requires_grad=True)
-        device, group = next(self.model.parameters()).device, self.grid.dense["pp"].get_group()
+        device, group = next(self.model.parameters()).device, self.grid.dense.get_group("pp")
         return TorchRuntime(self.stages, plan.n_stages, schedule_table(plan), plan.n_micro, x, device, group,
                             self.perform)
 
@@ -1778,7 +1758,7 @@ class Pipeline:
     def add_other_embedding(self, grad):
         """First and last pipeline rank hold a copy each, which must stay equal: both take the sum."""
         other, peer = torch.empty_like(grad), self.plan.pp - 1 - self.grid.pp_rank
-        both = dict(group=self.grid.dense["pp"].get_group(), group_peer=peer)
+        both = dict(group=self.grid.dense.get_group("pp"), group_peer=peer)
         operations = [dist.P2POp(dist.isend, grad, **both), dist.P2POp(dist.irecv, other, **both)]
         for work in dist.batch_isend_irecv(operations):
             work.wait()
@@ -1853,7 +1833,7 @@ class LiveBalance:
     def __init__(self, model, grid):
         config, self.plan = model.config, grid.plan
         n_layers = config.num_hidden_layers + config.num_nextn_predict_layers - config.first_k_dense_replace
-        self.group = Group(grid.expert["ep"])
+        self.group = grid.expert_group
         self.moes = {block.index - config.first_k_dense_replace: block.mlp for block in model.moe_blocks()}
         for moe in self.moes.values():
             moe.dispatcher = copy(moe.dispatcher)                         # each layer's, with a slot_of of its own
@@ -1979,10 +1959,7 @@ def train_state(model, optimizer):
 
     Without the optimizer's settings, such as its betas: a run that goes on gives them.
     """
-    return tensors_of(*get_state_dict(model, optimizer, options=BY_NAME))
-
-
-def tensors_of(weights, optimizer_state):
+    weights, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
     moments = {name: value for name, value in optimizer_state.items() if torch.is_tensor(value)}
     return dict(model=weights, optimizer=moments, random=torch.get_rng_state())
 
@@ -2025,12 +2002,12 @@ class Saver:
     """Writes checkpoints into folder while training goes on, at most one at a time, and keeps the last few.
 
         1. save copies the state and returns; the rest happens in threads
-        2. every rank writes its parts into step_N.tmp
+        2. every rank writes its parts into step_N.tmp; if one fails, DCP tells all
         3. rank 0 adds progress.json, then the list of all files, renames the folder to step_N and deletes the oldest
 
-    After 2 and after 3 each rank waits until all have told whether they failed; if one did, the folder goes, and all
-    have failed. So a folder without .tmp was whole, and nobody looks for it before it has its name. SaveFailed tells of
-    the disk's refusal at the next call of any method.
+    Each rank waits for the end of 3; if anything failed, the folder goes, and all have failed. So a folder without .tmp
+    was whole, and nobody looks for it before it has its name. SaveFailed tells of the disk's refusal at the next call
+    of any method.
     """
 
     def __init__(self, folder, keep, keep_too=lambda steps: ()):
@@ -2054,14 +2031,11 @@ class Saver:
         self.pending = self.pool.submit(self.complete, written, unfinished, json.dumps(progress))
 
     def complete(self, written, unfinished, progress):
-        self.on_all_ranks(unfinished, written.result)
-        self.on_all_ranks(unfinished, partial(self.publish, unfinished, progress))
-
-    def on_all_ranks(self, unfinished, work):
-        """work() here, and SaveFailed on all ranks if it failed on one."""
         error = None
         try:
-            work()
+            written.result()
+            if rank() == 0:
+                self.publish(unfinished, progress)
         except (OSError, CheckpointException, RuntimeError) as caught:
             error = caught
         failed = torch.tensor(error is not None, dtype=torch.int32)
@@ -2073,9 +2047,7 @@ class Saver:
             raise SaveFailed(f"checkpoint {unfinished.with_suffix('')} could not be written ({cause})") from error
 
     def publish(self, unfinished, progress):
-        if rank() > 0:
-            return
-        write_synced(unfinished / PROGRESS, progress)
+        write_synced(unfinished / PROGRESS, [progress.encode()])
         write_manifest(unfinished)
         final = unfinished.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
@@ -2097,7 +2069,7 @@ class Saver:
 
 def write_manifest(folder):
     files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.iterdir())}
-    write_synced(folder / MANIFEST, json.dumps(files))
+    write_synced(folder / MANIFEST, [json.dumps(files).encode()])
     sync_folder(folder)
 
 
@@ -2109,9 +2081,11 @@ def checksum(path):
     return crc
 
 
-def write_synced(path, text):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+def write_synced(path, parts):
+    """A file of bytes, which come one after the other."""
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
@@ -2260,10 +2234,8 @@ def save(saver, model, optimizer, progress, grid=None):
 
 def restore(folder, model, optimizer, progress, grid=None):
     """Model, optimizer, random state and progress as saved, all filled in place."""
-    weights, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
-    state = tensors_of(weights, optimizer_state)
+    state = train_state(model, optimizer)                                 # their own tensors, not copies
     load_state(folder, state, grid)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state, options=BY_NAME)
     torch.set_rng_state(state["random"])
     load_progress(folder, progress)
     if grid is not None and grid.live:
@@ -2516,11 +2488,11 @@ def write_published(folder, model, dtype, texts):
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(shard, file)
-            write_shard(unfinished / file, shard)
+            write_synced(unfinished / file, bytes_of(shard))
         total = sum(n_bytes(*entry) for shard in shards for entry in shard.values())
         index = dict(metadata=dict(total_size=total), weight_map=weight_map)
         for name, text in (texts | {INDEX: json.dumps(index, indent=1)}).items():
-            write_synced(unfinished / name, text)
+            write_synced(unfinished / name, [text.encode()])
         sync_folder(unfinished)
         unfinished.rename(folder)
         sync_folder(folder.parent)
@@ -2545,7 +2517,8 @@ def n_bytes(tensor, dtype):
     return tensor.numel() * dtype.itemsize
 
 
-def write_shard(path, shard):
+def bytes_of(shard):
+    """What its file holds, one tensor in memory at a time."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, place = dict(__metadata__=dict(format="pt")), 0
     for name, (tensor, dtype) in shard.items():
@@ -2554,9 +2527,6 @@ def write_shard(path, shard):
         place = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                       # numbers begin at a multiple of 8
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor, dtype in shard.values():
-            file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
+    yield len(text).to_bytes(8, "little") + text
+    for tensor, dtype in shard.values():
+        yield tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy()

@@ -57,10 +57,10 @@ class Watch:
     """What is kept for backward, and where: by the part of the model that was entered last, or `host`."""
 
     def __init__(self, memory, model):
-        self.memory = memory
-        self.notes = []                    # (weak reference to a parallel.Stored, part)
+        self.memory, self.note_of = memory, memory.note_of
+        self.part_of = weakref.WeakKeyDictionary()                        # parallel.Stored -> part
         self.part = ""
-        memory.observer = self.see
+        memory.note_of, memory.hooks = self.see, self.hooks
         for name, module in model.named_modules():
             if isinstance(module, Block):
                 self.enter_before(module, "norms")                        # which keep a layer's input
@@ -71,12 +71,18 @@ class Watch:
     def enter_before(self, module, part):
         module.register_forward_pre_hook(lambda *_: setattr(self, "part", part))
 
-    def see(self, note):
-        self.notes.append((weakref.ref(note), self.part))
+    def hooks(self):
+        return torch.autograd.graph.saved_tensors_hooks(self.memory.pack, parallel.unpack)
+
+    def see(self, x):
+        note = self.note_of(x)
+        if isinstance(note, parallel.Stored):
+            self.part_of.setdefault(note, self.part)
+        return note
 
     def alive(self):
         """(parallel.Stored, part) of what is held now."""
-        return [(reference(), part) for reference, part in self.notes if reference() is not None]
+        return list(self.part_of.items())
 
     def held(self):
         """Bytes by part, once what the last layer swaps has left the device."""
@@ -93,7 +99,7 @@ def watched_step(pipeline, batches, loss_tokens):
     watch, found = Watch(pipeline.memory, pipeline.model), []
     with before(torch.autograd, "backward", watch, found), before(parallel.Chunk, "backward", watch, found):
         pipeline.step(batches, loss_tokens)
-    pipeline.memory.observer = None
+    del pipeline.memory.note_of, pipeline.memory.hooks
     return found[0]
 
 
