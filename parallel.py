@@ -853,9 +853,8 @@ def keep_own_stages(model, grid):
     for index in set(model.layers) - {str(index) for stage in own for index in stages[stage]}:
         del model.layers[index]
     first, last = 0 in own, plan.n_stages - 1 in own
-    read_at_end = config.num_nextn_predict_layers > 0 or config.tie_word_embeddings
-    grid.embedding_twice = read_at_end
-    if not first and not (last and read_at_end):
+    grid.embedding_twice = config.num_nextn_predict_layers > 0 or config.tie_word_embeddings
+    if not first and not (last and grid.embedding_twice):
         model.embed_tokens = None
     if not last:
         model.norm = model.lm_head = None
@@ -2176,32 +2175,24 @@ class DCPList(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_list(folder):
-    """DCP's Metadata of a checkpoint, which names no file but those of the manifest."""
-    try:
-        with open(folder / DCP_LIST, "rb") as file:
-            metadata = DCPList(file).load()
-        named = {part.relative_path for part in metadata.storage_data.values()}
-        metadata.storage_meta = StorageMeta()
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from None
-    except Exception as error:                                            # a pickle that is none fails in any way
-        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} cannot be read ({in_one_line(error)})") from error
-    unlisted = named - listed_files(folder).keys()
-    if unlisted:
-        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {unlisted.pop()!r}, which is not in {MANIFEST}")
-    return metadata
-
-
 class SafeReader(dcp.FileSystemReader):
     """DCP's, but for the list of parts. Tensors it reads by torch.load with weights_only."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.list = read_list(folder)
-
     def read_metadata(self, *args, **kwargs):
-        return self.list
+        """The list, which names no file but those of the manifest."""
+        try:
+            with open(self.path / DCP_LIST, "rb") as file:
+                metadata = DCPList(file).load()
+            named = {part.relative_path for part in metadata.storage_data.values()}
+            metadata.storage_meta = StorageMeta()
+        except CheckpointError:
+            raise
+        except Exception as error:                                        # a pickle that is none fails in any way
+            raise CheckpointError(f"{DCP_LIST} cannot be read ({in_one_line(error)})") from error
+        unlisted = named - listed_files(self.path).keys()
+        if unlisted:
+            raise CheckpointError(f"{DCP_LIST} names {unlisted.pop()!r}, which is not in {MANIFEST}")
+        return metadata
 
 
 def load_state(folder, state, grid=None):
@@ -2209,9 +2200,8 @@ def load_state(folder, state, grid=None):
 
     Without a grid a rank reads alone. ValueError if it is damaged or of another shape.
     """
-    reader = SafeReader(folder)
     try:
-        dcp.load(whole_tensors(state, grid), storage_reader=reader, no_dist=grid is None)
+        dcp.load(whole_tensors(state, grid), storage_reader=SafeReader(folder), no_dist=grid is None)
     except CheckpointException as error:
         cause = cause_of(error)
         if isinstance(cause, (CheckpointError, pickle.UnpicklingError)):
