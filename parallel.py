@@ -685,7 +685,7 @@ class Grid:
 
     def __init__(self, plan, n_balance=1, device_type="cpu", timeout=None):
         self.plan, self.device_type, self.timeout = plan, device_type, timeout
-        self.groups = {}                                                  # members -> process group
+        self.groups = {}                                                  # members -> Group
         ranks, pp = torch.arange(plan.world_size), plan.pp
 
         dense = ranks.view(pp, *self.replicate_and_shard(plan.dp * plan.cp * plan.tp))
@@ -712,18 +712,16 @@ class Grid:
 
     def mesh(self, names, ranks):
         ranks = ranks.contiguous()
-        groups = [self.process_group(ranks, dim) for dim in range(ranks.ndim)]
+        groups = [self.group(ranks, dim).group for dim in range(ranks.ndim)]
         return DeviceMesh.from_group(groups, self.device_type, ranks, mesh_dim_names=tuple(names.split()))
 
     def group(self, ranks, dim):
-        return Group(self.process_group(ranks, dim))
-
-    def process_group(self, ranks, dim):
-        """This rank's group along a dimension of a grid of ranks; one for each set of members, as buffers are large."""
+        """This rank's Group along a dimension of a grid of ranks; one for each set of members, as buffers are large."""
         lines = ranks.movedim(dim, -1).reshape(-1, ranks.size(dim)).tolist()
         members = next(tuple(line) for line in lines if rank() in line)
         if members not in self.groups:
-            self.groups[members] = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
+            group = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
+            self.groups[members] = Group(group)
         return self.groups[members]
 
     def dispatcher(self, config):
@@ -1132,11 +1130,10 @@ def param_groups(model):
 #     backward   down_proj asks for hidden      the recipe takes gate_up from its Stored and runs swiglu, nothing else
 #                swiglu asks for gate_up        its Stored has it
 #
-# Who holds what: autograd's graph holds the notes, so they live until backward has passed. A note is found from the
-# memory it is of, a storage, which is one for a tensor and its views: what is saved twice has one note, and what is
-# swapped after an operator saved it finds that note and moves the memory. The storage holds a Remade itself, as nobody
-# else does before the first save. It knows its Stored by a weak reference: that one holds the storage, and the two
-# would keep each other alive.
+# Who holds what: autograd's graph holds the notes, so they live until backward has passed. A note is found from its
+# storage, which is one for a tensor and its views: what is saved twice, or swapped after it was saved, has one note.
+# The storage holds a Remade itself, as nobody else does before the first save, but its Stored by a weak reference:
+# that one holds the storage, and the two would keep each other alive.
 
 
 class Memory(KeepAll):
@@ -1383,15 +1380,15 @@ def in_slices(parameters):
 
 
 class Segment(NamedTuple):
+    """Alone it is a piece of a stage beside its layers: embedding, MTP's joining, losses."""
     run: Callable                          # tensors -> tuple of tensors
     takes: tuple                           # their names; each is read once
     gives: tuple
-
-
-class Outside(NamedTuple):
-    """Segments of what stands before, between and behind a stage's layers: embedding, MTP's joining, losses."""
-    segments: list
     is_layer: bool = False
+
+    @property
+    def segments(self):
+        return [self]
 
 
 class LayerSegments:
@@ -1468,7 +1465,7 @@ class Chunk:
     """
 
     def __init__(self, pieces, x, memory):
-        """pieces: LayerSegments and Outside, in the order of forward."""
+        """pieces: LayerSegments and single segments, in the order of forward."""
         self.pieces, self.memory = pieces, memory
         self.segments = [segment for piece in pieces for segment in piece.segments]
         self.piece_of = [piece for piece in pieces for _ in piece.segments]            # of each segment
@@ -1720,16 +1717,16 @@ class Pipeline:
 
         pieces, hiddens = [], []                                          # hiddens: names of what the head will read
         if stage == 0:
-            pieces.append(Outside([Segment(embed, ("x",), ("x",))]))
+            pieces.append(Segment(embed, ("x",), ("x",)))
         for index in self.layers[stage]:
             block = model.layers[str(index)]
             if isinstance(block, MTPLayer):
                 join = partial(model.join, len(hiddens), next_ids=next_ids)
                 hiddens.append(f"hidden {len(hiddens)}")
-                pieces.append(Outside([Segment(join, ("x",), (hiddens[-1], "x"))]))
+                pieces.append(Segment(join, ("x",), (hiddens[-1], "x")))
             pieces.append(LayerSegments(block, angles, mask, routing, partial(self.add, "aux_loss")))
         if stage == self.last_stage:
-            pieces.append(Outside([Segment(losses, ("x", *hiddens), ("loss",))]))
+            pieces.append(Segment(losses, ("x", *hiddens), ("loss",)))
         return pieces
 
     def add(self, name, value):
@@ -2196,10 +2193,8 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def load_state(folder, state, grid=None):
-    """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it.
-
-    Without a grid a rank reads alone. ValueError if it is damaged or of another shape.
-    """
+    """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it. Without a grid a rank reads
+    alone."""
     try:
         dcp.load(whole_tensors(state, grid), storage_reader=SafeReader(folder), no_dist=grid is None)
     except CheckpointException as error:
