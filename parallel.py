@@ -901,9 +901,9 @@ def gather_sequence(group, x):
 
 def gather_together(group, *parts):
     """gather_sequence of several tensors (B, t, ...) by one collective."""
-    whole = gather_sequence(group, torch.cat([part.flatten(2) for part in parts], -1))
-    widths = [part.flatten(2).size(2) for part in parts]
-    return [one.unflatten(-1, part.shape[2:]) for one, part in zip(whole.split(widths, -1), parts)]
+    flat = [part.flatten(2) for part in parts]
+    whole = gather_sequence(group, torch.cat(flat, -1)).split([part.size(2) for part in flat], -1)
+    return [one.unflatten(-1, part.shape[2:]) for one, part in zip(whole, parts)]
 
 
 def scatter_sequence(group, x):
@@ -1070,12 +1070,11 @@ def init_weights(model, seed=0):
     """model.init_weights for a model that may be cut: the same numbers under every plan, one whole tensor at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         module = model.get_submodule(name.rpartition(".")[0])
-        first_expert = module.first_expert if cut_of(name).axis == "ep" else 0
         shape = list(tensor.shape)
         if hasattr(module, "slice"):
             shape[module.slice.dim] *= module.slice.parts
         whole = torch.empty(shape, dtype=tensor.dtype)
-        fill_initial(whole, model.config, name, seed, first_expert)
+        fill_initial(whole, model.config, name, seed, getattr(module, "first_expert", 0))
         part = own_slice(module, whole)
         if isinstance(tensor, DTensor):
             part = part.to(tensor.device)
@@ -2387,7 +2386,7 @@ def refuse_other_size(config, pieces):
 def load_published(model, pieces):
     """Fills a model that may be cut: a rank reads the rows that it holds, a few MiB at a time."""
     for name, tensor in model.state_dict().items():
-        begins = begin_of(model.get_submodule(name.rpartition(".")[0]), name, tensor)
+        begins = begin_of(model.get_submodule(name.rpartition(".")[0]), tensor)
         first, matrices = 0, [local(tensor)]
         if ".experts." in name:
             first, *begins = begins
@@ -2397,7 +2396,7 @@ def load_published(model, pieces):
             fill_rows(matrix, [pieces[name] for name in names], begins)
 
 
-def begin_of(module, name, tensor):
+def begin_of(module, tensor):
     """Where in the whole tensor this rank's part begins, by dimension."""
     begin = [0] * tensor.dim()
     if isinstance(tensor, DTensor):                                       # of zero, inside what tp or ep left
@@ -2407,8 +2406,7 @@ def begin_of(module, name, tensor):
                 begin[placement.dim] = place * -(-tensor.size(placement.dim) // parts)
     if hasattr(module, "slice"):
         begin[module.slice.dim] += module.slice.place * tensor.size(module.slice.dim)
-    if cut_of(name).axis == "ep":
-        begin[0] += module.first_expert
+    begin[0] += getattr(module, "first_expert", 0)
     return begin
 
 
