@@ -329,7 +329,8 @@ class Group:
 
     def __init__(self, group):
         """group: a torch.distributed.ProcessGroup."""
-        self.group, self.size, self.rank = group, group.size(), group.rank()
+        self.group = group
+        self.size, self.rank = group.size(), group.rank()
         self.whole = False                 # of a tensor group: members hold all tokens, not parts; see generating
 
     def all_to_all(self, x, send=None, recv=None):
@@ -636,7 +637,8 @@ class DedupDispatcher(HierarchicalDispatcher):
     def dispatch(self, x, ids, weights):
         nodes = self.outer.size
         ids = self.places(ids, weights)
-        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)[:, :nodes]    # (N,nodes) 0, 1
+        wanted = ids.new_zeros(len(ids), nodes + 1).scatter(1, ids // self.n_reached, 1)
+        wanted = wanted[:, :nodes]                                        # (N,nodes) 1 where a token goes, else 0
         # 1. one message to each node: tokens that will come, and how many copies they hold for each of its experts
         counts = count_ids(ids, self.n_experts + 1)[:-1].view(nodes, -1)
         message, work = self.outer.all_to_all(torch.cat((wanted.sum(0).unsqueeze(1), counts), 1))
@@ -697,9 +699,11 @@ class Grid:
 
         sequence = ranks.view(pp, plan.dp, plan.cp, plan.tp)
         exchange = ranks.view(-1, plan.ep // plan.inner, plan.inner)
-        self.context_group, self.tensor_group = self.group(sequence, 2), self.group(sequence, 3)
+        self.context_group = self.group(sequence, 2)
+        self.tensor_group = self.group(sequence, 3)
         self.balance_group = self.group(ranks.view(-1, n_balance), 1)
-        self.outer_group, self.inner_group = self.group(exchange, 1), self.group(exchange, 2)
+        self.outer_group = self.group(exchange, 1)
+        self.inner_group = self.group(exchange, 2)
         self.expert_group = self.group(ranks.view(-1, plan.ep), 1)
 
         self.pp_rank = rank() * pp // plan.world_size
@@ -902,7 +906,8 @@ def gather_sequence(group, x):
 def gather_together(group, *parts):
     """gather_sequence of several tensors (B, t, ...) by one collective."""
     flat = [part.flatten(2) for part in parts]
-    whole = gather_sequence(group, torch.cat(flat, -1)).split([part.size(2) for part in flat], -1)
+    widths = [part.size(2) for part in flat]
+    whole = gather_sequence(group, torch.cat(flat, -1)).split(widths, -1)
     return [one.unflatten(-1, part.shape[2:]) for one, part in zip(whole, parts)]
 
 
@@ -948,7 +953,8 @@ def context_parts(n_tokens, cp, device):
 def own_tokens(plan, n_mtp, ids, targets, positions=None, doc_ids=None, next_ids=None, routing=None):
     """Model.forward's arguments for whole sequences -> for this rank's part of them. n_mtp: layers of MTP."""
     positions, next_ids = fill_inputs(ids, targets, n_mtp, positions, next_ids)
-    contexts, place = context_parts(ids.size(1), plan.cp, ids.device), rank() % (plan.cp * plan.tp)
+    contexts = context_parts(ids.size(1), plan.cp, ids.device)
+    place = rank() % (plan.cp * plan.tp)
     context = contexts[place // plan.tp]                                  # tokens of the tensor group
     own = context.chunk(plan.tp)[place % plan.tp]
     if plan.cp > 1:
@@ -1345,7 +1351,7 @@ class HostAdamW(torch.optim.AdamW):
         for group in groups:
             for parameters in in_slices(group["params"]):
                 self.param_groups = [group | dict(params=parameters)]
-                self.move_moments(parameters, local(parameters[0]).device)
+                self.move_moments(parameters, parameters[0].device)
                 super().step()
                 self.move_moments(parameters, "cpu")
         self.param_groups = groups
@@ -1769,7 +1775,7 @@ class Pipeline:
 
 def model_dtype(model):
     """Of the residual stream."""
-    return model.compute_dtype or next(local(p) for p in model.parameters()).dtype
+    return model.compute_dtype or next(model.parameters()).dtype
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1832,7 +1838,7 @@ class LiveBalance:
         self.moes = {block.index - config.first_k_dense_replace: block.mlp for block in model.moe_blocks()}
         for moe in self.moes.values():
             moe.dispatcher = copy(moe.dispatcher)                         # each layer's, with a slot_of of its own
-        self.expected = torch.zeros(n_layers, config.n_routed_experts, device=grid.dense.device_type)
+        self.expected = torch.zeros(n_layers, config.n_routed_experts, device=grid.device_type)
         self.first = first_placement(config.n_routed_experts, self.plan.ep)
         self.placements = [self.first] * n_layers
         self.expert_in = torch.zeros_like(self.expected, dtype=torch.int64)      # (layers, E) the placements, by slot
@@ -2150,10 +2156,11 @@ def load_progress(folder, progress):
     """Fills a dict in place: its names and the type of each value stay; a list is one of numbers."""
     found = read_json(folder, PROGRESS)
     for name, value in progress.items():
-        right = is_numbers(found.get(name)) if isinstance(value, list) else type(found.get(name)) is type(value)
+        new = found.get(name)
+        right = is_numbers(new) if isinstance(value, list) else type(new) is type(value)
         if not right:
             raise CheckpointError(f"{folder} is damaged: {PROGRESS} has no {name} of the right kind")
-        progress[name] = found[name]
+        progress[name] = new
 
 
 class DCPList(pickle.Unpickler):
