@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model import (PRESETS, Config, Weights, check_setting, check_settings, count_params, divisors, flops_per_token,
+from model import (PRESETS, Config, check_setting, check_settings, count_params, divisors, flops_per_token,
                    layer_flops, layer_kinds, require, sequences_of_group, setting)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,8 +291,6 @@ def check_cuts(config, plan):
     c, moe = config, has_experts(config)
     for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
         check_divides("tp", plan.tp, name, getattr(c, name))
-    if isinstance(c, Shape) and c.attn_type == "gqa":
-        check_divides("tp", plan.tp, "num_key_value_heads", c.num_key_value_heads)
     if moe:
         check_divides("tp", plan.tp, "width of the shared experts", c.n_shared_experts * c.moe_intermediate_size)
         check_divides("ep", plan.ep, "n_routed_experts", c.n_routed_experts)
@@ -905,37 +903,13 @@ def weights_seconds(plan, hardware, params, size):
 
 @dataclass(frozen=True)
 class Shape(Config):
-    """What is counted: a Config, or a model that no Config describes: with grouped-query attention (gqa)."""
+    """What is counted: a Config, or a model that no Config describes, such as those of tests/published.py."""
     rope_scaling: dict = field(default=None, hash=False)
-    attn_type: str = "mla"                 # mla | gqa
-    num_key_value_heads: int = 0           # gqa
-    head_dim: int = 0                      # gqa
     value_padded: bool = False             # the attention kernel wants values as wide as keys
 
     def __post_init__(self):               # not Config's checks, which are of models that model.py builds
         pass
 
-    def attention_matmuls(self):
-        if self.attn_type == "mla":
-            return super().attention_matmuls()
-        queries, values = self.attention_widths()
-        keys = self.num_key_value_heads * self.head_dim
-        return dict(qkv_proj=Weights(self.hidden_size, queries + 2 * keys), o_proj=Weights(values, self.hidden_size))
-
-    def attention_widths(self):
-        if self.attn_type == "mla":
-            return super().attention_widths()
-        width = self.num_attention_heads * self.head_dim
-        return width, width
-
-
-
-# Pangu Ultra, 135B dense (arXiv:2504.07866)
-PANGU_ULTRA = Shape(
-    vocab_size=153376, max_position_embeddings=131072, hidden_size=12288, num_hidden_layers=94,
-    first_k_dense_replace=94, intermediate_size=28672, num_attention_heads=96, attn_type="gqa", num_key_value_heads=8,
-    head_dim=128, q_lora_rank=0, kv_lora_rank=0, norm="dssn", n_routed_experts=1, n_shared_experts=0,
-    num_experts_per_tok=1, num_nextn_predict_layers=0, balance="none")
 
 
 def as_shape(config):
@@ -1071,10 +1045,7 @@ class Work:
         with self.runs_again("layer"):
             with self.runs_again("attention"):
                 self.norm("attend", "input_layernorm", "norms", again=("norm",), residual=not sandwich)
-                if c.attn_type == "mla":
-                    self.latent_attention()
-                else:
-                    self.grouped_attention()
+                self.attention()
             # a matmul whose weight gradient may be deferred keeps its input last: attention runs again to this point
             again = () if self.plan.is_plain else ("attention",)
             self.matmul("attend", "o_proj", self.plan.gathered_tokens, cut="in", again=again)
@@ -1091,7 +1062,7 @@ class Work:
         if self.kind == "mtp":
             self.join()
 
-    def latent_attention(self):
+    def attention(self):
         """Latents are made from a rank's own tokens by whole matrices, then gathered; heads are cut by tensor ranks."""
         c, plan = self.shape, self.plan
         own, tokens, heads = plan.tokens, plan.gathered_tokens, c.num_attention_heads // plan.tp
@@ -1120,18 +1091,6 @@ class Work:
         """A latent that was gathered is kept: running its norm again is no way to it."""
         again = () if tokens > self.plan.tokens else ("norm",)
         self.keep_input(name, tokens * width, "attention", again=again)
-
-    def grouped_attention(self):
-        c, plan = self.shape, self.plan
-        tokens, heads = plan.gathered_tokens, c.num_attention_heads // plan.tp
-        kv_heads = max(1, c.num_key_value_heads // plan.tp)
-        if plan.sp:
-            self.gather_stream("attend")
-        self.keep_input("attn_in", tokens * c.hidden_size, "attention", again=("norm",))
-        self.matmul("attend", "qkv_proj", tokens, cut="out", again=("mla_up",))
-        self.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
-        self.vector("attend", "rope", 2 * tokens * (heads + kv_heads) * c.head_dim, again=("mla_up",))
-        self.core_attention(heads, kv_heads, c.head_dim, c.head_dim)
 
     def core_attention(self, heads, kv_heads, qk, v):
         """Scores, softmax, values. A context group's keys are on every one of its ranks."""
@@ -1955,7 +1914,7 @@ class Simulation:
         return ""
 
 
-def predict(config, plan, hardware, max_vio=0.0):
+def predict(config, plan, hardware, max_vio=0.0, work=Work):
     """One step of a plan, simulated: dict of seconds, bytes, GiB and fractions. ValueError for a plan that cannot run.
 
     max_vio: load of the busiest rank over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
@@ -1963,7 +1922,7 @@ def predict(config, plan, hardware, max_vio=0.0):
     memory_by_stage: a list by pipeline rank, of all its stages. bytes_by_tier: see Simulation.
     """
     check_plan(config, plan, hardware)
-    simulation = Simulation(config, plan, hardware, max_vio)
+    simulation = Simulation(config, plan, hardware, max_vio, work)
     parts, travel = simulation.breakdown()
     step, why_not = sum(parts.values()), simulation.refusal()
     memories = [simulation.memory(rank) for rank in range(plan.pp)]
@@ -2320,10 +2279,6 @@ PAPER = {
 PAPER_DEVICES, PAPER_LENGTH = 6144, 4096                   # of the optimised run; the length is assumed
 PAPER_BINS = ("ascend_910b_376", "ascend_910b_313", "ascend_910b_280")
 
-# Pangu Ultra, 135B dense, its predecessor (arXiv:2504.07866)
-ULTRA_PLAN = Plan(tp=8, sp=1, pp=8, vpp=6, dp=128, micro_batch=1, global_batch=2048, seq_len=4096)
-ULTRA_BUBBLES = {1: "30.45 %", 6: "6.8 %"}                 # vpp -> as published: (p - 1) / (p - 1 + v * n)
-
 
 def simulate_paper(name, hardware, max_vio=None, **changes):
     """predict of one of PAPER. changes: fields of Plan."""
@@ -2350,19 +2305,9 @@ def print_paper():
               "| {tokens_per_s:10.3g} {mfu:7.1%} {step_time_s:8.2f} {mem_gib:6.1f}".format(**result),
               "yes" if result["fits"] else "no")
     hardware = HARDWARE[PAPER_BINS[0]]
-    print_predecessor(hardware)
     print(f"\nThe optimised run, {hardware.name} at {PAPER_LENGTH} (all simulated)")
     print_prediction(simulate_paper("optimised", hardware, seq_len=PAPER_LENGTH))
     print_hidden(hardware)
-
-
-def print_predecessor(hardware):
-    print(f"\nPangu Ultra 135B, dense, on 8192 {hardware.name}, 2048 sequences of 4096 (published: arXiv:2504.07866)\n"
-          "vpp | published: bubble | simulated: bubble     MFU   step s")
-    for vpp, published in ULTRA_BUBBLES.items():
-        result = predict(PANGU_ULTRA, replace(ULTRA_PLAN, vpp=vpp, schedule=""), hardware)
-        print(f"{vpp:3} | {published:>17} |",
-              "          {bubble:7.1%} {mfu:7.1%} {step_time_s:8.2f}".format(**result))
 
 
 def print_hidden(hardware):

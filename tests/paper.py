@@ -1,6 +1,7 @@
 """
-What the paper's numbers are made of, simulated: from the baseline to the optimised run technique by technique, plans
-near the paper's that it does not use, fewer layers, and its shape among others under its own cut.
+What the paper's numbers are made of, simulated: from the baseline to the optimised run technique by technique, its
+predecessor's bubbles, plans near the paper's that it does not use, fewer layers, and its shape among others under its
+own cut.
 
     python tests/paper.py            # some minutes: most of it for the shapes
 """
@@ -12,9 +13,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sim  # noqa: E402
+from published import GroupedShape, GroupedWork  # noqa: E402
 from sim import PANGU, Plan, predict  # noqa: E402
 
 HARDWARE = sim.HARDWARE[sim.PAPER_BINS[0]]
+# Pangu Ultra, 135B dense, the paper's predecessor (arXiv:2504.07866)
+PANGU_ULTRA = GroupedShape(
+    vocab_size=153376, max_position_embeddings=131072, hidden_size=12288, num_hidden_layers=94,
+    first_k_dense_replace=94, intermediate_size=28672, num_attention_heads=96, attn_type="gqa", num_key_value_heads=8,
+    head_dim=128, q_lora_rank=0, kv_lora_rank=0, norm="dssn", n_routed_experts=1, n_shared_experts=0,
+    num_experts_per_tok=1, num_nextn_predict_layers=0, balance="none")
+ULTRA_PLAN = Plan(tp=8, sp=1, pp=8, dp=128, micro_batch=1, global_batch=2048, seq_len=4096)
+ULTRA_BUBBLES = {1: "30.45 %", 6: "6.8 %"}                 # vpp -> as published: (p - 1) / (p - 1 + v * n)
 OPTIMISED = Plan(seq_len=sim.PAPER_LENGTH, **sim.PAPER["optimised"]["plan"])
 # technique -> what it changes, each on top of those above it
 LADDER = {"baseline": {}, "hierarchical exchange": dict(dispatch="hierarchical"),
@@ -42,6 +52,18 @@ def print_ladder():
     rates = [result["tokens_per_s_per_device"] for result in climb_ladder()]
     for name, rate, before in zip(LADDER, rates, [rates[0], *rates]):
         print(f"{name:50} | {PUBLISHED.get(name, ''):16} | {rate:12.1f} {rate / before:6.3f} {rate / rates[0]:8.3f}")
+
+
+def simulate_predecessor(vpp):
+    return predict(PANGU_ULTRA, replace(ULTRA_PLAN, vpp=vpp, schedule=""), HARDWARE, work=GroupedWork)
+
+
+def print_predecessor():
+    print(f"\nPangu Ultra 135B, dense, on 8192 {HARDWARE.name}, 2048 sequences of 4096 (published: arXiv:2504.07866)\n"
+          "vpp | published: bubble | simulated: bubble     MFU   step s")
+    for vpp, published in ULTRA_BUBBLES.items():
+        print(f"{vpp:3} | {published:>17} |",
+              "          {bubble:7.1%} {mfu:7.1%} {step_time_s:8.2f}".format(**simulate_predecessor(vpp)))
 
 
 def best_neighbour():
@@ -94,6 +116,7 @@ def print_own_cut(shapes):
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print_ladder()
+    print_predecessor()
     print_neighbour()
     print_fewer_layers()
     budget = sim.parse_budget("active=39e9,total=718e9")

@@ -22,8 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sim  # noqa: E402
-from sim import (BYTES_OF, GENERATIONS, GIB, NARROW, Attention, Hardware, Passes, Plan, Shape,  # noqa: E402
-                 Simulation, Work, divisors, matmul_share, peak_of, require, setting, slower_of)
+from model import Weights  # noqa: E402
+from sim import (BYTES_OF, GENERATIONS, GIB, NARROW, Attention, Hardware, Passes, Plan, Shape, Simulation,  # noqa: E402
+                 Work, divisors, matmul_share, peak_of, require, setting, slower_of)
 
 ROWS = Path(__file__).parent / "data/train_rows.csv"
 
@@ -86,7 +87,46 @@ class RowPlan(Plan):
 
 
 @dataclass(frozen=True)
-class RowShape(Shape):
+class GroupedShape(Shape):
+    """Attention with latents (mla), or with fewer heads of keys and values than of queries (gqa)."""
+    attn_type: str = "mla"                 # mla | gqa
+    num_key_value_heads: int = 0           # gqa
+    head_dim: int = 0                      # gqa
+
+    def attention_matmuls(self):
+        if self.attn_type == "mla":
+            return super().attention_matmuls()
+        queries, values = self.attention_widths()
+        keys = self.num_key_value_heads * self.head_dim
+        return dict(qkv_proj=Weights(self.hidden_size, queries + 2 * keys), o_proj=Weights(values, self.hidden_size))
+
+    def attention_widths(self):
+        if self.attn_type == "mla":
+            return super().attention_widths()
+        width = self.num_attention_heads * self.head_dim
+        return width, width
+
+
+class GroupedWork(Work):
+    """A layer of GroupedShape."""
+
+    def attention(self):
+        c, plan = self.shape, self.plan
+        if c.attn_type == "mla":
+            return super().attention()
+        tokens, heads = plan.gathered_tokens, c.num_attention_heads // plan.tp
+        kv_heads = max(1, c.num_key_value_heads // plan.tp)
+        if plan.sp:
+            self.gather_stream("attend")
+        self.keep_input("attn_in", tokens * c.hidden_size, "attention", again=("norm",))
+        self.matmul("attend", "qkv_proj", tokens, cut="out", again=("mla_up",))
+        self.gather("cp", "attend", tokens, 2 * kv_heads * c.head_dim)
+        self.vector("attend", "rope", 2 * tokens * (heads + kv_heads) * c.head_dim, again=("mla_up",))
+        self.core_attention(heads, kv_heads, c.head_dim, c.head_dim)
+
+
+@dataclass(frozen=True)
+class RowShape(GroupedShape):
     gated_mlp: bool = True                 # three matrices (SwiGLU), or two
     window: int = 0                        # keys that a query sees, 0: all before it
     # flash | portable: of no vendor, as FlashAttention-2 or Triton's | unfused: the whole square of scores is kept
@@ -124,7 +164,7 @@ class Unfused(NamedTuple):
         return Passes(forward + hardware.static_matmul, 2 * forward + hardware.static_matmul)
 
 
-class RowWork(Work):
+class RowWork(GroupedWork):
     """A layer as in Megatron-LM and its kin: logits are kept, a rank's own part of gathered inputs, 8 bits of what
     8-bit matmuls read; with other attention kernels; with experts' matrices cut over ranks."""
 
