@@ -98,7 +98,8 @@ def check_setting(name, value, kind, **allowed):
         for item in value:
             check_setting(name, item, str if "choices" in allowed else int, **allowed)
         return
-    is_kind = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    kinds = (int, float) if kind is float else kind
+    is_kind = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
     if "choices" in allowed:
         right = value in allowed["choices"]
         words = f"one of {', '.join(map(str, allowed['choices']))}"
@@ -1835,7 +1836,10 @@ def check_published(config, wanted, given, others={}):
     faults["of another shape"] = {
         name: f"{name!r} {tuple(given[name].shape)}, in the model {tuple(own.shape)}"
         for name, own in wanted.items() if name in given and given[name].shape != own.shape}
-    found = [f"{len(names)} tensors {fault}: {alike(names)}" for fault, names in (faults | others).items() if names]
+    found = []
+    for fault, names in (faults | others).items():
+        if names:
+            found.append(f"{len(names)} tensors {fault}: {alike(names)}")
     if faults["missing"] and all(is_mtp(config, name) for name in faults["missing"]):
         found.append("for a model without MTP layers set num_nextn_predict_layers=0")
     require(not found, "; ".join(found))

@@ -199,7 +199,6 @@ class Plan:
         """A token goes to the nodes that hold one of its experts, else to all."""
         return self.dispatch == "dedup"
 
-
     def hidden_share(self, axis, hardware):
         """Share of the time of a layer's collectives on an axis that runs beside its matmuls: none, as run here."""
         return 0.0
@@ -980,7 +979,6 @@ class Work:
         if cut == "experts":
             return weights._replace(copies=max(1, weights.copies // self.plan.ep))
         return weights
-
 
     def matmul(self, part, name, rows, cut="", again=(), in_16_bits=False):
         own = self.own_part(name, cut)

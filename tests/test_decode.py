@@ -304,7 +304,7 @@ def write_on_ranks(plan, config, prompts, drafts):
 
 
 @pytest.mark.parametrize("axes", [dict(tp=2, sp=1, ep=2, zero=0), dict(dp=2, ep=2, zero=3, recompute=("layer",)),
-                                  dict(tp=2, dp=2, sp=1, ep=4, zero=1)], ids=str)
+                                  pytest.param(dict(tp=2, dp=2, sp=1, ep=4, zero=1), marks=pytest.mark.slow)], ids=str)
 def test_on_ranks(axes):
     """As on one process: prompts of other numbers and lengths on each data rank, of which some end early. Training goes
     on as if nothing had been written."""

@@ -33,7 +33,7 @@ from model import Answer, Answers  # noqa: E402
 TINY = ("--set hidden_size=8 num_hidden_layers=2 intermediate_size=8 vocab_size=280 n_routed_experts=4 "
         "moe_intermediate_size=8 q_lora_rank=8 kv_lora_rank=8 num_attention_heads=2 qk_nope_head_dim=4 "
         "qk_rope_head_dim=4 v_head_dim=4 --seq-len 8 --global-batch 4 --micro-batch 2 --warmup-steps 0 "
-        "--threads 1 --data text").split()
+        "--threads 1 --compile none --data text").split()
 SECONDS = 30                               # until a case counts as hung
 JUNK = [None, True, -1, 0, 1, 2, 3.5, 64, 10**9, 10**30, -10**30, 1e-40, 1e300, float("nan"), float("inf"), "", "x",
         "é", "nan", "\ud800", "../x", [], [[]], [1, 2], [[0, 2], [5, 4]], ["x"], {}, {"a": 1}, "[" * 50]

@@ -1004,7 +1004,9 @@ def train_on_one_batch(steps, lr, config, forward=None):
     return losses
 
 
-@pytest.mark.parametrize("change", [{}, dict(norm="pre", init="small"), dict(capacity_factor=2.0)], ids=str)
+@pytest.mark.parametrize("change", [
+    {}, *(pytest.param(change, marks=pytest.mark.slow) for change in (dict(norm="pre", init="small"),
+                                                                      dict(capacity_factor=2.0)))], ids=str)
 def test_overfits_one_batch(change):
     """From ln 61 = 4.1 nats a token to almost nothing."""
     losses = train_on_one_batch(80, 0.01, replace(SMALL, aux_loss_alpha=0.01, **change))

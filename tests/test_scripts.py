@@ -14,6 +14,7 @@ def run(*command):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_smoke():
     assert "all within their limits" in run("tests/smoke.py", "--device", "cpu", "--tiny")
 
