@@ -362,7 +362,8 @@ def noting_scores(model, study):
         rows = []                                                         # of each call: tokens, sorted scores, entropy
 
         def note(router, inputs, outputs, rows=rows):
-            scores = router.score(F.linear(inputs[0].flatten(0, 1).to(router.weight.dtype), router.weight)).double().cpu().numpy()
+            logits = F.linear(inputs[0].flatten(0, 1).to(router.weight.dtype), router.weight)
+            scores = router.score(logits).double().cpu().numpy()
             falling = np.sort(scores / scores.sum(1, keepdims=True))[:, ::-1]
             rows.append((len(scores), falling.mean(0), entropy(scores)))
         hooks.append(router.register_forward_hook(note))
