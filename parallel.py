@@ -77,7 +77,8 @@ def pick_device(name="auto"):
         keep_freed_memory()
         return torch.device(name)
     accelerators = getattr(torch, name, None)                             # torch itself imports an installed torch_npu
-    require(accelerators, f"--device {name}: torch_npu is not installed; see the Ascend lines of requirements.txt")
+    require(accelerators, f"--device {name}: torch_npu is not installed (see the Ascend lines of requirements.txt), or "
+                          f"not loaded (TORCH_DEVICE_BACKEND_AUTOLOAD=0)")
     require(accelerators.is_available(), f"--device {name}: none found here; use --device cpu")
     accelerators.set_device(int(os.environ.get("LOCAL_RANK", 0)) % accelerators.device_count())
     return torch.device(name)
@@ -220,17 +221,19 @@ def first_does(work):
     if not dist.is_initialized():
         return work()
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    answer = [None, None]
+    answer, signs, sign = [None, None], [], torch.zeros(1)
     if rank() == 0:
         try:
             answer[0] = work()
         except (ValueError, OSError) as error:
             answer[1] = error
-    done = dist.broadcast(torch.zeros(1), src=0, group=patient, async_op=True)
-    if rank() > 0:
-        done.wait()
+        # to each by itself: a broadcast goes from rank to rank, and behind one that stands still others would wait
+        signs = [dist.isend(sign, other, group=patient) for other in range(1, world_size())]
+    else:
+        dist.recv(sign, 0, group=patient)
     all_sum(torch.zeros(1))                                               # who stands still is missed here in --timeout
-    done.wait()
+    for each in signs:
+        each.wait()
     dist.broadcast_object_list(answer, src=0, group=patient)
     if answer[1] is not None:
         raise answer[1]
@@ -1982,6 +1985,9 @@ def part_of_whole(name, tensor, grid):
     if axis is None or tensor.dim() < 2:                                  # vectors are not cut, nor counts of steps
         return tensor
     mesh = (grid.expert if axis == "ep" else grid.tensor)["replicate", axis, "shard"]
+    if mesh.device_type != tensor.device.type:                            # moments with the host, which stay there
+        mesh = DeviceMesh.from_group(mesh.get_all_groups(), tensor.device.type, mesh.mesh,
+                                     mesh_dim_names=mesh.mesh_dim_names)
     shape = list(tensor.shape)
     shape[dim] *= mesh.size(1)
     stride = torch.empty(shape, device="meta").stride()
@@ -2178,31 +2184,41 @@ class DCPList(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def read_list(folder):
+    """DCP's Metadata of a checkpoint, which names no file but those of the manifest."""
+    try:
+        with open(folder / DCP_LIST, "rb") as file:
+            metadata = DCPList(file).load()
+        named = {part.relative_path for part in metadata.storage_data.values()}
+        metadata.storage_meta = StorageMeta()
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+    except Exception as error:                                            # a pickle that is none fails in any way
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} cannot be read ({in_one_line(error)})") from error
+    unlisted = named - listed_files(folder).keys()
+    if unlisted:
+        raise CheckpointError(f"{folder} is damaged: {DCP_LIST} names {unlisted.pop()!r}, which is not in {MANIFEST}")
+    return metadata
+
+
 class SafeReader(dcp.FileSystemReader):
-    """DCP's, but for the list of parts. Tensors it reads by torch.load with weights_only."""
+    """DCP's, but for the list of parts, which is refused before ranks wait for each other. Tensors it reads by
+    torch.load with weights_only."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.list = read_list(folder)
 
     def read_metadata(self, *args, **kwargs):
-        """The list, which names no file but those of the manifest."""
-        try:
-            with open(self.path / DCP_LIST, "rb") as file:
-                metadata = DCPList(file).load()
-            named = {part.relative_path for part in metadata.storage_data.values()}
-            metadata.storage_meta = StorageMeta()
-        except CheckpointError:
-            raise
-        except Exception as error:                                        # a pickle that is none fails in any way
-            raise CheckpointError(f"{DCP_LIST} cannot be read ({in_one_line(error)})") from error
-        unlisted = named - listed_files(self.path).keys()
-        if unlisted:
-            raise CheckpointError(f"{DCP_LIST} names {unlisted.pop()!r}, which is not in {MANIFEST}")
-        return metadata
+        return self.list
 
 
 def load_state(folder, state, grid=None):
     """Fills state (as of train_state, or a part of it) in place, whatever plan wrote it. Without a grid a rank reads
-    alone."""
+    alone. CheckpointError if it is damaged or of another shape."""
+    reader = SafeReader(folder)
     try:
-        dcp.load(whole_tensors(state, grid), storage_reader=SafeReader(folder), no_dist=grid is None)
+        dcp.load(whole_tensors(state, grid), storage_reader=reader, no_dist=grid is None)
     except CheckpointException as error:
         cause = cause_of(error)
         if isinstance(cause, (CheckpointError, pickle.UnpicklingError)):

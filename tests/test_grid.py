@@ -287,6 +287,18 @@ def check_sharded_backward(plan):
     return parallel.local(model.layers["0"].self_attn.o_proj.weight.grad).unique().tolist()
 
 
+def check_parts_elsewhere(plan):
+    """Whether a rank's part of an expert's matrix is still the same memory, and the shape of the whole."""
+    grid, own = parallel.Grid(plan, device_type="meta"), torch.empty(4, 2, 3)          # in place of an accelerator
+    part = parallel.part_of_whole("layers.1.mlp.experts.down_proj", own, grid)
+    return part.to_local().data_ptr() == own.data_ptr(), tuple(part.shape)
+
+
+def test_parts_of_a_whole_stay_where_they_are():
+    """As moments that wait with the host do, where the model is on an accelerator."""
+    assert dist.run(2, check_parts_elsewhere, replace(PLAN, dp=2, ep=2)) == [(True, (8, 2, 3))] * 2
+
+
 def test_end_of_a_sharded_backward_sums_gradients_over_ranks():
     assert dist.run(2, check_sharded_backward, replace(PLAN, dp=2, zero=1)) == [[3.0], [3.0]]
 

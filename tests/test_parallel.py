@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -419,6 +421,29 @@ def test_processes_that_never_meet(monkeypatch):
     with pytest.raises(ConnectionError, match="no answer from torchrun's first machine at 127.0.0.1"):
         parallel.join_world(torch.device("cpu"), timedelta(seconds=1))
     assert not torch.distributed.is_initialized()
+
+
+def check_first_does():
+    """[when this rank began, when it had heard of rank 0's work, its answer]; rank 1 comes late."""
+    parallel.first_does(lambda: None)                                     # connects the ranks
+    heard, all_sum = [], parallel.all_sum
+
+    def noting(x):
+        heard.append(time.monotonic())
+        return all_sum(x)
+
+    if parallel.rank() == 1:
+        time.sleep(3)
+    began = time.monotonic()
+    with mock.patch.object(parallel, "all_sum", noting):
+        answer = parallel.first_does(lambda: 7)
+    return began, heard[0], answer
+
+
+def test_a_rank_that_stands_still_keeps_none_from_hearing_of_the_first():
+    """They go on to a collective that has a timeout."""
+    began, heard, answers = zip(*dist.run(4, check_first_does))
+    assert answers == (7,) * 4 and all(heard[rank] < began[1] for rank in (0, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
