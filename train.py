@@ -171,6 +171,11 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def typed_as(settings):
+    return " ".join(f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
+                    for name, value in settings.items())
+
+
 def sha256(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -268,9 +273,10 @@ def make_plan(settings):
 PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
-# reserved for conversations in vocabularies without special tokens of their own; no text is encoded as one of them
-RESERVED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>", "<|think|>", "<|/think|>",
-            *(f"<|reserved_{number}|>" for number in range(10)))
+ROLES = dict(system="<|system|>", user="<|user|>", assistant="<|assistant|>")
+TURN_END, THINK, THINK_END = "<|end_of_turn|>", "<|think|>", "<|/think|>"
+# for conversations, in vocabularies without special tokens of their own; no text is encoded as one of them
+RESERVED = (*ROLES.values(), TURN_END, THINK, THINK_END, *(f"<|reserved_{number}|>" for number in range(10)))
 LEARN_FROM = 16 << 20                      # characters of training text that a vocabulary is learnt from
 MOST_RANK = 1 << 24                        # in a vocabulary
 LONGEST = 32                               # characters of a word there: text without breaks is cut
@@ -459,10 +465,9 @@ def encoding_from_json(content, end):
     # 2. the words that it merges inside of
     special[END] = special.pop(end)
     ids = [*ranks.values(), *special.values()]
-    require(all(type(id) is int and 0 <= id < 2**31 for id in ids) and len(set(ids)) == len(ids), "its ids are no "
-                                                                                                  "numbers, or twice")
-    encoding = tiktoken.Encoding("folder", pat_str=words_of(content["pre_tokenizer"]), mergeable_ranks=ranks,
-                                 special_tokens=special)
+    are_numbers = all(type(id) is int and 0 <= id < 2**31 for id in ids)
+    require(are_numbers and len(set(ids)) == len(ids), "its ids are no numbers, or twice")
+    encoding = make_encoding(ranks, words_of(content["pre_tokenizer"]), special)
     # tiktoken leaves out what its pattern does not match
     letters = "".join(map(chr, range(0x3000)))
     require(encoding.decode(encoding.encode_ordinary(letters)) == letters, "its pattern does not match all text")
@@ -512,8 +517,6 @@ def tokenizer_files(encoding):
 # The structure is the openPangu family's: a system turn is always there, if need be an empty one, and thinking is slow
 # unless the user's words end with NO_THINK; then, and where no thinking was written, its part is empty.
 
-ROLES = dict(system="<|system|>", user="<|user|>", assistant="<|assistant|>")
-TURN_END, THINK, THINK_END = "<|end_of_turn|>", "<|think|>", "<|/think|>"
 NO_THINK = " /no_think"
 
 
@@ -544,8 +547,6 @@ def conversation(encoding, messages):
     if messages[0]["role"] != "system":
         messages = [dict(role="system", content=""), *messages]
     for before, message, after in zip([{}, *messages], messages, [*messages[1:], {}]):
-        ids.append(special_id(encoding, ROLES[message["role"]]))
-        counted.append(False)
         words, is_answer = message["content"], message["role"] == "assistant"
         if is_answer:
             fast = before.get("content", "").endswith(NO_THINK)
@@ -557,8 +558,8 @@ def conversation(encoding, messages):
             if message["role"] == "user" and answered_fast and not words.endswith(NO_THINK):
                 words += NO_THINK
         said += [*encoding.encode_ordinary(words), special_id(encoding, TURN_END)]
-        ids += said
-        counted += [is_answer] * len(said)
+        ids += [special_id(encoding, ROLES[message["role"]]), *said]
+        counted += [False] + [is_answer] * len(said)
     return ids, counted
 
 
@@ -918,9 +919,8 @@ def read_conversations(data, encoding):
                 if "messages" not in line and {"prompt", "response"} <= set(line):
                     line = dict(messages=[dict(role="user", content=line["prompt"]),
                                           dict(role="assistant", content=line["response"])])
-                messages = line.get("messages")
-                check_messages(messages)
-                found.append(conversation(encoding, messages))
+                check_messages(line.get("messages"))
+                found.append(conversation(encoding, line["messages"]))
     return found
 
 
@@ -945,7 +945,7 @@ class Packed:
 
     def __init__(self, conversations, seq_len, depths, end):
         bins = best_fit([len(ids) for ids, _ in conversations], seq_len)
-        shape = len(bins), seq_len + depths
+        self.depths, shape = depths, (len(bins), seq_len + depths)
         self.tokens, self.counted = np.full(shape, end, np.int64), np.zeros(shape, bool)
         self.documents = np.full(shape, -1)
         for row, members in enumerate(bins):
@@ -961,8 +961,8 @@ class Packed:
     def __len__(self):
         return len(self.tokens)
 
-    def examples(self, rows, depths, device):
-        return examples(self.tokens[rows], depths, device, self.documents[rows], self.counted[rows])
+    def examples(self, rows, device):
+        return examples(self.tokens[rows], self.depths, device, self.documents[rows], self.counted[rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1106,14 +1106,16 @@ def refuse_too_short(phases, where):
 # Data order: a function of (seed, number of the sequence since the run's first)
 
 
-def shuffled(index, n, seed):
-    """Where a seeded shuffle of range(n) puts index, without a table: a Feistel network, walked until it is below n."""
+def shuffled(number, n, seed):
+    """Where seeded shuffles of range(n), another each epoch, put the number-th draw, without a table: a Feistel network,
+    walked until it is below n."""
+    epoch, index = divmod(number, n)
     half = max(1, ((n - 1).bit_length() + 1) // 2)                        # bits of each half of an index
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
         for step in range(4):
-            key = hashlib.blake2b(f"{right},{step},{seed}".encode(), digest_size=8).digest()
+            key = hashlib.blake2b(f"{right},{step},{seed},{epoch}".encode(), digest_size=8).digest()
             left, right = right, left ^ (int.from_bytes(key, "big") & mask)
         index = left << half | right
         if index < n:
@@ -1144,9 +1146,7 @@ class Order:
         own = block * self.pattern.count(source) + self.pattern[:place].count(source)
         tokens = self.train[source]
         n_windows = (len(tokens) - self.span) // self.seq_len + 1
-        epoch, index = divmod(own, n_windows)
-        place = shuffled(index, n_windows, f"{self.seed},{source},{epoch}")
-        start = place * self.seq_len
+        start = shuffled(own, n_windows, f"{self.seed},{source}") * self.seq_len
         return tokens[start:start + self.span]
 
 
@@ -1178,10 +1178,7 @@ def examples(windows, depths, device, documents=None, counted=None):
     kept apart, the tokens ahead that MTP predicts count as long as they are of the same one; the next token always
     does, since END is followed by one, too.
     """
-    def on_device(array):
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-    tokens = on_device(windows.astype(np.int64))
+    tokens = torch.as_tensor(windows.astype(np.int64), device=device)
     T = tokens.size(1) - depths
 
     def ahead(x):
@@ -1190,9 +1187,9 @@ def examples(windows, depths, device, documents=None, counted=None):
 
     batch = dict(ids=tokens[:, :T], targets=ahead(tokens))
     if counted is not None:
-        batch["targets"].masked_fill_(~ahead(on_device(counted)), -100)
+        batch["targets"].masked_fill_(~ahead(torch.as_tensor(counted, device=device)), -100)
     if documents is not None:
-        documents = on_device(documents)
+        documents = torch.as_tensor(documents, device=device)
         batch["doc_ids"] = documents[:, :T]
         is_other = ahead(documents) != documents[:, None, :T]
         batch["targets"][:, 1:].masked_fill_(is_other[:, 1:], -100)
@@ -1450,11 +1447,9 @@ class SFT(Stage):
         self.packed = Packed(self.run.corpus.train, phase.seq_len, self.depths, self.run.encoding.eot_token)
 
     def batches(self, progress, size):
-        n, rows = len(self.packed), []
-        for number in own_sequences(self.run.plan, progress["tokens"] // self.seq_len, size):
-            epoch, index = divmod(number, n)
-            rows.append(shuffled(index, n, f"{self.run.settings['seed']},{epoch}"))
-        return [self.packed.examples(rows, self.depths, self.run.device)]
+        numbers = own_sequences(self.run.plan, progress["tokens"] // self.seq_len, size)
+        rows = [shuffled(number, len(self.packed), self.run.settings["seed"]) for number in numbers]
+        return [self.packed.examples(rows, self.run.device)]
 
     def evaluate(self, pipeline):
         """Held-out loss, nats a token that counts."""
@@ -1462,11 +1457,8 @@ class SFT(Stage):
         if not corpus.heldout:
             return {}
         packed = Packed(corpus.heldout, pipeline.plan.seq_len, self.depths, self.run.encoding.eot_token)
-
-        def batch_of(numbers):
-            return packed.examples(numbers % len(packed), self.depths, self.run.device)
-
-        return dict(val_loss=heldout_nats(pipeline, len(packed), batch_of) / packed.counted[:, 1:].sum())
+        nats = heldout_nats(pipeline, len(packed), lambda rows: packed.examples(rows % len(packed), self.run.device))
+        return dict(val_loss=nats / packed.counted[:, 1:].sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1516,11 +1508,10 @@ def check_partial(text, task):
 def read_checkers(path):
     """-> ({name: function}, code): the two above, and those of a file that the user names; what stands there."""
     names = {}
-    try:
+    with utf8(path):
         code = Path(path).read_text(encoding="utf-8") if path else ""
+    try:
         exec(compile(code, path, "exec"), names)
-    except OSError as error:
-        raise UserError(f"--checkers {path}: {error.strerror}; name a file of Python") from None
     except Exception as error:
         raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
     own = {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
@@ -1607,7 +1598,7 @@ def policy_losses(log_probs, policy, settings):
     # 1. how far the policy moved since the answers were scored
     log_ratio = (log_probs - old) * counted
     if settings["ratio"] == "sequence":
-        log_ratio = (log_ratio.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
+        log_ratio = log_ratio.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)      # (B,1)
     ratio = ratio_of(log_ratio)
     gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
     clipped = (ratio * advantage > gain) & (counted > 0)
@@ -1967,10 +1958,10 @@ def resume_settings(kind, given):
         stored["given"].pop("tokens", None)
     before = settings | given | dict(out=str(folder))
     settings = fit_to_world(dict(before), given, stored["config"].balance_group)
-    changed = [f"{flag(name)} {value}" for name, value in settings.items()
-               if before[name] != value and (before[name] or value)]      # an empty list and an empty tuple are alike
+    changed = {name: value for name, value in settings.items()
+               if before[name] != value and (before[name] or value)}      # an empty list and an empty tuple are alike
     if changed:
-        print("goes on with", " ".join(changed))
+        print("goes on with", typed_as(changed))
     return settings, stored, checkpoint
 
 
@@ -2070,8 +2061,8 @@ def refuse_unequal_ranks(run):
 class RunSource:
     """--init names a run or one of its checkpoints."""
 
-    def __init__(self, init, average, typed):
-        self.folder, checkpoint = find_checkpoint(init, typed)
+    def __init__(self, init, average):
+        self.folder, checkpoint = find_checkpoint(init)
         self.path, self.checkpoints = checkpoint.resolve(), newest_to(checkpoint, average)
         self.stored = read_config(self.folder)
         progress = progress_of(checkpoint, self.stored["phases"])
@@ -2130,11 +2121,11 @@ def newest_to(checkpoint, count):
     return [checkpoint.parent / f"step_{step}" for step in steps[-count:]]
 
 
-def open_source(init, average=1, typed="--init"):
+def open_source(init, average=1):
     if (folder_of(init) / "ckpt").exists():
-        return RunSource(init, average, typed)
+        return RunSource(init, average)
     if not Path(init, "config.json").exists():
-        raise UserError(f"{typed} {init}: neither a run's folder, with checkpoints in ckpt, nor a Hugging Face folder, "
+        raise UserError(f"{init}: neither a run's folder, with checkpoints in ckpt, nor a Hugging Face folder, "
                         f"with config.json")
     if average > 1:
         raise UserError(f"--average {average} is of a run's checkpoints, and --init {init} is a Hugging Face folder")
@@ -2240,19 +2231,19 @@ def free_folder(name):
         folder = Path("runs", f"{name}-{number}")
 
 
-def find_checkpoint(resume, typed="--resume"):
+def find_checkpoint(resume):
     """A run's folder, or one of its checkpoints -> (run's folder, its newest complete checkpoint, or the named one)."""
     # a folder is not a run's because it exists: what counts is a checkpoint, which has its name only when it is whole
     path, folder = Path(resume), folder_of(resume)
     last = newest(folder)
     if not folder.is_dir():
-        raise UserError(f"{typed} {resume}: no such folder; runs lie in runs/, or where --out said")
+        raise UserError(f"{resume}: no such folder; runs lie in runs/, or where --out said")
     if not last:
-        raise UserError(f"{typed} {resume}: no complete checkpoint in {folder / 'ckpt'}; start the run anew with --out")
+        raise UserError(f"{resume}: no complete checkpoint in {folder / 'ckpt'}; start the run anew with --out")
     if path == folder:
         return folder, last
     if not path.is_dir():
-        raise UserError(f"{typed} {resume}: no such checkpoint; complete ones: {parallel.steps_in(folder / 'ckpt')}")
+        raise UserError(f"{resume}: no such checkpoint; complete ones: {parallel.steps_in(folder / 'ckpt')}")
     return folder, path
 
 
@@ -2277,7 +2268,6 @@ def read_config(folder):
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{folder} has no readable config.json: it is no run's folder") from None
     try:
-        stored = dict(stage=Pretrain.name) | stored
         options = OPTIONS | PLAN_OPTIONS | STAGES[stored["stage"]].options
         settings = defaults_of(options) | stored["settings"]
         settings = {name: settings[name] for name in options}             # none that went since
@@ -2287,7 +2277,7 @@ def read_config(folder):
                 check_option(name, value, options[name])
             for name, kind in dict(sha256=str, end=int, pattern=str).items():
                 check_setting(f"{name} of the corpus", stored["corpus"][name], kind)
-            for word, id in stored["corpus"].setdefault("special", {END: stored["corpus"]["end"]}).items():
+            for word, id in stored["corpus"]["special"].items():
                 check_setting(f"{word} of the corpus", id, int, least=0)
             config = Config(**stored["config"])
             phases = [Phase(**row) for row in stored["phases"]]
@@ -2712,8 +2702,7 @@ def conclude(run, checkpoint):
         opened = open_model(str(checkpoint), parallel.pick_device(run.settings["device"]))
         (text,), _ = continue_texts(opened, [run.stage.example], defaults_of(SAMPLE_OPTIONS),
                                     chat=run.kind is not Pretrain)
-    except (RuntimeError, ValueError) as error:                           # it fits on several devices only, or its
-        # window is shorter than this prompt
+    except (RuntimeError, ValueError) as error:                           # too large for one device, or for its window
         print(f"no sample: {str(error).splitlines()[0]}")
         return
     write_whole(run.folder / "sample.txt", text)
@@ -2790,9 +2779,9 @@ def write_texts(opened, prompts, settings, chat):
     print(f"{rate:.0f} tokens/s{drafts}", file=sys.stderr)
 
 
-def open_model(init, device, average=1, typed="--init"):
-    """A run or a folder -> (its model, its tokenizer, END's id). typed: how it was named, for messages."""
-    source = open_source(init, average, typed)
+def open_model(init, device, average=1):
+    """A run or a folder -> (its model, its tokenizer, END's id)."""
+    source = open_source(init, average)
     source.check(source.config)
     model = Model(source.config).to(device)
     source.fill(model)
@@ -2890,10 +2879,9 @@ def parse(argv):
     for name, command in COMMANDS.items():
         recipes = [f"{what} has defaults of its own: {typed_as(recipe)}" for what, recipe in command.recipes.items()]
         words = commands.add_parser(name, help=command.text, allow_abbrev=False, epilog=". ".join(recipes))
-        planned = [option_name for option_name in command.options if option_name in PLAN_OPTIONS]
-        plan = words.add_argument_group("plan", "how the model is cut and run: see Plan in sim.py") if planned else None
+        plan = words.add_argument_group("plan: how the model is cut and run, see Plan in sim.py")     # may stay empty
         for option_name, option in command.options.items():
-            add_option(plan if option_name in planned else words, option_name, option)
+            add_option(plan if option_name in PLAN_OPTIONS else words, option_name, option)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise UserError(f"{argv[0]!r} is no command: use one of {', '.join(COMMANDS)}")
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
@@ -2903,11 +2891,6 @@ def parse(argv):
         command = COMMANDS[typed.pop("command")]
         given = {name: read_setting(name, words, command.options[name]) for name, words in typed.items()}
     return command.function, given
-
-
-def typed_as(settings):
-    return " ".join(f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
-                    for name, value in settings.items())
 
 
 def add_option(parser, name, option):
@@ -2926,22 +2909,18 @@ def add_option(parser, name, option):
     parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **several)
 
 
-def stray_variable():
-    """One of torchrun's variables, where torchrun did not start this process: it would wait for ranks that are not
-    there, or train as one of several. Else None."""
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-        for name, alone in dict(RANK="0", WORLD_SIZE="1").items():
-            if os.environ.get(name, alone) != alone:
-                return f"{name}={os.environ[name]}"
-    return None
+def refuse_stray_variable():
+    """Without torchrun, its variables let a process wait for ranks that are not there, or train as one of several."""
+    for name, alone in dict(RANK="0", WORLD_SIZE="1").items():
+        value = os.environ.get(name, alone)
+        if value != alone and "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+            print(f"train.py: {name}={value} is set, but no torchrun: start with torchrun --nproc-per-node N train.py "
+                  f"..., or unset it", file=sys.stderr)
+            sys.exit(2)
 
 
 def main(argv=None):
-    stray = stray_variable()
-    if stray:
-        print(f"train.py: {stray} is set, but no torchrun: start with torchrun --nproc-per-node N train.py ..., or "
-              f"unset it", file=sys.stderr)
-        sys.exit(2)
+    refuse_stray_variable()
     sim.speak_any_letter()
     handlers = [(number, signal.getsignal(number)) for number in Stopper.signals]
     signal.signal(signal.SIGINT, signal.default_int_handler)

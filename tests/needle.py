@@ -98,7 +98,7 @@ def score(model, encoding, end, length, depth, rng):
 
 def scores(run, lengths, trials, seed=0):
     """{(length, depth): mean score} of a run's newest checkpoint."""
-    model, encoding, end = train.open_model(run, torch.device("cpu"), typed="RUN")
+    model, encoding, end = train.open_model(run, torch.device("cpu"))
     model.eval()
     model.config = replace(model.config, max_position_embeddings=max(lengths) + 64)
     found = {}

@@ -179,7 +179,7 @@ def score(run, path, temperature=0.0, at_once=64, new_tokens=96):
         if not {"task", "difficulty", "fast"} <= set(problem):
             raise ValueError(f"{path}, line {problem['line']}: a score is told by task, difficulty and fast; use a "
                              f"test.jsonl of --out")
-    model, encoding, _ = train.open_model(run, torch.device("cpu"), typed="--score")
+    model, encoding, _ = train.open_model(run, torch.device("cpu"))
     results = []
     for start in range(0, len(problems), at_once):
         some = problems[start:start + at_once]
