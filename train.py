@@ -419,9 +419,8 @@ def find_encoding(name):
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:                                            # requests', or the socket's own
-        raise UserError(f"--tokenizer {name}: its vocabulary is not on this machine and could not be downloaded "
-                        f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, or use learn"
-                        ) from None
+        raise UserError(f"--tokenizer {name} is not here and could not be downloaded ({type(error).__name__}): set "
+                        f"TIKTOKEN_CACHE_DIR to a folder that has it, or use learn") from None
 
 
 def byte_letters():
@@ -437,12 +436,12 @@ def byte_letters():
 def encoding_of_folder(folder):
     """A byte-level BPE tokenizer.json as tiktoken.Encoding; UserError for what tiktoken would cut in another way."""
     try:
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        config = folder / "tokenizer_config.json"
-        end = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.exists() else END
+        content, end = parallel.read_json(folder, "tokenizer.json"), END
+        if (folder / "tokenizer_config.json").exists():
+            end = parallel.read_json(folder, "tokenizer_config.json").get("eos_token")
         return encoding_from_json(content, end.get("content") if isinstance(end, dict) else end)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        why = str(error).partition("\n")[0] if isinstance(error, (OSError, ValueError)) else type(error).__name__
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        why = str(error).partition("\n")[0] if isinstance(error, ValueError) else type(error).__name__
         raise UserError(f"{folder / 'tokenizer.json'} is no byte-level BPE that tiktoken can run ({why}): give its "
                         f"FILE.tiktoken, or gpt2, cl100k_base or o200k_base, to --tokenizer") from None
 
@@ -684,13 +683,11 @@ def contents_of(path, text_field, encoding):
 def read_text(path):
     """A file is a document; pieces are cut at ends of lines where there are any."""
     with open(path, encoding="utf-8", newline="") as lines:
-        piece = lines.read(PIECE) + lines.readline(PIECE)
-        while piece:
-            following = lines.read(PIECE) + lines.readline(PIECE)
+        pieces = iter(lambda: lines.read(PIECE) + lines.readline(PIECE), "")
+        for piece, following in itertools.pairwise(itertools.chain(pieces, [""])):
             if "\0" in piece:
                 raise UserError(f"{path} is not text, it holds zero bytes: leave it out of --data")
             yield piece, not following
-            piece = following
 
 
 def read_jsonl(path, field):
@@ -731,8 +728,7 @@ def read_bin(path, encoding):
         piece = ids[start:start + PIECE]
         strange = np.setdiff1d(piece, known)
         if len(strange):
-            raise UserError(f"{path} holds id {strange[-1]}, the tokenizer has none such: name the one that made the "
-                            f"file with --tokenizer")
+            raise UserError(f"{path} holds id {strange[-1]}, unknown to the tokenizer: name its own with --tokenizer")
         yield piece.tolist(), False
 
 
@@ -746,7 +742,7 @@ def count_pieces(files):
     for file in files:
         if file.path.suffix == ".jsonl":
             with open(file.path, "rb") as lines:
-                count += sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
+                count += sum(1 for _ in lines)
         else:
             item = 2 if file.path.suffix == ".bin" else 1                 # bytes of a token, or of a character
             count += math.ceil(file.path.stat().st_size / item / PIECE)
@@ -790,7 +786,7 @@ def is_whole(cache):
     """Whether a cache is there, for the text that its name says, and its files are as they were written."""
     try:
         parallel.check_files(cache)
-        return json.loads((cache / "facts.json").read_text(encoding="utf-8"))["name"] == cache.name
+        return parallel.read_json(cache, "facts.json")["name"] == cache.name
     except (ValueError, LookupError, TypeError, OSError):
         return False
 
@@ -814,7 +810,7 @@ def identity_of(files, settings, tokenizer):
 
 def open_corpus(cache):
     """The Corpus that make_cache left."""
-    facts = json.loads((cache / "facts.json").read_text(encoding="utf-8"))
+    facts = parallel.read_json(cache, "facts.json")
     train = {split: np.memmap(cache / f"{split}.bin", facts["dtype"], mode="r") for split in facts["tokens"]}
     heldout = train.pop("heldout")
     return Corpus(encoding_in(cache, facts), train, heldout, facts)
@@ -945,7 +941,7 @@ class Packed:
 
     def __init__(self, conversations, seq_len, depths, end):
         bins = best_fit([len(ids) for ids, _ in conversations], seq_len)
-        self.depths, shape = depths, (len(bins), seq_len + depths)
+        shape = len(bins), seq_len + depths
         self.tokens, self.counted = np.full(shape, end, np.int64), np.zeros(shape, bool)
         self.documents = np.full(shape, -1)
         for row, members in enumerate(bins):
@@ -961,8 +957,8 @@ class Packed:
     def __len__(self):
         return len(self.tokens)
 
-    def examples(self, rows, device):
-        return examples(self.tokens[rows], self.depths, device, self.documents[rows], self.counted[rows])
+    def examples(self, rows, depths, device):
+        return examples(self.tokens[rows], depths, device, self.documents[rows], self.counted[rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -991,8 +987,8 @@ class Phase:
             check_setting("global_batch", sequences, int, most=10**6)
             check_setting("global_batch from token", start, float, least=0)
         starts = [start for start, _ in self.batches]
-        require(starts[:1] == [0] and starts == sorted(starts), f"global_batch={self.global_batch}: use rising tokens, "
-                                                                f"from 0 on")
+        is_rising = starts[:1] == [0] and starts == sorted(starts)
+        require(is_rising, f"global_batch={self.global_batch}: use rising tokens, from 0 on")
         if self.rope_theta is not None:
             check_setting("rope_theta", self.rope_theta, float)
         if self.mix is not None:
@@ -1066,11 +1062,17 @@ def read_rows(path):
     return rows
 
 
+def tokens_of(phases):
+    """Where the last of them ends: at the first step there. What that is too far, the next one lacks, so that a run has
+    all its tokens to within a batch."""
+    return sum(phase.tokens for phase in phases)
+
+
 def scaled(phases, given, once):
     """The phases with the tokens in all, and the first one's length, largest batch and rate, that were given; the
     others keep their proportions. once: sequences that all ranks run at once; a batch is a multiple of it."""
     # by how much: what was given over what the phases say, 1 where nothing was given
-    said = dict(tokens=sum(phase.tokens for phase in phases), seq_len=phases[0].seq_len,
+    said = dict(tokens=tokens_of(phases), seq_len=phases[0].seq_len,
                 global_batch=phases[0].batches[-1][1], lr=phases[0].lr)
     by = {name: (given.get(name) or value) / value for name, value in said.items()}
 
@@ -1086,17 +1088,11 @@ def scaled(phases, given, once):
             for phase in phases]
 
 
-def end_of(phases, number):
-    """The token of the run at which a phase ends: at the first step there. What that is too far, the next one lacks, so
-    that a run has all its tokens to within a batch."""
-    return sum(phase.tokens for phase in phases[:number + 1])
-
-
 def refuse_too_short(phases, where):
     """Each phase must have a step of its own, also where the one before it went a step too far."""
     steps = [phase.seq_len * max(sequences for _, sequences in phase.batches) for phase in phases]         # tokens
     needed = [max(step, before) for step, before in zip(steps, [0, *steps])]
-    total = end_of(phases, len(phases) - 1)
+    total = tokens_of(phases)
     least = round(max(need / phase.tokens for need, phase in zip(needed, phases)) * total)
     require(least <= total, f"{where}: too short for a step of each phase; use --tokens {least} or more, or a smaller "
                             f"--global-batch or --seq-len")
@@ -1107,8 +1103,8 @@ def refuse_too_short(phases, where):
 
 
 def shuffled(number, n, seed):
-    """Where seeded shuffles of range(n), another each epoch, put the number-th draw, without a table: a Feistel network,
-    walked until it is below n."""
+    """Draw `number` from range(n), shuffled anew each epoch, without a table: a Feistel network, walked until it is
+    below n."""
     epoch, index = divmod(number, n)
     half = max(1, ((n - 1).bit_length() + 1) // 2)                        # bits of each half of an index
     mask = (1 << half) - 1
@@ -1326,7 +1322,7 @@ class Stage:
     recipe = None                          # values of settings where the command line says nothing; None: the preset's
 
     def __init__(self, run):
-        self.run, self.depths = run, 1 + run.config.num_nextn_predict_layers
+        self.run, self.settings, self.depths = run, run.settings, 1 + run.config.num_nextn_predict_layers
 
     def open_data(self):
         """-> Corpus. UserError for data that cannot be trained on."""
@@ -1360,11 +1356,11 @@ class Pretrain(Stage):
                                                        run.folder.parent))
         corpus = open_corpus(cache)
         for phase in run.phases:
-            Order(corpus, phase, self.depths, run.settings["seed"])       # refuses text that is too short
+            Order(corpus, phase, self.depths, self.settings["seed"])      # refuses text that is too short
         return corpus
 
     def describe(self, facts):
-        asked, held, kept = self.run.settings["heldout"], facts["heldout_bytes"], facts["train_bytes"]
+        asked, held, kept = self.settings["heldout"], facts["heldout_bytes"], facts["train_bytes"]
         xz = f" (xz -9 {facts['xz']:,})" if held >= LEAST_FOR_XZ else ""
         yield (f"text: {facts['files']} files, sha256 {facts['sha256'][:12]}, {kept:,} bytes to train on, {held:,} "
                f"held out{xz}, tokens {facts['tokens']}")
@@ -1376,14 +1372,14 @@ class Pretrain(Stage):
             yield "the phases mix sources, and this text is one: their mix is left out; --data NAME=PATH names each"
 
     def begin(self, phase, pipeline):
-        self.order = Order(self.run.corpus, phase, self.depths, self.run.settings["seed"])
+        self.order = Order(self.run.corpus, phase, self.depths, self.settings["seed"])
 
     def batches(self, progress, size):
         numbers = own_sequences(self.run.plan, progress["tokens"] // self.order.seq_len, size)
         return [self.examples(np.stack([self.order.window(number) for number in numbers]))]
 
     def examples(self, windows, counted=None):
-        kept_apart = self.run.settings["document_mask"]
+        kept_apart = self.settings["document_mask"]
         documents = document_numbers(windows, self.run.corpus.encoding.eot_token) if kept_apart else None
         return examples(windows, self.depths, self.run.device, documents, counted)
 
@@ -1420,17 +1416,17 @@ class SFT(Stage):
     def open_data(self):
         run = self.run
         seq_len = min(phase.seq_len for phase in run.phases)
-        if not run.settings["init"] or not run.settings["data"]:
+        if not self.settings["init"] or not self.settings["data"]:
             raise UserError("sft needs --init, a model to begin with, and --data, .jsonl files of conversations")
-        found = read_conversations(run.settings["data"], run.encoding)
+        found = read_conversations(self.settings["data"], run.encoding)
         fitting = [each for each in found if len(each[0]) <= seq_len]
         if len(fitting) < len(found):
             print(f"{len(found) - len(fitting)} of {len(found)} conversations are longer than --seq-len {seq_len}, the "
                   f"longest has {max(len(ids) for ids, _ in found)} tokens: left out")
-        every = round(1 / run.settings["heldout"]) if run.settings["heldout"] else 0
+        every = round(1 / self.settings["heldout"]) if self.settings["heldout"] else 0
         held = fitting[1::every] if every else []
         kept = [each for number, each in enumerate(fitting) if not every or number % every != 1]
-        require(kept, f"--data {' '.join(run.settings['data'])}: of {len(found)} conversations {len(fitting)} fit "
+        require(kept, f"--data {' '.join(self.settings['data'])}: of {len(found)} conversations {len(fitting)} fit "
                       f"--seq-len, {len(held)} are held out, and none is left to train on")
         self.example = run.encoding.decode(kept[0][0]).partition(ROLES["user"])[2].partition(TURN_END)[0]
         facts = dict(sha256=sha256(repr(fitting)), conversations=len(kept), heldout=len(held),
@@ -1448,8 +1444,8 @@ class SFT(Stage):
 
     def batches(self, progress, size):
         numbers = own_sequences(self.run.plan, progress["tokens"] // self.seq_len, size)
-        rows = [shuffled(number, len(self.packed), self.run.settings["seed"]) for number in numbers]
-        return [self.packed.examples(rows, self.run.device)]
+        rows = [shuffled(number, len(self.packed), self.settings["seed"]) for number in numbers]
+        return [self.packed.examples(rows, self.depths, self.run.device)]
 
     def evaluate(self, pipeline):
         """Held-out loss, nats a token that counts."""
@@ -1457,7 +1453,8 @@ class SFT(Stage):
         if not corpus.heldout:
             return {}
         packed = Packed(corpus.heldout, pipeline.plan.seq_len, self.depths, self.run.encoding.eot_token)
-        nats = heldout_nats(pipeline, len(packed), lambda rows: packed.examples(rows % len(packed), self.run.device))
+        nats = heldout_nats(pipeline, len(packed),
+                            lambda rows: packed.examples(rows % len(packed), self.depths, self.run.device))
         return dict(val_loss=nats / packed.counted[:, 1:].sum())
 
 
@@ -1624,7 +1621,7 @@ class RL(Stage):
                   set=["aux_loss_alpha=0"], weight_decay=0.0, train="trunk")
 
     def open_data(self):
-        run, settings = self.run, self.run.settings
+        run, settings = self.run, self.settings
         if not settings["init"] or not settings["tasks"]:
             raise UserError("rl needs --init, a model to begin with, and --tasks, a .jsonl file")
         self.refuse_plan(run.plan)
@@ -1652,7 +1649,7 @@ class RL(Stage):
     def refuse_plan(self, plan):
         if plan.pp * plan.cp * plan.tp > 1 or not plan.is_plain:
             raise UserError("rl runs with dp and ep, without pp, tp, cp and overlap")
-        size, settings = plan.global_batch, self.run.settings
+        size, settings = plan.global_batch, self.settings
         least = math.lcm(settings["answers"], plan.micro_batch) * settings["updates"] * plan.dp
         if size % least:
             raise UserError(f"--global-batch {size}, the answers of a step: use a multiple of {least}, as --answers, "
@@ -1660,27 +1657,27 @@ class RL(Stage):
 
     def describe(self, facts):
         yield f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
-        if self.run.stored and self.run.stored["corpus"].get("checkers", facts["checkers"]) != facts["checkers"]:
+        if self.run.stored and self.run.stored["corpus"].get("checkers") != facts["checkers"]:
             yield "the checkers are not those that the run began with"
 
     def begin(self, phase, pipeline):
         run, self.pipeline, self.reference = self.run, pipeline, None
         pipeline.model.token_loss = self.token_loss
-        if run.settings["kl"]:
+        if self.settings["kl"]:
             if run.source is None:                                        # it goes on, and has stored where it began
-                run.source = open_source(run.stored["source"], run.settings["average"])
+                run.source = open_source(run.stored["source"], self.settings["average"])
                 run.source.check(run.config)
             self.reference, _ = build(run, phase, None)
 
     # a step
 
     def batches(self, progress, size):
-        settings, plan = self.run.settings, self.run.plan
+        settings, plan = self.settings, self.run.plan
         # 1. tasks, and this rank's answers: whole groups of each update, which is the same under any plan
         n_groups = size // settings["answers"]
         chosen = self.choose_tasks(progress, n_groups)
         own = np.arange(size).reshape(settings["updates"], plan.dp, -1)[:, parallel.data_rank(plan)].flatten()
-        tasks = [chosen[number // settings["answers"]] for number in own]
+        tasks = chosen[own // settings["answers"]]
         prompts = [self.prompts[task] for task in tasks]
         answers = self.sample(prompts, progress["step"])
         # 2. rewards and who kept to the format, known to all ranks, and what is better than its group
@@ -1706,10 +1703,9 @@ class RL(Stage):
         """[rewards, whether each is in the format] on all ranks, or CheckerError on all: where a checker fails on one,
         the others must not wait for it."""
         texts = [answer_of(self.run.encoding, answer.ids) for answer in answers]
-        rewards, failure = [], None
+        failure = None
         try:
-            for task, text in zip(tasks, texts):
-                rewards.append(reward(text, self.tasks[task], self.checkers))
+            rewards = [reward(text, self.tasks[task], self.checkers) for task, text in zip(tasks, texts)]
         except CheckerError as error:
             failure = error
         if parallel.all_sum(torch.tensor(float(failure is not None))).item():
@@ -1719,8 +1715,8 @@ class RL(Stage):
     def choose_tasks(self, progress, n):
         """Numbers of tasks, drawn by what is known of them: those always or never solved are drawn less."""
         rates = progress["pass_rates"] = progress["pass_rates"] or [-1.0] * len(self.tasks)       # -1: not drawn yet
-        weights = np.where([rate in (0.0, 1.0) for rate in rates], 0.2, 1.0)
-        rng = np.random.default_rng([self.run.settings["seed"], progress["step"]])
+        weights = np.where(np.isin(rates, (0, 1)), 0.2, 1.0)
+        rng = np.random.default_rng([self.settings["seed"], progress["step"]])
         return rng.choice(len(self.tasks), n, replace=n > len(self.tasks), p=weights / weights.sum())
 
     def note_rewards(self, progress, chosen, rewards, formatted):
@@ -1733,10 +1729,10 @@ class RL(Stage):
         run = self.run
         prompts = [torch.tensor(prompt, device=run.device) for prompt in prompts]
         # chance is another for each step, and each rank that has sequences of its own
-        words = f"{run.settings['seed']} {step} {parallel.data_rank(run.plan)}"
+        words = f"{self.settings['seed']} {step} {parallel.data_rank(run.plan)}"
         seed = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
         with parallel.generating(self.pipeline.grid) as anybody:
-            return generate(self.pipeline.model, prompts, run.settings["new_tokens"], seed=seed, stop=(self.turn_end,),
+            return generate(self.pipeline.model, prompts, self.settings["new_tokens"], seed=seed, stop=(self.turn_end,),
                             note_routing=True, anybody=anybody).answers
 
     def examples(self, prompts, answers, advantages):
@@ -1766,7 +1762,7 @@ class RL(Stage):
     def scored(self, batch):
         """The batch with the trainer's log-probabilities, and experts if those are replayed; tokens whose
         log-probability is not finite count no more."""
-        policy, replay, sampled = batch["policy"], self.run.settings["replay"], batch.pop("routing")
+        policy, replay, sampled = batch["policy"], self.settings["replay"], batch.pop("routing")
         policy[..., OLD], chosen = self.log_probs(self.pipeline, batch)
         if replay == "sampler":
             # a ratio compares policies with the same experts: else some are clipped before the policy has moved
@@ -1820,7 +1816,7 @@ class RL(Stage):
 
     def token_loss(self, nats, policy):
         """What Model.output makes of each token's loss: (B,T), policy (B,T,5)."""
-        losses, clipped = policy_losses(-nats, policy, self.run.settings)
+        losses, clipped = policy_losses(-nats, policy, self.settings)
         self.clipped = self.clipped + clipped
         return losses
 
@@ -2125,8 +2121,7 @@ def open_source(init, average=1):
     if (folder_of(init) / "ckpt").exists():
         return RunSource(init, average)
     if not Path(init, "config.json").exists():
-        raise UserError(f"{init}: neither a run's folder, with checkpoints in ckpt, nor a Hugging Face folder, "
-                        f"with config.json")
+        raise UserError(f"{init}: neither a run's folder, with ckpt, nor a Hugging Face folder, with config.json")
     if average > 1:
         raise UserError(f"--average {average} is of a run's checkpoints, and --init {init} is a Hugging Face folder")
     return FolderSource(init)
@@ -2151,8 +2146,7 @@ def check_mtp(run):
     settings, plan = run.settings, run.plan
     require(settings["init"] or not settings["mtp_depth"], "--mtp-depth adds to what --init has: give both")
     require(settings["init"] or settings["average"] == 1, "--average is of the checkpoints of --init: give both")
-    require(run.config.num_nextn_predict_layers or settings["train"] != "mtp",
-            "--train mtp needs a model with MTP layers")
+    require(run.config.num_nextn_predict_layers or settings["train"] != "mtp", "--train mtp needs MTP layers")
     require((plan.is_plain and not plan.balance_live) or settings["train"] == "all",
             f"--train {settings['train']} needs one stage, --schedule 1f1b and no --balance-live (rl trains the trunk)")
 
@@ -2338,8 +2332,7 @@ def continue_folder(run):
         raise UserError(f"the text of --data or --tasks is not what {run.folder} began with (sha256 {now[:12]}, was "
                         f"{before[:12]}): give it as it was, or start a new run")
     step, checkpoints = run.progress["step"], run.folder / "ckpt"
-    total, planned = (end_of(phases, len(phases) - 1) for phases in (run.phases, run.stored["phases"]))
-    if total < planned and is_done(run):
+    if tokens_of(run.phases) < tokens_of(run.stored["phases"]) and is_done(run):
         raise UserError(f"{step} steps are done already: give more with --steps or --tokens, or leave them away")
     log = run.folder / "metrics.jsonl"
     put_aside = [later for later in parallel.steps_in(checkpoints) if later > step]
@@ -2510,7 +2503,7 @@ def end_phase(run, saver, pipeline, optimizer):
 
 
 def phase_is_done(run):
-    return run.progress["tokens"] >= end_of(run.phases, run.progress["phase"])
+    return run.progress["tokens"] >= tokens_of(run.phases[:run.progress["phase"] + 1])
 
 
 def is_done(run):
@@ -2531,9 +2524,8 @@ def watch_loads(run, grid, optimizer, loads):
     """Record a step's loads (MoE layers, E), and let live balance see them and act: what the log tells of it."""
     if run.settings["record_loads"] and parallel.rank() == 0:
         record_loads(run.folder / "loads.npy", run.progress["step"], loads.cpu().numpy().astype(np.int32))
-    if grid is None or not grid.live:
-        return {}
-    return grid.live.after_step(run.progress["step"], loads, optimizer)
+    live = grid and grid.live
+    return live.after_step(run.progress["step"], loads, optimizer) if live else {}
 
 
 def record_loads(path, step, loads):
@@ -2595,7 +2587,7 @@ class Log:
 
     def __init__(self, run):
         self.run = run
-        self.total = end_of(run.phases, len(run.phases) - 1)              # tokens
+        self.total = tokens_of(run.phases)
         self.first_token, self.busy = run.progress["tokens"], 0.0         # busy: seconds in steps
         path = run.folder / "metrics.jsonl" if parallel.rank() == 0 else os.devnull
         self.file = open(path, "a", buffering=1, encoding="utf-8")       # a line is written when it ends

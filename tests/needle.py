@@ -140,7 +140,7 @@ def draw(found, trained, path):
 
 
 def trained_length(run):
-    folder, _ = train.find_checkpoint(run, "RUN")
+    folder, _ = train.find_checkpoint(run)
     return train.read_config(folder)["phases"][-1].seq_len
 
 
