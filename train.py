@@ -639,7 +639,7 @@ def walk(folder, skipped):
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = sorted(name for name in folders if name not in LEFT_OUT)
+        folders[:] = sorted(set(folders) - LEFT_OUT)
         for name in names:
             path = Path(here, name)
             if not name.lower().endswith(TEXT_SUFFIXES):
@@ -764,7 +764,7 @@ class Corpus:
 def make_cache(settings, encoding, vocab_size, parent):
     """Tokenises --data into parent/data-HASH, once -> that folder. encoding: None if it is to be learnt."""
     files = list_files(settings["data"])
-    cache = Path(parent) / f"data-{identity_of(files, settings, encoding or vocab_size)}"
+    cache = Path(parent) / f"data-{identity_of(files, settings, encoding, vocab_size)}"
     if is_whole(cache):
         return cache
     # made under a name of this process, which it loses when it is complete: a killed run leaves no half of a cache
@@ -799,11 +799,10 @@ def remove_leftovers(parent):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def identity_of(files, settings, tokenizer):
-    """A hash of all that the tokens depend on. tokenizer: an encoding, or the size of the one to be learnt."""
+def identity_of(files, settings, encoding, vocab_size):
+    """A hash of all that the tokens depend on. encoding: None if it is to be learnt."""
     stats = [(file.source, file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
-    if isinstance(tokenizer, tiktoken.Encoding):
-        tokenizer = ranks_of(tokenizer), tokenizer._pat_str
+    tokenizer = (ranks_of(encoding), encoding._pat_str) if encoding else vocab_size
     identity = repr((stats, tokenizer, RESERVED, settings["heldout"], settings["text_field"], PIECE))
     return sha256(identity)[:12]
 
@@ -1429,8 +1428,7 @@ class SFT(Stage):
         require(kept, f"--data {' '.join(self.settings['data'])}: of {len(found)} conversations {len(fitting)} fit "
                       f"--seq-len, {len(held)} are held out, and none is left to train on")
         self.example = run.encoding.decode(kept[0][0]).partition(ROLES["user"])[2].partition(TURN_END)[0]
-        facts = dict(sha256=sha256(repr(fitting)), conversations=len(kept), heldout=len(held),
-                     **facts_of(run.encoding))
+        facts = dict(sha256=sha256(repr(fitting)), conversations=len(kept), heldout=len(held), **facts_of(run.encoding))
         return Corpus(run.encoding, kept, held, facts)
 
     def describe(self, facts):
@@ -1943,7 +1941,7 @@ def resume_settings(kind, given):
                                           f"{stored.get('commit')}: resume it with that version, or start a new run")
     if Path(given.get("out", folder)).resolve() != folder.resolve():
         raise UserError(f"--out {given['out']}: --resume {given['resume']} writes into {folder}; leave --out away, or "
-                        f"copy {folder} and resume the copy")
+                        f"resume a copy of that folder")
     given = {name: value for name, value in given.items() if name not in ("precision", "compile") or value != "auto"}
     for name, value in given.items():
         if name not in CHANGEABLE and value != settings[name]:
@@ -2017,8 +2015,8 @@ def with_vocabulary(config, encoding):
 
 def refuse_lone_process(plan):
     needed = plan.pp * math.lcm(plan.dp * plan.cp * plan.tp, plan.ep)
-    require(needed == 1 or parallel.world_size() > 1, f"this plan needs {needed} processes, and this is the only one: "
-                                                      f"start with torchrun --nproc-per-node {needed} train.py ...")
+    require(needed == 1 or parallel.world_size() > 1,
+            f"this plan needs {needed} processes: start with torchrun --nproc-per-node {needed} train.py ...")
 
 
 def refuse_too_large(run):
