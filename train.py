@@ -1102,8 +1102,8 @@ def refuse_too_short(phases, where):
 
 
 def shuffled(number, n, seed):
-    """Draw `number` from range(n), shuffled anew each epoch, without a table: a Feistel network, walked until it is
-    below n."""
+    """The number-th draw from range(n), which each epoch shuffles anew, without a table: a Feistel network, walked
+    until it is below n."""
     epoch, index = divmod(number, n)
     half = max(1, ((n - 1).bit_length() + 1) // 2)                        # bits of each half of an index
     mask = (1 << half) - 1
