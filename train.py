@@ -1655,7 +1655,7 @@ class RL(Stage):
 
     def describe(self, facts):
         yield f"tasks: {facts['tasks']}, sha256 {facts['sha256'][:12]}"
-        if self.run.stored and self.run.stored["corpus"].get("checkers") != facts["checkers"]:
+        if self.run.stored and self.run.stored["corpus"].get("checkers", facts["checkers"]) != facts["checkers"]:
             yield "the checkers are not those that the run began with"
 
     def begin(self, phase, pipeline):
@@ -2260,6 +2260,7 @@ def read_config(folder):
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{folder} has no readable config.json: it is no run's folder") from None
     try:
+        stored = dict(stage=Pretrain.name) | stored
         options = OPTIONS | PLAN_OPTIONS | STAGES[stored["stage"]].options
         settings = defaults_of(options) | stored["settings"]
         settings = {name: settings[name] for name in options}             # none that went since
@@ -2269,7 +2270,7 @@ def read_config(folder):
                 check_option(name, value, options[name])
             for name, kind in dict(sha256=str, end=int, pattern=str).items():
                 check_setting(f"{name} of the corpus", stored["corpus"][name], kind)
-            for word, id in stored["corpus"]["special"].items():
+            for word, id in stored["corpus"].setdefault("special", {END: stored["corpus"]["end"]}).items():
                 check_setting(f"{word} of the corpus", id, int, least=0)
             config = Config(**stored["config"])
             phases = [Phase(**row) for row in stored["phases"]]
