@@ -445,6 +445,7 @@ def compile_operators(wanted=True, device=None):
         return "torch.compile needs a locale of UTF-8 here: PYTHONUTF8=1"
     torch._dynamo.config.recompile_limit = 64                             # by operator, dtype, and what else is fixed
     COMPILED = True
+    return None
 
 
 def compile_model(model):

@@ -910,7 +910,6 @@ class Shape(Config):
         pass
 
 
-
 def as_shape(config):
     return config if isinstance(config, Shape) else Shape(**vars(config))
 
@@ -1319,7 +1318,8 @@ class LayerTime:
             self._time_exchange()
         self.swap = saved_bytes(work).swapped / hardware.host_bandwidth
         # (tier, seconds) with zero=3: weights are gathered in forward and in backward, gradients scattered after it
-        self.weights, self.gradients = self._of_weights(work.element), self._of_weights(4)
+        self.weights = self._of_weights(work.element)
+        self.gradients = self._of_weights(4)
 
     def _when_rows_travel_again(self):
         """Rows that were dropped travel again: first, if anything is recomputed from them, else for the experts' own
@@ -1915,8 +1915,8 @@ class Simulation:
 def predict(config, plan, hardware, max_vio=0.0, work=Work):
     """One step of a plan, simulated: dict of seconds, bytes, GiB and fractions. ValueError for a plan that cannot run.
 
-    max_vio: load of the busiest rank over the mean, minus one. mfu: model FLOPs (causal attention, head and MTP
-    included, nothing recomputed) over the peak of the plan's precision. hidden_comm_fraction: of the expert exchange.
+    max_vio, work: as of Simulation. mfu: model FLOPs (causal attention, head and MTP included, nothing recomputed) over
+    the peak of the plan's precision. hidden_comm_fraction: of the expert exchange.
     memory_by_stage: a list by pipeline rank, of all its stages. bytes_by_tier: see Simulation.
     """
     check_plan(config, plan, hardware)

@@ -436,12 +436,12 @@ def byte_letters():
 def encoding_of_folder(folder):
     """A byte-level BPE tokenizer.json as tiktoken.Encoding; UserError for what tiktoken would cut in another way."""
     try:
-        content, end = parallel.read_json(folder, "tokenizer.json"), END
-        if (folder / "tokenizer_config.json").exists():
-            end = parallel.read_json(folder, "tokenizer_config.json").get("eos_token")
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        config = folder / "tokenizer_config.json"
+        end = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.exists() else END
         return encoding_from_json(content, end.get("content") if isinstance(end, dict) else end)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        why = str(error).partition("\n")[0] if isinstance(error, ValueError) else type(error).__name__
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        why = str(error).partition("\n")[0] if isinstance(error, (OSError, ValueError)) else type(error).__name__
         raise UserError(f"{folder / 'tokenizer.json'} is no byte-level BPE that tiktoken can run ({why}): give its "
                         f"FILE.tiktoken, or gpt2, cl100k_base or o200k_base, to --tokenizer") from None
 
@@ -1503,10 +1503,11 @@ def check_partial(text, task):
 def read_checkers(path):
     """-> ({name: function}, code): the two above, and those of a file that the user names; what stands there."""
     names = {}
-    with utf8(path):
-        code = Path(path).read_text(encoding="utf-8") if path else ""
     try:
+        code = Path(path).read_text(encoding="utf-8") if path else ""
         exec(compile(code, path, "exec"), names)
+    except OSError as error:
+        raise UserError(f"--checkers {path}: {error.strerror}; name a file of Python") from None
     except Exception as error:
         raise UserError(f"--checkers {path}: {type(error).__name__}: {error}") from None
     own = {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
