@@ -449,13 +449,21 @@ def compile_operators(wanted=True, device=None):
 
 
 def compile_model(model):
-    """Each layer's four calls by torch.compile, in place; layers of one kind share what is compiled. What depends on
-    the number of rows of each expert stays out of the trace, as do embedding, head and loss."""
+    """Each layer by torch.compile, in place; layers of one kind share what is compiled. Embedding, head and loss stay
+    out of the trace, as do the experts' matmuls where they are no kernel of torch's own that it can trace."""
+    c, probe = model.config, model.embed_tokens.weight[:1]
+    probe = probe if model.compute_dtype is None else probe.to(model.compute_dtype)
+    kind = grouped_kind(probe, c.hidden_size, c.moe_intermediate_size)
     for block in model.layers.values():
-        if block.is_moe:
+        if block.is_moe and (kind, probe.dtype) != ("grouped", torch.bfloat16):
             block.mlp.experts.grouped = torch.compiler.disable(block.mlp.experts.grouped)
-        for name in ("attend", "dispatch", "compute", "combine"):
-            setattr(block, name, torch.compile(getattr(block, name)))
+        block.forward = partial(run_compiled, torch.compile(block.forward), block.forward)
+
+
+def run_compiled(compiled, eager, x, angles, mask=None, routing=None, cache=None):
+    """Block.forward; eager with a cache, whose growing lengths would compile anew at every step."""
+    run = compiled if cache is None else eager
+    return run(x, angles, mask, routing, cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -572,11 +580,12 @@ def causal_triangle(device):
 
 
 def as_wide_as_keys(v, k):
-    """Values (..., Dv), padded where the kernel wants it: flash kernels do, cuDNN's on Hopper and later does not."""
+    """Values (..., Dv), padded where the kernel wants it: flash kernels do, cuDNN's on Hopper and later does not. There
+    a copy: a view would keep the keys beside them for backward."""
     kind = backend(v)
     padded = kind == "cpu" or kind == "cuda" and torch.cuda.get_device_capability(v.device) < (9, 0)
     more = k.size(-1) - v.size(-1)
-    return F.pad(v, (0, more)) if padded and more else v
+    return F.pad(v, (0, more)) if padded and more else v.contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -764,7 +773,7 @@ def unpermute(rows, slot, padded=False):
 
 def sorted_slots(ids):
     """Row of every copy once copies are sorted by expert, tokens in order within one: ids (N,K) -> (N,K)."""
-    order = torch.argsort(ids.flatten(), stable=True)                     # (N*K,) copy that goes to each row
+    order = torch.argsort(ids.flatten().int(), stable=True)               # (N*K,) copy that goes to each row
     rows = torch.arange(len(order), device=ids.device)
     return torch.empty_like(order).scatter_(0, order, rows).view_as(ids)
 
@@ -791,6 +800,8 @@ def sum_of_slots(rows, slot, padded):
         rows = with_zero_row(rows)
     if backend(rows) in ("plain", "npu"):
         return rows[slot].sum(1)
+    if torch.compiler.is_compiling():                                     # one kernel, three times as fast as that one
+        return sum(rows[own] for own in slot.unbind(1))
     return F.embedding_bag(slot, rows, mode="sum")                        # the same without (N,K,C) in memory
 
 
@@ -854,7 +865,7 @@ def token_cross_entropy(h, weight, targets):
         logits = F.linear(rows, weight.to(rows.dtype)).to(at_least_float32(rows.dtype))
         return F.cross_entropy(logits, labels, reduction="none")
 
-    step = max(512, LOGIT_ELEMENTS // len(weight))
+    step = rows_of_logits(h, weight)
     chunks = zip(h.split(step), targets[counted].split(step))
     nats = [checkpoint(losses, rows, weight, labels, use_reentrant=False) for rows, labels in chunks]
     return found.index_copy(0, counted, torch.cat(nats))
@@ -881,26 +892,20 @@ class HeadCrossEntropy(torch.autograd.Function):
         wide = at_least_float32(h.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_h = torch.empty_like(h) if needs_grad else None
-        grad_w = torch.zeros(weight.shape, dtype=wide, device=h.device) if needs_grad else None
+        grad_w = None
         loss = torch.zeros((), dtype=wide, device=h.device)
-        step = max(512, LOGIT_ELEMENTS // len(weight))
+        step = rows_of_logits(h, weight)
+        summed_in = wide if step < len(h) else torch.promote_types(h.dtype, weight.dtype)
+        compilable = vocabulary.parts == 1 and h.device.type != "cpu"     # there it gains nothing
+        chunk = maybe_compiled(loss_of_chunk, h) if compilable else loss_of_chunk
         for start in range(0, len(h), step):
             rows = h[start:start + step]
-            label = targets[start:start + step].unsqueeze(1)              # (step, 1)
-            kept = (label != -100).to(wide)                               # 0 for what is ignored
-            label = label - vocabulary.first
-            here = ((label >= 0) & (label < len(w))).to(wide)             # 0 also for a label of other parts
-            label = label.clamp(0, len(w) - 1)
-            logits = (rows @ w.t()).to(wide)                              # (step, V)
-            logits -= vocabulary.maximum(logits.amax(-1, keepdim=True))
-            chosen = logits.gather(1, label)
-            total = vocabulary.sum(logits.exp_().sum(-1, keepdim=True))
-            loss += (total.log() * kept / vocabulary.parts - chosen * here).sum()
+            nats, grad = chunk(rows @ w.t(), targets[start:start + step], vocabulary, needs_grad)
+            loss += nats
             if needs_grad:
-                softmax = logits.mul_(kept / total)
-                grad = softmax.scatter_add_(1, label, -here).to(h.dtype)  # less 1 at the label, in place
                 grad_h[start:start + step] = grad @ w
-                grad_w += grad.t() @ rows
+                own = grad.t() @ rows
+                grad_w = own.to(summed_in) if grad_w is None else grad_w.add_(own)
         ctx.save_for_backward(grad_h, grad_w)
         return loss
 
@@ -908,6 +913,33 @@ class HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
         return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None  # autograd casts to the weight's own dtype
+
+
+def rows_of_logits(h, weight):
+    """How many rows of h (N,C) have their logits in memory at a time, with the head's weight (V,C)."""
+    elements = LOGIT_ELEMENTS * (1 if h.device.type == "cpu" else 32)     # a GPU wants few and large kernels
+    return max(512, elements // len(weight))
+
+
+def loss_of_chunk(logits, targets, vocabulary, needs_grad):
+    """Summed loss of logits (N,V) at targets (N,), -100 ignored, and its gradient of them, in their dtype."""
+    label = targets.unsqueeze(1)                                          # (N,1)
+    exact = logits.to(at_least_float32(logits.dtype))
+    kept = (label != -100).to(exact.dtype)                                # 0 for what is ignored
+    label = label - vocabulary.first
+    here = ((label >= 0) & (label < logits.size(1))).to(exact.dtype)      # 0 also for a label of other parts
+    label = label.clamp(0, logits.size(1) - 1)
+    exact -= vocabulary.maximum(exact.amax(-1, keepdim=True))
+    chosen = exact.gather(1, label)
+    total = vocabulary.sum(exact.exp_().sum(-1, keepdim=True))
+    loss = (total.log() * kept / vocabulary.parts - chosen * here).sum()
+    if not needs_grad:
+        return loss, None
+    softmax = exact.mul_(kept / total)
+    at_label = softmax.gather(1, label) - here
+    grad = softmax.to(logits.dtype)
+    grad[torch.arange(len(grad), device=grad.device), label.squeeze(1)] = at_label.squeeze(1).to(grad.dtype)
+    return loss, grad
 
 
 class AddGradient(torch.autograd.Function):
@@ -1116,7 +1148,23 @@ class MLP(Part):
 # Experts
 
 
-class Router(Part):
+class WideLinear(torch.autograd.Function):
+    """x (N,C) times weight (E,C), in float32 or better -> (N,E). Keeps x as it is, not its cast."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        wide = at_least_float32(x.dtype)
+        return F.linear(x.to(wide), weight.to(wide))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
+        return grad_x, grad.t() @ x.to(grad.dtype)                        # autograd casts to the weight's own dtype
+
+
+class Router(nn.Module):
     """Scores in float32, choice of K experts, and the balance loss. Its weight and bias stay float32 under any cast."""
 
     def __init__(self, c):
@@ -1139,11 +1187,9 @@ class Router(Part):
 
     def forward(self, x, forced_ids=None):
         """x (B,T,C) -> ids (N,K) int64, weights (N,K) float32 or better."""
-        wide = at_least_float32(x.dtype)
-        flat = self.memory.again("norm", lambda x: x.flatten(0, 1).to(wide), x)           # (N,C)
-        logits = F.linear(flat, self.weight.to(flat.dtype))               # (N,E)
+        logits = WideLinear.apply(x.flatten(0, 1), self.weight)           # (N,E)
         scores = self.score(logits)
-        ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.reshape(len(flat), -1)
+        ids = self.choose(scores.detach()) if forced_ids is None else forced_ids.reshape(len(logits), -1)
         weights = self.weigh(scores, ids)
         self.aux_loss = scores.new_zeros(())
         if not self.training:

@@ -1305,10 +1305,11 @@ class Recipe:
         self.make, self.inputs = make, inputs
         self.made = None
 
-    @torch.no_grad()
+    @torch.enable_grad()                                                  # as in forward: some operators choose by it
     def get(self, index):
         if self.made is None:
-            self.made = as_tuple(self.make(*[unpack(x) for x in self.inputs]))
+            made = self.make(*[unpack(x) for x in self.inputs])
+            self.made = [x.detach() for x in as_tuple(made)]
         return whole_storage(self.made[index])
 
 

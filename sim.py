@@ -1151,11 +1151,7 @@ class Work:
         """Scores, choice and balance loss, computed in float32 or better."""
         c, plan, own, precise = self.shape, self.plan, self.plan.tokens, self.precise
         k, experts = c.num_experts_per_tok, c.n_routed_experts
-        if precise > self.element:
-            self.keep("router_in", own * c.hidden_size, "routing", size=precise, again=("norm",))     # cast
-        # without a cast the router keeps its input, and so do rows that are made again; else only a shared expert may
-        if precise == self.element or "permute" in plan.recompute:
-            self.keep_input("mlp_in", own * c.hidden_size, "routing", again=("norm",))
+        self.keep_input("mlp_in", own * c.hidden_size, "routing", again=("norm",))
         self.matmul("attend", "router", own, in_16_bits=True)
         self.vector("attend", "choose", 6 * own * experts, size=precise)
         self.keep("scores", own * experts, "routing", size=precise)

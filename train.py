@@ -144,8 +144,9 @@ OPTIONS = dict(
     beta2=Option(0.95, "of AdamW", least=0, most=0.99999),
     clip=Option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
     compile=Option("auto", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
-                           "for one process without recompute and swap); auto: operators where that works, which takes "
-                           "a C++ compiler or a GPU's Triton", choices=("auto", "none", "operators", "layers")),
+                           "for one process without recompute and swap); auto: operators, on a GPU layers where they "
+                           "can be, if it works here, which takes a C++ compiler or a GPU's Triton",
+                   choices=("auto", "none", "operators", "layers")),
     precision=Option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
                      choices=("auto", "fp32", "bf16")),
 )
@@ -1897,7 +1898,7 @@ def open_run(run):
     # 8. the data, and what is compiled: it takes longest
     run.stage = kind(run)
     run.corpus = run.stage.open_data()
-    fix_compiled(run.settings, run.plan, run.device)
+    fix_compiled(run)
     # 9. progress
     run.progress = beginning()
     if run.checkpoint:
@@ -1969,16 +1970,19 @@ def fix_automatic(settings, device):
     settings["threads"] = torch.get_num_threads()
 
 
-def fix_compiled(settings, plan, device):
+def fix_compiled(run):
     """--compile, from here on in this process; what `auto` becomes is stored, and kept on resume."""
-    wanted = settings["compile"]
-    why_not = compile_operators(wanted != "none", device)
+    settings, plan, wanted = run.settings, run.plan, run.settings["compile"]
+    whole = plan.world_size == 1 and plan.is_plain and not plan.recompute and not plan.swap
+    why_not = compile_operators(wanted != "none", run.device)
     if wanted == "auto":
-        settings["compile"] = "none" if why_not else "operators"
+        # on a CPU layers gain little more, and take longer to compile; answers of rl have other lengths at each step
+        faster = "layers" if whole and run.device.type != "cpu" and run.kind is not RL else "operators"
+        settings["compile"] = "none" if why_not else faster
     elif why_not:
         raise UserError(f"--compile {wanted}: {why_not}; --compile none does without, also with --resume: the losses "
                         f"are then the same within rounding, no longer bit for bit")
-    if wanted == "layers" and (plan.world_size > 1 or not plan.is_plain or plan.recompute or plan.swap):
+    if wanted == "layers" and not whole:
         raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
 
 

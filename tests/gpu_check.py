@@ -4,17 +4,20 @@ One GPU's report in at most five minutes: does it compute the same, and how fast
     python tests/gpu_check.py                        # all of it; results also go to runs/gpu_check.jsonl as they come
     python tests/gpu_check.py --tiny                 # on any machine, a CPU too: shows that it runs, not how fast
 
-In this order, each in a process of its own with what is left of --seconds, so that a run that is cut tells something:
+In this order, with what is left of --seconds, so that a run that is cut tells something:
 
-    1  correctness           tests/smoke.py: operators and ten steps against their plain twins; tests/test_speed.py:
-                             compiled against eager, a step that never makes the host wait
-    2  steps                 one-gpu and one-gpu-256, 1 x 4,096 tokens, weights, gradients and AdamW states in bf16
+    1  correctness           tests/smoke.py: operators, ten steps and what saves memory against their plain twins;
+                             tests/test_speed.py: compiled layers against eager, a step that never makes the host wait
+    2  steps                 one-gpu and one-gpu-256, weights, gradients and AdamW states in bf16; 1 x 4,096 tokens, and
+                             4 x 4,096 or, where these do not fit, 2 x 4,096; each contender in a process of its own
     3  sixty steps           of train.py --preset small, on text that lies on every machine: Python's own library
+    4  more contenders       as long as there is time
 
 A step is forward, backward and fused AdamW, without multi-token prediction, balance loss and clipping on all sides.
-Columns: milliseconds (median), tokens/s, share of what an 8192 x 8192 matmul reaches in that process, GiB of the most
-memory that forward adds, times that the host waited for the GPU in a step, seconds of the first step. The share counts
-model FLOPs: six for each parameter that a token uses, and causal attention.
+ours is eager, ours-operators and ours-compiled are --compile operators and layers of train.py. Columns: milliseconds
+(median) of a step, and of its forward and backward alone; tokens/s; shares of what an 8192 x 8192 matmul reaches in
+that process, of both; GiB of the most memory that forward adds; times that the host waited for the GPU in a step;
+seconds of the first step. The shares count model FLOPs: six for each parameter that a token uses, and causal attention.
 """
 import argparse
 import json
@@ -26,6 +29,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,10 +40,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench_step import environment, matmul_rate, transformers_config  # noqa: E402
 from model import PRESETS, Model, compile_model, compile_operators, flops_per_token, initial_scale  # noqa: E402
 
-# the most telling first
-STEPS = [("one-gpu", "ours"), ("one-gpu", "transformers"), ("one-gpu", "ours-compiled"), ("one-gpu-256", "ours"),
-         ("one-gpu-256", "transformers"), ("one-gpu-256", "ours-compiled"), ("one-gpu", "ours-operators"),
-         ("one-gpu", "transformers-compiled"), ("one-gpu-256", "transformers-compiled")]
+# before and after the training; the most telling first
+STEPS = [(preset, name) for preset in ("one-gpu", "one-gpu-256") for name in ("ours", "transformers", "ours-compiled")]
+MORE_STEPS = [("one-gpu", "transformers-compiled"), ("one-gpu", "ours-operators"),
+              ("one-gpu-256", "transformers-compiled"), ("one-gpu-256", "ours-operators")]
 TINY_STEPS = [("tiny", name) for name in ("ours", "transformers", "ours-operators")]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,12 +93,16 @@ class Contender:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.forward_bytes = 0
 
-    def step(self, ids):
+    def forward_backward(self, ids):
         self.optimizer.zero_grad()
         before = self.allocated(reset=True)
         loss = self.loss(ids)
         self.forward_bytes = self.allocated() - before
         loss.backward()
+        return loss
+
+    def step(self, ids):
+        loss = self.forward_backward(ids)
         self.optimizer.step()
         return loss
 
@@ -106,11 +114,19 @@ class Contender:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
 
-    def timed(self, ids):
-        """Seconds of a step, and its loss."""
-        start = time.perf_counter()
-        loss = self.step(ids).item()                                      # waits for the device
-        return time.perf_counter() - start, loss
+    def seconds(self, call, ids, times):
+        """Median of some calls, each until the device is done with all of it."""
+        measured = []
+        for _ in range(times):
+            start = time.perf_counter()
+            call(ids)
+            self.wait()
+            measured.append(time.perf_counter() - start)
+        return statistics.median(measured)
+
+    def wait(self):
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def waits(self, ids):
         """How often the host waits for the device in one step, or None where torch cannot tell."""
@@ -126,35 +142,49 @@ class Contender:
     def profile(self, ids, rows=14):
         """[(kernel, calls, milliseconds)] of one step, longest first, and their sum."""
         activity = torch.profiler.ProfilerActivity
-        kinds = [activity.CPU] + ([activity.CUDA] if self.device.type == "cuda" else [])
-        with torch.profiler.profile(activities=kinds) as profiler:
-            self.timed(ids)
         on_device = self.device.type == "cuda"
+        with torch.profiler.profile(activities=[activity.CUDA if on_device else activity.CPU]) as profiler:
+            self.step(ids)
+            self.wait()
         spent = "self_device_time_total" if on_device else "self_cpu_time_total"      # microseconds
-        times = [(event.key, event.count, getattr(event, spent) / 1e3)
-                 for event in profiler.key_averages() if not on_device or "CUDA" in str(event.device_type)]
+        times = [(event.key, event.count, getattr(event, spent) / 1e3) for event in profiler.key_averages()
+                 if not on_device or "CUDA" in str(event.device_type) and not event.key.startswith("Optimizer.")]
         times.sort(key=lambda row: -row[2])
         return [("all", sum(row[1] for row in times), sum(row[2] for row in times)), *times[:rows]]
 
 
-def measure(preset, name, tokens, steps):
-    """Print one line of JSON for each thing that is known, the step first."""
+def measure(preset, name, batches, seq_len, steps):
+    """Print one line of JSON for each thing that is known. batches: sequences; the first of the last two that fits."""
+    torch._dynamo.config.automatic_dynamic_shapes = False                 # each size by itself, as if it were the only
     device = torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     config = replace(PRESETS[preset], num_nextn_predict_layers=0, balance="none", norm="pre", latent_norm_eps=1e-6)
+    peak = matmul_rate(torch.bfloat16, device)
     contender = Contender(name, config, device)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (1, tokens), generator=generator).to(device)
-    first, loss = contender.timed(ids)
-    contender.timed(ids)
-    seconds = statistics.median(contender.timed(ids)[0] for _ in range(steps))
-    peak = matmul_rate(torch.bfloat16, device)
-    flops = tokens / seconds * flops_per_token(config, tokens)
-    waits = contender.waits(ids)
-    say(what="step", preset=preset, contender=name, ms=seconds * 1e3, tokens_per_s=tokens / seconds,
-        share=flops / peak, matmul_tflops=peak / 1e12, forward_gib=contender.forward_bytes / 2 ** 30, waits=waits,
-        first_step_s=first, first_loss=loss, parameters=sum(p.numel() for p in contender.model.parameters()))
-    if name != "transformers-compiled":
-        say(what="profile", preset=preset, contender=name, rows=contender.profile(ids))
+    for number, batch in enumerate(batches):
+        ids = torch.randint(0, config.vocab_size, (batch, seq_len), generator=generator).to(device)
+        try:
+            measure_batch(preset, name, contender, ids, steps, config, peak)
+        except torch.OutOfMemoryError:
+            say(what="note", text=f"{preset} {name}: {batch} x {seq_len} tokens do not fit")
+            contender.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            continue
+        if number > 0:
+            break
+    say(what="profile", preset=preset, contender=name, rows=contender.profile(ids))
+
+
+def measure_batch(preset, name, contender, ids, steps, config, peak):
+    first_step = contender.seconds(contender.step, ids, 1)
+    loss = contender.forward_backward(ids).item()
+    both = contender.seconds(contender.forward_backward, ids, steps)
+    seconds = contender.seconds(contender.step, ids, steps)
+    flops = ids.numel() * flops_per_token(config, ids.size(1))
+    say(what="step", preset=preset, contender=name, batch=len(ids), ms=seconds * 1e3, forward_backward_ms=both * 1e3,
+        tokens_per_s=ids.numel() / seconds, share=flops / seconds / peak, forward_backward_share=flops / both / peak,
+        matmul_tflops=peak / 1e12, forward_gib=contender.forward_bytes / 2 ** 30, waits=contender.waits(ids),
+        first_step_s=first_step, second_loss=loss, parameters=sum(p.numel() for p in contender.model.parameters()))
 
 
 def say(**what):
@@ -177,12 +207,12 @@ class Report:
         print(json.dumps(what), file=self.file, flush=True)
 
     def run(self, title, command):
-        """The command's output, printed where it is no JSON; None if it failed or there was no time."""
+        """The command's output, of which the end is printed if it failed; empty if there was no time."""
         left = self.end - time.monotonic()
         if left < 5:
             print(f"{title}: no time left", flush=True)
             self.keep(what="left out", title=title)
-            return None
+            return ""
         start = time.monotonic()
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT, start_new_session=True)
@@ -192,26 +222,34 @@ class Report:
             os.killpg(process.pid, 9)
             out, _ = process.communicate()
             out += "\ncut: the time is over"
-        self.keep(what="run", title=title, status=process.returncode, seconds=time.monotonic() - start, out=out[-4000:])
-        if process.returncode == 0:
-            return out
-        print(f"{title}: status {process.returncode}\n{out[-1500:]}", flush=True)
-        return None
+        seconds = time.monotonic() - start
+        self.keep(what="run", title=title, status=process.returncode, seconds=seconds, out=out[-4000:])
+        if process.returncode != 0:
+            print(f"{title}: status {process.returncode} after {seconds:.0f} s\n{out[-1500:]}", flush=True)
+        return out
 
     def results(self, title, command):
         """What the command said, as dicts."""
-        out = self.run(title, command) or ""
+        out = self.run(title, command)
         found = [json.loads(line) for line in out.splitlines() if line.startswith('{"what"')]
         for result in found:
             self.keep(**result)
         return found
 
 
+def show(result):
+    if result["what"] == "note":
+        print(result["text"], flush=True)
+    else:
+        (show_step if result["what"] == "step" else show_profile)(result)
+
+
 def show_step(r):
     waits = "-" if r["waits"] is None else r["waits"]
-    print(f"{r['preset']:12} {r['contender']:22} {r['ms']:7.1f} ms {r['tokens_per_s']:9,.0f} tokens/s {r['share']:.1%} "
-          f"of {r['matmul_tflops']:.1f} TFLOP/s  forward {r['forward_gib']:5.2f} GiB  waits {waits}  first step "
-          f"{r['first_step_s']:.1f} s  loss {r['first_loss']:.4f}", flush=True)
+    print(f"{r['preset']:12} {r['contender']:22} x {r['batch']} {r['ms']:7.1f} ms ({r['forward_backward_ms']:.1f})  "
+          f"{r['tokens_per_s']:,.0f} tokens/s  {r['share']:.1%} ({r['forward_backward_share']:.1%}) of "
+          f"{r['matmul_tflops']:.1f} TFLOP/s  forward {r['forward_gib']:.2f} GiB  waits {waits}  first step "
+          f"{r['first_step_s']:.1f} s  loss {r['second_loss']:.4f}", flush=True)
 
 
 def show_profile(r):
@@ -221,14 +259,13 @@ def show_profile(r):
 
 
 def check_correctness(report, tiny):
-    """Two lines, and all of it where something failed."""
-    out = report.run("smoke", ["tests/smoke.py", *(["--tiny"] if tiny else [])])
-    if out:
-        print("smoke:", out.strip().splitlines()[-1], flush=True)
-    chosen = ["-k", "short_attention"] if tiny else ["-k", "not fork"]
-    out = report.run("test_speed", ["-m", "pytest", "-x", "-o", "addopts=", "tests/test_speed.py", *chosen])
-    if out:
-        print("test_speed:", out.strip().splitlines()[-1], flush=True)
+    """Side by side; two lines, and all of it where something failed."""
+    chosen = "short_attention" if tiny else "never_waits or compiled_layers and bfloat16"
+    commands = {"smoke": ["tests/smoke.py", *(["--tiny"] if tiny else [])],
+                "test_speed": ["-m", "pytest", "-x", "-o", "addopts=", "tests/test_speed.py", "-k", chosen]}
+    with ThreadPoolExecutor() as pool:
+        for title, out in zip(commands, pool.map(report.run, commands, commands.values())):
+            print(f"{title}:", (out.strip() or "nothing").splitlines()[-1], flush=True)
 
 
 def train(report, tiny):
@@ -240,7 +277,7 @@ def train(report, tiny):
         size = ["--preset", "tiny", "--steps", "2"] if tiny else ["--preset", "small", "--steps", "60"]
         folder = str(Path(work) / "run")
         out = report.run("train", ["train.py", "pretrain", *size, "--data", str(text), "--out", folder])
-        if out:
+        if "tokens/s" in out:
             steps = [line for line in out.splitlines() if "tokens/s" in line]
             print("train:", *steps[-3:], sep="\n    ", flush=True)
 
@@ -252,18 +289,22 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="preset tiny, 64 tokens, two steps")
     parser.add_argument("--measure", nargs=2, metavar=("PRESET", "CONTENDER"), help="one contender, in this process")
     args = parser.parse_args()
-    tokens, steps = (64, 2) if args.tiny else (4096, 8)
     if args.measure:
-        return measure(*args.measure, tokens, steps)
+        return measure(*args.measure, *(((1, 2), 64, 2) if args.tiny else ((1, 4, 2), 4096, 6)))
     report = Report(args.out, args.seconds)
     print(environment(), flush=True)
     report.keep(what="environment", text=environment())
     check_correctness(report, args.tiny)
-    tiny = ["--tiny"] if args.tiny else []
-    for preset, name in TINY_STEPS if args.tiny else STEPS:
-        for result in report.results(f"{preset} {name}", ["tests/gpu_check.py", "--measure", preset, name, *tiny]):
-            (show_step if result["what"] == "step" else show_profile)(result)
+    race(report, TINY_STEPS if args.tiny else STEPS, args.tiny)
     train(report, args.tiny)
+    race(report, [] if args.tiny else MORE_STEPS, args.tiny)
+
+
+def race(report, steps, tiny):
+    for preset, name in steps:
+        command = ["tests/gpu_check.py", "--measure", preset, name, *(["--tiny"] if tiny else [])]
+        for result in report.results(f"{preset} {name}", command):
+            show(result)
 
 
 if __name__ == "__main__":
