@@ -917,7 +917,9 @@ class HeadCrossEntropy(torch.autograd.Function):
 
 def rows_of_logits(h, weight):
     """How many rows of h (N,C) have their logits in memory at a time, with the head's weight (V,C)."""
-    elements = LOGIT_ELEMENTS * (1 if h.device.type == "cpu" else 32)     # a GPU wants few and large kernels
+    elements = LOGIT_ELEMENTS
+    if h.device.type != "cpu":                                            # a GPU wants few and large kernels
+        elements = min(2**27, len(h) // 4 * len(weight))
     return max(512, elements // len(weight))
 
 

@@ -6,12 +6,13 @@ One GPU's report in at most five minutes: does it compute the same, and how fast
 
 In this order, with what is left of --seconds, so that a run that is cut tells something:
 
-    1  correctness           tests/smoke.py: operators, ten steps and what saves memory against their plain twins;
-                             tests/test_speed.py: compiled layers against eager, a step that never makes the host wait
-    2  steps                 one-gpu and one-gpu-256, weights, gradients and AdamW states in bf16; 1 x 4,096 tokens, and
-                             4 x 4,096 or, where these do not fit, 2 x 4,096; each contender in a process of its own
-    3  sixty steps           of train.py --preset small, on text that lies on every machine: Python's own library
-    4  more contenders       as long as there is time
+    1  does it work          side by side: tests/smoke.py, operators, ten steps and what saves memory against their
+                             plain twins; tests/test_speed.py, compiled layers against eager, a step that never makes
+                             the host wait; and sixty steps of train.py --preset small on text that lies on every
+                             machine, Python's own library
+    2  how fast              steps of one-gpu and one-gpu-256, weights, gradients and AdamW states in bf16: 1 x 4,096
+                             tokens, then 4 x 4,096 or, where these do not fit, 2 x 4,096; each contender in a process
+                             of its own, the most telling first, as many as there is time for
 
 A step is forward, backward and fused AdamW, without multi-token prediction, balance loss and clipping on all sides.
 ours is eager, ours-operators and ours-compiled are --compile operators and layers of train.py. Columns: milliseconds
@@ -40,10 +41,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench_step import environment, matmul_rate, transformers_config  # noqa: E402
 from model import PRESETS, Model, compile_model, compile_operators, flops_per_token, initial_scale  # noqa: E402
 
-# before and after the training; the most telling first
-STEPS = [(preset, name) for preset in ("one-gpu", "one-gpu-256") for name in ("ours", "transformers", "ours-compiled")]
-MORE_STEPS = [("one-gpu", "transformers-compiled"), ("one-gpu", "ours-operators"),
-              ("one-gpu-256", "transformers-compiled"), ("one-gpu-256", "ours-operators")]
+STEPS = [*((preset, name) for preset in ("one-gpu", "one-gpu-256")
+           for name in ("ours", "transformers", "ours-compiled")),
+         ("one-gpu", "transformers-compiled"), ("one-gpu", "ours-operators"),
+         ("one-gpu-256", "transformers-compiled"), ("one-gpu-256", "ours-operators")]
 TINY_STEPS = [("tiny", name) for name in ("ours", "transformers", "ours-operators")]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,10 +76,9 @@ def build(name, config, device):
     """(module, loss function of ids)."""
     if name.startswith("transformers"):
         return build_transformers(config, device, name.endswith("compiled"))
-    if name == "ours-operators":
-        why_not = compile_operators()
-        if why_not:
-            sys.exit(why_not)
+    why_not = compile_operators(name != "ours")                           # layers are compiled with them, as in train.py
+    if why_not:
+        sys.exit(why_not)
     model, loss = build_ours(config, device)
     if name == "ours-compiled":
         compile_model(model)
@@ -258,28 +258,24 @@ def show_profile(r):
         print(f"    {milliseconds:8.2f} ms {milliseconds / total:6.1%} {calls:5} x {kernel[:90]}", flush=True)
 
 
-def check_correctness(report, tiny):
-    """Side by side; two lines, and all of it where something failed."""
-    chosen = "short_attention" if tiny else "never_waits or compiled_layers and bfloat16"
-    commands = {"smoke": ["tests/smoke.py", *(["--tiny"] if tiny else [])],
-                "test_speed": ["-m", "pytest", "-x", "-o", "addopts=", "tests/test_speed.py", "-k", chosen]}
-    with ThreadPoolExecutor() as pool:
-        for title, out in zip(commands, pool.map(report.run, commands, commands.values())):
-            print(f"{title}:", (out.strip() or "nothing").splitlines()[-1], flush=True)
-
-
-def train(report, tiny):
-    """Sixty steps of train.py on Python's own library: its last steps."""
+def check(report, tiny):
+    """Side by side: the last line of each check, and the last steps of a training."""
     with tempfile.TemporaryDirectory() as work:
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:20 if tiny else None]
         text = Path(work) / "library.txt"
         text.write_text("\n".join(path.read_text(errors="ignore") for path in sources))
         size = ["--preset", "tiny", "--steps", "2"] if tiny else ["--preset", "small", "--steps", "60"]
-        folder = str(Path(work) / "run")
-        out = report.run("train", ["train.py", "pretrain", *size, "--data", str(text), "--out", folder])
-        if "tokens/s" in out:
-            steps = [line for line in out.splitlines() if "tokens/s" in line]
-            print("train:", *steps[-3:], sep="\n    ", flush=True)
+        chosen = "short_attention" if tiny else "never_waits or compiled_layers and bfloat16"
+        commands = {
+            "smoke": ["tests/smoke.py", *(["--tiny"] if tiny else [])],
+            "test_speed": ["-m", "pytest", "-x", "-o", "addopts=", "tests/test_speed.py", "-k", chosen],
+            "train": ["train.py", "pretrain", *size, "--data", str(text), "--out", str(Path(work) / "run")]}
+        with ThreadPoolExecutor() as pool:
+            outputs = dict(zip(commands, pool.map(report.run, commands, commands.values())))
+    trained = [line for line in outputs.pop("train").splitlines() if "tokens/s" in line or line.startswith("held-out:")]
+    for title, out in outputs.items():
+        print(f"{title}:", (out.strip() or "nothing").splitlines()[-1], flush=True)
+    print("train:", *trained[:1], *trained[-3:], sep="\n    ", flush=True)
 
 
 def main():
@@ -294,15 +290,9 @@ def main():
     report = Report(args.out, args.seconds)
     print(environment(), flush=True)
     report.keep(what="environment", text=environment())
-    check_correctness(report, args.tiny)
-    race(report, TINY_STEPS if args.tiny else STEPS, args.tiny)
-    train(report, args.tiny)
-    race(report, [] if args.tiny else MORE_STEPS, args.tiny)
-
-
-def race(report, steps, tiny):
-    for preset, name in steps:
-        command = ["tests/gpu_check.py", "--measure", preset, name, *(["--tiny"] if tiny else [])]
+    check(report, args.tiny)
+    for preset, name in TINY_STEPS if args.tiny else STEPS:
+        command = ["tests/gpu_check.py", "--measure", preset, name, *(["--tiny"] if args.tiny else [])]
         for result in report.results(f"{preset} {name}", command):
             show(result)
 
