@@ -76,7 +76,7 @@ def build(name, config, device):
     """(module, loss function of ids)."""
     if name.startswith("transformers"):
         return build_transformers(config, device, name.endswith("compiled"))
-    why_not = compile_operators(name != "ours")                           # layers are compiled with them, as in train.py
+    why_not = compile_operators(name != "ours")             # layers have them too, as in train.py
     if why_not:
         sys.exit(why_not)
     model, loss = build_ours(config, device)
