@@ -11,6 +11,7 @@ import torch
 
 import parallel
 import sim
+import smoke
 import train
 from bench_memory import Watch, report_parts, watched_step
 from model import Config, Model, rope_table
@@ -56,6 +57,14 @@ def test_gradients_are_those_of_the_plain_run(axes, changes):
         assert torch.equal(loss, want[0]) and torch.equal(loads, want[2]), (items, swap)
         different = [name for name, grad in want[1].items() if not torch.equal(grad, grads[name])]
         assert not different, (items, swap, different)
+
+
+def test_bf16_on_a_cpu():
+    """The same losses, bit for bit, where operators on short inputs take another kernel without autograd."""
+    recompute = ("norm", "mla_up", "act", "permute", "expert")
+    plain, saving = (smoke.ten_steps(SHALLOW, torch.device("cpu"), torch.bfloat16, recompute=items)
+                     for items in ((), recompute))
+    assert plain == saving
 
 
 def plans_over_ranks():

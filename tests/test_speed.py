@@ -5,6 +5,7 @@ would make it slow does not happen: compiling anew for new numbers of rows, a ho
 import json
 import multiprocessing
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import model as M
 import train
 from model import Model
+from sim import Plan
 from test_model import EXACT, OPERATORS, TOLERANCE, assert_close, batch, random_tensor, run_operator
 from test_train import TINY, at, losses, refusal, run, text  # noqa: F401
 
@@ -116,6 +118,17 @@ def test_no_compiler_here(at, text, monkeypatch, capsys):  # noqa: F811
     assert len(losses(at / "r")) == 3
 
 
+@pytest.mark.parametrize("found, device, stage, changes", [
+    ("operators", "cpu", train.Pretrain, {}), ("layers", "cuda", train.Pretrain, {}), ("layers", "cuda", train.SFT, {}),
+    ("operators", "cuda", train.RL, {}), ("operators", "cuda", train.Pretrain, dict(recompute=("act",))),
+    ("operators", "cuda", train.Pretrain, dict(dp=2))], ids=str)
+def test_what_auto_becomes(found, device, stage, changes, monkeypatch):
+    monkeypatch.setattr(train, "compile_operators", lambda wanted, device: None)
+    run = SimpleNamespace(settings=dict(compile="auto"), plan=Plan(**changes), device=torch.device(device), kind=stage)
+    train.fix_compiled(run)
+    assert run.settings["compile"] == found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole layers through torch.compile
 
@@ -139,7 +152,8 @@ def train_steps(model, dtype, device, steps=3):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_layers_train_like_others(dtype):
-    """The same losses within rounding; after two steps nothing is compiled any more; and layers share their code."""
+    """The same losses within rounding; after two steps nothing is compiled any more; layers share their code; and what
+    is generated, with lengths that grow, compiles nothing."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     models = []
     for _ in range(2):
@@ -152,6 +166,8 @@ def test_compiled_layers_train_like_others(dtype):
     values, pieces = train_steps(models[1], dtype, device, steps=4)
     assert values[:3] == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-2)
     assert pieces[1] == pieces[3] and pieces[3] - before < 30
+    M.generate(models[1].eval(), [torch.arange(5, device=device)], 3)
+    assert graphs() == pieces[3]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
