@@ -800,7 +800,7 @@ def sum_of_slots(rows, slot, padded):
         rows = with_zero_row(rows)
     if backend(rows) in ("plain", "npu"):
         return rows[slot].sum(1)
-    if torch.compiler.is_compiling():                                     # one kernel, three times as fast as that one
+    if torch.compiler.is_compiling():                                     # one kernel, also with what is around it
         return sum(rows[own] for own in slot.unbind(1))
     return F.embedding_bag(slot, rows, mode="sum")                        # the same without (N,K,C) in memory
 

@@ -286,7 +286,7 @@ def main():
     parser.add_argument("--measure", nargs=2, metavar=("PRESET", "CONTENDER"), help="one contender, in this process")
     args = parser.parse_args()
     if args.measure:
-        return measure(*args.measure, *(((1, 2), 64, 2) if args.tiny else ((1, 4, 2), 4096, 6)))
+        return measure(*args.measure, *(((1, 2), 64, 2) if args.tiny else ((1, 4, 2), 4096, 5)))
     report = Report(args.out, args.seconds)
     print(environment(), flush=True)
     report.keep(what="environment", text=environment())
