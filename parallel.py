@@ -99,8 +99,21 @@ def fused_skips(device):
 
 
 def auto_precision(device):
-    """A static rule: bf16 (float32 master weights), but float32 on a CPU that cannot multiply bf16."""
-    return "bf16" if device.type != "cpu" or cpu_multiplies_bf16() else "fp32"
+    """bf16 (float32 master weights), but float32 on a CPU whose bf16 matmuls are not clearly faster: without AMX some
+    take twice as long."""
+    if device.type != "cpu" or 1.5 * matmul_seconds(torch.bfloat16) < matmul_seconds(torch.float32):
+        return "bf16"
+    return "fp32"
+
+
+def matmul_seconds(dtype):
+    """Of a small one on the CPU, the least of a few."""
+    square, seconds = torch.ones(256, 256, dtype=dtype), []
+    for _ in range(9):
+        start = time.perf_counter()
+        square @ square
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def peak_memory(device):
@@ -116,11 +129,7 @@ def peak_memory(device):
 # All that this file takes of it (torch 2.11 to 2.13), in small functions; tests fail where torch changes it:
 # torch.distributed.pipelining.schedules: _PipelineScheduleRuntime, its _prepare_schedule_with_comms, fwd_recv_ops and
 # bwd_recv_ops; _Action.from_str. PipelineStage: args_recv_info, grad_recv_info, fwd_cache, bwd_cache. FSDP2's state:
-# _lazy_init, _root_post_backward_final_callback. torch._foreach_norm, torch.cpu._is_avx512_bf16_supported.
-
-
-def cpu_multiplies_bf16():
-    return torch.cpu._is_avx512_bf16_supported()
+# _lazy_init, _root_post_backward_final_callback. torch._foreach_norm.
 
 
 def norms_of(tensors):

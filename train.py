@@ -147,7 +147,7 @@ OPTIONS = dict(
                            "for one process without recompute and swap); auto: operators, on a GPU layers where they "
                            "can be, if it works here, which takes a C++ compiler or a GPU's Triton",
                    choices=("auto", "none", "operators", "layers")),
-    precision=Option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without bf16 matmuls",
+    precision=Option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without fast bf16 matmuls",
                      choices=("auto", "fp32", "bf16")),
 )
 PRETRAIN_ONLY = "preset text_field tokenizer document_mask phases train mtp_depth".split()
