@@ -358,8 +358,8 @@ def flops_per_token(config, seq_len):
 # Operators, plain with a fused branch for CPU and CUDA (torch's own) and for NPU (torch_npu's); first elementwise ones
 
 FUSED = True              # False: every operator takes its plain body, which explains it; tests compare the two
-COMPILED = False          # True: norms and SwiGLU are kernels that torch.compile made; see compile_operators
-LOGIT_ELEMENTS = 2**20    # float32 logits that cross_entropy holds at a time (4 MiB), but at least 512 rows of them
+COMPILED = False          # True: SwiGLU, and on a CPU norms, are kernels of torch.compile; see compile_operators
+LOGIT_ELEMENTS = 2**20    # float32 logits that the loss holds at a time on a CPU (4 MiB), but at least 512 rows of them
 SHORT = 2**14             # elements of a norm or SwiGLU below which generation takes one call for them
 SHORT_SEQUENCE = 512      # tokens up to which ShortAttention is no slower than torch's own
 SCORE_ELEMENTS = 2**19    # float32 scores that ShortAttention holds twice (2 MiB each), but at least one head's
@@ -428,8 +428,9 @@ def compiled(function):
 
 
 def compile_operators(wanted=True, device=None):
-    """Norms and SwiGLU become kernels that torch.compile makes when they are first used, in some 10 s in all, from here
-    on in this process. Not wanted: no longer. Returns None, or why it does not work here: then nothing changes."""
+    """SwiGLU, the loss on a GPU and norms on a CPU become kernels that torch.compile makes when they are first used, in
+    some 10 s in all, from here on in this process. Not wanted: no longer. Returns None, or why it does not work here:
+    then nothing changes."""
     global COMPILED
     COMPILED = False
     if not wanted:
@@ -454,6 +455,7 @@ def compile_model(model):
     c, probe = model.config, model.embed_tokens.weight[:1]
     probe = probe if model.compute_dtype is None else probe.to(model.compute_dtype)
     kind = grouped_kind(probe, c.hidden_size, c.moe_intermediate_size)
+    torch._dynamo.config.recompile_limit = 64                             # by kind of layer, mode, and sizes of a batch
     for block in model.layers.values():
         if block.is_moe and (kind, probe.dtype) != ("grouped", torch.bfloat16):
             block.mlp.experts.grouped = torch.compiler.disable(block.mlp.experts.grouped)
@@ -475,7 +477,7 @@ def rms_norm(x, weight, eps):
     kind = backend(x)
     if kind == "npu":
         return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
-    if kind == "cuda" and not COMPILED or kind == "cpu" and is_short(x):
+    if kind == "cuda" and not torch.compiler.is_compiling() or kind == "cpu" and is_short(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return one_kernel(partial(plain_rms_norm, eps=eps), x, weight)
 
@@ -580,12 +582,11 @@ def causal_triangle(device):
 
 
 def as_wide_as_keys(v, k):
-    """Values (..., Dv), padded where the kernel wants it: flash kernels do, cuDNN's on Hopper and later does not. There
-    a copy: a view would keep the keys beside them for backward."""
+    """Values (..., Dv), padded where the kernel wants it: flash kernels do, cuDNN's on Hopper and later does not."""
     kind = backend(v)
     padded = kind == "cpu" or kind == "cuda" and torch.cuda.get_device_capability(v.device) < (9, 0)
     more = k.size(-1) - v.size(-1)
-    return F.pad(v, (0, more)) if padded and more else v.contiguous()
+    return F.pad(v, (0, more)) if padded and more else v
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -898,7 +899,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         summed_in = wide if step < len(h) else torch.promote_types(h.dtype, weight.dtype)
         compilable = vocabulary.parts == 1 and h.device.type != "cpu"     # there it gains nothing
         chunk = maybe_compiled(loss_of_chunk, h) if compilable else loss_of_chunk
-        for start in range(0, len(h), step):
+        for start in range(0, max(1, len(h)), step):
             rows = h[start:start + step]
             nats, grad = chunk(rows @ w.t(), targets[start:start + step], vocabulary, needs_grad)
             loss += nats
@@ -919,7 +920,7 @@ def rows_of_logits(h, weight):
     """How many rows of h (N,C) have their logits in memory at a time, with the head's weight (V,C)."""
     elements = LOGIT_ELEMENTS
     if h.device.type != "cpu":                                            # a GPU wants few and large kernels
-        elements = min(2**27, len(h) // 4 * len(weight))
+        elements = min(2**26, -(-len(h) // 4) * len(weight))
     return max(512, elements // len(weight))
 
 
@@ -1104,7 +1105,7 @@ class Attention(Part):
         k_nope, v = kv.split((self.nope, self.v), -1)
         heads = k_nope.size(2)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, heads, -1)), -1)
-        return q, k, as_wide_as_keys(v, k)
+        return q, k, as_wide_as_keys(v, k).contiguous()                   # a view would keep k_nope beside it
 
     def queries(self, q_latent, cos, sin):
         """q_latent (B,T,*) -> queries (B,T,H,*), in two parts: without position, and turned."""

@@ -99,21 +99,9 @@ def fused_skips(device):
 
 
 def auto_precision(device):
-    """bf16 (float32 master weights), but float32 on a CPU whose bf16 matmuls are not clearly faster: without AMX some
-    take twice as long."""
-    if device.type != "cpu" or 1.5 * matmul_seconds(torch.bfloat16) < matmul_seconds(torch.float32):
-        return "bf16"
-    return "fp32"
-
-
-def matmul_seconds(dtype):
-    """Of a small one on the CPU, the least of a few."""
-    square, seconds = torch.ones(256, 256, dtype=dtype), []
-    for _ in range(9):
-        start = time.perf_counter()
-        square @ square
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    """A static rule, alike on all ranks: bf16 (float32 master weights), but float32 on a CPU without AMX, where bf16
+    matmuls can take twice as long as float32's."""
+    return "bf16" if device.type != "cpu" or has_amx() else "fp32"
 
 
 def peak_memory(device):
@@ -129,7 +117,11 @@ def peak_memory(device):
 # All that this file takes of it (torch 2.11 to 2.13), in small functions; tests fail where torch changes it:
 # torch.distributed.pipelining.schedules: _PipelineScheduleRuntime, its _prepare_schedule_with_comms, fwd_recv_ops and
 # bwd_recv_ops; _Action.from_str. PipelineStage: args_recv_info, grad_recv_info, fwd_cache, bwd_cache. FSDP2's state:
-# _lazy_init, _root_post_backward_final_callback. torch._foreach_norm.
+# _lazy_init, _root_post_backward_final_callback. torch._foreach_norm, torch.cpu._is_amx_tile_supported.
+
+
+def has_amx():
+    return torch.cpu._is_amx_tile_supported()
 
 
 def norms_of(tensors):

@@ -31,6 +31,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import hashlib
 import heapq
 import itertools
@@ -143,11 +144,11 @@ OPTIONS = dict(
     beta1=Option(0.9, "of AdamW", least=0, most=0.99999),
     beta2=Option(0.95, "of AdamW", least=0, most=0.99999),
     clip=Option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
-    compile=Option("auto", "by torch.compile: operators (norms and SwiGLU, one kernel each way) | layers (whole ones, "
+    compile=Option("auto", "by torch.compile: operators (norms, SwiGLU: what a device gains by) | layers (whole ones, "
                            "for one process without recompute and swap); auto: operators, on a GPU layers where they "
                            "can be, if it works here, which takes a C++ compiler or a GPU's Triton",
                    choices=("auto", "none", "operators", "layers")),
-    precision=Option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without fast bf16 matmuls",
+    precision=Option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without AMX",
                      choices=("auto", "fp32", "bf16")),
 )
 PRETRAIN_ONLY = "preset text_field tokenizer document_mask phases train mtp_depth".split()
@@ -1983,7 +1984,11 @@ def fix_compiled(run):
         raise UserError(f"--compile {wanted}: {why_not}; --compile none does without, also with --resume: the losses "
                         f"are then the same within rounding, no longer bit for bit")
     if wanted == "layers" and not whole:
-        raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
+        if "compile" in run.given:
+            raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
+        if parallel.rank() == 0:
+            print("compile layers becomes operators: whole layers are for one process without recompute and swap")
+        settings["compile"] = "operators"                                 # of a run that goes on with another plan
 
 
 def fit_plan(run):
@@ -2482,6 +2487,8 @@ def train_to_end(run):
                 log.add(run.stage.evaluate(pipeline))
         if not (is_done(run) or stop.agreed):
             checkpoint = end_phase(run, saver, pipeline, optimizer)
+            del pipeline, optimizer                                       # the next one may not fit beside it
+            gc.collect()                                                  # which a model with compiled layers waits for
     conclude(run, checkpoint)
 
 

@@ -163,16 +163,19 @@ def measure(preset, name, batches, seq_len, steps):
     generator = torch.Generator().manual_seed(0)
     for number, batch in enumerate(batches):
         ids = torch.randint(0, config.vocab_size, (batch, seq_len), generator=generator).to(device)
+        fits = True
         try:
             measure_batch(preset, name, contender, ids, steps, config, peak)
         except torch.OutOfMemoryError:
+            fits = False
+        if not fits:                                                      # here the failed step's tensors are gone
             say(what="note", text=f"{preset} {name}: {batch} x {seq_len} tokens do not fit")
             contender.optimizer.zero_grad()
             torch.cuda.empty_cache()
-            continue
-        if number > 0:
+        elif number > 0:
             break
-    say(what="profile", preset=preset, contender=name, rows=contender.profile(ids))
+    if fits:
+        say(what="profile", preset=preset, contender=name, rows=contender.profile(ids))
 
 
 def measure_batch(preset, name, contender, ids, steps, config, peak):

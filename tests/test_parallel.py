@@ -48,14 +48,15 @@ def test_each_rank_of_a_node_has_its_own_accelerator(monkeypatch, local_rank, cu
     assert parallel.pick_device("auto").type == "cuda" and chosen == [current]
 
 
-@pytest.mark.parametrize("bf16, precision", [(0.5, "bf16"), (0.9, "fp32"), (2, "fp32")])
-def test_precision_is_bf16_where_that_is_fast(monkeypatch, bf16, precision):
-    monkeypatch.setattr(parallel, "matmul_seconds", {torch.bfloat16: bf16, torch.float32: 1.0}.__getitem__)
+@pytest.mark.parametrize("amx, precision", [(True, "bf16"), (False, "fp32")])
+def test_precision_is_bf16_where_that_is_fast(monkeypatch, amx, precision):
+    monkeypatch.setattr(parallel, "has_amx", lambda: amx)
     assert parallel.auto_precision(torch.device("cpu")) == precision
     assert parallel.auto_precision(torch.device("cuda")) == "bf16"
 
 
 def test_what_torch_does_not_publish_is_there():
+    assert isinstance(parallel.has_amx(), bool)
     tensors = [torch.randn(3, 4), torch.randn(5)]
     assert torch.equal(parallel.norms_of(tensors), torch.stack([tensor.norm() for tensor in tensors]))
 

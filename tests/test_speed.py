@@ -129,6 +129,18 @@ def test_what_auto_becomes(found, device, stage, changes, monkeypatch):
     assert run.settings["compile"] == found
 
 
+def test_layers_of_a_run_that_goes_on_with_another_plan(monkeypatch):
+    """They become operators, unless they were asked for now."""
+    monkeypatch.setattr(train, "compile_operators", lambda wanted, device: None)
+    run = SimpleNamespace(settings=dict(compile="layers"), plan=Plan(swap=("optimizer",)), device=torch.device("cpu"),
+                          kind=train.Pretrain, given=dict(compile="layers"))
+    with pytest.raises(train.UserError, match="use --compile operators"):
+        train.fix_compiled(run)
+    run.given = {}
+    train.fix_compiled(run)
+    assert run.settings["compile"] == "operators"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole layers through torch.compile
 
