@@ -470,6 +470,19 @@ def wait_for_step(process, step):
     raise AssertionError(process.stderr.read())
 
 
+def test_a_signal_while_a_line_is_printed(monkeypatch, capfd):
+    """Python refuses a print within a print; what is said of the signal does not pass through it."""
+    before = {number: signal.getsignal(number) for number in train.Stopper.signals}
+    try:
+        stopper = train.Stopper()
+        monkeypatch.setattr(sys, "stdout", None)
+        stopper.ask(signal.SIGTERM, None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stopper.asked == "SIGTERM" and "SIGTERM: ends with a checkpoint" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_sigterm_then_kill_then_resume(text, at):
     """SIGTERM leaves a checkpoint and status 0, kill -9 what was complete; resumed, it is the same run."""
