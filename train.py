@@ -2387,7 +2387,7 @@ class Stopper:
         # no more than a note: the step goes on, and ranks that were not asked learn of it from its sums
         self.asked = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):                                # not by print, in which it may have been called
+        with contextlib.suppress(OSError):                                # not by print, which this may interrupt
             os.write(1, f"{self.asked}: ends with a checkpoint after this step or the next; asked again, at once, and "
                         f"--resume goes on from the newest one there is\n".encode())
 
