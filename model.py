@@ -893,20 +893,18 @@ class HeadCrossEntropy(torch.autograd.Function):
         wide = at_least_float32(h.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_h = torch.empty_like(h) if needs_grad else None
-        grad_w = None
+        grad_w = torch.zeros(weight.shape, dtype=wide, device=h.device) if needs_grad else None
         loss = torch.zeros((), dtype=wide, device=h.device)
         step = rows_of_logits(h, weight)
-        summed_in = wide if step < len(h) else torch.promote_types(h.dtype, weight.dtype)
         compilable = vocabulary.parts == 1 and h.device.type != "cpu"     # there it gains nothing
         chunk = maybe_compiled(loss_of_chunk, h) if compilable else loss_of_chunk
-        for start in range(0, max(1, len(h)), step):
+        for start in range(0, len(h), step):
             rows = h[start:start + step]
             nats, grad = chunk(rows @ w.t(), targets[start:start + step], vocabulary, needs_grad)
             loss += nats
             if needs_grad:
                 grad_h[start:start + step] = grad @ w
-                own = grad.t() @ rows
-                grad_w = own.to(summed_in) if grad_w is None else grad_w.add_(own)
+                grad_w += grad.t() @ rows
         ctx.save_for_backward(grad_h, grad_w)
         return loss
 

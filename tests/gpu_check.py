@@ -289,7 +289,8 @@ def main():
     parser.add_argument("--measure", nargs=2, metavar=("PRESET", "CONTENDER"), help="one contender, in this process")
     args = parser.parse_args()
     if args.measure:
-        return measure(*args.measure, *(((1, 2), 64, 2) if args.tiny else ((1, 4, 2), 4096, 5)))
+        batches, seq_len, steps = ((1, 2), 64, 2) if args.tiny else ((1, 4, 2), 4096, 5)
+        return measure(*args.measure, batches, seq_len, steps)
     report = Report(args.out, args.seconds)
     print(environment(), flush=True)
     report.keep(what="environment", text=environment())
