@@ -953,7 +953,7 @@ class AddGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, torch.full_like(ctx.like, ctx.scale), None
+        return grad, torch.ones_like(ctx.like) * ctx.scale, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1257,11 +1257,13 @@ class Router(nn.Module):
         tokens = len(scores) // G                                         # of a group, held here
         copies = tokens * c.num_experts_per_tok
         f = self.average_counts(counts.to(scores.dtype)) * (E / copies)   # (G,E)
-        if c.aux_scores == "normalized":
-            scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-        elif c.aux_scores == "softmax":
+        if c.aux_scores == "softmax":
             scores = logits.softmax(-1)
-        p = scores.view(G, tokens, E).mean(1)                             # (G,E)
+        scores = scores.view(G, tokens, E)
+        factor = torch.ones_like(scores[..., 0])                          # of a token in the mean, (G,tokens)
+        if c.aux_scores == "normalized":
+            factor = (scores.sum(-1) + 1e-20).reciprocal()
+        p = torch.bmm(factor.unsqueeze(1), scores).squeeze(1) / tokens    # (G,E); makes no second (N,E)
         return c.aux_loss_alpha * (f * p).sum(-1).mean()
 
 
@@ -1655,8 +1657,8 @@ class Model(nn.Module):
 
     @aux_scale.setter
     def aux_scale(self, share):
-        for router in self.routers():
-            router.aux_scale = share
+        for router in self.routers():                                     # a tensor: another value compiles nothing anew
+            router.aux_scale = torch.full((), share, dtype=router.weight.dtype, device=router.weight.device)
 
     def pop_stats(self):
         """Counted in training since last asked, on the device: loads (MoE layers, E), and copies dropped."""

@@ -1162,8 +1162,7 @@ class Work:
         if c.balance != "none" and c.aux_loss_alpha:
             groups = plan.micro_batch // sequences_of_group(c, plan.micro_batch)
             self.keep("balance", groups * experts, "routing", size=precise)   # load of each group's experts
-            if c.aux_scores == "normalized":
-                self.keep("balance.sum", own, "routing", size=precise)
+            self.keep("balance.factor", own, "routing", size=precise)
             if c.aux_scores == "softmax":
                 self.keep("balance.softmax", own * experts, "routing", size=precise)
 
