@@ -451,7 +451,11 @@ def compile_operators(wanted=True, device=None):
 
 def compile_model(model):
     """Each layer by torch.compile, in place; layers of one kind share what is compiled. Embedding, head and loss stay
-    out of the trace, as do the experts' matmuls where they are no kernel of torch's own that it can trace."""
+    out of the trace, as do the experts' matmuls where they are no kernel of torch's own that it can trace.
+
+    Each size of a batch is compiled by itself, a phase with longer sequences again: kernels for any size take three
+    times as long to compile, and with a mask of documents minutes.
+    """
     c, probe = model.config, model.embed_tokens.weight[:1]
     probe = probe if model.compute_dtype is None else probe.to(model.compute_dtype)
     kind = grouped_kind(probe, c.hidden_size, c.moe_intermediate_size)
@@ -459,7 +463,7 @@ def compile_model(model):
     for block in model.layers.values():
         if block.is_moe and (kind, probe.dtype) != ("grouped", torch.bfloat16):
             block.mlp.experts.grouped = torch.compiler.disable(block.mlp.experts.grouped)
-        block.forward = partial(run_compiled, torch.compile(block.forward), block.forward)
+        block.forward = partial(run_compiled, torch.compile(block.forward, dynamic=False), block.forward)
 
 
 def run_compiled(compiled, eager, x, angles, mask=None, routing=None, cache=None):
@@ -1330,7 +1334,8 @@ class LocalDispatcher:
             capacity = self.capacity(ids)
             slot = self.slots_with_capacity(ids, weights, capacity)
             rows = GatherRows.apply(x, slot, self.n_experts * capacity, True)
-            counts = torch.full((self.n_experts,), capacity, device=x.device)
+            # not torch.full: of its cumsum torch.compile makes one of another dtype than was asked for
+            counts = (torch.arange(self.n_experts + 1, device=x.device) * capacity).diff()
         else:
             rows, slot = permute(x, ids)
             counts = count_ids(ids, self.n_experts)
@@ -1657,7 +1662,7 @@ class Model(nn.Module):
 
     @aux_scale.setter
     def aux_scale(self, share):
-        for router in self.routers():                                     # a tensor: another value compiles nothing anew
+        for router in self.routers():                                     # a tensor: a new share compiles nothing anew
             router.aux_scale = torch.full((), share, dtype=router.weight.dtype, device=router.weight.device)
 
     def pop_stats(self):

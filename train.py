@@ -145,8 +145,8 @@ OPTIONS = dict(
     beta2=Option(0.95, "of AdamW", least=0, most=0.99999),
     clip=Option(1.0, "the global gradient norm is cut to this; 0: it is not", least=0),
     compile=Option("auto", "by torch.compile: operators (norms, SwiGLU: what a device gains by) | layers (whole ones, "
-                           "for one process without recompute and swap); auto: operators, on a GPU layers where they "
-                           "can be, if it works here, which takes a C++ compiler or a GPU's Triton",
+                           "for one process without recompute and swap, not in rl); auto: operators, on a GPU layers "
+                           "where they can be, if it works here, which takes a C++ compiler or a GPU's Triton",
                    choices=("auto", "none", "operators", "layers")),
     precision=Option("auto", "auto: bf16 with fp32 master weights, fp32 on a CPU without AMX",
                      choices=("auto", "fp32", "bf16")),
@@ -1974,18 +1974,20 @@ def fix_automatic(settings, device):
 def fix_compiled(run):
     """--compile, from here on in this process; what `auto` becomes is stored, and kept on resume."""
     settings, plan, wanted = run.settings, run.plan, run.settings["compile"]
-    whole = plan.world_size == 1 and plan.is_plain and not plan.recompute and not plan.swap
+    # answers of rl have other lengths at each step, and each would be compiled
+    whole = plan.world_size == 1 and plan.is_plain and not plan.recompute and not plan.swap and run.kind is not RL
     why_not = compile_operators(wanted != "none", run.device)
     if wanted == "auto":
-        # on a CPU layers gain little more, and take longer to compile; answers of rl have other lengths at each step
-        faster = "layers" if whole and run.device.type != "cpu" and run.kind is not RL else "operators"
+        # on a CPU layers gain little more, and take longer to compile
+        faster = "layers" if whole and run.device.type != "cpu" else "operators"
         settings["compile"] = "none" if why_not else faster
     elif why_not:
         raise UserError(f"--compile {wanted}: {why_not}; --compile none does without, also with --resume: the losses "
                         f"are then the same within rounding, no longer bit for bit")
     if wanted == "layers" and not whole:
         if "compile" in run.given:
-            raise UserError("--compile layers is for one process without recompute and swap: use --compile operators")
+            raise UserError("--compile layers is for one process without recompute and swap, and not for rl: use "
+                            "--compile operators")
         if parallel.rank() == 0:
             print("compile layers becomes operators: whole layers are for one process without recompute and swap")
         settings["compile"] = "operators"                                 # of a run that goes on with another plan

@@ -11,8 +11,8 @@ In this order, with what is left of --seconds, so that a run that is cut tells s
                              the host wait; and sixty steps of train.py --preset small on text that lies on every
                              machine, Python's own library
     2  how fast              steps of one-gpu and one-gpu-256, weights, gradients and AdamW states in bf16: 1 x 4,096
-                             tokens, then 4 x 4,096 or, where these do not fit, 2 x 4,096; each contender in a process
-                             of its own, the most telling first, as many as there is time for
+                             tokens, then as many of 8, 4 or 2 x 4,096 as fit; each contender in a process of its own,
+                             the most telling first, as many as there is time for
 
 A step is forward, backward and fused AdamW, without multi-token prediction, balance loss and clipping on all sides.
 ours is eager, ours-operators and ours-compiled are --compile operators and layers of train.py. Columns: milliseconds
@@ -91,13 +91,15 @@ class Contender:
         self.model, self.loss = build(name, config, device)
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.forward_bytes = 0
+        self.bytes_before = self.forward_bytes = 0                        # when a step begins; most that forward adds
+        self.sequence_bytes = 0                                           # of those for a sequence
 
     def forward_backward(self, ids):
         self.optimizer.zero_grad()
-        before = self.allocated(reset=True)
+        self.bytes_before = self.allocated(reset=True)
         loss = self.loss(ids)
-        self.forward_bytes = self.allocated() - before
+        self.forward_bytes = self.allocated() - self.bytes_before
+        self.sequence_bytes = self.forward_bytes / len(ids)
         loss.backward()
         return loss
 
@@ -113,6 +115,13 @@ class Contender:
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
+
+    def fits(self, batch):
+        """Whether so many sequences would, by the last step; gradients come as what forward kept goes."""
+        if self.device.type != "cuda":
+            return True
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return self.bytes_before + batch * self.sequence_bytes < memory
 
     def seconds(self, call, ids, times):
         """Median of some calls, each until the device is done with all of it."""
@@ -154,7 +163,8 @@ class Contender:
 
 
 def measure(preset, name, batches, seq_len, steps):
-    """Print one line of JSON for each thing that is known. batches: sequences; the first of the last two that fits."""
+    """Print one line of JSON for each thing that is known. batches: numbers of sequences; of those after the first, the
+    first that fits."""
     torch._dynamo.config.automatic_dynamic_shapes = False                 # each size by itself, as if it were the only
     device = torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     config = replace(PRESETS[preset], num_nextn_predict_layers=0, balance="none", norm="pre", latent_norm_eps=1e-6)
@@ -162,19 +172,21 @@ def measure(preset, name, batches, seq_len, steps):
     contender = Contender(name, config, device)
     generator = torch.Generator().manual_seed(0)
     for number, batch in enumerate(batches):
+        if not contender.fits(batch):
+            continue
         ids = torch.randint(0, config.vocab_size, (batch, seq_len), generator=generator).to(device)
-        fits = True
+        done = True
         try:
             measure_batch(preset, name, contender, ids, steps, config, peak)
         except torch.OutOfMemoryError:
-            fits = False
-        if not fits:                                                      # here the failed step's tensors are gone
+            done = False
+        if not done:                                                      # here the failed step's tensors are gone
             say(what="note", text=f"{preset} {name}: {batch} x {seq_len} tokens do not fit")
             contender.optimizer.zero_grad()
             torch.cuda.empty_cache()
         elif number > 0:
             break
-    if fits:
+    if done:
         say(what="profile", preset=preset, contender=name, rows=contender.profile(ids))
 
 
@@ -289,7 +301,7 @@ def main():
     parser.add_argument("--measure", nargs=2, metavar=("PRESET", "CONTENDER"), help="one contender, in this process")
     args = parser.parse_args()
     if args.measure:
-        batches, seq_len, steps = ((1, 2), 64, 2) if args.tiny else ((1, 4, 2), 4096, 5)
+        batches, seq_len, steps = ((1, 2), 64, 2) if args.tiny else ((1, 8, 4, 2), 4096, 5)
         return measure(*args.measure, batches, seq_len, steps)
     report = Report(args.out, args.seconds)
     print(environment(), flush=True)

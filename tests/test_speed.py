@@ -129,11 +129,12 @@ def test_what_auto_becomes(found, device, stage, changes, monkeypatch):
     assert run.settings["compile"] == found
 
 
-def test_layers_of_a_run_that_goes_on_with_another_plan(monkeypatch):
-    """They become operators, unless they were asked for now."""
+@pytest.mark.parametrize("stage, changes", [(train.Pretrain, dict(swap=("optimizer",))), (train.RL, {})], ids=str)
+def test_layers_where_they_are_not_for(stage, changes, monkeypatch):
+    """Those of a run that goes on with another plan become operators; asked for, they are refused."""
     monkeypatch.setattr(train, "compile_operators", lambda wanted, device: None)
-    run = SimpleNamespace(settings=dict(compile="layers"), plan=Plan(swap=("optimizer",)), device=torch.device("cpu"),
-                          kind=train.Pretrain, given=dict(compile="layers"))
+    run = SimpleNamespace(settings=dict(compile="layers"), plan=Plan(**changes), device=torch.device("cpu"),
+                          kind=stage, given=dict(compile="layers"))
     with pytest.raises(train.UserError, match="use --compile operators"):
         train.fix_compiled(run)
     run.given = {}
@@ -145,14 +146,36 @@ def test_layers_of_a_run_that_goes_on_with_another_plan(monkeypatch):
 # Whole layers through torch.compile
 
 
-def train_steps(model, dtype, device, steps=3):
-    """Losses of some AdamW steps on other tokens each, and the pieces compiled after each."""
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def two_models(config, dtype):
+    """The same twice, of the second the layers compiled."""
+    models = []
+    for _ in range(2):
+        model = Model(config)
+        model.init_weights(0)
+        models.append(model.to(DEVICE, dtype))
+    M.compile_model(models[1])
+    return models
+
+
+def train_both(plain, compiled_layers, **inputs):
+    """Four steps each, with the same losses -> the pieces compiled after each."""
+    expected, _ = train_steps(plain, **inputs)
+    values, pieces = train_steps(compiled_layers, **inputs)
+    assert values == pytest.approx(expected, rel=1e-4 if plain.embed_tokens.weight.dtype == torch.float32 else 1e-2)
+    return pieces
+
+
+def train_steps(model, T=32, doc_ids=None):
+    """Losses of four AdamW steps on other tokens each, and the pieces compiled after each."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     values, compiled_pieces = [], []
-    for seed in range(steps):
-        ids, targets, _ = batch(model.config, B=2, T=32, seed=seed)
+    for seed in range(4):
+        ids, targets, _ = batch(model.config, B=2, T=T, seed=seed)
         model.aux_scale = 1 / (1 + seed)                                  # as when the global batch grows
-        out = model(ids.to(device), targets=targets.to(device))
+        out = model(ids.to(DEVICE), targets=targets.to(DEVICE), doc_ids=doc_ids)
         out.total_loss.backward()
         model.pop_stats()
         optimizer.step()
@@ -167,20 +190,25 @@ def train_steps(model, dtype, device, steps=3):
 def test_compiled_layers_train_like_others(dtype):
     """The same losses within rounding; after two steps nothing is compiled any more; layers share their code; and what
     is generated, with lengths that grow, compiles nothing."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    models = []
-    for _ in range(2):
-        model = Model(M.Config())
-        model.init_weights(0)
-        models.append(model.to(device, dtype))
-    expected, _ = train_steps(models[0], dtype, device)
+    plain, compiled_layers = two_models(M.Config(), dtype)
     before = graphs()
-    M.compile_model(models[1])
-    values, pieces = train_steps(models[1], dtype, device, steps=4)
-    assert values[:3] == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-2)
+    pieces = train_both(plain, compiled_layers)
     assert pieces[1] == pieces[3] and pieces[3] - before < 30
-    M.generate(models[1].eval(), [torch.arange(5, device=device)], 3)
+    M.generate(compiled_layers.eval(), [torch.arange(5, device=DEVICE)], 3)
     assert graphs() == pieces[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [dict(capacity_factor=1.0), dict(router_bias=True, balance="none")], ids=str)
+def test_compiled_layers_with_the_experts_matmuls_in_the_trace(changes, monkeypatch):
+    """As on a GPU in bfloat16, and then longer sequences, of documents: compiled once more, without a break."""
+    monkeypatch.setattr(M, "grouped_kind", lambda x, *widths: "grouped")
+    torch._dynamo.utils.counters["graph_break"].clear()
+    plain, compiled_layers = two_models(M.replace(M.Config(), **changes), torch.bfloat16)
+    train_both(plain, compiled_layers)
+    doc_ids = (torch.arange(48, device=DEVICE) // 20).expand(2, 48)
+    pieces = train_both(plain, compiled_layers, T=48, doc_ids=doc_ids)
+    assert pieces[1] == pieces[3] and not torch._dynamo.utils.counters["graph_break"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
