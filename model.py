@@ -453,8 +453,8 @@ def compile_model(model):
     """Each layer by torch.compile, in place; layers of one kind share what is compiled. Embedding, head and loss stay
     out of the trace, as do the experts' matmuls where they are no kernel of torch's own that it can trace.
 
-    Each size of a batch is compiled by itself, a phase with longer sequences again: kernels for any size take three
-    times as long to compile, and with a mask of documents minutes.
+    Each size of a batch is compiled by itself, as in a phase with longer sequences: kernels for any size take two to
+    three times as long to compile.
     """
     c, probe = model.config, model.embed_tokens.weight[:1]
     probe = probe if model.compute_dtype is None else probe.to(model.compute_dtype)
@@ -464,6 +464,7 @@ def compile_model(model):
         if block.is_moe and (kind, probe.dtype) != ("grouped", torch.bfloat16):
             block.mlp.experts.grouped = torch.compiler.disable(block.mlp.experts.grouped)
         block.forward = partial(run_compiled, torch.compile(block.forward, dynamic=False), block.forward)
+    model.pop_stats()                                                     # from the first step on, counts are tensors
 
 
 def run_compiled(compiled, eager, x, angles, mask=None, routing=None, cache=None):
@@ -1674,7 +1675,7 @@ class Model(nn.Module):
         for own, moe in zip(loads, moes):
             own += moe.gate.load
             dropped += moe.dropped
-            moe.gate.load = moe.dropped = 0
+            moe.gate.load, moe.dropped = torch.zeros_like(own), torch.zeros_like(dropped)
         return dict(loads=loads, dropped=dropped)
 
     @torch.no_grad()

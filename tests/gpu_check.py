@@ -280,7 +280,7 @@ def check(report, tiny):
         text = Path(work) / "library.txt"
         text.write_text("\n".join(path.read_text(errors="ignore") for path in sources))
         size = "--preset tiny --steps 2" if tiny else "--preset small --steps 60 --global-batch 16 --heldout 0"
-        chosen = "short_attention" if tiny else "never_waits or compiled_layers and bfloat16"
+        chosen = "short_attention" if tiny else "never_waits or compiled_layers and (bfloat16 or capacity)"
         commands = {
             "smoke": ["tests/smoke.py", *(["--tiny"] if tiny else [])],
             "test_speed": ["-m", "pytest", "-x", "-o", "addopts=", "tests/test_speed.py", "-k", chosen],
