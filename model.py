@@ -1267,8 +1267,9 @@ class Router(nn.Module):
         scores = scores.view(G, tokens, E)
         factor = torch.ones_like(scores[..., 0])                          # of a token in the mean, (G,tokens)
         if c.aux_scores == "normalized":
-            factor = (scores.sum(-1) + 1e-20).reciprocal()
-        p = torch.bmm(factor.unsqueeze(1), scores).squeeze(1) / tokens    # (G,E); makes no second (N,E)
+            factor = (scores.sum(-1) + 1e-18).reciprocal()                # squared in backward, and still finite
+        sums = torch.bmm(factor.unsqueeze(1), scores)                     # (G,1,E); makes no second (N,E)
+        p = sums.squeeze(1) / tokens                                      # (G,E)
         return c.aux_loss_alpha * (f * p).sum(-1).mean()
 
 
@@ -1336,7 +1337,8 @@ class LocalDispatcher:
             slot = self.slots_with_capacity(ids, weights, capacity)
             rows = GatherRows.apply(x, slot, self.n_experts * capacity, True)
             # not torch.full: of its cumsum torch.compile makes one of another dtype than was asked for
-            counts = (torch.arange(self.n_experts + 1, device=x.device) * capacity).diff()
+            ends = torch.arange(self.n_experts + 1, device=x.device) * capacity
+            counts = ends.diff()
         else:
             rows, slot = permute(x, ids)
             counts = count_ids(ids, self.n_experts)
@@ -1675,7 +1677,8 @@ class Model(nn.Module):
         for own, moe in zip(loads, moes):
             own += moe.gate.load
             dropped += moe.dropped
-            moe.gate.load, moe.dropped = torch.zeros_like(own), torch.zeros_like(dropped)
+            moe.gate.load = torch.zeros_like(own)
+            moe.dropped = torch.zeros_like(dropped)
         return dict(loads=loads, dropped=dropped)
 
     @torch.no_grad()

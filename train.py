@@ -1989,7 +1989,8 @@ def fix_compiled(run):
             raise UserError("--compile layers is for one process without recompute and swap, and not for rl: use "
                             "--compile operators")
         if parallel.rank() == 0:
-            print("compile layers becomes operators: whole layers are for one process without recompute and swap")
+            print("compile layers becomes operators: whole layers are for one process without recompute and swap, and "
+                  "not for rl")
         settings["compile"] = "operators"                                 # of a run that goes on with another plan
 
 

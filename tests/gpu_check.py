@@ -171,23 +171,24 @@ def measure(preset, name, batches, seq_len, steps):
     peak = matmul_rate(torch.bfloat16, device)
     contender = Contender(name, config, device)
     generator = torch.Generator().manual_seed(0)
+    measured = None                                                       # ids of the last batch that fitted
     for number, batch in enumerate(batches):
-        if not contender.fits(batch):
-            continue
         ids = torch.randint(0, config.vocab_size, (batch, seq_len), generator=generator).to(device)
-        done = True
-        try:
-            measure_batch(preset, name, contender, ids, steps, config, peak)
-        except torch.OutOfMemoryError:
-            done = False
+        done = contender.fits(batch)
+        if done:
+            try:
+                measure_batch(preset, name, contender, ids, steps, config, peak)
+                measured = ids
+            except torch.OutOfMemoryError:
+                done = False
         if not done:                                                      # here the failed step's tensors are gone
             say(what="note", text=f"{preset} {name}: {batch} x {seq_len} tokens do not fit")
             contender.optimizer.zero_grad()
             torch.cuda.empty_cache()
         elif number > 0:
             break
-    if done:
-        say(what="profile", preset=preset, contender=name, rows=contender.profile(ids))
+    if measured is not None:
+        say(what="profile", preset=preset, contender=name, rows=contender.profile(measured))
 
 
 def measure_batch(preset, name, contender, ids, steps, config, peak):

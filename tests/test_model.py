@@ -517,6 +517,14 @@ def test_masked_groups_lose_even_to_negative_scores():
         assert torch.equal(chosen, expected.sort(-1).values), layer
 
 
+def test_the_balance_loss_of_scores_near_zero_has_a_finite_gradient():
+    """In float32, all scores of a token far below any that training meets."""
+    router = build(SMALL).routers()[0]
+    logits = torch.full((4, SMALL.n_routed_experts), -60.0, requires_grad=True)
+    router.balance_loss(torch.ones(1, SMALL.n_routed_experts), logits, logits.sigmoid()).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
 def test_the_balance_loss_of_perfect_balance_is_alpha_in_every_layer():
     """With all experts chosen every f is 1 and normalised scores sum to 1: sum f_i p_i = 1."""
     config = replace(SMALL, n_routed_experts=4, num_experts_per_tok=4)
