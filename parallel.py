@@ -303,8 +303,10 @@ def leave_world():
 
 
 def is_lost_contact(error):
-    """Whether an error says that another rank is gone or does not answer."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    """Whether an error says that another rank is gone or does not answer. Gloo's are bare RuntimeErrors, and one of
+    them, "Application timeout caused pair closure", does not even name it."""
+    gloo = any(words in str(error) for words in ("gloo", "pair closure"))
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or gloo)
 
 
 def missing_ranks(patience=4.0):

@@ -416,6 +416,16 @@ def test_ranks_that_do_not_answer_are_named(monkeypatch):
     assert parallel.missing_ranks(patience=1.5) == parallel.missing_ranks() == "1"
 
 
+def test_what_gloo_says_of_a_lost_rank_is_known(monkeypatch):
+    """Its words, as torch 2.13 raises them when a rank is stopped, beside an error of another kind."""
+    said = ["[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv "
+            "operation to complete", "Application timeout caused pair closure"]
+    assert not parallel.is_lost_contact(RuntimeError(said[0]))            # with no other rank there is none to lose
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert all(parallel.is_lost_contact(RuntimeError(words)) for words in said)
+    assert not parallel.is_lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
 def test_processes_that_never_meet(monkeypatch):
     """Rank 0 is up, rank 2 never comes; then nobody is: a line each, in --timeout seconds."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
