@@ -1265,9 +1265,10 @@ class Router(nn.Module):
         if c.aux_scores == "softmax":
             scores = logits.softmax(-1)
         scores = scores.view(G, tokens, E)
-        factor = torch.ones_like(scores[..., 0])                          # of a token in the mean, (G,tokens)
-        if c.aux_scores == "normalized":
+        if c.aux_scores == "normalized":                                  # what a token's scores count, (G,tokens)
             factor = (scores.sum(-1) + 1e-18).reciprocal()                # squared in backward, and still finite
+        else:
+            factor = torch.ones_like(scores[..., 0])
         sums = torch.bmm(factor.unsqueeze(1), scores)                     # (G,1,E); makes no second (N,E)
         p = sums.squeeze(1) / tokens                                      # (G,E)
         return c.aux_loss_alpha * (f * p).sum(-1).mean()
@@ -1665,8 +1666,10 @@ class Model(nn.Module):
 
     @aux_scale.setter
     def aux_scale(self, share):
-        for router in self.routers():                                     # a tensor: a new share compiles nothing anew
-            router.aux_scale = torch.full((), share, dtype=router.weight.dtype, device=router.weight.device)
+        weight = next(self.parameters())                                  # a tensor: a new share compiles nothing anew
+        share = torch.full((), share, dtype=at_least_float32(weight.dtype), device=weight.device)
+        for router in self.routers():
+            router.aux_scale = share
 
     def pop_stats(self):
         """Counted in training since last asked, on the device: loads (MoE layers, E), and copies dropped."""
@@ -1674,11 +1677,12 @@ class Model(nn.Module):
         device = next(self.parameters()).device
         loads = torch.zeros(len(moes), self.config.n_routed_experts, dtype=torch.int64, device=device)
         dropped = torch.zeros((), dtype=torch.int64, device=device)
+        no_load, none_dropped = loads.new_zeros(loads.size(1)), torch.zeros_like(dropped)
         for own, moe in zip(loads, moes):
             own += moe.gate.load
             dropped += moe.dropped
-            moe.gate.load = torch.zeros_like(own)
-            moe.dropped = torch.zeros_like(dropped)
+            moe.gate.load = no_load                                       # shared: counting replaces it
+            moe.dropped = none_dropped
         return dict(loads=loads, dropped=dropped)
 
     @torch.no_grad()

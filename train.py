@@ -1985,12 +1985,10 @@ def fix_compiled(run):
         raise UserError(f"--compile {wanted}: {why_not}; --compile none does without, also with --resume: the losses "
                         f"are then the same within rounding, no longer bit for bit")
     if wanted == "layers" and not whole:
+        limits = "whole layers are for one process without recompute and swap, and not for rl"
         if "compile" in run.given:
-            raise UserError("--compile layers is for one process without recompute and swap, and not for rl: use "
-                            "--compile operators")
-        if parallel.rank() == 0:
-            print("compile layers becomes operators: whole layers are for one process without recompute and swap, and "
-                  "not for rl")
+            raise UserError(f"--compile layers: {limits}: use --compile operators")
+        print(f"compile layers becomes operators: {limits}")
         settings["compile"] = "operators"                                 # of a run that goes on with another plan
 
 
